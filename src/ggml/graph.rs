@@ -1,0 +1,343 @@
+//! Building and running a compute graph.
+//!
+//! A [`Graph`] is described first, op by op, and then run once on an [`Engine`]; results are read
+//! from the [`Computed`] that running returns. Sizes follow ggml: ne\[0\] is the fastest dimension,
+//! a matrix of T rows of d floats is `[d, T]`.
+
+use super::{Engine, GgmlError, Resident, Type};
+use llama_cpp_sys_2 as sys;
+use std::marker::PhantomData;
+use std::ptr::NonNull;
+use std::sync::atomic::{AtomicU32, Ordering};
+
+/// A tensor of one particular [`Graph`].
+#[derive(Clone, Copy, Debug)]
+pub struct T {
+    graph: u32,
+    index: u32,
+}
+
+/// Rotary position embedding, as `ggml_rope_ext` takes it.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct RopeParams {
+    /// Rotated dimensions per head.
+    pub n_rot: usize,
+    /// Pairs (j, j + n_rot/2) instead of (2j, 2j+1).
+    pub neox: bool,
+    /// Context length the model was trained for, before scaling.
+    pub n_ctx_orig: usize,
+    /// Base frequency.
+    pub freq_base: f32,
+    /// Inverse of the linear scaling factor.
+    pub freq_scale: f32,
+    /// YaRN extrapolation mix; 0 without YaRN.
+    pub ext_factor: f32,
+    /// Magnitude factor.
+    pub attn_factor: f32,
+    /// YaRN high-frequency bound.
+    pub beta_fast: f32,
+    /// YaRN low-frequency bound.
+    pub beta_slow: f32,
+}
+
+/// GGML_ROPE_TYPE_NEOX.
+const ROPE_TYPE_NEOX: i32 = 2;
+
+static NEXT_GRAPH: AtomicU32 = AtomicU32::new(0);
+
+/// A compute graph being described. `'a` is the life of the inputs and weights it refers to.
+pub struct Graph<'a> {
+    ctx: NonNull<sys::ggml_context>,
+    graph: *mut sys::ggml_cgraph,
+    id: u32,
+    tensors: Vec<NonNull<sys::ggml_tensor>>,
+    inputs: Vec<(NonNull<sys::ggml_tensor>, &'a [u8])>,
+    _weights: PhantomData<&'a Resident>,
+}
+
+impl<'a> Graph<'a> {
+    /// An empty graph with room for `max_nodes` tensors.
+    pub fn new(max_nodes: usize) -> Graph<'a> {
+        // SAFETY: the context is sized for max_nodes headers and the graph; null is checked.
+        unsafe {
+            let params = sys::ggml_init_params {
+                mem_size: max_nodes * sys::ggml_tensor_overhead() + sys::ggml_graph_overhead_custom(max_nodes, false),
+                mem_buffer: std::ptr::null_mut(),
+                no_alloc: true,
+            };
+            let ctx = NonNull::new(sys::ggml_init(params)).expect("out of memory for a graph of headers");
+            let graph = sys::ggml_new_graph_custom(ctx.as_ptr(), max_nodes, false);
+            let id = NEXT_GRAPH.fetch_add(1, Ordering::Relaxed);
+            Graph { ctx, graph, id, tensors: Vec::new(), inputs: Vec::new(), _weights: PhantomData }
+        }
+    }
+
+    fn push(&mut self, raw: *mut sys::ggml_tensor) -> T {
+        self.tensors.push(NonNull::new(raw).expect("ggml built no tensor"));
+        T { graph: self.id, index: self.tensors.len() as u32 - 1 }
+    }
+
+    fn raw(&self, t: T) -> *mut sys::ggml_tensor {
+        assert_eq!(t.graph, self.id, "tensor of another graph");
+        self.tensors[t.index as usize].as_ptr()
+    }
+
+    /// Sizes of `t`, ne\[0\] first.
+    pub fn ne(&self, t: T) -> [usize; 4] {
+        // SAFETY: `raw` returns a live header of this graph's context.
+        unsafe { (*self.raw(t)).ne.map(|n| n as usize) }
+    }
+
+    fn contiguous(&self, t: T) -> bool {
+        // SAFETY: a live header.
+        unsafe { sys::ggml_is_contiguous(self.raw(t)) }
+    }
+
+    fn input(&mut self, ty: Type, ne: [usize; 4], bytes: &'a [u8]) -> T {
+        assert_eq!(bytes.len(), ty.row_bytes(ne[0]) * ne[1] * ne[2] * ne[3], "input bytes and shape disagree");
+        // SAFETY: a new header in our context.
+        let raw = unsafe {
+            let ne = ne.map(|n| n as i64);
+            let raw = sys::ggml_new_tensor(self.ctx.as_ptr(), ty.raw(), 4, ne.as_ptr());
+            sys::ggml_set_input(raw);
+            raw
+        };
+        let t = self.push(raw);
+        self.inputs.push((self.tensors[t.index as usize], bytes));
+        t
+    }
+
+    /// A float matrix `[n0, n1]` that is copied in when the graph runs.
+    pub fn input_f32(&mut self, ne: [usize; 2], data: &'a [f32]) -> T {
+        self.input(Type::F32, [ne[0], ne[1], 1, 1], bytemuck::cast_slice(data))
+    }
+
+    /// A vector of 32-bit integers (positions, row numbers).
+    pub fn input_i32(&mut self, data: &'a [i32]) -> T {
+        self.input(Type::I32, [data.len(), 1, 1, 1], bytemuck::cast_slice(data))
+    }
+
+    /// The `index`-th tensor of a resident set.
+    pub fn resident(&mut self, set: &'a Resident, index: usize) -> T {
+        self.push(set.tensors[index].as_ptr())
+    }
+
+    /// `aᵀ b` over ne\[0\]: a `[k, m]`, b `[k, n]` → `[m, n]`; `a` is broadcast over outer dimensions.
+    pub fn mul_mat(&mut self, a: T, b: T) -> T {
+        let (x, y) = (self.ne(a), self.ne(b));
+        assert!(x[0] == y[0] && y[2] % x[2] == 0 && y[3] % x[3] == 0, "mul_mat of {x:?} and {y:?}");
+        // SAFETY: ggml_can_mul_mat holds as asserted; headers are of this context.
+        let raw = unsafe { sys::ggml_mul_mat(self.ctx.as_ptr(), self.raw(a), self.raw(b)) };
+        self.push(raw)
+    }
+
+    fn assert_repeats(&self, a: T, b: T, op: &str) {
+        let (x, y) = (self.ne(a), self.ne(b));
+        assert!(x.iter().zip(y).all(|(x, y)| x % y == 0), "{op} of {x:?} and {y:?}");
+    }
+
+    /// `a + b`, with `b` repeated to the shape of `a`.
+    pub fn add(&mut self, a: T, b: T) -> T {
+        self.assert_repeats(a, b, "add");
+        // SAFETY: b can be repeated to a.
+        let raw = unsafe { sys::ggml_add(self.ctx.as_ptr(), self.raw(a), self.raw(b)) };
+        self.push(raw)
+    }
+
+    /// `a · b` element by element, with `b` repeated to the shape of `a`.
+    pub fn mul(&mut self, a: T, b: T) -> T {
+        self.assert_repeats(a, b, "mul");
+        // SAFETY: b can be repeated to a.
+        let raw = unsafe { sys::ggml_mul(self.ctx.as_ptr(), self.raw(a), self.raw(b)) };
+        self.push(raw)
+    }
+
+    /// Rows divided by their root mean square.
+    pub fn rms_norm(&mut self, a: T, eps: f32) -> T {
+        assert!(eps >= 0.0);
+        // SAFETY: any float tensor will do.
+        let raw = unsafe { sys::ggml_rms_norm(self.ctx.as_ptr(), self.raw(a), eps) };
+        self.push(raw)
+    }
+
+    /// `silu(gate) · up`.
+    pub fn swiglu(&mut self, gate: T, up: T) -> T {
+        assert_eq!(self.ne(gate), self.ne(up));
+        assert!(self.contiguous(gate) && self.contiguous(up));
+        // SAFETY: same shape, both contiguous.
+        let raw = unsafe { sys::ggml_swiglu_split(self.ctx.as_ptr(), self.raw(gate), self.raw(up)) };
+        self.push(raw)
+    }
+
+    /// Rotary embedding of `[head_dim, n_head, n_tokens]`, one position per token, with optional
+    /// frequency factors `[n_rot/2]`.
+    pub fn rope(&mut self, a: T, positions: T, factors: Option<T>, p: &RopeParams) -> T {
+        let ne = self.ne(a);
+        assert!(p.n_rot % 2 == 0 && p.n_rot <= ne[0] && self.ne(positions)[0] == ne[2] && ne[3] == 1);
+        assert!(factors.is_none_or(|f| self.ne(f)[0] >= p.n_rot / 2));
+        let factors = factors.map_or(std::ptr::null_mut(), |f| self.raw(f));
+        let mode = if p.neox { ROPE_TYPE_NEOX } else { 0 };
+        // SAFETY: shapes as ggml_rope_ext demands, asserted above.
+        let raw = unsafe {
+            sys::ggml_rope_ext(
+                self.ctx.as_ptr(),
+                self.raw(a),
+                self.raw(positions),
+                factors,
+                p.n_rot as i32,
+                mode,
+                p.n_ctx_orig as i32,
+                p.freq_base,
+                p.freq_scale,
+                p.ext_factor,
+                p.attn_factor,
+                p.beta_fast,
+                p.beta_slow,
+            )
+        };
+        self.push(raw)
+    }
+
+    /// Fused attention. q `[head_dim, n_tokens, n_head, n_seq]`, k and v `[head_dim, n_kv, n_head_kv,
+    /// n_seq]`, mask F16 `[n_kv, n_tokens]` → `[head_dim, n_head, n_tokens, n_seq]`.
+    pub fn flash_attn(&mut self, q: T, k: T, v: T, mask: T, scale: f32) -> T {
+        let (nq, nk, nv, nm) = (self.ne(q), self.ne(k), self.ne(v), self.ne(mask));
+        assert!(nq[0] == nk[0] && nk[0] == nv[0] && nk[1] == nv[1] && nk[2] == nv[2] && nq[2] % nk[2] == 0);
+        assert!(nq[3] == nk[3] && nk[3] == nv[3] && nm[0] == nk[1] && nm[1] >= nq[1]);
+        // SAFETY: shapes asserted; all operands are headers of this graph or resident.
+        let raw = unsafe {
+            let t = sys::ggml_flash_attn_ext(
+                self.ctx.as_ptr(),
+                self.raw(q),
+                self.raw(k),
+                self.raw(v),
+                self.raw(mask),
+                scale,
+                0.0,
+                0.0,
+            );
+            sys::ggml_flash_attn_ext_set_prec(t, sys::GGML_PREC_F32);
+            t
+        };
+        self.push(raw)
+    }
+
+    /// The same elements with other sizes.
+    pub fn reshape(&mut self, a: T, ne: [usize; 4]) -> T {
+        assert!(self.contiguous(a) && self.ne(a).iter().product::<usize>() == ne.iter().product());
+        let [n0, n1, n2, n3] = ne.map(|n| n as i64);
+        // SAFETY: contiguous, with as many elements.
+        let raw = unsafe { sys::ggml_reshape_4d(self.ctx.as_ptr(), self.raw(a), n0, n1, n2, n3) };
+        self.push(raw)
+    }
+
+    /// Dimension i of `a` becomes dimension `axes[i]` of the result (a view).
+    pub fn permute(&mut self, a: T, axes: [usize; 4]) -> T {
+        let mut seen = [false; 4];
+        axes.iter().for_each(|&x| seen[x] = true);
+        assert_eq!(seen, [true; 4], "axes {axes:?} are no permutation");
+        let [x, y, z, w] = axes.map(|n| n as i32);
+        // SAFETY: a permutation of the four axes.
+        let raw = unsafe { sys::ggml_permute(self.ctx.as_ptr(), self.raw(a), x, y, z, w) };
+        self.push(raw)
+    }
+
+    /// A contiguous copy.
+    pub fn cont(&mut self, a: T) -> T {
+        // SAFETY: any tensor can be copied.
+        let raw = unsafe { sys::ggml_cont(self.ctx.as_ptr(), self.raw(a)) };
+        self.push(raw)
+    }
+
+    /// A copy in another type.
+    pub fn cast(&mut self, a: T, ty: Type) -> T {
+        // SAFETY: float types convert into each other.
+        let raw = unsafe { sys::ggml_cast(self.ctx.as_ptr(), self.raw(a), ty.raw()) };
+        self.push(raw)
+    }
+
+    /// Rows `start .. start + n` of the matrix `a` (a view).
+    pub fn rows(&mut self, a: T, start: usize, n: usize) -> T {
+        let ne = self.ne(a);
+        assert!(ne[2] == 1 && ne[3] == 1 && n > 0 && start + n <= ne[1]);
+        // SAFETY: the rows lie inside `a`.
+        let raw = unsafe {
+            let src = self.raw(a);
+            let stride = (*src).nb[1];
+            sys::ggml_view_2d(self.ctx.as_ptr(), src, ne[0] as i64, n as i64, stride, start * stride)
+        };
+        self.push(raw)
+    }
+
+    /// Marks `t` as a result: computed, and kept until it is read.
+    pub fn output(&mut self, t: T) {
+        // SAFETY: a live header.
+        unsafe {
+            sys::ggml_set_output(self.raw(t));
+            sys::ggml_build_forward_expand(self.graph, self.raw(t));
+        }
+    }
+
+    /// Runs the graph.
+    ///
+    /// # Errors
+    /// [`GgmlError::Memory`] if the scratch memory cannot be had, [`GgmlError::Compute`] otherwise.
+    pub fn compute<'e>(self, engine: &'e mut Engine) -> Result<Computed<'a, 'e>, GgmlError> {
+        // SAFETY: the engine is borrowed mutably until the results are dropped, so no other graph
+        // can reuse its scratch memory; inputs were checked against their shapes.
+        unsafe {
+            if !sys::ggml_gallocr_alloc_graph(engine.galloc, self.graph) {
+                return Err(GgmlError::Memory(0, "a compute graph"));
+            }
+            for (t, bytes) in &self.inputs {
+                // An input that no result depends on is given no memory.
+                if !(*t.as_ptr()).buffer.is_null() {
+                    sys::ggml_backend_tensor_set(t.as_ptr(), bytes.as_ptr().cast(), 0, bytes.len());
+                }
+            }
+            let status = sys::ggml_backend_graph_compute(engine.backend, self.graph);
+            if status != sys::GGML_STATUS_SUCCESS {
+                return Err(GgmlError::Compute(status));
+            }
+        }
+        Ok(Computed { graph: self, _engine: PhantomData })
+    }
+}
+
+impl Drop for Graph<'_> {
+    fn drop(&mut self) {
+        // SAFETY: made by `new`; no header of it outlives the graph.
+        unsafe { sys::ggml_free(self.ctx.as_ptr()) }
+    }
+}
+
+/// A graph that has run; its outputs can be read until it is dropped.
+pub struct Computed<'a, 'e> {
+    graph: Graph<'a>,
+    _engine: PhantomData<&'e mut Engine>,
+}
+
+impl Computed<'_, '_> {
+    /// Copies the F32 output `t` into `dst`.
+    ///
+    /// # Panics
+    /// If `t` is no contiguous F32 output of this graph or `dst` has another length.
+    pub fn read(&self, t: T, dst: &mut [f32]) {
+        let raw = self.graph.raw(t);
+        assert!(self.graph.contiguous(t));
+        // SAFETY: type, length and the output flag are checked; the buffer is alive.
+        unsafe {
+            assert_eq!((*raw).type_, sys::GGML_TYPE_F32);
+            assert!((*raw).flags & sys::GGML_TENSOR_FLAG_OUTPUT as i32 != 0, "not an output");
+            assert_eq!(sys::ggml_nelements(raw) as usize, dst.len());
+            sys::ggml_backend_tensor_get(raw, dst.as_mut_ptr().cast(), 0, std::mem::size_of_val(dst));
+        }
+    }
+
+    /// The F32 output `t` as a new vector.
+    pub fn to_vec(&self, t: T) -> Vec<f32> {
+        let mut v = vec![0.0; self.graph.ne(t).iter().product()];
+        self.read(t, &mut v);
+        v
+    }
+}

@@ -1,0 +1,270 @@
+//! libllama: the tokenizer, and the runtime that judges our files.
+
+use super::GgmlError;
+use llama_cpp_sys_2 as sys;
+use std::ffi::CString;
+use std::path::Path;
+use std::ptr::NonNull;
+use std::sync::Once;
+
+/// A token id.
+pub type Token = i32;
+
+fn init_once() {
+    static INIT: Once = Once::new();
+    // SAFETY: called once, before any other libllama function.
+    INIT.call_once(|| unsafe { sys::llama_backend_init() });
+}
+
+/// A model (or only its vocabulary) loaded by libllama.
+pub struct LlamaModel {
+    raw: NonNull<sys::llama_model>,
+}
+
+// SAFETY: libllama models are immutable after loading and may be shared between threads.
+unsafe impl Send for LlamaModel {}
+// SAFETY: as above.
+unsafe impl Sync for LlamaModel {}
+
+impl LlamaModel {
+    /// Loads the whole model.
+    ///
+    /// # Errors
+    /// [`GgmlError::Llama`] if libllama refuses the file.
+    pub fn load(path: &Path) -> Result<LlamaModel, GgmlError> {
+        LlamaModel::open(path, false)
+    }
+
+    /// Loads only the vocabulary: enough for tokenising, fast and small.
+    ///
+    /// # Errors
+    /// [`GgmlError::Llama`] if libllama refuses the file.
+    pub fn load_vocab(path: &Path) -> Result<LlamaModel, GgmlError> {
+        LlamaModel::open(path, true)
+    }
+
+    fn open(path: &Path, vocab_only: bool) -> Result<LlamaModel, GgmlError> {
+        init_once();
+        let text = path.to_str().ok_or_else(|| GgmlError::Llama(format!("cannot open {path:?}: not a UTF-8 path")))?;
+        let c_path = CString::new(text).map_err(|_| GgmlError::Llama(format!("cannot open {path:?}: NUL in path")))?;
+        // SAFETY: a valid C string; null is checked.
+        let raw = unsafe {
+            let mut params = sys::llama_model_default_params();
+            params.vocab_only = vocab_only;
+            params.n_gpu_layers = 0;
+            sys::llama_model_load_from_file(c_path.as_ptr(), params)
+        };
+        let what = if vocab_only { "cannot read the vocabulary of" } else { "does not load" };
+        NonNull::new(raw)
+            .map(|raw| LlamaModel { raw })
+            .ok_or_else(|| GgmlError::Llama(format!("{what} {}", path.display())))
+    }
+
+    /// The tokenizer.
+    pub fn vocab(&self) -> Vocab<'_> {
+        // SAFETY: a live model; the vocabulary lives as long as it.
+        let raw = unsafe { sys::llama_model_get_vocab(self.raw.as_ptr()) };
+        Vocab { raw, _model: self }
+    }
+}
+
+impl Drop for LlamaModel {
+    fn drop(&mut self) {
+        // SAFETY: loaded by us; contexts borrow the model and are gone.
+        unsafe { sys::llama_model_free(self.raw.as_ptr()) }
+    }
+}
+
+/// The tokenizer of a [`LlamaModel`].
+#[derive(Clone, Copy)]
+pub struct Vocab<'m> {
+    raw: *const sys::llama_vocab,
+    _model: &'m LlamaModel,
+}
+
+impl Vocab<'_> {
+    /// Number of tokens.
+    pub fn n_tokens(&self) -> usize {
+        // SAFETY: a live vocabulary, here and below.
+        unsafe { sys::llama_vocab_n_tokens(self.raw) as usize }
+    }
+
+    /// Beginning-of-sequence token, if there is one.
+    pub fn bos(&self) -> Option<Token> {
+        let t = unsafe { sys::llama_vocab_bos(self.raw) };
+        (t >= 0).then_some(t)
+    }
+
+    /// End-of-sequence token, if there is one.
+    pub fn eos(&self) -> Option<Token> {
+        let t = unsafe { sys::llama_vocab_eos(self.raw) };
+        (t >= 0).then_some(t)
+    }
+
+    /// Whether the tokenizer puts the BOS token in front of a text.
+    pub fn add_bos(&self) -> bool {
+        unsafe { sys::llama_vocab_get_add_bos(self.raw) }
+    }
+
+    /// Whether `token` ends a generation.
+    pub fn is_eog(&self, token: Token) -> bool {
+        unsafe { sys::llama_vocab_is_eog(self.raw, token) }
+    }
+
+    /// Tokens of `text`, without special tokens added or parsed.
+    ///
+    /// # Errors
+    /// [`GgmlError::Llama`] if the text is too long for one call (2 GiB) or the tokenizer fails.
+    pub fn tokenize(&self, text: &str) -> Result<Vec<Token>, GgmlError> {
+        let len = i32::try_from(text.len()).map_err(|_| GgmlError::Llama("cannot tokenise 2 GiB at once".into()))?;
+        let mut tokens: Vec<Token> = vec![0; text.len() / 2 + 16];
+        for _ in 0..2 {
+            // SAFETY: text and buffer are passed with their lengths.
+            let n = unsafe {
+                sys::llama_tokenize(
+                    self.raw,
+                    text.as_ptr().cast(),
+                    len,
+                    tokens.as_mut_ptr(),
+                    tokens.len() as i32,
+                    false,
+                    false,
+                )
+            };
+            if n >= 0 {
+                tokens.truncate(n as usize);
+                return Ok(tokens);
+            }
+            if n == i32::MIN {
+                break;
+            }
+            tokens.resize(n.unsigned_abs() as usize, 0);
+        }
+        Err(GgmlError::Llama("failed to tokenise the text".into()))
+    }
+
+    /// The bytes that `token` stands for.
+    pub fn piece(&self, token: Token) -> Vec<u8> {
+        let mut buf = vec![0u8; 64];
+        for _ in 0..2 {
+            // SAFETY: buffer with its length; special tokens are rendered too.
+            let n = unsafe {
+                sys::llama_token_to_piece(self.raw, token, buf.as_mut_ptr().cast(), buf.len() as i32, 0, true)
+            };
+            if n >= 0 {
+                buf.truncate(n as usize);
+                return buf;
+            }
+            buf.resize(n.unsigned_abs() as usize, 0);
+        }
+        Vec::new()
+    }
+
+    /// Text of `tokens`; bytes that are no UTF-8 are replaced.
+    pub fn detokenize(&self, tokens: &[Token]) -> String {
+        let bytes: Vec<u8> = tokens.iter().flat_map(|&t| self.piece(t)).collect();
+        String::from_utf8_lossy(&bytes).into_owned()
+    }
+}
+
+/// One token to decode.
+#[derive(Clone, Copy, Debug)]
+pub struct BatchToken {
+    /// The token.
+    pub token: Token,
+    /// Its position in its sequence.
+    pub pos: i32,
+    /// Its sequence.
+    pub seq: i32,
+}
+
+/// A libllama context: KV cache and logits.
+pub struct Context<'m> {
+    raw: NonNull<sys::llama_context>,
+    batch: sys::llama_batch,
+    n_batch: usize,
+    n_vocab: usize,
+    n_last: usize,
+    _model: &'m LlamaModel,
+}
+
+impl<'m> Context<'m> {
+    /// A context for `n_seq` sequences of `n_ctx` tokens each, decoding at most `n_batch` tokens a
+    /// call, with flash attention left to libllama's choice.
+    ///
+    /// # Errors
+    /// [`GgmlError::Llama`] if libllama cannot make it (most often: memory).
+    pub fn new(model: &'m LlamaModel, n_ctx: usize, n_seq: usize, n_batch: usize, n_threads: usize) -> Result<Self, GgmlError> {
+        // SAFETY: parameters are plain data; null is checked; the batch is freed with the context.
+        unsafe {
+            let mut params = sys::llama_context_default_params();
+            params.n_ctx = (n_ctx * n_seq) as u32;
+            params.n_batch = n_batch as u32;
+            params.n_ubatch = n_batch as u32;
+            params.n_seq_max = n_seq as u32;
+            params.n_threads = n_threads as i32;
+            params.n_threads_batch = n_threads as i32;
+            params.no_perf = true;
+            let raw = NonNull::new(sys::llama_init_from_model(model.raw.as_ptr(), params))
+                .ok_or_else(|| GgmlError::Llama(format!("cannot make a context of {n_seq} x {n_ctx} tokens")))?;
+            let batch = sys::llama_batch_init(n_batch as i32, 0, 1);
+            Ok(Context { raw, batch, n_batch, n_vocab: model.vocab().n_tokens(), n_last: 0, _model: model })
+        }
+    }
+
+    /// Forgets all sequences.
+    pub fn clear(&mut self) {
+        // SAFETY: a live context.
+        unsafe { sys::llama_memory_clear(sys::llama_get_memory(self.raw.as_ptr()), false) }
+    }
+
+    /// Decodes `tokens`, with logits for each of them.
+    ///
+    /// # Errors
+    /// [`GgmlError::Llama`] if libllama fails.
+    ///
+    /// # Panics
+    /// If there are more tokens than `n_batch`.
+    pub fn decode(&mut self, tokens: &[BatchToken]) -> Result<(), GgmlError> {
+        assert!(tokens.len() <= self.n_batch);
+        // SAFETY: the batch was made for n_batch tokens with one sequence id each.
+        let status = unsafe {
+            for (i, t) in tokens.iter().enumerate() {
+                *self.batch.token.add(i) = t.token;
+                *self.batch.pos.add(i) = t.pos;
+                *self.batch.n_seq_id.add(i) = 1;
+                **self.batch.seq_id.add(i) = t.seq;
+                *self.batch.logits.add(i) = 1;
+            }
+            self.batch.n_tokens = tokens.len() as i32;
+            sys::llama_decode(self.raw.as_ptr(), self.batch)
+        };
+        self.n_last = if status == 0 { tokens.len() } else { 0 };
+        if status == 0 { Ok(()) } else { Err(GgmlError::Llama(format!("failed to decode a batch (status {status})"))) }
+    }
+
+    /// Logits `[n_vocab]` of the i-th token of the last batch.
+    ///
+    /// # Panics
+    /// If `i` is not a token of the last successful batch.
+    pub fn logits(&self, i: usize) -> &[f32] {
+        assert!(i < self.n_last);
+        // SAFETY: logits were asked for at every position; the pointer lives until the next decode,
+        // which needs `&mut self`.
+        unsafe {
+            let p = sys::llama_get_logits_ith(self.raw.as_ptr(), i as i32);
+            assert!(!p.is_null());
+            std::slice::from_raw_parts(p, self.n_vocab)
+        }
+    }
+}
+
+impl Drop for Context<'_> {
+    fn drop(&mut self) {
+        // SAFETY: both made by `new`.
+        unsafe {
+            sys::llama_batch_free(self.batch);
+            sys::llama_free(self.raw.as_ptr());
+        }
+    }
+}

@@ -1,0 +1,45 @@
+//! The fence around ggml and libllama: the only room with `unsafe` code.
+//!
+//! Everything that leaves this module is an owned Rust type with checked methods. ggml reports
+//! programming errors by aborting the process, so shapes are asserted here before each call, and
+//! [`install_abort_handler`] turns what slips through into one clear line.
+
+mod engine;
+mod gguf;
+mod graph;
+mod llama;
+mod system;
+mod types;
+
+pub use engine::{Engine, Resident, TensorSpec};
+pub use gguf::{RawGguf, RawValue};
+pub use graph::{Computed, Graph, RopeParams, T};
+pub use llama::{BatchToken, Context, LlamaModel, Token, Vocab};
+pub use system::{cpu_features, engine_version, fast_bf16, install_abort_handler, map_file, silence_logs};
+pub use types::Type;
+
+/// What can go wrong behind the fence.
+#[derive(Debug, thiserror::Error)]
+pub enum GgmlError {
+    /// A backend could not be created.
+    #[error("ggml could not start its {0} backend")]
+    Backend(&'static str),
+    /// A buffer could not be allocated.
+    #[error("ggml could not allocate {0} MiB for {1}; use a smaller --ctx-size or fewer threads, or free some memory")]
+    Memory(usize, &'static str),
+    /// A graph did not run to its end.
+    #[error("ggml failed to compute a graph (status {0})")]
+    Compute(i32),
+    /// The bytes are not a GGUF header that ggml accepts.
+    #[error("{0}")]
+    Header(String),
+    /// ggml has no way to turn this type into floats, or back.
+    #[error("ggml cannot {0} tensors of type {1}")]
+    Type(&'static str, String),
+    /// The quantiser wrote something that does not decode to finite numbers.
+    #[error("ggml produced invalid data while quantising to {0}")]
+    Quantise(String),
+    /// libllama refused a model, a context or a batch.
+    #[error("llama.cpp {0}")]
+    Llama(String),
+}

@@ -1,0 +1,75 @@
+//! Process-wide settings of the engine and what it says about itself.
+
+use llama_cpp_sys_2 as sys;
+use std::ffi::{CStr, c_char, c_void};
+use std::sync::OnceLock;
+
+static ON_ABORT: OnceLock<fn(&str) -> !> = OnceLock::new();
+
+/// Calls `handler` with ggml's message instead of letting a failed assertion abort the process.
+/// The first handler stays.
+pub fn install_abort_handler(handler: fn(&str) -> !) {
+    unsafe extern "C" fn callback(message: *const c_char) {
+        // SAFETY: ggml passes a C string that lives during the call.
+        let text = unsafe { CStr::from_ptr(message) }.to_string_lossy().into_owned();
+        if let Some(handler) = ON_ABORT.get() {
+            handler(&text);
+        }
+    }
+    if ON_ABORT.set(handler).is_ok() {
+        // SAFETY: a function pointer that lives as long as the process.
+        unsafe { sys::ggml_set_abort_callback(Some(callback)) };
+    }
+}
+
+/// Turns off ggml's and libllama's own log lines (they are many, and not for our users).
+pub fn silence_logs() {
+    unsafe extern "C" fn quiet(_level: sys::ggml_log_level, _text: *const c_char, _user: *mut c_void) {}
+    // SAFETY: a callback that does nothing.
+    unsafe {
+        sys::llama_log_set(Some(quiet), std::ptr::null_mut());
+        sys::ggml_log_set(Some(quiet), std::ptr::null_mut());
+    }
+}
+
+fn static_text(p: *const c_char) -> &'static str {
+    if p.is_null() {
+        return "?";
+    }
+    // SAFETY: the callers pass static strings of the engine.
+    unsafe { CStr::from_ptr(p) }.to_str().unwrap_or("?")
+}
+
+/// Version of the ggml that is linked in.
+pub fn engine_version() -> &'static str {
+    // SAFETY: returns a static string.
+    static_text(unsafe { sys::ggml_version() })
+}
+
+/// CPU features that ggml's kernels were compiled for.
+pub fn cpu_features() -> Vec<&'static str> {
+    // SAFETY: returns a static string of `NAME = 0|1 |` items.
+    let info = static_text(unsafe { sys::llama_print_system_info() });
+    let info = info.split_once(':').map_or(info, |(_, rest)| rest);
+    info.split('|')
+        .filter_map(|item| item.split_once('='))
+        .filter(|(_, on)| on.trim() != "0")
+        .map(|(name, _)| name.trim())
+        .collect()
+}
+
+/// Whether matrix products in BF16 run faster than in F32 on this CPU.
+pub fn fast_bf16() -> bool {
+    // SAFETY: pure function.
+    unsafe { sys::ggml_cpu_has_avx512_bf16() != 0 }
+}
+
+/// Maps `file` read-only.
+///
+/// # Errors
+/// What the system says, for example for an empty file.
+pub fn map_file(file: &std::fs::File) -> std::io::Result<memmap2::Mmap> {
+    // SAFETY: the map is only read. A file that somebody shortens meanwhile raises SIGBUS, as it
+    // does in llama.cpp; that is the price of a map.
+    unsafe { memmap2::Mmap::map(file) }
+}

@@ -1,0 +1,58 @@
+//! Writing a GGUF: header by ggml, tensor data streamed behind it.
+
+use super::{GgufError, Value};
+use crate::ggml::{RawGguf, Type};
+use std::io::Write;
+use std::path::Path;
+
+/// A tensor to be written; `data` produces its bytes when its turn comes.
+pub struct OutTensor<'a> {
+    /// Name.
+    pub name: String,
+    /// Element type.
+    pub ty: Type,
+    /// Sizes, ne\[0\] first.
+    pub ne: Vec<usize>,
+    /// Its bytes.
+    pub data: Box<dyn Fn() -> Result<std::borrow::Cow<'a, [u8]>, GgufError> + 'a>,
+}
+
+impl OutTensor<'_> {
+    /// Bytes that the tensor takes in the file, without padding.
+    pub fn n_bytes(&self) -> usize {
+        self.ty.row_bytes(self.ne[0]) * self.ne[1..].iter().product::<usize>()
+    }
+}
+
+/// Writes metadata and tensors, in the order given, to `out`. `path` only names the file in errors.
+///
+/// # Errors
+/// [`GgufError::Io`] if writing fails, or what a tensor's `data` returns.
+///
+/// # Panics
+/// If a tensor's data has another length than its type and sizes say.
+pub fn write_gguf(
+    out: &mut impl Write,
+    path: &Path,
+    metadata: &[(String, Value)],
+    alignment: usize,
+    tensors: &[OutTensor],
+) -> Result<(), GgufError> {
+    let io = |source| GgufError::Io { path: path.into(), source };
+    let mut header = RawGguf::empty();
+    for (key, value) in metadata {
+        header.set(key, value);
+    }
+    for t in tensors {
+        header.add_tensor(&t.name, t.ty, &t.ne);
+    }
+    out.write_all(&header.to_bytes()).map_err(io)?;
+    let padding = vec![0u8; alignment];
+    for t in tensors {
+        let bytes = (t.data)()?;
+        assert_eq!(bytes.len(), t.n_bytes(), "data of tensor {}", t.name);
+        out.write_all(&bytes).map_err(io)?;
+        out.write_all(&padding[..bytes.len().next_multiple_of(alignment) - bytes.len()]).map_err(io)?;
+    }
+    out.flush().map_err(io)
+}

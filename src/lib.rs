@@ -1,0 +1,4 @@
+//! x
+pub mod ggml;
+pub mod gguf;
+pub mod model;

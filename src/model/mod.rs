@@ -1,0 +1,32 @@
+//! What a model is made of: hyper-parameters, tensors by role, and which architecture can carry it
+//! once it is pruned.
+
+mod carrier;
+mod hparams;
+mod weights;
+
+pub use carrier::{Carrier, carrier_for};
+pub use hparams::{BlockShape, Family, Hparams};
+pub use weights::{BlockTensors, BlockWeights, Matrix, Model, Segment};
+
+use crate::gguf::GgufError;
+
+/// Why a model cannot be worked on.
+#[derive(Debug, thiserror::Error)]
+pub enum ModelError {
+    /// The container is at fault.
+    #[error(transparent)]
+    Gguf(#[from] GgufError),
+    /// The architecture is not supported.
+    #[error("architecture {0:?} is not supported; supported: {list}", list = Family::NAMES.join(", "))]
+    Unsupported(String),
+    /// A mixture of experts.
+    #[error("this is a mixture of experts ({0} experts): only dense models can be pruned")]
+    Experts(usize),
+    /// A tensor that the architecture does not have.
+    #[error("tensor {0} is not known in architecture {1}; the file would be carried over wrongly")]
+    UnknownTensor(String, &'static str),
+    /// A part of the model that we do not handle.
+    #[error("{0}")]
+    Unusable(String),
+}
