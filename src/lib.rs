@@ -1,4 +1,5 @@
 //! x
+pub mod forward;
 pub mod ggml;
 pub mod gguf;
 pub mod model;

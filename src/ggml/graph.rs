@@ -144,6 +144,14 @@ impl<'a> Graph<'a> {
         self.push(raw)
     }
 
+    /// `a − b`, with `b` repeated to the shape of `a`.
+    pub fn sub(&mut self, a: T, b: T) -> T {
+        self.assert_repeats(a, b, "sub");
+        // SAFETY: b can be repeated to a.
+        let raw = unsafe { sys::ggml_sub(self.ctx.as_ptr(), self.raw(a), self.raw(b)) };
+        self.push(raw)
+    }
+
     /// `a · b` element by element, with `b` repeated to the shape of `a`.
     pub fn mul(&mut self, a: T, b: T) -> T {
         self.assert_repeats(a, b, "mul");
@@ -256,16 +264,32 @@ impl<'a> Graph<'a> {
         self.push(raw)
     }
 
-    /// Rows `start .. start + n` of the matrix `a` (a view).
-    pub fn rows(&mut self, a: T, start: usize, n: usize) -> T {
-        let ne = self.ne(a);
-        assert!(ne[2] == 1 && ne[3] == 1 && n > 0 && start + n <= ne[1]);
-        // SAFETY: the rows lie inside `a`.
+    /// Elements `start .. start + n` along dimension `dim` (a view).
+    pub fn slice(&mut self, a: T, dim: usize, start: usize, n: usize) -> T {
+        let mut ne = self.ne(a);
+        assert!(dim < 4 && n > 0 && start + n <= ne[dim]);
+        if n == ne[dim] {
+            return a;
+        }
+        ne[dim] = n;
+        let [n0, n1, n2, n3] = ne.map(|n| n as i64);
+        // SAFETY: the slice lies inside `a`, whose strides the view keeps. Types with blocks are
+        // not sliced along ne[0]: their stride nb[0] is a block's.
         let raw = unsafe {
             let src = self.raw(a);
-            let stride = (*src).nb[1];
-            sys::ggml_view_2d(self.ctx.as_ptr(), src, ne[0] as i64, n as i64, stride, start * stride)
+            let nb = (*src).nb;
+            assert!(dim > 0 || sys::ggml_blck_size((*src).type_) == 1);
+            sys::ggml_view_4d(self.ctx.as_ptr(), src, n0, n1, n2, n3, nb[1], nb[2], nb[3], start * nb[dim])
         };
+        self.push(raw)
+    }
+
+    /// `a` followed by `b` along dimension `dim`.
+    pub fn concat(&mut self, a: T, b: T, dim: usize) -> T {
+        let (x, y) = (self.ne(a), self.ne(b));
+        assert!((0..4).all(|d| d == dim || x[d] == y[d]), "concat of {x:?} and {y:?} along {dim}");
+        // SAFETY: equal in all other dimensions.
+        let raw = unsafe { sys::ggml_concat(self.ctx.as_ptr(), self.raw(a), self.raw(b), dim as i32) };
         self.push(raw)
     }
 

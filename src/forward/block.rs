@@ -1,0 +1,233 @@
+//! One block: its weights on the backend, and the graph of `src/models/llama.cpp` and
+//! `src/models/deci.cpp` of llama.cpp in the pieces that pruning needs.
+
+use super::{Forward, ForwardError, Net};
+use crate::ggml::{Graph, Resident, T, TensorSpec, Type};
+use crate::model::{BlockShape, BlockWeights, Matrix};
+use std::borrow::Cow;
+
+/// Graph nodes of a block are about forty, and twenty more per slice of queries.
+pub(super) const MAX_NODES: usize = 1024;
+
+/// Queries that are attended in one call: keys after a slice's last query are left out, which
+/// saves up to half of the work of causal attention.
+const QUERY_SLICE: usize = 512;
+
+/// A block's weights on the backend.
+pub struct Block {
+    set: Resident,
+    shape: BlockShape,
+    roles: Roles,
+}
+
+impl Block {
+    /// Whether the block has attention heads.
+    pub fn has_attention(&self) -> bool {
+        self.roles.attn_output.is_some()
+    }
+}
+
+/// Index of each weight in the resident set.
+#[derive(Default)]
+struct Roles {
+    attn_norm: Option<usize>,
+    qkv: [Option<usize>; 3],
+    qkv_bias: [Option<usize>; 3],
+    attn_output: Option<usize>,
+    attn_output_bias: Option<usize>,
+    ffn_norm: Option<usize>,
+    ffn_gate: Option<usize>,
+    ffn_gate_bias: Option<usize>,
+    ffn_up: Option<usize>,
+    ffn_up_bias: Option<usize>,
+    ffn_down: Option<usize>,
+    ffn_down_bias: Option<usize>,
+}
+
+/// Collects tensors for an upload.
+struct Uploads<'w> {
+    ty: Type,
+    list: Vec<(Type, [usize; 2], Cow<'w, [u8]>)>,
+}
+
+impl<'w> Uploads<'w> {
+    fn matrix(&mut self, m: &'w Matrix) -> Option<usize> {
+        if m.data.is_empty() {
+            return None;
+        }
+        let bytes = encode(&m.data, self.ty);
+        self.list.push((self.ty, [m.n_in, m.n_out], bytes));
+        Some(self.list.len() - 1)
+    }
+
+    fn vector(&mut self, v: &'w [f32]) -> Option<usize> {
+        if v.is_empty() {
+            return None;
+        }
+        self.list.push((Type::F32, [v.len(), 1], Cow::Borrowed(bytemuck::cast_slice(v))));
+        Some(self.list.len() - 1)
+    }
+
+    fn optional(&mut self, v: &'w Option<Vec<f32>>) -> Option<usize> {
+        v.as_ref().and_then(|v| self.vector(v))
+    }
+}
+
+/// Floats as F32 or BF16 bytes.
+pub(super) fn encode(data: &[f32], ty: Type) -> Cow<'_, [u8]> {
+    use half::slice::HalfFloatSliceExt;
+    if ty == Type::F32 {
+        return Cow::Borrowed(bytemuck::cast_slice(data));
+    }
+    assert_eq!(ty, Type::BF16);
+    let mut bits = vec![half::bf16::ZERO; data.len()];
+    bits.convert_from_f32_slice(data);
+    // Two bytes per number, in the machine's order, as ggml keeps them.
+    Cow::Owned(bits.iter().flat_map(|b| b.to_ne_bytes()).collect())
+}
+
+impl Forward {
+    /// Puts a block's weights on the backend.
+    ///
+    /// # Errors
+    /// [`ForwardError`] if there is no room.
+    pub fn upload(&self, w: &BlockWeights) -> Result<Block, ForwardError> {
+        let mut up = Uploads { ty: self.net.ty, list: Vec::new() };
+        let [q, k, v] = &w.qkv;
+        let bias = |i: usize| w.qkv_bias.as_ref().map_or(&[][..], |b| &b[i]);
+        let roles = Roles {
+            attn_norm: up.vector(&w.attn_norm),
+            qkv: [up.matrix(q), up.matrix(k), up.matrix(v)],
+            qkv_bias: [up.vector(bias(0)), up.vector(bias(1)), up.vector(bias(2))],
+            attn_output: up.matrix(&w.attn_output),
+            attn_output_bias: up.optional(&w.attn_output_bias),
+            ffn_norm: up.vector(&w.ffn_norm),
+            ffn_gate: up.matrix(&w.ffn_gate),
+            ffn_gate_bias: up.optional(&w.ffn_gate_bias),
+            ffn_up: up.matrix(&w.ffn_up),
+            ffn_up_bias: up.optional(&w.ffn_up_bias),
+            ffn_down: up.matrix(&w.ffn_down),
+            ffn_down_bias: up.optional(&w.ffn_down_bias),
+        };
+        let specs: Vec<_> =
+            up.list.iter().map(|(ty, ne, bytes)| TensorSpec { ty: *ty, ne: *ne, bytes }).collect();
+        Ok(Block { set: Resident::upload(&self.engine, &specs)?, shape: w.shape, roles })
+    }
+
+    /// A chunk through the whole block: `x` `[n_tokens, n_embd]` in, the residual stream after the
+    /// block into `out`, and before its feed-forward into `mid` where that is wanted.
+    ///
+    /// # Errors
+    /// [`ForwardError`] if the backend fails.
+    pub fn block(&mut self, b: &Block, x: &[f32], mid: Option<&mut [f32]>, out: &mut [f32]) -> Result<(), ForwardError> {
+        let mut g = Graph::new(MAX_NODES);
+        let x = g.input_f32([self.n_embd(), x.len() / self.n_embd()], x);
+        let a = b.roles.attn_output.map(|_| self.net.heads(&mut g, b, x));
+        let m = self.net.attention_residual(&mut g, b, x, a);
+        let h = self.net.neurons(&mut g, b, m);
+        let y = self.net.ffn_residual(&mut g, b, m, h);
+        if mid.is_some() {
+            g.output(m);
+        }
+        g.output(y);
+        let done = g.compute(&mut self.engine)?;
+        if let Some(mid) = mid {
+            done.read(m, mid);
+        }
+        done.read(y, out);
+        Ok(())
+    }
+
+    /// The feed-forward half of a block: `mid` in, the residual stream after the block into `out`.
+    ///
+    /// # Errors
+    /// [`ForwardError`] if the backend fails.
+    pub fn ffn(&mut self, b: &Block, mid: &[f32], out: &mut [f32]) -> Result<(), ForwardError> {
+        let mut g = Graph::new(MAX_NODES);
+        let mid = g.input_f32([self.n_embd(), mid.len() / self.n_embd()], mid);
+        let h = self.net.neurons(&mut g, b, mid);
+        let y = self.net.ffn_residual(&mut g, b, mid, h);
+        g.output(y);
+        g.compute(&mut self.engine)?.read(y, out);
+        Ok(())
+    }
+}
+
+impl Net {
+    /// x + attn_output · a + bias. Stock llama.cpp adds no bias in a block without heads.
+    pub(super) fn attention_residual<'a>(&'a self, g: &mut Graph<'a>, b: &'a Block, x: T, a: Option<T>) -> T {
+        let (Some(a), Some(w)) = (a, b.roles.attn_output) else { return x };
+        let y = linear(g, b, Some(w), b.roles.attn_output_bias, a);
+        g.add(y, x)
+    }
+
+    /// mid + ffn_down · h + bias.
+    pub(super) fn ffn_residual<'a>(&'a self, g: &mut Graph<'a>, b: &'a Block, mid: T, h: T) -> T {
+        let y = linear(g, b, b.roles.ffn_down, b.roles.ffn_down_bias, h);
+        g.add(y, mid)
+    }
+
+    /// The input of ffn_down: `[n_ff, n_tokens]`.
+    pub(super) fn neurons<'a>(&'a self, g: &mut Graph<'a>, b: &'a Block, mid: T) -> T {
+        let h = self.norm(g, b, b.roles.ffn_norm, mid);
+        let gate = linear(g, b, b.roles.ffn_gate, b.roles.ffn_gate_bias, h);
+        let up = linear(g, b, b.roles.ffn_up, b.roles.ffn_up_bias, h);
+        g.swiglu(gate, up)
+    }
+
+    fn norm<'a>(&'a self, g: &mut Graph<'a>, b: &'a Block, weight: Option<usize>, x: T) -> T {
+        let h = g.rms_norm(x, self.hparams.rms_eps);
+        let w = g.resident(&b.set, weight.expect("a block has its norms"));
+        g.mul(h, w)
+    }
+
+    /// The input of attn_output: `[n_head·head_dim, n_tokens]`.
+    pub(super) fn heads<'a>(&'a self, g: &mut Graph<'a>, b: &'a Block, x: T) -> T {
+        let (d, t) = (self.hparams.head_dim, self.n_ctx);
+        let (n_head, n_kv) = (b.shape.n_head, b.shape.n_head_kv);
+        let n_tokens = g.ne(x)[1];
+        let n_seq = n_tokens / t;
+        let h = self.norm(g, b, b.roles.attn_norm, x);
+        let positions = g.input_i32(&self.positions[..n_tokens]);
+        let factors = self.has_factors.then(|| g.resident(&self.fixed, 1));
+        let [q, k, v] = std::array::from_fn(|i| {
+            let y = linear(g, b, b.roles.qkv[i], b.roles.qkv_bias[i], h);
+            let heads = if i == 0 { n_head } else { n_kv };
+            let y = g.reshape(y, [d, heads, n_tokens, 1]);
+            // Values are not rotated.
+            let y = if i == 2 { y } else { g.rope(y, positions, factors, &self.hparams.rope) };
+            let y = g.reshape(y, [d, heads, t, n_seq]);
+            g.permute(y, [0, 2, 1, 3])
+        });
+        // The tiled kernel reads K and V many times: F16 halves that traffic, and is what
+        // llama.cpp's KV cache holds by default.
+        let (k, v) = if self.ty == Type::F32 { (k, v) } else { (g.cast(k, Type::F16), g.cast(v, Type::F16)) };
+        let mask = g.resident(&self.fixed, 0);
+        let scale = 1.0 / (d as f32).sqrt();
+        let mut joined = None;
+        for start in (0..t).step_by(QUERY_SLICE) {
+            let n = QUERY_SLICE.min(t - start);
+            let q = g.slice(q, 1, start, n);
+            let (k, v) = (g.slice(k, 1, 0, start + n), g.slice(v, 1, 0, start + n));
+            let mask = g.slice(mask, 1, start, n);
+            let mask = g.slice(mask, 0, 0, start + n);
+            let mask = if t > QUERY_SLICE { g.cont(mask) } else { mask };
+            let y = g.flash_attn(q, k, v, mask, scale);
+            joined = Some(joined.map_or(y, |j| g.concat(j, y, 2)));
+        }
+        g.reshape(joined.expect("windows are not empty"), [d * n_head, n_tokens, 1, 1])
+    }
+}
+
+/// W x + bias.
+fn linear<'a>(g: &mut Graph<'a>, b: &'a Block, weight: Option<usize>, bias: Option<usize>, x: T) -> T {
+    let w = g.resident(&b.set, weight.expect("the role exists in this block"));
+    let y = g.mul_mat(w, x);
+    match bias {
+        Some(i) => {
+            let bias = g.resident(&b.set, i);
+            g.add(y, bias)
+        }
+        None => y,
+    }
+}

@@ -1,0 +1,124 @@
+//! The output head: logits, and what is computed from them without keeping them.
+
+use super::block::{MAX_NODES, encode};
+use super::{Forward, ForwardError};
+use crate::ggml::{Graph, Resident, TensorSpec, Token, Type};
+use crate::model::Model;
+use rayon::prelude::*;
+
+/// Positions whose logits are in memory at a time.
+const LOGIT_ROWS: usize = 128;
+
+/// The last norm and the output matrix on the backend.
+pub struct Head {
+    set: Resident,
+    n_vocab: usize,
+}
+
+impl Head {
+    /// Tokens in the vocabulary.
+    pub fn n_vocab(&self) -> usize {
+        self.n_vocab
+    }
+}
+
+impl Forward {
+    /// Puts the output head of `model` on the backend.
+    ///
+    /// # Errors
+    /// [`ForwardError`] if it cannot be read or there is no room.
+    pub fn head(&self, model: &Model) -> Result<Head, ForwardError> {
+        let norm = model.vector(&model.output_norm)?;
+        let output = model.matrix(&model.output)?;
+        let bytes = encode(&output.data, self.net.ty);
+        let specs = [
+            TensorSpec { ty: Type::F32, ne: [norm.len(), 1], bytes: bytemuck::cast_slice(&norm) },
+            TensorSpec { ty: self.net.ty, ne: [output.n_in, output.n_out], bytes: &bytes },
+        ];
+        Ok(Head { set: Resident::upload(&self.engine, &specs)?, n_vocab: output.n_out })
+    }
+
+    /// Calls `f` with the logits `[n, n_vocab]` of up to 128 consecutive positions of `x`
+    /// `[n_tokens, n_embd]` and the number of the first of them, until all are done.
+    ///
+    /// # Errors
+    /// [`ForwardError`] if the backend fails.
+    pub fn logits(&mut self, head: &Head, x: &[f32], mut f: impl FnMut(usize, &[f32])) -> Result<(), ForwardError> {
+        let n_embd = self.n_embd();
+        let mut buffer = Vec::new();
+        for (i, rows) in x.chunks(LOGIT_ROWS * n_embd).enumerate() {
+            let mut g = Graph::new(MAX_NODES);
+            let h = g.input_f32([n_embd, rows.len() / n_embd], rows);
+            let h = g.rms_norm(h, self.net.hparams.rms_eps);
+            let w = g.resident(&head.set, 0);
+            let h = g.mul(h, w);
+            let w = g.resident(&head.set, 1);
+            let y = g.mul_mat(w, h);
+            g.output(y);
+            buffer.resize(rows.len() / n_embd * head.n_vocab, 0.0);
+            g.compute(&mut self.engine)?.read(y, &mut buffer);
+            f(i * LOGIT_ROWS, &buffer);
+        }
+        Ok(())
+    }
+
+    /// Negative log-likelihood of `targets[i]` at position i of `x`; positions whose target is
+    /// `None` are left out of the result.
+    ///
+    /// # Errors
+    /// [`ForwardError`] if the backend fails.
+    pub fn nll(&mut self, head: &Head, x: &[f32], targets: &[Option<Token>]) -> Result<Vec<f64>, ForwardError> {
+        let mut out = Vec::with_capacity(targets.len());
+        let n_vocab = head.n_vocab;
+        self.logits(head, x, |start, logits| {
+            let chunk: Vec<_> = logits
+                .par_chunks(n_vocab)
+                .zip(&targets[start..])
+                .filter_map(|(row, t)| t.map(|t| log_sum_exp(row) - f64::from(row[t as usize])))
+                .collect();
+            out.extend(chunk);
+        })?;
+        Ok(out)
+    }
+}
+
+/// log Σ exp(row), computed in a way that the compiler turns into vector code.
+pub fn log_sum_exp(row: &[f32]) -> f64 {
+    let max = row.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+    if !max.is_finite() {
+        return f64::from(max);
+    }
+    let sum: f64 = row
+        .chunks(256)
+        .map(|c| f64::from(c.iter().map(|v| exp_neg(v - max)).sum::<f32>()))
+        .sum();
+    f64::from(max) + sum.ln()
+}
+
+/// exp(x) for x ≤ 0 to about 2e-7 relative: 2^n · p(r) with a polynomial on |r| ≤ ln2/2.
+fn exp_neg(x: f32) -> f32 {
+    const LOG2E: f32 = std::f32::consts::LOG2_E;
+    // ln 2 in two parts, so that r keeps its low bits (Cody and Waite).
+    const LN2_HI: f32 = 0.693_359_4;
+    const LN2_LO: f32 = -2.121_944_4e-4;
+    let x = x.max(-87.0);
+    let n = (x * LOG2E).round_ties_even();
+    let r = x - n * LN2_HI - n * LN2_LO;
+    let p = 1.0 + r * (1.0 + r * (0.5 + r * (1.0 / 6.0 + r * (1.0 / 24.0 + r * (1.0 / 120.0 + r * (1.0 / 720.0))))));
+    p * f32::from_bits(((n as i32 + 127) as u32) << 23)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn log_sum_exp_agrees_with_f64() {
+        for n in [1usize, 7, 256, 1000] {
+            let row: Vec<f32> = (0..n).map(|i| ((i * 7919) % 613) as f32 / 20.0 - 15.0).collect();
+            let exact: f64 = row.iter().map(|v| f64::from(*v).exp()).sum::<f64>().ln();
+            assert!((log_sum_exp(&row) - exact).abs() < 1e-5, "n {n}");
+        }
+        assert_eq!(log_sum_exp(&[f32::NEG_INFINITY]), f64::NEG_INFINITY);
+    }
+}

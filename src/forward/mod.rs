@@ -1,0 +1,152 @@
+//! Block-by-block forward passes in ggml graphs.
+//!
+//! [`Forward`] knows how a block computes and how to collect second moments inside it; it does not
+//! know what they are used for. Activations live on the host as `[n_tokens, n_embd]` rows of
+//! windows that all have the same length, and pass through a block a chunk of windows at a time.
+
+mod block;
+mod head;
+mod stats;
+
+pub use block::Block;
+pub use head::{Head, log_sum_exp};
+pub use stats::{Collect, Moments, SymMatrix, Wanted};
+
+use crate::ggml::{Engine, GgmlError, Resident, TensorSpec, Token, Type, fast_bf16};
+use crate::gguf::GgufError;
+use crate::model::{Hparams, Model};
+use std::ops::Range;
+
+/// Tokens that pass through a block in one graph, at least one window.
+const CHUNK_TOKENS: usize = 2048;
+
+/// What a forward pass can fail on.
+#[derive(Debug, thiserror::Error)]
+pub enum ForwardError {
+    /// ggml failed.
+    #[error(transparent)]
+    Ggml(#[from] GgmlError),
+    /// A tensor could not be read.
+    #[error(transparent)]
+    Gguf(#[from] GgufError),
+}
+
+/// Number format of the weights and of the inputs of matrix products.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
+pub enum Precision {
+    /// BF16 where the CPU multiplies it faster than F32, else F32.
+    #[default]
+    Auto,
+    /// 32-bit floats throughout.
+    F32,
+    /// BF16 operands, 32-bit sums.
+    Bf16,
+}
+
+impl Precision {
+    fn weight_type(self) -> Type {
+        match self {
+            Precision::F32 => Type::F32,
+            Precision::Bf16 => Type::BF16,
+            Precision::Auto if fast_bf16() => Type::BF16,
+            Precision::Auto => Type::F32,
+        }
+    }
+}
+
+/// Runs blocks of one model over windows of one length.
+pub struct Forward {
+    engine: Engine,
+    net: Net,
+}
+
+/// What the graphs of a model have in common.
+struct Net {
+    ty: Type,
+    hparams: Hparams,
+    n_ctx: usize,
+    /// Causal mask per query slice, then the frequency factors if the model has any.
+    fixed: Resident,
+    has_factors: bool,
+    positions: Vec<i32>,
+}
+
+impl Forward {
+    /// A forward pass of `model` over windows of `n_ctx` tokens.
+    ///
+    /// # Errors
+    /// [`ForwardError`] if the backend fails or the frequency factors cannot be read.
+    pub fn new(model: &Model, n_ctx: usize, n_threads: usize, precision: Precision) -> Result<Forward, ForwardError> {
+        assert!(n_ctx > 0);
+        let engine = Engine::cpu(n_threads)?;
+        let factors = model.rope_factors(n_ctx)?;
+        let mask = causal_mask(n_ctx);
+        let mut specs = vec![TensorSpec { ty: Type::F16, ne: [n_ctx, n_ctx], bytes: bytemuck::cast_slice(&mask) }];
+        if let Some(f) = &factors {
+            specs.push(TensorSpec { ty: Type::F32, ne: [f.len(), 1], bytes: bytemuck::cast_slice(f) });
+        }
+        let fixed = Resident::upload(&engine, &specs)?;
+        let windows = chunk_windows(n_ctx);
+        let positions = (0..windows * n_ctx).map(|i| (i % n_ctx) as i32).collect();
+        let hparams = model.hparams.clone();
+        let has_factors = factors.is_some();
+        let net = Net { ty: precision.weight_type(), hparams, n_ctx, fixed, has_factors, positions };
+        Ok(Forward { engine, net })
+    }
+
+    /// Length of a window.
+    pub fn n_ctx(&self) -> usize {
+        self.net.n_ctx
+    }
+
+    /// Width of the residual stream.
+    pub fn n_embd(&self) -> usize {
+        self.net.hparams.n_embd
+    }
+
+    /// Type of the weights in matrix products.
+    pub fn weight_type(&self) -> Type {
+        self.net.ty
+    }
+
+    /// The windows `windows` cut into chunks that pass through a block in one graph.
+    pub fn chunks(&self, windows: Range<usize>) -> Vec<Range<usize>> {
+        let n = chunk_windows(self.net.n_ctx);
+        windows.clone().step_by(n).map(|start| start..(start + n).min(windows.end)).collect()
+    }
+
+    /// Where the activations of `windows` lie in a stream.
+    pub fn span(&self, windows: &Range<usize>) -> Range<usize> {
+        let row = self.net.n_ctx * self.net.hparams.n_embd;
+        windows.start * row..windows.end * row
+    }
+}
+
+fn chunk_windows(n_ctx: usize) -> usize {
+    (CHUNK_TOKENS / n_ctx).max(1)
+}
+
+/// `[n_ctx, n_ctx]` in halves: 0 where the key is not after the query, else -∞.
+fn causal_mask(n_ctx: usize) -> Vec<u16> {
+    let (zero, minus_inf) = (half::f16::ZERO.to_bits(), half::f16::NEG_INFINITY.to_bits());
+    (0..n_ctx * n_ctx).map(|i| if i % n_ctx > i / n_ctx { minus_inf } else { zero }).collect()
+}
+
+/// Embeddings `[n_tokens, n_embd]` of `tokens`.
+///
+/// # Errors
+/// [`GgufError`] if a row cannot be decoded, or a token is not in the vocabulary.
+pub fn embed(model: &Model, tokens: &[Token]) -> Result<Vec<f32>, GgufError> {
+    let t = model.tensor(&model.token_embd);
+    let (n_embd, row_bytes) = (t.ne[0], t.ty.row_bytes(t.ne[0]));
+    let data = model.file.data(t);
+    let mut out = vec![0.0; tokens.len() * n_embd];
+    for (row, &token) in out.chunks_exact_mut(n_embd).zip(tokens) {
+        let Some(bytes) = data.get(token as usize * row_bytes..).and_then(|d| d.get(..row_bytes)) else {
+            let problem = format!("has no row for token {token}; the tokenizer does not fit the model");
+            return Err(GgufError::BadKey { key: "token_embd.weight".into(), problem });
+        };
+        t.ty.dequantize(bytes, n_embd, row).map_err(|source| GgufError::Tensor { name: t.name.clone(), source })?;
+    }
+    Ok(out)
+}

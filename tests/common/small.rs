@@ -1,0 +1,193 @@
+//! Small random models with a real tokenizer layout, written through the library's own writer.
+
+use putri_gguf::ggml::Type;
+use putri_gguf::gguf::{OutTensor, Value, write_gguf};
+use std::borrow::Cow;
+use std::path::Path;
+
+/// What a generated model looks like.
+#[derive(Clone)]
+pub struct Small {
+    pub arch: &'static str,
+    pub n_embd: usize,
+    pub head_dim: usize,
+    /// Query heads, KV heads and width per block.
+    pub blocks: Vec<(usize, usize, usize)>,
+    pub n_vocab: usize,
+    pub biases: bool,
+    pub tied: bool,
+    pub rope_freqs: bool,
+    pub fused_qkv: bool,
+    /// Extra metadata, under the architecture's prefix.
+    pub extra: Vec<(&'static str, Value)>,
+    /// Type of the matrices.
+    pub ty: Type,
+    pub seed: u64,
+}
+
+impl Default for Small {
+    fn default() -> Small {
+        Small {
+            arch: "llama",
+            n_embd: 64,
+            head_dim: 16,
+            blocks: vec![(4, 2, 96); 3],
+            n_vocab: 288,
+            biases: false,
+            tied: true,
+            rope_freqs: false,
+            fused_qkv: false,
+            extra: Vec::new(),
+            ty: Type::F32,
+            seed: 1,
+        }
+    }
+}
+
+/// A small, fast, seeded generator (SplitMix64): numbers in [-1, 1).
+pub struct Rng(pub u64);
+
+impl Rng {
+    pub fn next_u64(&mut self) -> u64 {
+        self.0 = self.0.wrapping_add(0x9E37_79B9_7F4A_7C15);
+        let mut z = self.0;
+        z = (z ^ (z >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
+        z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
+        z ^ (z >> 31)
+    }
+
+    pub fn uniform(&mut self) -> f32 {
+        (self.next_u64() >> 40) as f32 / (1u64 << 23) as f32 - 1.0
+    }
+
+    pub fn vec(&mut self, n: usize, scale: f32) -> Vec<f32> {
+        (0..n).map(|_| self.uniform() * scale).collect()
+    }
+}
+
+impl Small {
+    /// Metadata as a converter would write it.
+    pub fn metadata(&self) -> Vec<(String, Value)> {
+        let per_block = |f: fn(&(usize, usize, usize)) -> usize| {
+            let v: Vec<u32> = self.blocks.iter().map(|b| f(b) as u32).collect();
+            if v.iter().all(|n| *n == v[0]) { Value::U32(v[0]) } else { Value::u32_array(&v) }
+        };
+        let arch = |s: &str| format!("{}.{s}", self.arch);
+        let u32 = |n: usize| Value::U32(n as u32);
+        let mut m = vec![
+            ("general.architecture".into(), Value::Str(self.arch.into())),
+            ("general.name".into(), Value::Str("Small Random".into())),
+            ("general.alignment".into(), Value::U32(32)),
+            (arch("block_count"), u32(self.blocks.len())),
+            (arch("context_length"), u32(256)),
+            (arch("embedding_length"), u32(self.n_embd)),
+            (arch("feed_forward_length"), per_block(|b| b.2)),
+            (arch("attention.head_count"), per_block(|b| b.0)),
+            (arch("attention.head_count_kv"), per_block(|b| b.1)),
+            (arch("attention.layer_norm_rms_epsilon"), Value::F32(1e-5)),
+            (arch("attention.key_length"), u32(self.head_dim)),
+            (arch("attention.value_length"), u32(self.head_dim)),
+            (arch("rope.dimension_count"), u32(self.head_dim)),
+            (arch("rope.freq_base"), Value::F32(10000.0)),
+        ];
+        m.extend(self.extra.iter().map(|(k, v)| (arch(k), v.clone())));
+        m.extend(self.tokenizer());
+        m
+    }
+
+    /// A byte-level SentencePiece vocabulary: three special tokens, 256 bytes, then filler.
+    fn tokenizer(&self) -> Vec<(String, Value)> {
+        let mut tokens = vec!["<unk>".to_string(), "<s>".into(), "</s>".into()];
+        tokens.extend((0..256).map(|b| format!("<0x{b:02X}>")));
+        tokens.extend((tokens.len()..self.n_vocab).map(|i| format!("▁w{i}")));
+        let types: Vec<i32> = (0..self.n_vocab)
+            .map(|i| match i {
+                0 => 2,
+                1 | 2 => 3,
+                3..259 => 6,
+                _ => 1,
+            })
+            .collect();
+        let scores: Vec<f32> = (0..self.n_vocab).map(|i| -(i as f32)).collect();
+        // GGUF type 6 is float32.
+        let scores = Value::Array { ty: 6, bytes: bytemuck::cast_slice(&scores).to_vec(), len: self.n_vocab };
+        let key = |s: &str| format!("tokenizer.ggml.{s}");
+        vec![
+            (key("model"), Value::Str("llama".into())),
+            (key("tokens"), Value::StrArray(tokens)),
+            (key("scores"), scores),
+            (key("token_type"), Value::i32_array(&types)),
+            (key("bos_token_id"), Value::U32(1)),
+            (key("eos_token_id"), Value::U32(2)),
+            (key("unknown_token_id"), Value::U32(0)),
+        ]
+    }
+
+    /// Names, types, sizes and values of all tensors.
+    pub fn tensors(&self) -> Vec<(String, Type, Vec<usize>, Vec<f32>)> {
+        let mut rng = Rng(self.seed);
+        let mut out = Vec::new();
+        let d = self.n_embd;
+        let mut add = |name: String, ne: &[usize], norm: bool| {
+            let n = ne.iter().product();
+            let values = if norm {
+                rng.vec(n, 0.3).iter().map(|v| v + 1.0).collect()
+            } else if ne.len() == 1 {
+                rng.vec(n, 0.2)
+            } else {
+                rng.vec(n, 1.5 / (ne[0] as f32).sqrt())
+            };
+            let ty = if ne.len() == 1 || ne[0] % self.ty.block_size() != 0 { Type::F32 } else { self.ty };
+            out.push((name, ty, ne.to_vec(), values));
+        };
+        add("token_embd.weight".into(), &[d, self.n_vocab], false);
+        add("output_norm.weight".into(), &[d], true);
+        if !self.tied {
+            add("output.weight".into(), &[d, self.n_vocab], false);
+        }
+        if self.rope_freqs {
+            add("rope_freqs.weight".into(), &[self.head_dim / 2], true);
+        }
+        for (i, &(heads, kv, ff)) in self.blocks.iter().enumerate() {
+            let (q, kv) = (heads * self.head_dim, kv * self.head_dim);
+            let mut blk = |role: &str, ne: &[usize], norm: bool| add(format!("blk.{i}.{role}"), ne, norm);
+            if kv > 0 {
+                blk("attn_norm.weight", &[d], true);
+                let parts = [("attn_q", q), ("attn_k", kv), ("attn_v", kv)];
+                let fused = [("attn_qkv", q + 2 * kv)];
+                for (name, n) in if self.fused_qkv { &fused[..] } else { &parts[..] } {
+                    blk(&format!("{name}.weight"), &[d, *n], false);
+                    if self.biases {
+                        blk(&format!("{name}.bias"), &[*n], false);
+                    }
+                }
+                blk("attn_output.weight", &[q, d], false);
+                if self.biases {
+                    blk("attn_output.bias", &[d], false);
+                }
+            }
+            blk("ffn_norm.weight", &[d], true);
+            for (name, ne) in [("ffn_gate", [d, ff]), ("ffn_up", [d, ff]), ("ffn_down", [ff, d])] {
+                blk(&format!("{name}.weight"), &ne, false);
+                if self.biases {
+                    blk(&format!("{name}.bias"), &ne[1..], false);
+                }
+            }
+        }
+        out
+    }
+
+    /// Writes the model to `path`.
+    pub fn write(&self, path: &Path) {
+        let tensors: Vec<OutTensor> = self
+            .tensors()
+            .into_iter()
+            .map(|(name, ty, ne, values)| {
+                let bytes = ty.quantize(&values, ne[0], None).unwrap();
+                OutTensor { name, ty, ne, data: Box::new(move || Ok(Cow::Owned(bytes.clone()))) }
+            })
+            .collect();
+        let mut file = std::fs::File::create(path).unwrap();
+        write_gguf(&mut file, path, &self.metadata(), 32, &tensors).unwrap();
+    }
+}

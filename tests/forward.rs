@@ -1,0 +1,89 @@
+//! Our forward pass against libllama's on the same file.
+
+mod common;
+
+use common::small::Small;
+use common::{TEXT, compare_logits, libllama_logits, our_logits, smollm2};
+use putri_gguf::forward::Precision;
+use putri_gguf::ggml::{LlamaModel, Type, silence_logs};
+use putri_gguf::gguf::Value;
+
+fn check_small(name: &str, small: &Small) {
+    silence_logs();
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("small.gguf");
+    small.write(&path);
+    let tokens: Vec<i32> = (0..200).map(|i| 3 + (i * 7919) % 250).collect();
+    let ours = our_logits(&path, &tokens, Precision::F32);
+    let theirs = libllama_logits(&path, &tokens);
+    let (max, kl) = compare_logits(&theirs, &ours, small.n_vocab);
+    println!("{name}: largest difference {max:.2e}, KL divergence {kl:.2e}");
+    // libllama keeps K and V in halves; with that the logits (of size about 5) differ in the third digit.
+    assert!(max < 0.06 && kl < 2e-5, "{name}: largest difference {max}, KL divergence {kl}");
+}
+
+#[test]
+fn small_models_agree_with_libllama() {
+    check_small("plain", &Small::default());
+    check_small("biases", &Small { biases: true, ..Small::default() });
+    check_small("untied", &Small { tied: false, ..Small::default() });
+    check_small("rope_freqs", &Small { rope_freqs: true, ..Small::default() });
+    check_small("mha", &Small { blocks: vec![(4, 4, 128); 2], ..Small::default() });
+    check_small("gqa 6:1", &Small { blocks: vec![(6, 1, 64); 2], ..Small::default() });
+    check_small("fused", &Small { fused_qkv: true, biases: true, ..Small::default() });
+    check_small("head_dim", &Small { head_dim: 32, ..Small::default() });
+}
+
+#[test]
+fn rope_scaling_agrees_with_libllama() {
+    let with = |ty: &str, more: Vec<(&'static str, Value)>| Small {
+        extra: [vec![("rope.scaling.type", Value::Str(ty.into()))], more].concat(),
+        ..Small::default()
+    };
+    let factor = ("rope.scaling.factor", Value::F32(4.0));
+    check_small("linear", &with("linear", vec![factor.clone()]));
+    check_small("none", &with("none", vec![factor.clone()]));
+    let orig = ("rope.scaling.original_context_length", Value::U32(64));
+    check_small("yarn", &with("yarn", vec![factor.clone(), orig]));
+    let attn = ("rope.scaling.attn_factor", Value::F32(1.2));
+    check_small("attn_factor", &with("linear", vec![factor, attn]));
+}
+
+#[test]
+fn blocks_of_different_shapes_agree_with_libllama() {
+    let blocks = vec![(4, 2, 96), (2, 1, 64), (0, 0, 32), (6, 3, 160), (0, 0, 64)];
+    check_small("deci", &Small { arch: "deci", blocks, ..Small::default() });
+}
+
+#[test]
+fn quantised_weights_agree_with_libllama() {
+    for ty in [Type::Q8_0, Type::F16, Type::BF16] {
+        // libllama also rounds the activations for quantised kernels: a wider bound.
+        silence_logs();
+        let small = Small { ty, ..Small::default() };
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("small.gguf");
+        small.write(&path);
+        let tokens: Vec<i32> = (0..100).map(|i| 3 + (i * 104729) % 250).collect();
+        let (max, kl) =
+            compare_logits(&libllama_logits(&path, &tokens), &our_logits(&path, &tokens, Precision::F32), small.n_vocab);
+        println!("{ty}: largest difference {max:.2e}, KL divergence {kl:.2e}");
+        assert!(kl < 2e-3, "{ty}: KL divergence {kl}");
+    }
+}
+
+#[test]
+fn smollm2_agrees_with_libllama() {
+    silence_logs();
+    let path = smollm2();
+    let vocab = LlamaModel::load_vocab(&path).unwrap();
+    let tokens = vocab.vocab().tokenize(TEXT).unwrap();
+    let theirs = libllama_logits(&path, &tokens);
+    for precision in [Precision::F32, Precision::Bf16] {
+        let ours = our_logits(&path, &tokens, precision);
+        let (max, kl) = compare_logits(&theirs, &ours, vocab.vocab().n_tokens());
+        println!("SmolLM2, {precision:?}: largest difference {max:.3}, KL divergence {kl:.2e}");
+        // The file is Q4_1: libllama rounds activations to eight bits for it, we do not.
+        assert!(max < 2.0 && kl < 5e-3, "{precision:?}: largest difference {max}, KL divergence {kl}");
+    }
+}
