@@ -1,5 +1,24 @@
-//! x
+//! Structured pruning of GGUF language models: [`Job`] in, [`Outcome`] out.
+//!
+//! The rooms, in the order in which data flows through them: [`gguf`], [`model`], [`calibrate`],
+//! [`forward`] and [`prune`] under the hand of [`pipeline`], [`requant`], [`assemble`],
+//! [`evaluate`], [`report`]. [`ggml`] is the fence around the engine.
+#![warn(missing_docs)]
+#![deny(unsafe_code)]
+
+pub mod assemble;
+pub mod calibrate;
+pub mod evaluate;
 pub mod forward;
+#[allow(unsafe_code)]
 pub mod ggml;
 pub mod gguf;
+mod job;
 pub mod model;
+pub mod numeric;
+pub mod pipeline;
+pub mod prune;
+pub mod report;
+pub mod requant;
+
+pub use job::{Job, JobError, Outcome, Quality, Size, run};

@@ -9,8 +9,8 @@ mod head;
 mod stats;
 
 pub use block::Block;
-pub use head::{Head, log_sum_exp};
-pub use stats::{Collect, Moments, SymMatrix, Wanted};
+pub use head::Head;
+pub use stats::{Collect, Wanted};
 
 use crate::ggml::{Engine, GgmlError, Resident, TensorSpec, Token, Type, fast_bf16};
 use crate::gguf::GgufError;

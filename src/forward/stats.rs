@@ -3,54 +3,11 @@
 use super::block::MAX_NODES;
 use super::{Block, Forward, ForwardError, Net};
 use crate::ggml::{Computed, Graph, T, Type};
+use crate::numeric::Moments;
 
 /// Row panels that a symmetric product is cut into; only panels on and below the diagonal are
 /// computed, (p + 1) / 2p of the work.
 const PANELS: usize = 6;
-
-/// A symmetric matrix `[n, n]`, stored whole.
-#[derive(Clone, Debug, PartialEq)]
-pub struct SymMatrix {
-    /// Rows and columns.
-    pub n: usize,
-    /// Values; element (i, j) at `i · n + j`.
-    pub data: Vec<f64>,
-}
-
-impl SymMatrix {
-    /// Zero.
-    pub fn zero(n: usize) -> SymMatrix {
-        SymMatrix { n, data: vec![0.0; n * n] }
-    }
-}
-
-/// Sums over tokens of what a linear map sees: inputs x `[n]`, residuals r `[m]`.
-#[derive(Clone, Debug)]
-pub struct Moments {
-    /// Σ x xᵀ `[n, n]`; the lower triangle until [`Moments::finish`].
-    pub gram: SymMatrix,
-    /// Σ x rᵀ `[m, n]`: row i belongs to output i.
-    pub cross: Vec<f64>,
-    /// Tokens summed over.
-    pub n_tokens: usize,
-}
-
-impl Moments {
-    /// No tokens yet.
-    pub fn new(n: usize, m: usize) -> Moments {
-        Moments { gram: SymMatrix::zero(n), cross: vec![0.0; n * m], n_tokens: 0 }
-    }
-
-    /// Fills in the upper triangle once all chunks are in.
-    pub fn finish(&mut self) {
-        let n = self.gram.n;
-        for i in 0..n {
-            for j in 0..i {
-                self.gram.data[j * n + i] = self.gram.data[i * n + j];
-            }
-        }
-    }
-}
 
 /// Outputs of a graph that [`Moments::add`] reads.
 struct Sums {
@@ -59,23 +16,15 @@ struct Sums {
     n_tokens: usize,
 }
 
-impl Moments {
-    fn add(&mut self, done: &Computed, sums: &Sums) {
-        let n = self.gram.n;
-        for (start, panel) in &sums.panels {
-            // Element (c, r) of the panel is x[start + r]·x[start + c], r fastest.
-            let values = done.to_vec(*panel);
-            let rows = n - start;
-            let width = values.len() / rows;
-            for (c, row) in values.chunks_exact(width).enumerate() {
-                let dst = &mut self.gram.data[(start + c) * n + start..][..width.min(c + 1)];
-                dst.iter_mut().zip(row).for_each(|(d, v)| *d += f64::from(*v));
-            }
+impl Sums {
+    fn add_to(&self, moments: &mut Moments, done: &Computed) {
+        for (start, panel) in &self.panels {
+            moments.add_panel(*start, &done.to_vec(*panel));
         }
-        if let Some(cross) = sums.cross {
-            self.cross.iter_mut().zip(done.to_vec(cross)).for_each(|(d, v)| *d += f64::from(v));
+        if let Some(cross) = self.cross {
+            moments.add_cross(&done.to_vec(cross));
         }
-        self.n_tokens += sums.n_tokens;
+        moments.n_tokens += self.n_tokens;
     }
 }
 
@@ -120,7 +69,7 @@ impl Forward {
         });
         let done = g.compute(&mut self.engine)?;
         if let Some((sums, into)) = collect {
-            into.add(&done, &sums);
+            sums.add_to(into, &done);
         }
         Ok(done.to_vec(a))
     }
@@ -153,7 +102,7 @@ impl Forward {
         });
         let done = g.compute(&mut self.engine)?;
         if let Some((sums, into)) = collect {
-            into.add(&done, &sums);
+            sums.add_to(into, &done);
         }
         if let Some(dst) = wanted.mid {
             done.read(mid, dst);

@@ -7,6 +7,7 @@ mod weights;
 
 pub use carrier::{Carrier, carrier_for};
 pub use hparams::{BlockShape, Family, Hparams};
+pub(crate) use weights::group_rows;
 pub use weights::{BlockTensors, BlockWeights, Matrix, Model, Segment};
 
 use crate::gguf::GgufError;

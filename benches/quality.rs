@@ -1,0 +1,159 @@
+//! The yardstick: what pruning costs, on text that it was not calibrated on.
+//!
+//!     cargo bench --bench quality -- --model M.gguf --calibrate C.txt --judge A.txt --judge B.txt
+//!
+//! Prints a row per method and sparsity: perplexity, KL divergence from the dense model and top-1
+//! agreement on every judging text. Judges are cut into windows of `--judge-ctx` tokens.
+
+use clap::Parser;
+use putri_gguf::calibrate::{Recipe, file_windows};
+use putri_gguf::evaluate::compare;
+use putri_gguf::ggml::{LlamaModel, Token, silence_logs};
+use putri_gguf::model::Model;
+use putri_gguf::pipeline::{Loss, Method, Observer, Settings};
+use putri_gguf::{Job, run};
+use std::path::PathBuf;
+
+#[derive(Parser)]
+struct Args {
+    /// Dense model.
+    #[arg(long)]
+    model: PathBuf,
+    /// Calibration text; without it the model writes its own.
+    #[arg(long)]
+    calibrate: Vec<PathBuf>,
+    /// Share of self-generated windows beside --calibrate.
+    #[arg(long, default_value_t = 0.0)]
+    self_share: f64,
+    /// Texts to judge on.
+    #[arg(long, required = true)]
+    judge: Vec<PathBuf>,
+    /// Windows per judge.
+    #[arg(long, default_value_t = 8)]
+    judge_windows: usize,
+    /// Tokens per judging window.
+    #[arg(long, default_value_t = 2048)]
+    judge_ctx: usize,
+    /// Tokens per calibration window.
+    #[arg(long, default_value_t = 2048)]
+    ctx: usize,
+    /// Calibration windows.
+    #[arg(long, default_value_t = 16)]
+    chunks: usize,
+    /// Sparsities.
+    #[arg(long, value_delimiter = ',', default_value = "0.5")]
+    sparsity: Vec<f64>,
+    /// Rows: putri, paper, or putri with settings changed as in `putri:mixture=0.3,uniform`.
+    #[arg(long, default_values_t = ["paper".to_string(), "putri".to_string()])]
+    row: Vec<String>,
+    /// Threads.
+    #[arg(long, default_value_t = 2)]
+    threads: usize,
+    /// Keep the pruned files in this folder.
+    #[arg(long)]
+    keep: Option<PathBuf>,
+    /// What `cargo bench` adds.
+    #[arg(long, hide = true)]
+    bench: bool,
+}
+
+struct Silent;
+
+impl Observer for Silent {
+    fn stage(&mut self, _: &str, _: usize) {}
+    fn step(&mut self, _: usize, _: &str) {}
+}
+
+fn settings(row: &str, sparsity: f64, n_threads: usize) -> Settings {
+    let mut s = Settings { sparsity, n_threads, ..Settings::default() };
+    let (method, changes) = row.split_once(':').unwrap_or((row, ""));
+    s.method = match method {
+        "putri" => Method::Putri,
+        "paper" => Method::Paper,
+        other => panic!("no method {other}"),
+    };
+    for change in changes.split(',').filter(|c| !c.is_empty()) {
+        let (key, value) = change.split_once('=').unwrap_or((change, ""));
+        let number = || value.parse::<f64>().unwrap_or_else(|_| panic!("{change}: not a number"));
+        match key {
+            "mixture" => s.mixture = number(),
+            "ridge_attn" => s.ridge_attn = number(),
+            "ridge_ffn" => s.ridge_ffn = number(),
+            "head_tokens" => s.head_tokens = number() as usize,
+            "curve_tokens" => s.curve_tokens = number() as usize,
+            "nll" => s.head_loss = Loss::Likelihood,
+            "uniform" => s.per_block_widths = false,
+            other => panic!("no setting {other}"),
+        }
+    }
+    s
+}
+
+fn main() {
+    silence_logs();
+    let args = Args::parse();
+    let vocab = LlamaModel::load_vocab(&args.model).expect("model");
+    let dense = Model::open(&args.model).expect("model");
+    let judges: Vec<Vec<Token>> = args
+        .judge
+        .iter()
+        .map(|path| {
+            let windows = file_windows(&vocab, std::slice::from_ref(path), args.judge_ctx, args.judge_windows);
+            windows.expect("judge").concat()
+        })
+        .collect();
+    let scratch = tempfile::tempdir().expect("temporary folder");
+    let folder = args.keep.clone().unwrap_or_else(|| scratch.path().to_path_buf());
+
+    println!("| method | sparsity | reached | bytes | seconds | {} |", args.judge.iter().map(|j| format!("ppl {0} | KL {0} | top-1 {0}", j.file_stem().unwrap_or_default().to_string_lossy())).collect::<Vec<_>>().join(" | "));
+    println!("|---|---|---|---|---|{}", "---|---|---|".repeat(judges.len()));
+    let mut first = true;
+    for &sparsity in &args.sparsity {
+        for row in &args.row {
+            let output = folder.join(format!("{}-{sparsity}.gguf", row.replace([':', '=', ','], "_")));
+            let job = Job {
+                input: args.model.clone(),
+                output: output.clone(),
+                force: true,
+                verify: true,
+                recipe: Recipe {
+                    n_ctx: args.ctx,
+                    n_windows: args.chunks,
+                    files: args.calibrate.clone(),
+                    self_share: args.self_share,
+                    seed: 1,
+                    n_threads: args.threads,
+                },
+                settings: settings(row, sparsity, args.threads),
+            };
+            let outcome = match run(&job, &mut Silent) {
+                Ok(outcome) => outcome,
+                Err(e) => {
+                    println!("| {row} | {sparsity} | {e} |");
+                    continue;
+                }
+            };
+            let pruned = Model::open(&output).expect("our own output");
+            let results: Vec<_> = judges
+                .iter()
+                .map(|tokens| compare(&[&dense, &pruned], tokens, args.judge_ctx, args.threads).expect("evaluation"))
+                .collect();
+            let cells = |i: usize| {
+                let cell = |r: &Vec<putri_gguf::evaluate::Comparison>| {
+                    format!("{:.2} | {:.4} | {:.1} %", r[i].ppl, r[i].kl, r[i].top1 * 100.0)
+                };
+                results.iter().map(cell).collect::<Vec<_>>().join(" | ")
+            };
+            if first {
+                println!("| dense | 0 | 0 | {} | | {} |", outcome.before.bytes, cells(0));
+                first = false;
+            }
+            let seconds = outcome.time.as_secs_f64();
+            println!("| {row} | {sparsity} | {:.4} | {} | {seconds:.0} | {} |", outcome.sparsity, outcome.after.bytes, cells(1));
+            drop(pruned);
+            if args.keep.is_none() {
+                std::fs::remove_file(&output).expect("remove our own output");
+            }
+        }
+    }
+}

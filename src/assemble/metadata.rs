@@ -1,0 +1,158 @@
+//! The output's metadata: the source's, in its order and with its types, brought up to date.
+
+use crate::gguf::Value;
+use crate::model::{BlockShape, Carrier, Model};
+use crate::pipeline::Plan;
+
+/// Where a pruned model comes from; written into `putri.*` keys.
+#[derive(Clone, Debug)]
+pub struct Provenance {
+    /// SHA-256 of the source file, in hex.
+    pub source_sha256: String,
+    /// Sparsity asked for.
+    pub sparsity: f64,
+    /// Share of the blocks' parameters that is gone.
+    pub sparsity_reached: f64,
+    /// Name of the method.
+    pub method: String,
+    /// What it was calibrated on.
+    pub calibration: String,
+    /// Seed of the calibration.
+    pub seed: u64,
+}
+
+/// Metadata of the pruned model, which has `n_params` parameters.
+pub(super) fn metadata(
+    model: &Model,
+    plan: &Plan,
+    carrier: Carrier,
+    n_params: usize,
+    p: &Provenance,
+) -> Vec<(String, Value)> {
+    let (old, new) = (model.hparams.family.name(), carrier.name());
+    let mut shapes = ShapeKeys::new(model, plan);
+    let mut out: Vec<(String, Value)> = Vec::new();
+    for (key, value) in model.file.metadata() {
+        // Describes the importance matrix of a quantisation that is no longer the file's.
+        if key.starts_with("quantize.imatrix.") || key.starts_with("putri.") {
+            continue;
+        }
+        let value = match (key.as_str(), value) {
+            ("general.architecture", _) => Value::Str(new.into()),
+            ("general.name", Value::Str(name)) => Value::Str(renamed(name, p.sparsity_reached)),
+            ("general.size_label", Value::Str(_)) => Value::Str(size_label(n_params)),
+            ("general.parameter_count", Value::U64(_)) => Value::U64(n_params as u64),
+            _ => value.clone(),
+        };
+        match key.strip_prefix(old).and_then(|k| k.strip_prefix('.')) {
+            Some(suffix) => {
+                let value = shapes.take(suffix).map_or(value, |v| as_type_of(v, model.file.get(key)));
+                out.push((format!("{new}.{suffix}"), value));
+            }
+            None => out.push((key.clone(), value)),
+        }
+    }
+    // Keys that had defaults computed from the head count, which has changed.
+    let at = out.iter().rposition(|(k, _)| k.starts_with(&format!("{new}."))).map_or(out.len(), |i| i + 1);
+    let missing = shapes.left.into_iter().map(|(suffix, v)| (format!("{new}.{suffix}"), v));
+    out.splice(at..at, missing);
+    out.extend(provenance(p));
+    out
+}
+
+/// Keys that say how large blocks are, until they are used.
+struct ShapeKeys {
+    left: Vec<(&'static str, Value)>,
+}
+
+impl ShapeKeys {
+    fn new(model: &Model, plan: &Plan) -> ShapeKeys {
+        let shapes = plan.shapes(model);
+        let per_block = |f: fn(&BlockShape) -> usize| {
+            let v: Vec<u32> = shapes.iter().map(|s| f(s) as u32).collect();
+            if v.iter().all(|n| *n == v[0]) { Value::U32(v[0]) } else { Value::u32_array(&v) }
+        };
+        let head_dim = Value::U32(model.hparams.head_dim as u32);
+        ShapeKeys {
+            left: vec![
+                ("feed_forward_length", per_block(|s| s.n_ff)),
+                ("attention.head_count", per_block(|s| s.n_head)),
+                ("attention.head_count_kv", per_block(|s| s.n_head_kv)),
+                ("attention.key_length", head_dim.clone()),
+                ("attention.value_length", head_dim),
+                ("rope.dimension_count", Value::U32(model.hparams.rope.n_rot as u32)),
+            ],
+        }
+    }
+
+    fn take(&mut self, suffix: &str) -> Option<Value> {
+        let i = self.left.iter().position(|(k, _)| *k == suffix)?;
+        Some(self.left.remove(i).1)
+    }
+}
+
+/// `new`, as signed numbers where the source's value was signed (readers are picky about widths).
+fn as_type_of(new: Value, old: Option<&Value>) -> Value {
+    let Some(Value::Array { ty: old_ty, .. }) = old else { return new };
+    let signed = Value::i32_array(&[]);
+    let Value::Array { ty: signed_ty, .. } = signed else { return new };
+    match (&new, new.as_unsigned_array()) {
+        (Value::Array { .. }, Some(v)) if *old_ty == signed_ty => {
+            Value::i32_array(&v.into_iter().map(|n| n as i32).collect::<Vec<_>>())
+        }
+        _ => new,
+    }
+}
+
+fn renamed(name: &str, sparsity: f64) -> String {
+    let base = name.split(" (pruned ").next().unwrap_or(name);
+    format!("{base} (pruned {:.0}%)", sparsity * 100.0)
+}
+
+/// `135M`, `1.2B`: as llama.cpp's converter labels sizes.
+pub(crate) fn size_label(n_params: usize) -> String {
+    let n = n_params as f64;
+    let (scaled, unit) = match n {
+        _ if n > 1e12 => (n / 1e12, "T"),
+        _ if n > 1e9 => (n / 1e9, "B"),
+        _ if n > 1e6 => (n / 1e6, "M"),
+        _ => (n / 1e3, "K"),
+    };
+    if scaled < 9.5 { format!("{scaled:.1}{unit}") } else { format!("{scaled:.0}{unit}") }
+}
+
+fn provenance(p: &Provenance) -> Vec<(String, Value)> {
+    let text = |s: &str| Value::Str(s.into());
+    [
+        ("version", text(env!("CARGO_PKG_VERSION"))),
+        ("source.sha256", text(&p.source_sha256)),
+        ("sparsity", Value::F32(p.sparsity as f32)),
+        ("sparsity_reached", Value::F32(p.sparsity_reached as f32)),
+        ("method", text(&p.method)),
+        ("calibration", text(&p.calibration)),
+        ("seed", Value::U64(p.seed)),
+    ]
+    .into_iter()
+    .map(|(k, v)| (format!("putri.{k}"), v))
+    .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn labels_are_the_converters() {
+        assert_eq!(size_label(134_515_008), "135M");
+        assert_eq!(size_label(81_400_000), "81M");
+        assert_eq!(size_label(1_235_814_432), "1.2B");
+        assert_eq!(size_label(70_553_706_496), "71B");
+        assert_eq!(size_label(5_000), "5.0K");
+    }
+
+    #[test]
+    fn names_do_not_pile_up() {
+        assert_eq!(renamed("SmolLM2", 0.25), "SmolLM2 (pruned 25%)");
+        assert_eq!(renamed("SmolLM2 (pruned 25%)", 0.5), "SmolLM2 (pruned 50%)");
+    }
+}

@@ -1,0 +1,32 @@
+//! From a plan to a GGUF in the carrier architecture.
+
+mod metadata;
+mod tensors;
+
+pub use metadata::Provenance;
+
+use crate::gguf::{GgufError, write_gguf};
+use crate::model::{Carrier, Model, carrier_for};
+use crate::pipeline::Plan;
+use std::io::Write;
+use std::path::Path;
+
+/// Writes the pruned model to `out`; `path` only names the file in errors. Returns the architecture
+/// it is written in.
+///
+/// # Errors
+/// [`GgufError`] if a tensor cannot be read or the output cannot be written.
+pub fn assemble(
+    model: &Model,
+    plan: &Plan,
+    provenance: &Provenance,
+    out: &mut impl Write,
+    path: &Path,
+) -> Result<Carrier, GgufError> {
+    let carrier = carrier_for(model.hparams.family, &plan.shapes(model));
+    let tensors = tensors::tensors(model, plan)?;
+    let n_params = tensors.iter().map(|t| t.ne.iter().product::<usize>()).sum();
+    let metadata = metadata::metadata(model, plan, carrier, n_params, provenance);
+    write_gguf(out, path, &metadata, model.file.alignment(), &tensors)?;
+    Ok(carrier)
+}

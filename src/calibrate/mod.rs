@@ -1,0 +1,141 @@
+//! Where calibration tokens come from: the model itself, text files, or both.
+//!
+//! All windows have one length. The last ones are held out: they pass through the model like the
+//! others, but nothing is fitted to them, so they can judge.
+
+mod generate;
+mod text;
+
+pub use generate::{Schedule, generate};
+pub use text::file_windows;
+
+use crate::ggml::{GgmlError, LlamaModel, Token};
+use std::ops::Range;
+use std::path::PathBuf;
+
+/// Why there are no calibration tokens.
+#[derive(Debug, thiserror::Error)]
+pub enum CalibrateError {
+    /// A text file cannot be read.
+    #[error("{}: {source}", path.display())]
+    Io {
+        /// The file.
+        path: PathBuf,
+        /// What the system said.
+        source: std::io::Error,
+    },
+    /// A text file is too short.
+    #[error("the text has {found} tokens; at least {needed} are needed for windows of {n_ctx} (lower --ctx-size, or give more text)")]
+    TooShort {
+        /// Tokens in all files.
+        found: usize,
+        /// Two windows' worth.
+        needed: usize,
+        /// Tokens per window.
+        n_ctx: usize,
+    },
+    /// The model has neither a BOS nor an EOS token to begin with.
+    #[error("the model names no BOS or EOS token to start its own text from; give a text with --file")]
+    NoStart,
+    /// The progress callback asked to stop.
+    #[error("interrupted")]
+    Interrupted,
+    /// libllama failed.
+    #[error(transparent)]
+    Llama(#[from] GgmlError),
+}
+
+/// What to calibrate on.
+#[derive(Clone, Debug)]
+pub struct Recipe {
+    /// Tokens per window.
+    pub n_ctx: usize,
+    /// Windows to fit on, from all sources together.
+    pub n_windows: usize,
+    /// Text files.
+    pub files: Vec<PathBuf>,
+    /// Share of the windows that the model writes itself, 0 to 1.
+    pub self_share: f64,
+    /// Seed of the sampling.
+    pub seed: u64,
+    /// Threads for generating.
+    pub n_threads: usize,
+}
+
+/// Calibration windows: first those to fit on, then those held out.
+#[derive(Clone, Debug)]
+pub struct Windows {
+    /// Tokens per window.
+    pub n_ctx: usize,
+    /// All windows one after another.
+    pub tokens: Vec<Token>,
+    /// Windows to fit on.
+    pub n_fit: usize,
+    /// Windows held out.
+    pub n_held_out: usize,
+    /// How many of the fitted windows the model wrote itself.
+    pub n_self: usize,
+}
+
+impl Windows {
+    /// All windows.
+    pub fn n_windows(&self) -> usize {
+        self.n_fit + self.n_held_out
+    }
+
+    /// Tokens of the windows `windows`.
+    pub fn tokens_of(&self, windows: Range<usize>) -> &[Token] {
+        &self.tokens[windows.start * self.n_ctx..windows.end * self.n_ctx]
+    }
+
+    /// The next token for every position of `windows`; none at the end of a window.
+    pub fn targets(&self, windows: Range<usize>) -> Vec<Option<Token>> {
+        let tokens = self.tokens_of(windows);
+        (0..tokens.len()).map(|i| if (i + 1) % self.n_ctx == 0 { None } else { Some(tokens[i + 1]) }).collect()
+    }
+}
+
+/// Held-out windows beside `n` windows to fit on.
+fn held_out(n: usize) -> usize {
+    (n / 8).clamp(1, 8)
+}
+
+/// Collects the windows of `recipe`. `progress` is told how many of how many tokens are generated,
+/// and returns whether to go on.
+///
+/// # Errors
+/// [`CalibrateError`] if a file cannot be read, the text is too short, or libllama fails.
+///
+/// # Panics
+/// If `n_ctx` or `n_windows` is 0.
+pub fn collect(
+    model: &LlamaModel,
+    recipe: &Recipe,
+    mut progress: impl FnMut(usize, usize) -> bool,
+) -> Result<Windows, CalibrateError> {
+    assert!(recipe.n_ctx > 1 && recipe.n_windows > 0);
+    let share = if recipe.files.is_empty() { 1.0 } else { recipe.self_share };
+    let mut n_self = (recipe.n_windows as f64 * share).round() as usize;
+    let (mut fit, mut judge) = (Vec::new(), Vec::new());
+    if n_self < recipe.n_windows {
+        let wanted = recipe.n_windows - n_self;
+        let found = file_windows(model, &recipe.files, recipe.n_ctx, wanted + held_out(wanted))?;
+        let n_fit = found.len() - held_out(found.len().min(wanted)).min(found.len() - 1);
+        // Windows to judge on are spread over the text like the others.
+        let every = found.len().div_ceil(found.len() - n_fit);
+        for (i, w) in found.into_iter().enumerate() {
+            if i % every == every - 1 || every == 1 { judge.push(w) } else { fit.push(w) }
+        }
+    }
+    if n_self > 0 {
+        let schedule = Schedule { n_ctx: recipe.n_ctx, n_windows: n_self + held_out(n_self), seed: recipe.seed };
+        let mut own = generate(model, &schedule, recipe.n_threads, &mut progress)?;
+        judge.extend(own.split_off(n_self));
+        fit.extend(own);
+    } else {
+        n_self = 0;
+    }
+    let (n_fit, n_held_out) = (fit.len(), judge.len());
+    let tokens = fit.into_iter().chain(judge).flatten().collect();
+    Ok(Windows { n_ctx: recipe.n_ctx, tokens, n_fit, n_held_out, n_self })
+}

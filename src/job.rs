@@ -1,0 +1,349 @@
+//! The whole way from a GGUF to a pruned and verified GGUF.
+
+use crate::assemble::{Provenance, assemble};
+use crate::calibrate::{self, CalibrateError, Recipe};
+use crate::evaluate;
+use crate::ggml::{GgmlError, LlamaModel};
+use crate::gguf::GgufError;
+use crate::model::{BlockShape, Carrier, Model, ModelError};
+use crate::pipeline::{self, Method, Observer, PruneError, Settings};
+use sha2::{Digest, Sha256};
+use std::io::{BufWriter, Write};
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+/// How far libllama's perplexity of the written file may lie from our own forward of the pruned
+/// model, as a ratio: it rounds activations for quantised weights, we do not.
+const PARITY: f64 = 1.05;
+
+/// What to do.
+#[derive(Clone, Debug)]
+pub struct Job {
+    /// The source; never written to.
+    pub input: PathBuf,
+    /// Where the pruned model goes.
+    pub output: PathBuf,
+    /// Replace an existing output.
+    pub force: bool,
+    /// Let libllama load and judge the result before it gets its name.
+    pub verify: bool,
+    /// What to calibrate on.
+    pub recipe: Recipe,
+    /// How to prune.
+    pub settings: Settings,
+}
+
+/// Sizes of a model.
+#[derive(Clone, Debug)]
+pub struct Size {
+    /// Bytes of the file.
+    pub bytes: u64,
+    /// All parameters.
+    pub params: usize,
+    /// Parameters of the blocks' attention and feed-forward matrices.
+    pub block_params: usize,
+    /// Per block.
+    pub blocks: Vec<BlockShape>,
+}
+
+/// What came of a job.
+#[derive(Clone, Debug)]
+pub struct Outcome {
+    /// The source.
+    pub before: Size,
+    /// The result.
+    pub after: Size,
+    /// The architecture of the result.
+    pub carrier: Carrier,
+    /// Share of the blocks' parameters that was removed.
+    pub sparsity: f64,
+    /// What was measured; absent when nothing was pruned.
+    pub quality: Option<Quality>,
+    /// What the user should know.
+    pub warnings: Vec<String>,
+    /// Wall time.
+    pub time: Duration,
+}
+
+/// Perplexities on calibration windows that were held out.
+#[derive(Clone, Copy, Debug)]
+pub struct Quality {
+    /// The source, by our forward.
+    pub dense_ppl: f64,
+    /// The result, by our forward.
+    pub pruned_ppl: f64,
+    /// The written file, by libllama; absent with `--no-verify`.
+    pub file_ppl: Option<f64>,
+    /// Tokens fitted on, and how many of them the model wrote itself.
+    pub fit_tokens: (usize, usize),
+    /// Tokens judged on.
+    pub held_out_tokens: usize,
+}
+
+/// Why a job failed. Nothing is left behind, and the source is as it was.
+#[derive(Debug, thiserror::Error)]
+#[allow(missing_docs)]
+pub enum JobError {
+    #[error("{}: {source}", path.display())]
+    Model { path: PathBuf, source: ModelError },
+    #[error("calibration: {0}")]
+    Calibrate(#[from] CalibrateError),
+    #[error(transparent)]
+    Prune(#[from] PruneError),
+    #[error(transparent)]
+    Gguf(#[from] GgufError),
+    #[error("{} is the input itself; choose another name", .0.display())]
+    SameFile(PathBuf),
+    #[error("{} exists; --force replaces it", .0.display())]
+    Exists(PathBuf),
+    #[error("{}: {source}", path.display())]
+    Io { path: PathBuf, source: std::io::Error },
+    #[error("the result does not load: {0}")]
+    DoesNotLoad(GgmlError),
+    #[error("the result loads, but llama.cpp's perplexity on it is {file:.2} and ours of the pruned model {own:.2}; nothing was written")]
+    Disagrees { file: f64, own: f64 },
+    #[error("interrupted")]
+    Interrupted,
+}
+
+/// Runs `job`.
+///
+/// # Errors
+/// [`JobError`]; then there is no output, and no temporary file.
+pub fn run(job: &Job, observer: &mut dyn Observer) -> Result<Outcome, JobError> {
+    let start = Instant::now();
+    check_paths(job)?;
+    let at_input = |source| JobError::Model { path: job.input.clone(), source };
+    let model = Model::open(&job.input).map_err(|e| match e {
+        // These name the file already.
+        ModelError::Gguf(
+            e @ (GgufError::Io { .. }
+            | GgufError::Magic { .. }
+            | GgufError::Header { .. }
+            | GgufError::Truncated { .. }
+            | GgufError::UnknownType { .. }),
+        ) => JobError::Gguf(e),
+        other => at_input(other),
+    })?;
+    if job.settings.sparsity == 0.0 {
+        return copy_as_is(job, &model, start);
+    }
+    let budgets = pipeline::budgets(&model);
+    pipeline::check_budget(&model, &job.settings)?;
+
+    let (windows, source_sha256) = {
+        let llama = LlamaModel::load(&job.input).map_err(CalibrateError::Llama)?;
+        let mut windows = None;
+        let sha = std::thread::scope(|scope| {
+            let sha = scope.spawn(|| hex(&Sha256::digest(model.file.bytes())));
+            windows = Some(collect(&llama, job, observer));
+            sha.join().expect("hashing does not panic")
+        });
+        (windows.expect("set in the scope")?, sha)
+    };
+    let pruned = pipeline::run(&model, &windows, &job.settings, observer).map_err(|e| match e {
+        PruneError::Interrupted => JobError::Interrupted,
+        other => other.into(),
+    })?;
+    let sparsity = pruned.plan.sparsity(&budgets);
+    let provenance = Provenance {
+        source_sha256,
+        sparsity: job.settings.sparsity,
+        sparsity_reached: sparsity,
+        method: method_name(job.settings.method).into(),
+        calibration: calibration_text(job, &windows),
+        seed: job.recipe.seed,
+    };
+
+    observer.stage("write and verify", 2);
+    let temp = temporary(&job.output)?;
+    let mut out = BufWriter::with_capacity(1 << 20, temp.as_file());
+    let carrier = assemble(&model, &pruned.plan, &provenance, &mut out, &job.output)?;
+    out.flush().map_err(|source| JobError::Io { path: job.output.clone(), source })?;
+    drop(out);
+    observer.step(1, "");
+    let mut quality = Quality {
+        dense_ppl: pruned.dense_ppl,
+        pruned_ppl: pruned.pruned_ppl,
+        file_ppl: None,
+        fit_tokens: (windows.n_fit * windows.n_ctx, windows.n_self * windows.n_ctx),
+        held_out_tokens: windows.n_held_out * windows.n_ctx,
+    };
+    if job.verify {
+        let held_out = windows.tokens_of(windows.n_fit..windows.n_windows());
+        let file = evaluate::perplexity(temp.path(), held_out, windows.n_ctx, job.settings.n_threads)
+            .map_err(JobError::DoesNotLoad)?;
+        let own = quality.pruned_ppl;
+        // A NaN on either side is no agreement.
+        let agrees = (file / own).ln().abs() <= PARITY.ln();
+        if !agrees {
+            return Err(JobError::Disagrees { file, own });
+        }
+        quality.file_ppl = Some(file);
+    }
+    if observer.interrupted() {
+        return Err(JobError::Interrupted);
+    }
+    let bytes = finish(job, temp)?;
+    observer.step(2, "");
+    let shapes = pruned.plan.shapes(&model);
+    let before = size_of(&model);
+    let after = Size {
+        bytes,
+        params: before.params - removed_params(&model, &shapes),
+        block_params: shapes.iter().map(|b| sum(model.hparams.block_params(b))).sum(),
+        blocks: shapes,
+    };
+    let mut warnings = pruned.warnings;
+    warnings.extend(advice(sparsity, &quality, carrier));
+    Ok(Outcome { before, after, carrier, sparsity, quality: Some(quality), warnings, time: start.elapsed() })
+}
+
+fn sum((a, b): (usize, usize)) -> usize {
+    a + b
+}
+
+fn size_of(model: &Model) -> Size {
+    let h = &model.hparams;
+    Size {
+        bytes: model.file.bytes().len() as u64,
+        params: model.file.tensors().iter().map(|t| t.n_elements()).sum(),
+        block_params: h.blocks.iter().map(|b| sum(h.block_params(b))).sum(),
+        blocks: h.blocks.clone(),
+    }
+}
+
+fn removed_params(model: &Model, shapes: &[BlockShape]) -> usize {
+    let h = &model.hparams;
+    h.blocks.iter().zip(shapes).map(|(a, b)| sum(h.block_params(a)) - sum(h.block_params(b))).sum()
+}
+
+fn collect(llama: &LlamaModel, job: &Job, observer: &mut dyn Observer) -> Result<calibrate::Windows, JobError> {
+    let mut begun = false;
+    let windows = calibrate::collect(llama, &job.recipe, |done, total| {
+        if !begun {
+            observer.stage("calibration text", total);
+            begun = true;
+        }
+        observer.step(done, "");
+        !observer.interrupted()
+    });
+    match windows {
+        Err(CalibrateError::Interrupted) => Err(JobError::Interrupted),
+        other => Ok(other?),
+    }
+}
+
+/// Sparsity 0: the same bytes.
+fn copy_as_is(job: &Job, model: &Model, start: Instant) -> Result<Outcome, JobError> {
+    let io = |source| JobError::Io { path: job.output.clone(), source };
+    let mut temp = temporary(&job.output)?;
+    temp.write_all(model.file.bytes()).map_err(io)?;
+    if job.verify {
+        LlamaModel::load(temp.path()).map_err(JobError::DoesNotLoad)?;
+    }
+    finish(job, temp)?;
+    let size = size_of(model);
+    Ok(Outcome {
+        before: size.clone(),
+        after: size,
+        carrier: Carrier::Same(model.hparams.family),
+        sparsity: 0.0,
+        quality: None,
+        warnings: Vec::new(),
+        time: start.elapsed(),
+    })
+}
+
+/// Refuses what would harm a file, before anything costs time.
+fn check_paths(job: &Job) -> Result<(), JobError> {
+    let Ok(existing) = job.output.canonicalize() else { return Ok(()) };
+    if job.input.canonicalize().is_ok_and(|input| same_file(&input, &existing)) {
+        return Err(JobError::SameFile(job.output.clone()));
+    }
+    if !job.force {
+        return Err(JobError::Exists(job.output.clone()));
+    }
+    if existing.is_dir() {
+        let source = std::io::Error::new(std::io::ErrorKind::IsADirectory, "is a directory");
+        return Err(JobError::Io { path: job.output.clone(), source });
+    }
+    Ok(())
+}
+
+/// Whether two existing paths are one file, hard links included.
+fn same_file(a: &Path, b: &Path) -> bool {
+    #[cfg(unix)]
+    {
+        use std::os::unix::fs::MetadataExt;
+        if let (Ok(a), Ok(b)) = (a.metadata(), b.metadata()) {
+            return (a.dev(), a.ino()) == (b.dev(), b.ino());
+        }
+    }
+    a == b
+}
+
+/// A temporary file beside the output, so that the final rename stays on one file system.
+fn temporary(output: &Path) -> Result<tempfile::NamedTempFile, JobError> {
+    let folder = output.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    let name = output.file_name().unwrap_or_default().to_string_lossy();
+    tempfile::Builder::new()
+        .prefix(&format!(".{name}."))
+        .suffix(".part")
+        .tempfile_in(folder)
+        .map_err(|source| JobError::Io { path: folder.into(), source })
+}
+
+/// Syncs the temporary file and gives it its name. Returns its length.
+fn finish(job: &Job, temp: tempfile::NamedTempFile) -> Result<u64, JobError> {
+    let io = |source| JobError::Io { path: job.output.clone(), source };
+    temp.as_file().sync_all().map_err(io)?;
+    let bytes = temp.as_file().metadata().map_err(io)?.len();
+    // A temporary file is private; an output is made like any other file.
+    #[cfg(unix)]
+    {
+        use std::os::unix::fs::PermissionsExt;
+        let mode = job.input.metadata().map_err(io)?.permissions().mode() & 0o666;
+        temp.as_file().set_permissions(std::fs::Permissions::from_mode(mode | 0o200)).map_err(io)?;
+    }
+    let persisted = if job.force { temp.persist(&job.output) } else { temp.persist_noclobber(&job.output) };
+    persisted.map_err(|e| io(e.error))?;
+    Ok(bytes)
+}
+
+fn method_name(method: Method) -> &'static str {
+    match method {
+        Method::Putri => "putri",
+        Method::Paper => "paper",
+    }
+}
+
+fn calibration_text(job: &Job, w: &calibrate::Windows) -> String {
+    let files: Vec<_> =
+        job.recipe.files.iter().map(|f| f.file_name().unwrap_or_default().to_string_lossy().into_owned()).collect();
+    let own = format!("{} of {} windows of {} tokens self-generated", w.n_self, w.n_fit, w.n_ctx);
+    if files.is_empty() { own } else { format!("{own}, the rest from {}", files.join(", ")) }
+}
+
+/// What a user needs to hear about a result like this.
+fn advice(sparsity: f64, q: &Quality, carrier: Carrier) -> Vec<String> {
+    let mut out = Vec::new();
+    if sparsity >= 0.4 {
+        out.push(format!(
+            "{:.0} % pruned without training afterwards is a start for fine-tuning or a simple task, not a chat model; \
+             10 to 25 % is what keeps answers usable",
+            sparsity * 100.0
+        ));
+    }
+    if q.pruned_ppl > 2.0 * q.dense_ppl {
+        out.push("perplexity more than doubled: compare with a smaller quant or a smaller model before you ship this".into());
+    }
+    if carrier == Carrier::Deci {
+        out.push("blocks differ in size: the file is of architecture deci, for llama.cpp since 2025 and Ollama since 0.9.3".into());
+    }
+    out
+}
+
+fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|b| format!("{b:02x}")).collect()
+}

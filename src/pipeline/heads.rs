@@ -1,0 +1,282 @@
+//! The search for attention groups to remove, over cached residual streams.
+
+use super::{Method, PruneError, Run};
+use crate::calibrate::Windows;
+use crate::forward::{Block, Forward, Head, Wanted, embed};
+use crate::ggml::Token;
+use crate::model::Model;
+use crate::numeric::log_sum_exp;
+use crate::pipeline::Plan;
+use crate::prune::{GroupId, lazy_greedy, rounds};
+use rayon::prelude::*;
+
+/// What a candidate is judged by.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Loss {
+    /// Mean KL divergence of the pruned model's predictions from the dense model's.
+    Divergence,
+    /// Mean negative log-likelihood of the tokens.
+    Likelihood,
+}
+
+/// Most likely tokens of a dense prediction that are kept apart; the others are taken together,
+/// which bounds the KL divergence from below.
+const TOP: usize = 64;
+
+/// Bytes that the candidates' residual streams may take at a time.
+const STREAM_BYTES: usize = 256 << 20;
+
+impl Run<'_> {
+    /// Takes `n_remove` groups out of the plan.
+    pub(super) fn search_heads(&mut self, n_remove: usize) -> Result<(), PruneError> {
+        if n_remove == 0 {
+            return Ok(());
+        }
+        let paper = self.settings.method == Method::Paper;
+        let wanted = if paper { 2048 } else { self.settings.head_tokens };
+        let n_windows = wanted.div_ceil(self.windows.n_ctx).clamp(1, self.windows.n_fit);
+        let loss = if paper { Loss::Likelihood } else { self.settings.head_loss };
+        let candidates: Vec<GroupId> = (0..self.plan.blocks.len())
+            .flat_map(|block| self.plan.blocks[block].groups.iter().map(move |&group| GroupId { block, group }))
+            .collect();
+        let in_first = self.plan.blocks[0].groups.len();
+        // Stock llama.cpp reads head_dim only if the first block has heads.
+        let may_remove = |removed: &[GroupId], c: GroupId| {
+            c.block != 0 || removed.iter().filter(|r| r.block == 0).count() + 1 < in_first
+        };
+        let n_kv = self.model.hparams.blocks[0].n_head_kv.max(1);
+        let picked = pick_windows(self.windows, n_windows);
+        let mut search = Search::new(self, &picked, loss)?;
+        search.run.observer.stage("heads", n_remove);
+        let score = |removed: &[GroupId], ask: &[GroupId]| search.score(removed, ask);
+        let removed = if paper {
+            rounds(&candidates, n_remove, n_kv, may_remove, score)?
+        } else {
+            lazy_greedy(&candidates, n_remove, may_remove, score)?
+        };
+        for id in removed {
+            self.remove_group(id)?;
+        }
+        Ok(())
+    }
+
+    /// Takes a group out of the plan, and its columns out of a new attn_output.
+    fn remove_group(&mut self, id: GroupId) -> Result<(), PruneError> {
+        debug_assert!(self.plan.blocks[id.block].attn_output.is_none(), "heads go before attn_output is refitted");
+        self.plan.remove_group(id);
+        Ok(())
+    }
+}
+
+/// Tokens of `n` windows spread over those to fit on.
+fn pick_windows(w: &Windows, n: usize) -> Vec<Token> {
+    (0..n).flat_map(|i| { let at = i * w.n_fit / n; w.tokens_of(at..at + 1) }).copied().collect()
+}
+
+/// Cached state of the search.
+struct Search<'r, 'a> {
+    run: &'r mut Run<'a>,
+    /// Plan with the groups removed so far.
+    plan: Plan,
+    removed: usize,
+    head: Head,
+    judge: Judge,
+    n_windows: usize,
+    /// Input of every block under the plan, and the last block's output.
+    base: Vec<Vec<f32>>,
+    base_loss: f64,
+}
+
+impl<'r, 'a> Search<'r, 'a> {
+    fn new(run: &'r mut Run<'a>, tokens: &[Token], loss: Loss) -> Result<Self, PruneError> {
+        let n_windows = tokens.len() / run.windows.n_ctx;
+        let head = run.forward.head(run.model)?;
+        let plan = run.plan.clone();
+        let mut base = vec![embed(run.model, tokens)?];
+        for il in 0..run.model.hparams.n_layer() {
+            let block = run.forward.upload(&plan.block(run.model, il)?)?;
+            let x = &base[il];
+            let mut y = vec![0.0; x.len()];
+            through_block(&mut run.forward, &block, x, &mut y, n_windows)?;
+            base.push(y);
+        }
+        let judge = Judge::new(run.model, &mut run.forward, &head, tokens, base.last().unwrap_or(&Vec::new()), loss)?;
+        let mut search = Search { run, plan, removed: 0, head, judge, n_windows, base, base_loss: 0.0 };
+        search.base_loss = search.judge.loss(&mut search.run.forward, &search.head, &search.base[search.base.len() - 1])?;
+        Ok(search)
+    }
+
+    /// What the loss grows by without each of `ask`, once `removed` are gone.
+    fn score(&mut self, removed: &[GroupId], ask: &[GroupId]) -> Result<Vec<f64>, PruneError> {
+        let dirty = removed[self.removed..].iter().map(|r| r.block).min();
+        for &id in &removed[self.removed..] {
+            self.plan.remove_group(id);
+        }
+        self.removed = removed.len();
+        if let Some(block) = dirty {
+            self.run.observer.step(removed.len(), &format!("loss {:.4}", self.base_loss));
+            self.sweep(Some(block), &[])?;
+        }
+        let per_sweep = (STREAM_BYTES / (self.base[0].len() * 4)).max(1);
+        let mut by_block: Vec<usize> = (0..ask.len()).collect();
+        by_block.sort_by_key(|&i| ask[i]);
+        let mut losses = vec![0.0; ask.len()];
+        for part in by_block.chunks(per_sweep) {
+            let ids: Vec<GroupId> = part.iter().map(|&i| ask[i]).collect();
+            for (&i, loss) in part.iter().zip(self.sweep(None, &ids)?) {
+                losses[i] = loss - self.base_loss;
+            }
+        }
+        Ok(losses)
+    }
+
+    /// One sweep over the blocks from the first that matters: refreshes the cached streams from
+    /// block `dirty` on, and carries a stream per candidate to its loss.
+    fn sweep(&mut self, dirty: Option<usize>, ids: &[GroupId]) -> Result<Vec<f64>, PruneError> {
+        let n_layer = self.run.model.hparams.n_layer();
+        let start = ids.iter().map(|c| c.block).chain(dirty).min().unwrap_or(n_layer);
+        let mut streams: Vec<Vec<f32>> = vec![Vec::new(); ids.len()];
+        for il in start..n_layer {
+            self.run.checkpoint()?;
+            let block = self.run.forward.upload(&self.plan.block(self.run.model, il)?)?;
+            let forward = &mut self.run.forward;
+            for (id, stream) in ids.iter().zip(&mut streams).filter(|(id, _)| id.block < il) {
+                debug_assert!(id.block < il);
+                let x = std::mem::take(stream);
+                stream.resize(x.len(), 0.0);
+                through_block(forward, &block, &x, stream, self.n_windows)?;
+            }
+            let here: Vec<usize> = (0..ids.len()).filter(|&i| ids[i].block == il).collect();
+            if !here.is_empty() {
+                let groups = &self.plan.blocks[il].groups;
+                let columns: Vec<usize> = here
+                    .iter()
+                    .map(|&i| groups.iter().position(|&g| g == ids[i].group).expect("a candidate is still there"))
+                    .collect();
+                let outs = without_each(forward, &block, &self.base[il], groups.len(), &columns, self.n_windows)?;
+                for (i, out) in here.into_iter().zip(outs) {
+                    streams[i] = out;
+                }
+            }
+            if dirty.is_some_and(|d| d <= il) {
+                let (before, after) = self.base.split_at_mut(il + 1);
+                through_block(forward, &block, &before[il], &mut after[0], self.n_windows)?;
+            }
+        }
+        let forward = &mut self.run.forward;
+        if dirty.is_some() {
+            self.base_loss = self.judge.loss(forward, &self.head, &self.base[n_layer])?;
+        }
+        streams.iter().map(|s| self.judge.loss(forward, &self.head, s)).collect()
+    }
+}
+
+fn through_block(f: &mut Forward, b: &Block, x: &[f32], y: &mut [f32], n_windows: usize) -> Result<(), PruneError> {
+    for chunk in f.chunks(0..n_windows) {
+        let span = f.span(&chunk);
+        f.block(b, &x[span.clone()], None, &mut y[span])?;
+    }
+    Ok(())
+}
+
+/// Outputs of a block for `x` with the attention of one of its `n_groups` groups left out each time.
+fn without_each(
+    f: &mut Forward,
+    b: &Block,
+    x: &[f32],
+    n_groups: usize,
+    columns: &[usize],
+    n_windows: usize,
+) -> Result<Vec<Vec<f32>>, PruneError> {
+    let mut outs = vec![vec![0.0; x.len()]; columns.len()];
+    for chunk in f.chunks(0..n_windows) {
+        let span = f.span(&chunk);
+        let heads = f.heads(b, &x[span.clone()], None)?;
+        let row = heads.len() / (span.len() / f.n_embd());
+        let width = row / n_groups;
+        for (out, &c) in outs.iter_mut().zip(columns) {
+            let mut without = heads.clone();
+            without.chunks_exact_mut(row).for_each(|r| r[c * width..(c + 1) * width].fill(0.0));
+            let wanted = Wanted { out: Some(&mut out[span.clone()]), ..Wanted::default() };
+            f.from_heads(b, &x[span.clone()], &without, wanted)?;
+        }
+    }
+    Ok(outs)
+}
+
+/// Turns a final residual stream into a loss.
+enum Judge {
+    Likelihood(Vec<Option<Token>>),
+    /// Per position: the likeliest tokens of the dense model with their probabilities.
+    Divergence(Vec<Vec<(u32, f32)>>),
+}
+
+impl Judge {
+    fn new(
+        model: &Model,
+        forward: &mut Forward,
+        head: &Head,
+        tokens: &[Token],
+        dense: &[f32],
+        loss: Loss,
+    ) -> Result<Judge, PruneError> {
+        debug_assert_eq!(dense.len(), tokens.len() * model.hparams.n_embd);
+        let n_ctx = forward.n_ctx();
+        if loss == Loss::Likelihood {
+            let next = |i: usize| if (i + 1) % n_ctx == 0 { None } else { Some(tokens[i + 1]) };
+            return Ok(Judge::Likelihood((0..tokens.len()).map(next).collect()));
+        }
+        let mut top = Vec::with_capacity(tokens.len());
+        forward.logits(head, dense, |_, rows| {
+            top.par_extend(rows.par_chunks(head.n_vocab()).map(likeliest));
+        })?;
+        Ok(Judge::Divergence(top))
+    }
+
+    fn loss(&self, forward: &mut Forward, head: &Head, stream: &[f32]) -> Result<f64, PruneError> {
+        match self {
+            Judge::Likelihood(targets) => {
+                let nll = forward.nll(head, stream, targets)?;
+                Ok(nll.iter().sum::<f64>() / nll.len() as f64)
+            }
+            Judge::Divergence(top) => {
+                let mut sum = 0.0;
+                forward.logits(head, stream, |start, rows| {
+                    let chunk: Vec<f64> = rows
+                        .par_chunks(head.n_vocab())
+                        .zip(&top[start..])
+                        .map(|(row, dense)| divergence(row, dense))
+                        .collect();
+                    sum += chunk.iter().sum::<f64>();
+                })?;
+                Ok(sum / top.len() as f64)
+            }
+        }
+    }
+}
+
+/// The likeliest tokens of a row of logits with their probabilities.
+fn likeliest(row: &[f32]) -> Vec<(u32, f32)> {
+    let lse = log_sum_exp(row);
+    let mut ids: Vec<u32> = (0..row.len() as u32).collect();
+    let n = TOP.min(row.len());
+    let by_logit = |a: &u32, b: &u32| row[*b as usize].total_cmp(&row[*a as usize]).then(a.cmp(b));
+    ids.select_nth_unstable_by(n - 1, by_logit);
+    ids.truncate(n);
+    ids.into_iter().map(|id| (id, (f64::from(row[id as usize]) - lse).exp() as f32)).collect()
+}
+
+/// KL divergence of softmax(row) from `dense`, with the tokens that `dense` leaves out as one.
+fn divergence(row: &[f32], dense: &[(u32, f32)]) -> f64 {
+    let lse = log_sum_exp(row);
+    let (mut kl, mut p_rest, mut q_rest) = (0.0, 1.0f64, 1.0f64);
+    for &(id, p) in dense {
+        let (p, log_q) = (f64::from(p), f64::from(row[id as usize]) - lse);
+        if p > 0.0 {
+            kl += p * (p.ln() - log_q);
+        }
+        p_rest -= p;
+        q_rest -= log_q.exp();
+    }
+    if p_rest > 1e-9 { kl + p_rest * (p_rest / q_rest.max(1e-9)).ln() } else { kl }
+}

@@ -1,0 +1,281 @@
+//! The passes over the blocks: where forward passes and the mathematics of pruning meet.
+//!
+//! 1. `heads`: which attention groups go, by their effect on the model's predictions.
+//! 2. `curves`: what every block loses as its feed-forward narrows; from that, the widths.
+//! 3. `sequential`: block after block, refit attn_output, choose neurons, refit ffn_down, requantise;
+//!    each block sees the pruned and requantised blocks before it.
+
+mod curves;
+mod heads;
+mod plan;
+mod sequential;
+
+pub use heads::Loss;
+pub use plan::{BlockPlan, Plan};
+
+use crate::calibrate::Windows;
+use crate::forward::{Forward, ForwardError, Precision, embed};
+use crate::ggml::{GgmlError, Type};
+use crate::gguf::GgufError;
+use crate::model::Model;
+use crate::prune::{self, Budget, BudgetError, Singular};
+
+/// How to prune.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
+pub enum Method {
+    /// Heads first by lazy greedy search, widths per block from loss curves, one sequential pass that
+    /// refits towards a mixture of the block's own output and the dense model's stream.
+    #[default]
+    Putri,
+    /// The paper's method as its authors' code does it: neurons first by its score with equal widths,
+    /// refit to the block's own output, then heads in rounds by perplexity on one sequence.
+    Paper,
+}
+
+/// Settings of the passes.
+#[derive(Clone, Debug)]
+pub struct Settings {
+    /// Share of the blocks' parameters to remove, 0 < s < 1.
+    pub sparsity: f64,
+    /// How to prune.
+    pub method: Method,
+    /// Threads.
+    pub n_threads: usize,
+    /// Number format of the forward passes.
+    pub precision: Precision,
+    /// Weight of the dense model's stream in the refit's target.
+    pub mixture: f64,
+    /// Ridge of the attn_output refit, relative to the mean of its Gram matrix's diagonal.
+    pub ridge_attn: f64,
+    /// Ridge of the ffn_down refit.
+    pub ridge_ffn: f64,
+    /// Tokens that heads are judged on.
+    pub head_tokens: usize,
+    /// What heads are judged by.
+    pub head_loss: Loss,
+    /// Tokens that the widths' loss curves are measured on.
+    pub curve_tokens: usize,
+    /// Every block gets its own width.
+    pub per_block_widths: bool,
+}
+
+impl Default for Settings {
+    fn default() -> Settings {
+        Settings {
+            sparsity: 0.25,
+            method: Method::Putri,
+            n_threads: 1,
+            precision: Precision::Auto,
+            mixture: 0.5,
+            ridge_attn: 1e-2,
+            ridge_ffn: 1e-3,
+            head_tokens: 1024,
+            head_loss: Loss::Divergence,
+            curve_tokens: 8192,
+            per_block_widths: true,
+        }
+    }
+}
+
+/// Who is told how far the work is, and can stop it.
+pub trait Observer {
+    /// A stage begins; it has `steps` steps.
+    fn stage(&mut self, name: &str, steps: usize);
+    /// `done` steps of the stage are done; `note` says what came of the last.
+    fn step(&mut self, done: usize, note: &str);
+    /// Whether the work should stop as soon as it can.
+    fn interrupted(&self) -> bool {
+        false
+    }
+}
+
+/// Why pruning failed.
+#[derive(Debug, thiserror::Error)]
+pub enum PruneError {
+    /// A forward pass failed.
+    #[error(transparent)]
+    Forward(#[from] ForwardError),
+    /// ggml failed.
+    #[error(transparent)]
+    Ggml(#[from] GgmlError),
+    /// A tensor could not be read.
+    #[error(transparent)]
+    Gguf(#[from] GgufError),
+    /// The sparsity is out of reach.
+    #[error(transparent)]
+    Budget(#[from] BudgetError),
+    /// A layer's activations are degenerate.
+    #[error("block {block}, {part}: {source}")]
+    Singular {
+        /// The block.
+        block: usize,
+        /// `attn_output` or `ffn_down`.
+        part: &'static str,
+        /// Why.
+        source: Singular,
+    },
+    /// The observer asked to stop.
+    #[error("interrupted")]
+    Interrupted,
+}
+
+/// What came of the passes.
+pub struct Outcome {
+    /// What stays of each block, with the tensors that changed.
+    pub plan: Plan,
+    /// Perplexity on the held-out windows of the dense model.
+    pub dense_ppl: f64,
+    /// Perplexity on the held-out windows of the pruned and requantised model, by our own forward.
+    pub pruned_ppl: f64,
+    /// What a user should know.
+    pub warnings: Vec<String>,
+}
+
+/// Plans the pruning of `model` on the calibration `windows`.
+///
+/// # Errors
+/// [`PruneError`] if the sparsity cannot be reached, the engine fails, or the observer interrupts.
+pub fn run(model: &Model, windows: &Windows, s: &Settings, observer: &mut dyn Observer) -> Result<Outcome, PruneError> {
+    let budgets = budgets(model);
+    let mut run = Run {
+        forward: Forward::new(model, windows.n_ctx, s.n_threads, s.precision)?,
+        model,
+        windows,
+        settings: s,
+        observer,
+        plan: Plan::whole(model),
+        warnings: Vec::new(),
+    };
+    let n_groups = groups_to_remove(&budgets, s.sparsity);
+    let group_params: usize = budgets.iter().map(|b| b.group_params).max().unwrap_or(0);
+    let (dense_ppl, pruned_ppl) = match s.method {
+        Method::Putri => {
+            run.search_heads(n_groups)?;
+            let removed = run.plan.attention_params_removed(&budgets);
+            let widths = run.choose_widths(&budgets, removed)?;
+            run.sequential_pass(&widths)?
+        }
+        Method::Paper => {
+            let widths = run.equal_widths(&budgets, n_groups * group_params)?;
+            run.sequential_pass(&widths)?;
+            run.search_heads(n_groups)?;
+            run.evaluate_plan()?
+        }
+    };
+    Ok(Outcome { plan: run.plan, dense_ppl, pruned_ppl, warnings: run.warnings })
+}
+
+/// Checks that the sparsity can be reached, before anything costs time.
+///
+/// # Errors
+/// [`PruneError::Budget`] with what can be had.
+pub fn check_budget(model: &Model, s: &Settings) -> Result<(), PruneError> {
+    let budgets = budgets(model);
+    let attention = groups_to_remove(&budgets, s.sparsity) * budgets.iter().map(|b| b.group_params).min().unwrap_or(0);
+    prune::ffn_params_to_remove(&budgets, s.sparsity, attention)?;
+    Ok(())
+}
+
+/// Groups to remove, capped by what may go (the first block keeps one).
+fn groups_to_remove(budgets: &[Budget], sparsity: f64) -> usize {
+    let wanted = prune::head_groups_paper(budgets, sparsity);
+    let available = budgets.iter().map(|b| b.n_groups).sum::<usize>() - usize::from(budgets[0].n_groups > 0);
+    wanted.min(available)
+}
+
+/// What every block can give up.
+pub fn budgets(model: &Model) -> Vec<Budget> {
+    let h = &model.hparams;
+    h.blocks
+        .iter()
+        .zip(&model.blocks)
+        .map(|(b, t)| Budget {
+            n_groups: b.n_head_kv,
+            group_params: h.group_params(b),
+            n_ff: b.n_ff,
+            neuron_params: h.neuron_params(),
+            ff_step: ff_step(model.tensor(&t.ffn_down).ty),
+        })
+        .collect()
+}
+
+/// Widths change in steps that keep ffn_down in its type, and rows long enough for vector kernels.
+fn ff_step(ty: Type) -> usize {
+    ty.block_size().max(32)
+}
+
+/// State of one run.
+struct Run<'a> {
+    model: &'a Model,
+    windows: &'a Windows,
+    settings: &'a Settings,
+    observer: &'a mut dyn Observer,
+    forward: Forward,
+    plan: Plan,
+    warnings: Vec<String>,
+}
+
+impl Run<'_> {
+    fn checkpoint(&self) -> Result<(), PruneError> {
+        if self.observer.interrupted() { Err(PruneError::Interrupted) } else { Ok(()) }
+    }
+
+    /// Widths that are the same for all blocks, as nearly as steps allow.
+    fn equal_widths(&self, budgets: &[Budget], attention_removed: usize) -> Result<Vec<usize>, PruneError> {
+        let n_remove = self.neurons_to_remove(budgets, attention_removed)?;
+        let widths: Vec<_> = budgets.iter().map(|b| prune::possible_widths(b.n_ff, b.ff_step)).collect();
+        Ok(prune::uniform(&widths, n_remove))
+    }
+
+    fn neurons_to_remove(&self, budgets: &[Budget], attention_removed: usize) -> Result<usize, PruneError> {
+        let params = prune::ffn_params_to_remove(budgets, self.settings.sparsity, attention_removed)?;
+        Ok(params.div_ceil(budgets[0].neuron_params))
+    }
+
+    /// The embedded calibration windows `[n_tokens, n_embd]`.
+    fn embedded(&self) -> Result<Vec<f32>, PruneError> {
+        Ok(embed(self.model, &self.windows.tokens)?)
+    }
+
+    /// Perplexity on the held-out windows of a final residual stream.
+    fn held_out_ppl(&mut self, stream: &[f32]) -> Result<f64, PruneError> {
+        let w = self.windows;
+        let range = w.n_fit..w.n_windows();
+        let head = self.forward.head(self.model)?;
+        let span = self.forward.span(&range);
+        let nll = self.forward.nll(&head, &stream[span], &w.targets(range))?;
+        Ok((nll.iter().sum::<f64>() / nll.len() as f64).exp())
+    }
+
+    /// Perplexity on the held-out windows of the dense model and of the plan.
+    fn evaluate_plan(&mut self) -> Result<(f64, f64), PruneError> {
+        let w = self.windows;
+        let range = w.n_fit..w.n_windows();
+        let mut streams = [embed(self.model, w.tokens_of(range.clone()))?, Vec::new()];
+        streams[1] = streams[0].clone();
+        let n = range.len();
+        self.observer.stage("evaluate", self.model.hparams.n_layer());
+        for il in 0..self.model.hparams.n_layer() {
+            self.checkpoint()?;
+            let dense = self.forward.upload(&self.model.block(il)?)?;
+            let pruned = self.forward.upload(&self.plan.block(self.model, il)?)?;
+            for (stream, block) in streams.iter_mut().zip([&dense, &pruned]) {
+                for chunk in self.forward.chunks(0..n) {
+                    let span = self.forward.span(&chunk);
+                    let mut out = vec![0.0; span.len()];
+                    self.forward.block(block, &stream[span.clone()], None, &mut out)?;
+                    stream[span].copy_from_slice(&out);
+                }
+            }
+            self.observer.step(il + 1, "");
+        }
+        let head = self.forward.head(self.model)?;
+        let targets = w.targets(range);
+        let mut ppl = [0.0; 2];
+        for (p, stream) in ppl.iter_mut().zip(&streams) {
+            let nll = self.forward.nll(&head, stream, &targets)?;
+            *p = (nll.iter().sum::<f64>() / nll.len() as f64).exp();
+        }
+        Ok((ppl[0], ppl[1]))
+    }
+}

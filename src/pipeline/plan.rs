@@ -1,0 +1,94 @@
+//! What stays of a model.
+
+use crate::gguf::GgufError;
+use crate::model::{BlockShape, BlockWeights, Model};
+use crate::prune::{Budget, GroupId};
+use crate::requant::Quantised;
+
+/// What stays of one block.
+#[derive(Clone, Debug)]
+pub struct BlockPlan {
+    /// Attention groups of the source block, ascending.
+    pub groups: Vec<usize>,
+    /// Neurons of the source block, in the order in which they are written.
+    pub neurons: Vec<usize>,
+    /// New attn_output, if its values changed; its columns belong to `groups`.
+    pub attn_output: Option<Quantised>,
+    /// New ffn_down, if its values changed; its columns belong to `neurons`.
+    pub ffn_down: Option<Quantised>,
+}
+
+/// What stays of a model.
+#[derive(Clone, Debug)]
+pub struct Plan {
+    /// Per block.
+    pub blocks: Vec<BlockPlan>,
+}
+
+impl Plan {
+    /// Everything stays.
+    pub fn whole(model: &Model) -> Plan {
+        let whole = |b: &BlockShape| BlockPlan {
+            groups: (0..b.n_head_kv).collect(),
+            neurons: (0..b.n_ff).collect(),
+            attn_output: None,
+            ffn_down: None,
+        };
+        Plan { blocks: model.hparams.blocks.iter().map(whole).collect() }
+    }
+
+    /// Shapes of the pruned blocks.
+    pub fn shapes(&self, model: &Model) -> Vec<BlockShape> {
+        self.blocks
+            .iter()
+            .zip(&model.hparams.blocks)
+            .map(|(p, b)| BlockShape {
+                n_head: p.groups.len() * b.heads_per_group(),
+                n_head_kv: p.groups.len(),
+                n_ff: p.neurons.len(),
+            })
+            .collect()
+    }
+
+    /// Block `il` of `model` as the plan leaves it: with the values that the file will hold.
+    ///
+    /// # Errors
+    /// [`GgufError`] if a tensor cannot be decoded.
+    pub fn block(&self, model: &Model, il: usize) -> Result<BlockWeights, GgufError> {
+        let plan = &self.blocks[il];
+        let mut w = model.block(il)?;
+        if plan.groups.len() < w.shape.n_head_kv {
+            w.keep_groups(&plan.groups, model.hparams.head_dim);
+        }
+        if plan.neurons.iter().copied().ne(0..w.shape.n_ff) {
+            w.keep_neurons(&plan.neurons);
+        }
+        let read = |q: &Quantised, name: &str| {
+            q.to_matrix().map_err(|source| GgufError::Tensor { name: format!("blk.{il}.{name}.weight"), source })
+        };
+        if let Some(q) = &plan.attn_output {
+            w.attn_output = read(q, "attn_output")?;
+        }
+        if let Some(q) = &plan.ffn_down {
+            w.ffn_down = read(q, "ffn_down")?;
+        }
+        Ok(w)
+    }
+
+    /// Removes an attention group; a new attn_output loses its columns.
+    pub fn remove_group(&mut self, id: GroupId) {
+        self.blocks[id.block].groups.retain(|&g| g != id.group);
+    }
+
+    /// Parameters that the attention has given up.
+    pub fn attention_params_removed(&self, budgets: &[Budget]) -> usize {
+        self.blocks.iter().zip(budgets).map(|(p, b)| (b.n_groups - p.groups.len()) * b.group_params).sum()
+    }
+
+    /// Share of the budgets' parameters that is gone.
+    pub fn sparsity(&self, budgets: &[Budget]) -> f64 {
+        let total: usize = budgets.iter().map(Budget::params).sum();
+        let ffn: usize = self.blocks.iter().zip(budgets).map(|(p, b)| (b.n_ff - p.neurons.len()) * b.neuron_params).sum();
+        (self.attention_params_removed(budgets) + ffn) as f64 / total as f64
+    }
+}

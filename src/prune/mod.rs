@@ -1,0 +1,23 @@
+//! The mathematics of pruning: how much, which, and how what stays makes up for it.
+//!
+//! Pure functions of matrices; nothing here knows files, devices or threads of a model. Sizes follow
+//! `model`: a weight matrix W has `n_out` rows of `n_in` numbers, and H = Σ x xᵀ over its inputs.
+
+mod budget;
+mod heads;
+mod obs;
+mod refit;
+mod select;
+mod widths;
+
+pub use budget::{Budget, BudgetError, ffn_params_to_remove, head_groups_paper};
+pub use heads::{GroupId, lazy_greedy, rounds};
+pub use obs::Obs;
+pub use refit::{Refit, refit};
+pub use select::{greedy, loss_curve, paper_keep};
+pub use widths::{Curve, allocate, possible_widths, uniform};
+
+/// The matrix could not be factored, whatever the ridge.
+#[derive(Debug, thiserror::Error)]
+#[error("the activations of this layer have no usable second moments (all zero or not finite)")]
+pub struct Singular;

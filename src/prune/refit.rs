@@ -1,0 +1,75 @@
+//! Least-squares refit of a linear map on the inputs that stay.
+
+use super::Singular;
+use crate::model::Matrix;
+use crate::numeric::{Moments, SymMatrix};
+use faer::linalg::solvers::Solve;
+use faer::{Mat, Side};
+
+/// Factorisations that are tried, each with ten times the ridge of the one before.
+const MAX_TRIES: i32 = 12;
+
+/// A refitted map and what it took.
+#[derive(Clone, Debug)]
+pub struct Refit {
+    /// `[keep.len(), n_out]`.
+    pub weights: Matrix,
+    /// The ridge that was applied, relative to the mean of H's diagonal; more than was asked for
+    /// where the factorisation needed it.
+    pub ridge: f64,
+}
+
+/// Weights on the inputs `keep` that minimise
+/// Σ ‖x_keep W'ᵀ − (x Wᵀ + μ r)‖² + λ ‖W' − W_keep‖², with λ = `ridge` · mean diag H: equation 5 of the
+/// paper with a target beyond the map's own output and a pull towards the weights before. `moments`
+/// holds H = Σ x xᵀ and Σ x rᵀ over all inputs; `mu` weighs the residual r.
+///
+/// # Errors
+/// [`Singular`] if no ridge makes H_keep positive definite.
+pub fn refit(w: &Matrix, moments: &Moments, mu: f64, keep: &[usize], ridge: f64) -> Result<Refit, Singular> {
+    let (n, m, k) = (w.n_in, w.n_out, keep.len());
+    let h = &moments.gram;
+    let (llt, ridge) = factor(&h.select(keep), ridge, h.mean_diagonal())?;
+    // (x Wᵀ)ᵀ x_keep = W H[:, keep]; W_keep is taken out, so that the unknown is the change of W_keep.
+    let mut delta = w.clone();
+    keep.iter().for_each(|&j| (0..m).for_each(|i| delta.data[i * n + j] = 0.0));
+    let d = Mat::from_fn(n, m, |j, i| f64::from(delta.data[i * n + j]));
+    let h_cols = Mat::from_fn(k, n, |a, j| h.data[keep[a] * n + j]);
+    let mut rhs = &h_cols * &d;
+    if mu != 0.0 {
+        for i in 0..m {
+            for (a, &j) in keep.iter().enumerate() {
+                rhs[(a, i)] += mu * moments.cross[i * n + j];
+            }
+        }
+    }
+    let change = llt.solve(&rhs);
+    let mut weights = w.select_cols(keep);
+    for i in 0..m {
+        for a in 0..k {
+            weights.data[i * k + a] += change[(a, i)] as f32;
+        }
+    }
+    if weights.data.iter().all(|v| v.is_finite()) { Ok(Refit { weights, ridge }) } else { Err(Singular) }
+}
+
+/// Cholesky factor of H + ridge · scale · I, with the ridge raised until it exists.
+pub(super) fn factor(h: &SymMatrix, ridge: f64, scale: f64) -> Result<(faer::linalg::solvers::Llt<f64>, f64), Singular> {
+    if !(scale > 0.0 && scale.is_finite()) {
+        return Err(Singular);
+    }
+    let mut ridge = ridge;
+    for _ in 0..MAX_TRIES {
+        let damped = damped(h, ridge * scale);
+        if let Ok(llt) = damped.llt(Side::Lower) {
+            return Ok((llt, ridge));
+        }
+        ridge = (ridge * 10.0).max(1e-10);
+    }
+    Err(Singular)
+}
+
+/// H + λ I.
+pub(super) fn damped(h: &SymMatrix, lambda: f64) -> Mat<f64> {
+    Mat::from_fn(h.n, h.n, |i, j| h.data[j * h.n + i] + if i == j { lambda } else { 0.0 })
+}

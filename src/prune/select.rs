@@ -1,0 +1,83 @@
+//! Which neurons stay.
+
+use super::refit::factor;
+use super::{Obs, Singular};
+use crate::model::Matrix;
+use crate::numeric::SymMatrix;
+use faer::linalg::solvers::DenseSolveCore;
+
+/// Neurons that are taken out together. Smaller is more exact and slower.
+const STEP: usize = 16;
+
+/// Keeps `n_keep` neurons, taking out those with the least loss a few at a time and repairing the
+/// others each time. `w` `[n_ff, n_out]` is at the minimum of its loss with curvature `h`. Returns
+/// the neurons that stay, ascending.
+///
+/// # Errors
+/// [`Singular`] if `h` cannot be factored.
+pub fn greedy(w: &Matrix, h: &SymMatrix, ridge: f64, n_keep: usize) -> Result<Vec<usize>, Singular> {
+    assert!(n_keep > 0 && n_keep <= w.n_in);
+    let mut obs = Obs::new(w, h, ridge)?;
+    while obs.alive() > n_keep {
+        obs.remove_least(step(w.n_in).min(obs.alive() - n_keep));
+    }
+    Ok(obs.kept())
+}
+
+/// Loss of the greedy selection at each of the falling `widths`, the first of which is all of them.
+///
+/// # Errors
+/// [`Singular`] if `h` cannot be factored.
+pub fn loss_curve(w: &Matrix, h: &SymMatrix, ridge: f64, widths: &[usize]) -> Result<Vec<f64>, Singular> {
+    let mut obs = Obs::new(w, h, ridge)?;
+    let mut loss = 0.0;
+    let mut at = |goal: usize| {
+        while obs.alive() > goal {
+            loss += obs.remove_least(step(w.n_in).min(obs.alive() - goal));
+        }
+        loss
+    };
+    Ok(widths.iter().map(|&n| at(n)).collect())
+}
+
+/// A wide layer is pruned in larger steps: their number, not their size, costs time.
+fn step(n_ff: usize) -> usize {
+    STEP.max(n_ff / 256)
+}
+
+/// The `n_keep` neurons with the highest score of the authors' code: Σ_i E\[y_i²\] · W_ij² / U_jj²,
+/// with U the upper Cholesky factor of H⁻¹. Without damping unless the factorisation needs it.
+///
+/// # Errors
+/// [`Singular`] if `h` cannot be factored.
+pub fn paper_keep(w: &Matrix, h: &SymMatrix, n_tokens: usize, n_keep: usize) -> Result<Vec<usize>, Singular> {
+    let n = w.n_in;
+    let (llt, _) = factor(h, 0.0, h.mean_diagonal())?;
+    let h_inv = llt.inverse();
+    let h_inv = SymMatrix { n, data: (0..n * n).map(|i| 0.5 * (h_inv[(i % n, i / n)] + h_inv[(i / n, i % n)])).collect() };
+    let (u, _) = factor(&h_inv, 0.0, h_inv.mean_diagonal())?;
+    let u = u.L();
+    let energies = output_energies(w, h, n_tokens);
+    let mut scored: Vec<(f64, usize)> = (0..n)
+        .map(|j| {
+            let s: f64 = energies.iter().enumerate().map(|(i, e)| e * f64::from(w.data[i * n + j]).powi(2)).sum();
+            (s / u[(j, j)].powi(2), j)
+        })
+        .collect();
+    scored.sort_by(|a, b| b.0.total_cmp(&a.0).then(a.1.cmp(&b.1)));
+    let mut keep: Vec<usize> = scored[..n_keep].iter().map(|s| s.1).collect();
+    keep.sort_unstable();
+    Ok(keep)
+}
+
+/// E\[y_i²\] of every output: the diagonal of W H Wᵀ / T.
+fn output_energies(w: &Matrix, h: &SymMatrix, n_tokens: usize) -> Vec<f64> {
+    let n = w.n_in;
+    let wm = faer::Mat::from_fn(w.n_out, n, |i, j| f64::from(w.data[i * n + j]));
+    let hm = faer::Mat::from_fn(n, n, |i, j| h.data[j * n + i]);
+    let wh = &wm * &hm;
+    (0..w.n_out)
+        .map(|i| (0..n).map(|j| wh[(i, j)] * wm[(i, j)]).sum::<f64>() / n_tokens.max(1) as f64)
+        .collect()
+}
+

@@ -1,0 +1,87 @@
+//! How many neurons each block keeps.
+
+/// What a block loses at falling widths.
+#[derive(Clone, Debug)]
+pub struct Curve {
+    /// Widths that the block may have, falling, beginning with the one it has.
+    pub widths: Vec<usize>,
+    /// Loss at each width.
+    pub losses: Vec<f64>,
+    /// Typical energy of the residual stream after the block, which makes losses comparable.
+    pub energy: f64,
+}
+
+/// Widths for a feed-forward of `n_ff` neurons: itself, then the multiples of `step` below it.
+pub fn possible_widths(n_ff: usize, step: usize) -> Vec<usize> {
+    let below = (1..n_ff.div_ceil(step)).rev().map(|i| i * step);
+    std::iter::once(n_ff).chain(below).collect()
+}
+
+/// Width per block once at least `n_remove` neurons have gone in all, each step taken from the block
+/// where it costs least per neuron, against the energy of its residual stream.
+///
+/// # Panics
+/// If the blocks cannot give that many.
+pub fn allocate(curves: &[Curve], n_remove: usize) -> Vec<usize> {
+    let mut at = vec![0; curves.len()];
+    let mut removed = 0;
+    let cost = |c: &Curve, i: usize| {
+        let (width, loss) = (c.widths.get(i + 1)?, c.losses.get(i + 1)?);
+        Some((loss - c.losses[i]).max(0.0) / c.energy / (c.widths[i] - width) as f64)
+    };
+    while removed < n_remove {
+        let best = (0..curves.len())
+            .filter_map(|b| cost(&curves[b], at[b]).map(|c| (c, b)))
+            .min_by(|x, y| x.0.total_cmp(&y.0).then(x.1.cmp(&y.1)));
+        let (_, b) = best.expect("the budget was checked against the floor");
+        removed += curves[b].widths[at[b]] - curves[b].widths[at[b] + 1];
+        at[b] += 1;
+    }
+    curves.iter().zip(at).map(|(c, i)| c.widths[i]).collect()
+}
+
+/// Width per block once at least `n_remove` neurons have gone in all and all blocks are as equally
+/// wide as steps allow: always the widest block gives next.
+///
+/// # Panics
+/// If the blocks cannot give that many.
+pub fn uniform(widths: &[Vec<usize>], n_remove: usize) -> Vec<usize> {
+    let mut at = vec![0; widths.len()];
+    let mut removed = 0;
+    while removed < n_remove {
+        let widest = (0..widths.len()).filter(|&b| at[b] + 1 < widths[b].len()).max_by_key(|&b| (widths[b][at[b]], widths.len() - b));
+        let b = widest.expect("the budget was checked against the floor");
+        removed += widths[b][at[b]] - widths[b][at[b] + 1];
+        at[b] += 1;
+    }
+    widths.iter().zip(at).map(|(w, i)| w[i]).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn cheap_blocks_give_first() {
+        let steep = Curve { widths: vec![96, 64, 32], losses: vec![0.0, 10.0, 30.0], energy: 1.0 };
+        let flat = Curve { widths: vec![128, 96, 64, 32], losses: vec![0.0, 1.0, 3.0, 20.0], energy: 1.0 };
+        assert_eq!(allocate(&[steep.clone(), flat.clone()], 96), [64, 64]);
+        let heavy = Curve { energy: 100.0, ..steep };
+        assert_eq!(allocate(&[heavy, flat], 96), [32, 96]);
+    }
+
+    #[test]
+    fn uniform_spreads() {
+        let w = vec![possible_widths(128, 32); 3];
+        assert_eq!(uniform(&w, 4 * 32), [64, 96, 96]);
+        assert_eq!(uniform(&w, 0), [128; 3]);
+        assert_eq!(uniform(&w, 9 * 32), [32; 3]);
+    }
+
+    #[test]
+    fn widths_are_multiples_below_the_first() {
+        assert_eq!(possible_widths(100, 32), [100, 96, 64, 32]);
+        assert_eq!(possible_widths(32, 32), [32]);
+        assert_eq!(possible_widths(20, 32), [20]);
+    }
+}

@@ -1,0 +1,7 @@
+//! From changed floats back to quantised tensors, and slices of tensors that did not change.
+
+mod quantise;
+mod slice;
+
+pub use quantise::{Quantised, output_type, quantise};
+pub use slice::{select_columns, select_rows};
