@@ -13,6 +13,7 @@ use putri_gguf::model::Model;
 use putri_gguf::pipeline::{Loss, Method, Observer, Settings};
 use putri_gguf::{Job, run};
 use std::path::PathBuf;
+use std::time::Instant;
 
 #[derive(Parser)]
 struct Args {
@@ -57,10 +58,22 @@ struct Args {
     bench: bool,
 }
 
-struct Silent;
+/// Stages with their seconds, on stderr.
+struct Stages(Option<(String, Instant)>);
 
-impl Observer for Silent {
-    fn stage(&mut self, _: &str, _: usize) {}
+impl Stages {
+    fn end(&mut self) {
+        if let Some((name, start)) = self.0.take() {
+            eprintln!("  {name}: {:.1} s", start.elapsed().as_secs_f64());
+        }
+    }
+}
+
+impl Observer for Stages {
+    fn stage(&mut self, name: &str, _: usize) {
+        self.end();
+        self.0 = Some((name.into(), Instant::now()));
+    }
     fn step(&mut self, _: usize, _: &str) {}
 }
 
@@ -126,7 +139,11 @@ fn main() {
                 },
                 settings: settings(row, sparsity, args.threads),
             };
-            let outcome = match run(&job, &mut Silent) {
+            eprintln!("{row} {sparsity}");
+            let mut stages = Stages(None);
+            let outcome = run(&job, &mut stages);
+            stages.end();
+            let outcome = match outcome {
                 Ok(outcome) => outcome,
                 Err(e) => {
                     println!("| {row} | {sparsity} | {e} |");

@@ -4,7 +4,6 @@ use super::{Method, PruneError, Run};
 use crate::calibrate::Windows;
 use crate::forward::{Block, Forward, Head, Wanted, embed};
 use crate::ggml::Token;
-use crate::model::Model;
 use crate::numeric::log_sum_exp;
 use crate::pipeline::Plan;
 use crate::prune::{GroupId, lazy_greedy, rounds};
@@ -23,6 +22,16 @@ pub enum Loss {
 /// which bounds the KL divergence from below.
 const TOP: usize = 64;
 
+/// Tokens of the one sequence that the paper's search judges by.
+const PAPER_TOKENS: usize = 2048;
+
+/// Tokens, and tokens per window, that put the candidates in a first order.
+const ROUGH_TOKENS: usize = 256;
+const ROUGH_CTX: usize = 128;
+
+/// Longest window that candidates are compared on: attention costs grow with its length.
+const SEARCH_CTX: usize = 512;
+
 /// Bytes that the candidates' residual streams may take at a time.
 const STREAM_BYTES: usize = 256 << 20;
 
@@ -32,10 +41,6 @@ impl Run<'_> {
         if n_remove == 0 {
             return Ok(());
         }
-        let paper = self.settings.method == Method::Paper;
-        let wanted = if paper { 2048 } else { self.settings.head_tokens };
-        let n_windows = wanted.div_ceil(self.windows.n_ctx).clamp(1, self.windows.n_fit);
-        let loss = if paper { Loss::Likelihood } else { self.settings.head_loss };
         let candidates: Vec<GroupId> = (0..self.plan.blocks.len())
             .flat_map(|block| self.plan.blocks[block].groups.iter().map(move |&group| GroupId { block, group }))
             .collect();
@@ -45,37 +50,35 @@ impl Run<'_> {
             c.block != 0 || removed.iter().filter(|r| r.block == 0).count() + 1 < in_first
         };
         let n_kv = self.model.hparams.blocks[0].n_head_kv.max(1);
-        let picked = pick_windows(self.windows, n_windows);
-        let mut search = Search::new(self, &picked, loss)?;
-        search.run.observer.stage("heads", n_remove);
-        let score = |removed: &[GroupId], ask: &[GroupId]| search.score(removed, ask);
-        let removed = if paper {
-            rounds(&candidates, n_remove, n_kv, may_remove, score)?
+        let removed = if self.settings.method == Method::Paper {
+            let mut search = Search::new(self, PAPER_TOKENS, PAPER_TOKENS, Loss::Likelihood)?;
+            search.run.observer.stage("heads", n_remove);
+            rounds(&candidates, n_remove, n_kv, may_remove, |removed, ask| search.score(removed, ask))?
         } else {
-            lazy_greedy(&candidates, n_remove, may_remove, score)?
+            let loss = self.settings.head_loss;
+            self.observer.stage("heads, first look", 1);
+            let scores = Search::new(self, ROUGH_TOKENS, ROUGH_CTX, loss)?.score(&[], &candidates)?;
+            let rough = candidates.into_iter().zip(scores).collect();
+            let mut search = Search::new(self, self.settings.head_tokens, SEARCH_CTX, loss)?;
+            search.run.observer.stage("heads", n_remove);
+            lazy_greedy(rough, n_remove, may_remove, |removed, ask| search.score(removed, ask))?
         };
-        for id in removed {
-            self.remove_group(id)?;
-        }
-        Ok(())
-    }
-
-    /// Takes a group out of the plan, and its columns out of a new attn_output.
-    fn remove_group(&mut self, id: GroupId) -> Result<(), PruneError> {
-        debug_assert!(self.plan.blocks[id.block].attn_output.is_none(), "heads go before attn_output is refitted");
-        self.plan.remove_group(id);
+        removed.into_iter().for_each(|id| self.plan.remove_group(id));
         Ok(())
     }
 }
 
-/// Tokens of `n` windows spread over those to fit on.
-fn pick_windows(w: &Windows, n: usize) -> Vec<Token> {
-    (0..n).flat_map(|i| { let at = i * w.n_fit / n; w.tokens_of(at..at + 1) }).copied().collect()
+/// Tokens `[n_windows · n_ctx]` from the beginnings of windows spread over those to fit on.
+fn pick_windows(w: &Windows, n_tokens: usize, n_ctx: usize) -> Vec<Token> {
+    let n = n_tokens.div_ceil(n_ctx).clamp(1, w.n_fit);
+    let start = |i: usize| i * w.n_fit / n;
+    (0..n).flat_map(|i| &w.tokens_of(start(i)..start(i) + 1)[..n_ctx]).copied().collect()
 }
 
 /// Cached state of the search.
 struct Search<'r, 'a> {
     run: &'r mut Run<'a>,
+    forward: Forward,
     /// Plan with the groups removed so far.
     plan: Plan,
     removed: usize,
@@ -88,22 +91,27 @@ struct Search<'r, 'a> {
 }
 
 impl<'r, 'a> Search<'r, 'a> {
-    fn new(run: &'r mut Run<'a>, tokens: &[Token], loss: Loss) -> Result<Self, PruneError> {
-        let n_windows = tokens.len() / run.windows.n_ctx;
-        let head = run.forward.head(run.model)?;
+    /// Caches the streams of `n_tokens` calibration tokens in windows of at most `max_ctx`.
+    fn new(run: &'r mut Run<'a>, n_tokens: usize, max_ctx: usize, loss: Loss) -> Result<Self, PruneError> {
+        let n_ctx = max_ctx.min(run.windows.n_ctx);
+        let tokens = pick_windows(run.windows, n_tokens, n_ctx);
+        let n_windows = tokens.len() / n_ctx;
+        let s = run.settings;
+        let mut forward = Forward::new(run.model, n_ctx, s.n_threads, s.precision)?;
+        let head = forward.head(run.model)?;
         let plan = run.plan.clone();
-        let mut base = vec![embed(run.model, tokens)?];
+        let mut base = vec![embed(run.model, &tokens)?];
         for il in 0..run.model.hparams.n_layer() {
-            let block = run.forward.upload(&plan.block(run.model, il)?)?;
+            let block = forward.upload(&plan.block(run.model, il)?)?;
             let x = &base[il];
             let mut y = vec![0.0; x.len()];
-            through_block(&mut run.forward, &block, x, &mut y, n_windows)?;
+            through_block(&mut forward, &block, x, &mut y, n_windows)?;
             base.push(y);
         }
-        let judge = Judge::new(run.model, &mut run.forward, &head, tokens, base.last().unwrap_or(&Vec::new()), loss)?;
-        let mut search = Search { run, plan, removed: 0, head, judge, n_windows, base, base_loss: 0.0 };
-        search.base_loss = search.judge.loss(&mut search.run.forward, &search.head, &search.base[search.base.len() - 1])?;
-        Ok(search)
+        let last = &base[base.len() - 1];
+        let judge = Judge::new(&mut forward, &head, &tokens, last, loss)?;
+        let base_loss = judge.loss(&mut forward, &head, last)?;
+        Ok(Search { run, forward, plan, removed: 0, head, judge, n_windows, base, base_loss })
     }
 
     /// What the loss grows by without each of `ask`, once `removed` are gone.
@@ -138,10 +146,9 @@ impl<'r, 'a> Search<'r, 'a> {
         let mut streams: Vec<Vec<f32>> = vec![Vec::new(); ids.len()];
         for il in start..n_layer {
             self.run.checkpoint()?;
-            let block = self.run.forward.upload(&self.plan.block(self.run.model, il)?)?;
-            let forward = &mut self.run.forward;
-            for (id, stream) in ids.iter().zip(&mut streams).filter(|(id, _)| id.block < il) {
-                debug_assert!(id.block < il);
+            let block = self.forward.upload(&self.plan.block(self.run.model, il)?)?;
+            let forward = &mut self.forward;
+            for (_, stream) in ids.iter().zip(&mut streams).filter(|(id, _)| id.block < il) {
                 let x = std::mem::take(stream);
                 stream.resize(x.len(), 0.0);
                 through_block(forward, &block, &x, stream, self.n_windows)?;
@@ -163,7 +170,7 @@ impl<'r, 'a> Search<'r, 'a> {
                 through_block(forward, &block, &before[il], &mut after[0], self.n_windows)?;
             }
         }
-        let forward = &mut self.run.forward;
+        let forward = &mut self.forward;
         if dirty.is_some() {
             self.base_loss = self.judge.loss(forward, &self.head, &self.base[n_layer])?;
         }
@@ -213,14 +220,12 @@ enum Judge {
 
 impl Judge {
     fn new(
-        model: &Model,
         forward: &mut Forward,
         head: &Head,
         tokens: &[Token],
         dense: &[f32],
         loss: Loss,
     ) -> Result<Judge, PruneError> {
-        debug_assert_eq!(dense.len(), tokens.len() * model.hparams.n_embd);
         let n_ctx = forward.n_ctx();
         if loss == Loss::Likelihood {
             let next = |i: usize| if (i + 1) % n_ctx == 0 { None } else { Some(tokens[i + 1]) };

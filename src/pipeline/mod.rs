@@ -69,9 +69,9 @@ impl Default for Settings {
             mixture: 0.5,
             ridge_attn: 1e-2,
             ridge_ffn: 1e-3,
-            head_tokens: 1024,
+            head_tokens: 512,
             head_loss: Loss::Divergence,
-            curve_tokens: 8192,
+            curve_tokens: 4096,
             per_block_widths: true,
         }
     }
