@@ -1,0 +1,87 @@
+//! What the user typed.
+
+use clap::{Parser, ValueEnum};
+use std::path::PathBuf;
+
+/// Make a GGUF language model smaller and faster by structured pruning.
+///
+/// Removes whole attention heads and feed-forward neurons, refits what stays, and writes a GGUF that
+/// stock llama.cpp and Ollama run. Without --file the model writes its own calibration text.
+#[derive(Parser, Clone, Debug)]
+#[command(name = "putri-gguf", version = version(), max_term_width = 100, after_help = EXAMPLES)]
+pub struct Args {
+    /// The model to prune (GGUF, any quantisation that llama.cpp reads); never written to
+    pub input: PathBuf,
+    /// Where the pruned model goes
+    pub output: PathBuf,
+    /// Share of the blocks' parameters to remove, 0 to 1; 0.1 to 0.25 keeps a chat model usable
+    #[arg(long, value_name = "S")]
+    pub sparsity: f64,
+    /// How to prune: our way, or the paper's as its authors' code does it
+    #[arg(long, value_enum, default_value_t = MethodArg::Putri)]
+    pub method: MethodArg,
+    /// Replace an existing output
+    #[arg(long)]
+    pub force: bool,
+    /// Do not load and judge the result with llama.cpp before it gets its name
+    #[arg(long)]
+    pub no_verify: bool,
+
+    /// Calibration text; may be given more than once
+    #[arg(short, long, value_name = "TEXT", help_heading = "Calibration")]
+    pub file: Vec<PathBuf>,
+    /// Share of the calibration that the model writes itself, 0 to 1 [default: 0.5 with --file, else 1]
+    #[arg(long, value_name = "SHARE", help_heading = "Calibration")]
+    pub self_share: Option<f64>,
+    /// Tokens per calibration window
+    #[arg(short, long, value_name = "N", default_value_t = DEFAULT_CTX, help_heading = "Calibration")]
+    pub ctx_size: usize,
+    /// Calibration windows in all
+    #[arg(long, value_name = "N", default_value_t = DEFAULT_CHUNKS, help_heading = "Calibration")]
+    pub chunks: usize,
+    /// Seed of the self-written text
+    #[arg(short, long, default_value_t = 1, help_heading = "Calibration")]
+    pub seed: u64,
+
+    /// Threads [default: all cores]
+    #[arg(short, long, value_name = "N", help_heading = "Machine")]
+    pub threads: Option<usize>,
+    /// No progress on stderr
+    #[arg(short, long, help_heading = "Machine")]
+    pub quiet: bool,
+}
+
+/// Tokens per calibration window by default.
+pub const DEFAULT_CTX: usize = 512;
+/// Calibration windows by default.
+pub const DEFAULT_CHUNKS: usize = 32;
+
+/// Names of [`putri_gguf::pipeline::Method`].
+#[derive(Clone, Copy, Debug, ValueEnum)]
+pub enum MethodArg {
+    /// Heads by lazy greedy search, widths per block, refit towards the dense model.
+    Putri,
+    /// The paper's baseline; slow, for comparison.
+    Paper,
+}
+
+const EXAMPLES: &str = "\
+Examples:
+  putri-gguf model.gguf smaller.gguf --sparsity 0.2
+  putri-gguf model.gguf smaller.gguf --sparsity 0.25 --file notes.txt --file manual.txt
+  putri-gguf model.gguf smaller.gguf --sparsity 0.5 --ctx-size 1024 --chunks 64 --threads 8";
+
+/// Version, engine, backends and CPU features.
+fn version() -> &'static str {
+    static TEXT: std::sync::OnceLock<String> = std::sync::OnceLock::new();
+    TEXT.get_or_init(|| {
+        format!(
+            "{}\nengine: ggml {} (llama-cpp-sys-2 {})\nbackends: {}\nCPU features: {}",
+            env!("CARGO_PKG_VERSION"),
+            putri_gguf::ggml::engine_version(),
+            env!("PUTRI_ENGINE_CRATE"),
+            env!("PUTRI_BACKENDS"),
+            putri_gguf::ggml::cpu_features().join(" ")
+        )
+    })
+}

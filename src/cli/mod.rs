@@ -1,0 +1,75 @@
+//! The command line: what was typed, and what it means.
+
+mod args;
+mod resolve;
+
+pub use args::Args;
+pub use resolve::resolve;
+
+use clap::Parser;
+use putri_gguf::report::{Progress, summary};
+use putri_gguf::{JobError, ggml};
+use std::process::ExitCode;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+/// Interrupted by the user, as shells count it.
+const INTERRUPTED: u8 = 130;
+
+/// Parses, runs, and maps the result to an exit code: 0 written and verified, 1 failed, 2 usage,
+/// 130 interrupted.
+pub fn main() -> ExitCode {
+    // clap prints usage errors itself and exits with 2; help and version with 0.
+    let args = Args::parse();
+    ggml::silence_logs();
+    ggml::install_abort_handler(|message| {
+        eprintln!("error: llama.cpp stopped on an inconsistency in the model or in our use of it: {message}");
+        std::process::exit(1);
+    });
+    let quiet = args.quiet;
+    let job = match resolve(args) {
+        Ok(job) => job,
+        Err(e) => {
+            eprintln!("error: {e}");
+            return ExitCode::from(2);
+        }
+    };
+    let stop = match stop_on_interrupt() {
+        Ok(stop) => stop,
+        Err(e) => {
+            eprintln!("error: cannot watch for Ctrl-C: {e}");
+            return ExitCode::FAILURE;
+        }
+    };
+    let mut progress = Progress::new(quiet, stop);
+    let result = putri_gguf::run(&job, &mut progress);
+    progress.finish();
+    match result {
+        Ok(outcome) => {
+            print!("{}", summary(&outcome));
+            println!("{}", job.output.display());
+            ExitCode::SUCCESS
+        }
+        Err(JobError::Interrupted) => {
+            eprintln!("interrupted; nothing was written");
+            ExitCode::from(INTERRUPTED)
+        }
+        Err(e) => {
+            eprintln!("error: {e}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// A flag that the first Ctrl-C raises; the second ends the process.
+fn stop_on_interrupt() -> Result<Arc<AtomicBool>, ctrlc::Error> {
+    let stop = Arc::new(AtomicBool::new(false));
+    let flag = Arc::clone(&stop);
+    ctrlc::set_handler(move || {
+        if flag.swap(true, Ordering::Relaxed) {
+            std::process::exit(i32::from(INTERRUPTED));
+        }
+        eprintln!("\nstopping after this step; Ctrl-C again stops now");
+    })?;
+    Ok(stop)
+}

@@ -1,0 +1,79 @@
+//! From what was typed to a job that can run.
+
+use super::args::{Args, MethodArg};
+use anyhow::{Result, ensure};
+use putri_gguf::Job;
+use putri_gguf::calibrate::Recipe;
+use putri_gguf::pipeline::{Method, Settings};
+
+/// Checks values that only make sense together, and fills in what depends on the machine.
+pub fn resolve(args: Args) -> Result<Job> {
+    let s = args.sparsity;
+    ensure!((0.0..1.0).contains(&s), "--sparsity {s} is not a share from 0 to 1 (0.25 removes a quarter)");
+    if let Some(share) = args.self_share {
+        ensure!((0.0..=1.0).contains(&share), "--self-share {share} is not a share from 0 to 1");
+        ensure!(
+            share == 1.0 || !args.file.is_empty(),
+            "--self-share {share} leaves a part to text files, but there is no --file"
+        );
+    }
+    ensure!(args.ctx_size >= 16, "--ctx-size {} is too small; 16 or more", args.ctx_size);
+    ensure!(args.chunks >= 1, "--chunks must be at least 1");
+    ensure!(args.threads != Some(0), "--threads must be at least 1");
+    let n_threads = args.threads.unwrap_or_else(|| std::thread::available_parallelism().map_or(1, |n| n.get()));
+    let method = match args.method {
+        MethodArg::Putri => Method::Putri,
+        MethodArg::Paper => Method::Paper,
+    };
+    Ok(Job {
+        input: args.input,
+        output: args.output,
+        force: args.force,
+        verify: !args.no_verify,
+        recipe: Recipe {
+            n_ctx: args.ctx_size,
+            n_windows: args.chunks,
+            self_share: args.self_share.unwrap_or(if args.file.is_empty() { 1.0 } else { 0.5 }),
+            files: args.file,
+            seed: args.seed,
+            n_threads,
+        },
+        settings: Settings { sparsity: s, method, n_threads, ..Settings::default() },
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::Parser;
+
+    fn job(extra: &[&str]) -> Result<Job> {
+        let base = ["putri-gguf", "in.gguf", "out.gguf"];
+        resolve(Args::try_parse_from(base.iter().chain(extra))?)
+    }
+
+    #[test]
+    fn shares_follow_the_files() {
+        assert_eq!(job(&["--sparsity", "0.2"]).unwrap().recipe.self_share, 1.0);
+        assert_eq!(job(&["--sparsity", "0.2", "-f", "a.txt"]).unwrap().recipe.self_share, 0.5);
+        assert_eq!(job(&["--sparsity", "0.2", "-f", "a.txt", "--self-share", "0"]).unwrap().recipe.self_share, 0.0);
+    }
+
+    #[test]
+    fn nonsense_is_refused() {
+        for bad in [
+            &["--sparsity", "1.0"][..],
+            &["--sparsity", "-0.1"],
+            &["--sparsity", "25"],
+            &["--sparsity", "NaN"],
+            &["--sparsity", "0.2", "--self-share", "0.5"],
+            &["--sparsity", "0.2", "-f", "a.txt", "--self-share", "2"],
+            &["--sparsity", "0.2", "--ctx-size", "4"],
+            &["--sparsity", "0.2", "--chunks", "0"],
+            &["--sparsity", "0.2", "--threads", "0"],
+            &[],
+        ] {
+            assert!(job(bad).is_err(), "{bad:?}");
+        }
+    }
+}
