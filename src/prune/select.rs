@@ -6,8 +6,8 @@ use crate::model::Matrix;
 use crate::numeric::SymMatrix;
 use faer::linalg::solvers::DenseSolveCore;
 
-/// Neurons that are taken out together. Smaller is more exact and slower.
-const STEP: usize = 16;
+/// Neurons that are taken out together at most, up to 4096 of them. Smaller is more exact and slower.
+const MAX_STEP: usize = 16;
 
 /// Keeps `n_keep` neurons, taking out those with the least loss a few at a time and repairing the
 /// others each time. `w` `[n_ff, n_out]` is at the minimum of its loss with curvature `h`. Returns
@@ -19,7 +19,7 @@ pub fn greedy(w: &Matrix, h: &SymMatrix, ridge: f64, n_keep: usize) -> Result<Ve
     assert!(n_keep > 0 && n_keep <= w.n_in);
     let mut obs = Obs::new(w, h, ridge)?;
     while obs.alive() > n_keep {
-        obs.remove_least(step(w.n_in).min(obs.alive() - n_keep));
+        obs.remove_least(step(w.n_in, obs.alive()).min(obs.alive() - n_keep));
     }
     Ok(obs.kept())
 }
@@ -33,16 +33,17 @@ pub fn loss_curve(w: &Matrix, h: &SymMatrix, ridge: f64, widths: &[usize]) -> Re
     let mut loss = 0.0;
     let mut at = |goal: usize| {
         while obs.alive() > goal {
-            loss += obs.remove_least(step(w.n_in).min(obs.alive() - goal));
+            loss += obs.remove_least(step(w.n_in, obs.alive()).min(obs.alive() - goal));
         }
         loss
     };
     Ok(widths.iter().map(|&n| at(n)).collect())
 }
 
-/// A wide layer is pruned in larger steps: their number, not their size, costs time.
-fn step(n_ff: usize) -> usize {
-    STEP.max(n_ff / 256)
+/// Neurons that go together when `alive` of `n_ff` are left: few enough that they hardly depend on
+/// each other, and in a wide layer more, since the number of steps is what costs time.
+fn step(n_ff: usize, alive: usize) -> usize {
+    (alive / 64).clamp(1, MAX_STEP.max(n_ff / 256))
 }
 
 /// The `n_keep` neurons with the highest score of the authors' code: Σ_i E\[y_i²\] · W_ij² / U_jj²,

@@ -1,6 +1,7 @@
 //! What the tests share: the real model, and small generated ones.
 #![allow(dead_code)]
 
+pub mod cli;
 pub mod small;
 
 use std::path::PathBuf;

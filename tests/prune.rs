@@ -1,0 +1,258 @@
+//! The mathematics of pruning against slow and naive versions of it.
+
+mod common;
+
+use common::small::Rng;
+use putri_gguf::model::Matrix;
+use putri_gguf::numeric::{Moments, SymMatrix};
+use putri_gguf::prune::{Obs, greedy, loss_curve, paper_keep, refit};
+
+/// A least-squares problem with its data: inputs x `[t, n]`, residuals r `[t, m]`, a map W.
+struct Problem {
+    t: usize,
+    n: usize,
+    m: usize,
+    x: Vec<f64>,
+    r: Vec<f64>,
+    w: Matrix,
+}
+
+impl Problem {
+    fn new(t: usize, n: usize, m: usize, seed: u64) -> Problem {
+        let mut rng = Rng(seed);
+        // Correlated inputs of unequal size, as activations are.
+        let mix: Vec<f64> = (0..n * n).map(|_| f64::from(rng.uniform())).collect();
+        let mut x = Vec::with_capacity(t * n);
+        for _ in 0..t {
+            let z: Vec<f64> = (0..n).map(|_| f64::from(rng.uniform())).collect();
+            x.extend((0..n).map(|j| {
+                let sum: f64 = (0..n).map(|k| mix[j * n + k] * z[k]).sum();
+                (z[j] + 0.5 * sum) * (1.0 + j as f64 / n as f64)
+            }));
+        }
+        let r = (0..t * m).map(|_| f64::from(rng.uniform()) * 0.3).collect();
+        let w = Matrix::new(n, m, rng.vec(n * m, 1.0));
+        Problem { t, n, m, x, r, w }
+    }
+
+    fn moments(&self) -> Moments {
+        let Problem { t, n, m, .. } = *self;
+        let mut mo = Moments::new(n, m);
+        for s in 0..t {
+            for i in 0..n {
+                (0..n).for_each(|j| mo.gram.data[i * n + j] += self.x[s * n + i] * self.x[s * n + j]);
+                (0..m).for_each(|o| mo.cross[o * n + i] += self.x[s * n + i] * self.r[s * m + o]);
+            }
+        }
+        mo.n_tokens = t;
+        mo
+    }
+
+    /// Σ ‖x_keep W'ᵀ − (x Wᵀ + μ r)‖² + λ ‖W' − W_keep‖², straight from the data.
+    fn loss(&self, keep: &[usize], w_keep: &dyn Fn(usize, usize) -> f64, mu: f64, lambda: f64) -> f64 {
+        let mut loss = 0.0;
+        for s in 0..self.t {
+            for o in 0..self.m {
+                let own: f64 = (0..self.n).map(|j| self.x[s * self.n + j] * f64::from(self.w.data[o * self.n + j])).sum();
+                let new: f64 = keep.iter().enumerate().map(|(a, &j)| self.x[s * self.n + j] * w_keep(o, a)).sum();
+                loss += (new - own - mu * self.r[s * self.m + o]).powi(2);
+            }
+        }
+        for o in 0..self.m {
+            for (a, &j) in keep.iter().enumerate() {
+                loss += lambda * (w_keep(o, a) - f64::from(self.w.data[o * self.n + j])).powi(2);
+            }
+        }
+        loss
+    }
+
+    /// The minimum of that loss by Gauss-Jordan elimination, output by output: `[m, keep.len()]`.
+    fn naive_refit(&self, keep: &[usize], mu: f64, lambda: f64) -> Vec<f64> {
+        let k = keep.len();
+        let mut out = Vec::new();
+        for o in 0..self.m {
+            let mut a = vec![vec![0.0; k + 1]; k];
+            for s in 0..self.t {
+                let x = |j: usize| self.x[s * self.n + j];
+                let own: f64 = (0..self.n).map(|j| x(j) * f64::from(self.w.data[o * self.n + j])).sum();
+                let target = own + mu * self.r[s * self.m + o];
+                for (i, &ji) in keep.iter().enumerate() {
+                    keep.iter().enumerate().for_each(|(l, &jl)| a[i][l] += x(ji) * x(jl));
+                    a[i][k] += x(ji) * target;
+                }
+            }
+            for (i, &j) in keep.iter().enumerate() {
+                a[i][i] += lambda;
+                a[i][k] += lambda * f64::from(self.w.data[o * self.n + j]);
+            }
+            for p in 0..k {
+                let pivot = a[p].clone();
+                for (i, row) in a.iter_mut().enumerate() {
+                    let f = if i == p { 1.0 - 1.0 / pivot[p] } else { row[p] / pivot[p] };
+                    row.iter_mut().zip(&pivot).for_each(|(v, q)| *v -= f * q);
+                }
+            }
+            out.extend(a.iter().map(|row| row[k]));
+        }
+        out
+    }
+
+    fn greatest_loss_of_any(&self, keep: usize, lambda: f64) -> Vec<(f64, Vec<usize>)> {
+        let mut all: Vec<(f64, Vec<usize>)> = (0u32..1 << self.n)
+            .filter(|bits| bits.count_ones() as usize == keep)
+            .map(|bits| {
+                let set: Vec<usize> = (0..self.n).filter(|j| bits >> j & 1 == 1).collect();
+                let w = self.naive_refit(&set, 0.0, lambda);
+                let k = set.len();
+                (self.loss(&set, &|o, a| w[o * k + a], 0.0, lambda), set)
+            })
+            .collect();
+        all.sort_by(|a, b| a.0.total_cmp(&b.0));
+        all
+    }
+}
+
+#[test]
+fn refit_is_the_least_squares_solution() {
+    for (t, n, m, seed) in [(40, 6, 3, 1), (100, 12, 5, 2), (200, 24, 8, 3)] {
+        let p = Problem::new(t, n, m, seed);
+        let moments = p.moments();
+        let keep: Vec<usize> = (0..n).filter(|j| j % 3 != 1).collect();
+        for (mu, ridge) in [(0.0, 0.0), (0.5, 1e-3), (1.0, 0.1)] {
+            let got = refit(&p.w, &moments, mu, &keep, ridge).unwrap();
+            assert_eq!(got.ridge, ridge, "no more ridge than asked for");
+            let lambda = ridge * moments.gram.mean_diagonal();
+            let exact = p.naive_refit(&keep, mu, lambda);
+            for (a, b) in got.weights.data.iter().zip(&exact) {
+                assert!((f64::from(*a) - b).abs() < 1e-4 * (1.0 + b.abs()), "n {n} mu {mu} ridge {ridge}: {a} {b}");
+            }
+        }
+    }
+}
+
+#[test]
+fn refit_of_everything_changes_nothing() {
+    let p = Problem::new(60, 10, 4, 7);
+    let all: Vec<usize> = (0..10).collect();
+    let got = refit(&p.w, &p.moments(), 0.0, &all, 1e-3).unwrap();
+    for (a, b) in got.weights.data.iter().zip(&p.w.data) {
+        assert!((a - b).abs() < 1e-5);
+    }
+}
+
+#[test]
+fn a_singular_gram_gets_the_ridge_it_needs_and_says_so() {
+    let mut p = Problem::new(50, 8, 3, 4);
+    // Neuron 3 is dead, neuron 5 is a copy of neuron 2.
+    for s in 0..p.t {
+        p.x[s * 8 + 3] = 0.0;
+        p.x[s * 8 + 5] = p.x[s * 8 + 2];
+    }
+    let keep: Vec<usize> = (0..8).collect();
+    let got = refit(&p.w, &p.moments(), 0.3, &keep, 0.0).unwrap();
+    assert!(got.ridge > 0.0);
+    assert!(got.weights.data.iter().all(|v| v.is_finite()));
+    let dead = Moments { gram: SymMatrix::zero(8), ..p.moments() };
+    assert!(refit(&p.w, &dead, 0.0, &keep, 1e-3).is_err(), "nothing can be fitted to nothing");
+}
+
+#[test]
+fn obs_updates_are_refits() {
+    for (n, m, seed) in [(10, 3, 1), (20, 6, 2), (33, 9, 3)] {
+        let p = Problem::new(150, n, m, seed);
+        let moments = p.moments();
+        let ridge = 1e-3;
+        let lambda = ridge * moments.gram.mean_diagonal();
+        let mut obs = Obs::new(&p.w, &moments.gram, ridge).unwrap();
+        let mut loss = 0.0;
+        for k in [1, 2, 3] {
+            loss += obs.remove_least(k);
+        }
+        let keep = obs.kept();
+        assert_eq!(keep.len(), n - 6);
+        // The loss that OBS adds up is the true one: what the removed weights cost, ridge included.
+        let w = p.naive_refit(&keep, 0.0, lambda);
+        let gone: f64 = (0..n)
+            .filter(|j| !keep.contains(j))
+            .map(|j| (0..m).map(|o| lambda * f64::from(p.w.data[o * n + j]).powi(2)).sum::<f64>())
+            .sum();
+        let exact = p.loss(&keep, &|o, a| w[o * keep.len() + a], 0.0, lambda) + gone;
+        assert!((loss - exact).abs() < 1e-6 * exact, "n {n}: {loss} {exact}");
+        // And so are its weights.
+        let mut order: Vec<f64> = Vec::new();
+        let tail = obs.tail(obs.alive());
+        (0..m).for_each(|o| order.extend((0..keep.len()).map(|a| tail[(o, a)])));
+        let norm = |v: &[f64]| v.iter().map(|x| x * x).sum::<f64>();
+        assert!((norm(&order) - norm(&w)).abs() < 1e-6 * norm(&w), "n {n}");
+    }
+}
+
+#[test]
+fn greedy_is_near_the_best_of_all_subsets() {
+    let mut best_hits = 0;
+    for seed in 1..=6 {
+        let p = Problem::new(80, 9, 4, seed);
+        let moments = p.moments();
+        let lambda = 1e-6 * moments.gram.mean_diagonal();
+        let keep = greedy(&p.w, &moments.gram, 1e-6, 5).unwrap();
+        let all = p.greatest_loss_of_any(5, lambda);
+        let rank = all.iter().position(|(_, set)| *set == keep).unwrap();
+        best_hits += usize::from(rank == 0);
+        // 126 subsets of 5 in 9.
+        assert!(rank < 12, "seed {seed}: greedy is number {rank} of {}", all.len());
+    }
+    assert!(best_hits >= 2, "the best only {best_hits} times");
+}
+
+#[test]
+fn curves_rise_and_end_where_greedy_ends() {
+    let p = Problem::new(300, 48, 6, 5);
+    let gram = p.moments().gram;
+    let curve = loss_curve(&p.w, &gram, 1e-3, &[48, 32, 16]).unwrap();
+    assert_eq!(curve[0], 0.0);
+    assert!(curve[1] > 0.0 && curve[2] > curve[1], "{curve:?}");
+    let keep = greedy(&p.w, &gram, 1e-3, 16).unwrap();
+    let mut obs = Obs::new(&p.w, &gram, 1e-3).unwrap();
+    (0..32).for_each(|_| {
+        obs.remove_least(1);
+    });
+    assert_eq!(keep, obs.kept());
+}
+
+#[test]
+fn the_papers_score_is_its_formula() {
+    let p = Problem::new(90, 7, 3, 9);
+    let moments = p.moments();
+    let n = p.n;
+    // H⁻¹ by elimination, U by the textbook recurrence, energies from the data.
+    let h = &moments.gram.data;
+    let mut a: Vec<Vec<f64>> =
+        (0..n).map(|i| (0..2 * n).map(|j| if j < n { h[i * n + j] } else { f64::from(u8::from(j - n == i)) }).collect()).collect();
+    for q in 0..n {
+        let pivot: Vec<f64> = a[q].iter().map(|v| v / a[q][q]).collect();
+        for (i, row) in a.iter_mut().enumerate() {
+            let f = row[q];
+            if i == q { *row = pivot.clone() } else { row.iter_mut().zip(&pivot).for_each(|(v, s)| *v -= f * s) }
+        }
+    }
+    let mut u = vec![vec![0.0; n]; n];
+    for i in 0..n {
+        for j in i..n {
+            let sum: f64 = (0..i).map(|k| u[k][i] * u[k][j]).sum();
+            u[i][j] = if i == j { (a[i][n + i] - sum).sqrt() } else { (a[i][n + j] - sum) / u[i][i] };
+        }
+    }
+    let energy = |o: usize| -> f64 {
+        let y = |s: usize| -> f64 { (0..n).map(|j| p.x[s * n + j] * f64::from(p.w.data[o * n + j])).sum() };
+        (0..p.t).map(|s| y(s).powi(2)).sum::<f64>() / p.t as f64
+    };
+    let energies: Vec<f64> = (0..p.m).map(energy).collect();
+    let score = |j: usize| -> f64 {
+        (0..p.m).map(|o| energies[o] * f64::from(p.w.data[o * n + j]).powi(2)).sum::<f64>() / u[j][j].powi(2)
+    };
+    let mut order: Vec<usize> = (0..n).collect();
+    order.sort_by(|x, y| score(*y).total_cmp(&score(*x)));
+    let mut expected = order[..4].to_vec();
+    expected.sort();
+    assert_eq!(paper_keep(&p.w, &moments.gram, p.t, 4).unwrap(), expected);
+}
