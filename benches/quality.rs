@@ -78,7 +78,11 @@ impl Observer for Stages {
 }
 
 fn settings(row: &str, sparsity: f64, n_threads: usize) -> Settings {
-    let mut s = Settings { sparsity, n_threads, ..Settings::default() };
+    let mut s = Settings {
+        sparsity,
+        n_threads,
+        ..Settings::default()
+    };
     let (method, changes) = row.split_once(':').unwrap_or((row, ""));
     s.method = match method {
         "putri" => Method::Putri,
@@ -87,7 +91,11 @@ fn settings(row: &str, sparsity: f64, n_threads: usize) -> Settings {
     };
     for change in changes.split(',').filter(|c| !c.is_empty()) {
         let (key, value) = change.split_once('=').unwrap_or((change, ""));
-        let number = || value.parse::<f64>().unwrap_or_else(|_| panic!("{change}: not a number"));
+        let number = || {
+            value
+                .parse::<f64>()
+                .unwrap_or_else(|_| panic!("{change}: not a number"))
+        };
         match key {
             "mixture" => s.mixture = number(),
             "ridge_attn" => s.ridge_attn = number(),
@@ -111,19 +119,43 @@ fn main() {
         .judge
         .iter()
         .map(|path| {
-            let windows = file_windows(&vocab, std::slice::from_ref(path), args.judge_ctx, args.judge_windows);
+            let windows = file_windows(
+                &vocab,
+                std::slice::from_ref(path),
+                args.judge_ctx,
+                args.judge_windows,
+            );
             windows.expect("judge").concat()
         })
         .collect();
     let scratch = tempfile::tempdir().expect("temporary folder");
-    let folder = args.keep.clone().unwrap_or_else(|| scratch.path().to_path_buf());
+    let folder = args
+        .keep
+        .clone()
+        .unwrap_or_else(|| scratch.path().to_path_buf());
 
-    println!("| method | sparsity | reached | bytes | seconds | {} |", args.judge.iter().map(|j| format!("ppl {0} | KL {0} | top-1 {0}", j.file_stem().unwrap_or_default().to_string_lossy())).collect::<Vec<_>>().join(" | "));
-    println!("|---|---|---|---|---|{}", "---|---|---|".repeat(judges.len()));
+    println!(
+        "| method | sparsity | reached | bytes | seconds | {} |",
+        args.judge
+            .iter()
+            .map(|j| format!(
+                "ppl {0} | KL {0} | top-1 {0}",
+                j.file_stem().unwrap_or_default().to_string_lossy()
+            ))
+            .collect::<Vec<_>>()
+            .join(" | ")
+    );
+    println!(
+        "|---|---|---|---|---|{}",
+        "---|---|---|".repeat(judges.len())
+    );
     let mut first = true;
     for &sparsity in &args.sparsity {
         for row in &args.row {
-            let output = folder.join(format!("{}-{sparsity}.gguf", row.replace([':', '=', ','], "_")));
+            let output = folder.join(format!(
+                "{}-{sparsity}.gguf",
+                row.replace([':', '=', ','], "_")
+            ));
             let job = Job {
                 input: args.model.clone(),
                 output: output.clone(),
@@ -153,20 +185,37 @@ fn main() {
             let pruned = Model::open(&output).expect("our own output");
             let results: Vec<_> = judges
                 .iter()
-                .map(|tokens| compare(&[&dense, &pruned], tokens, args.judge_ctx, args.threads).expect("evaluation"))
+                .map(|tokens| {
+                    compare(&[&dense, &pruned], tokens, args.judge_ctx, args.threads)
+                        .expect("evaluation")
+                })
                 .collect();
             let cells = |i: usize| {
                 let cell = |r: &Vec<putri_gguf::evaluate::Comparison>| {
-                    format!("{:.2} | {:.4} | {:.1} %", r[i].ppl, r[i].kl, r[i].top1 * 100.0)
+                    format!(
+                        "{:.2} | {:.4} | {:.1} %",
+                        r[i].ppl,
+                        r[i].kl,
+                        r[i].top1 * 100.0
+                    )
                 };
                 results.iter().map(cell).collect::<Vec<_>>().join(" | ")
             };
             if first {
-                println!("| dense | 0 | 0 | {} | | {} |", outcome.before.bytes, cells(0));
+                println!(
+                    "| dense | 0 | 0 | {} | | {} |",
+                    outcome.before.bytes,
+                    cells(0)
+                );
                 first = false;
             }
             let seconds = outcome.time.as_secs_f64();
-            println!("| {row} | {sparsity} | {:.4} | {} | {seconds:.0} | {} |", outcome.sparsity, outcome.after.bytes, cells(1));
+            println!(
+                "| {row} | {sparsity} | {:.4} | {} | {seconds:.0} | {} |",
+                outcome.sparsity,
+                outcome.after.bytes,
+                cells(1)
+            );
             drop(pruned);
             if args.keep.is_none() {
                 std::fs::remove_file(&output).expect("remove our own output");

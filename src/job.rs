@@ -97,10 +97,15 @@ pub enum JobError {
     #[error("{} exists; --force replaces it", .0.display())]
     Exists(PathBuf),
     #[error("{}: {source}", path.display())]
-    Io { path: PathBuf, source: std::io::Error },
+    Io {
+        path: PathBuf,
+        source: std::io::Error,
+    },
     #[error("the result does not load: {0}")]
     DoesNotLoad(GgmlError),
-    #[error("the result loads, but llama.cpp's perplexity on it is {file:.2} and ours of the pruned model {own:.2}; nothing was written")]
+    #[error(
+        "the result loads, but llama.cpp's perplexity on it is {file:.2} and ours of the pruned model {own:.2}; nothing was written"
+    )]
     Disagrees { file: f64, own: f64 },
     #[error("interrupted")]
     Interrupted,
@@ -113,7 +118,10 @@ pub enum JobError {
 pub fn run(job: &Job, observer: &mut dyn Observer) -> Result<Outcome, JobError> {
     let start = Instant::now();
     check_paths(job)?;
-    let at_input = |source| JobError::Model { path: job.input.clone(), source };
+    let at_input = |source| JobError::Model {
+        path: job.input.clone(),
+        source,
+    };
     let model = Model::open(&job.input).map_err(|e| match e {
         // These name the file already.
         ModelError::Gguf(
@@ -159,20 +167,27 @@ pub fn run(job: &Job, observer: &mut dyn Observer) -> Result<Outcome, JobError> 
     let temp = temporary(&job.output)?;
     let mut out = BufWriter::with_capacity(1 << 20, temp.as_file());
     let carrier = assemble(&model, &pruned.plan, &provenance, &mut out, &job.output)?;
-    out.flush().map_err(|source| JobError::Io { path: job.output.clone(), source })?;
+    out.flush().map_err(|source| JobError::Io {
+        path: job.output.clone(),
+        source,
+    })?;
     drop(out);
     observer.step(1, "");
     let mut quality = Quality {
         dense_ppl: pruned.dense_ppl,
         pruned_ppl: pruned.pruned_ppl,
         file_ppl: None,
-        fit_tokens: (windows.n_fit * windows.n_ctx, windows.n_self * windows.n_ctx),
+        fit_tokens: (
+            windows.n_fit * windows.n_ctx,
+            windows.n_self * windows.n_ctx,
+        ),
         held_out_tokens: windows.n_held_out * windows.n_ctx,
     };
     if job.verify {
         let held_out = windows.tokens_of(windows.n_fit..windows.n_windows());
-        let file = evaluate::perplexity(temp.path(), held_out, windows.n_ctx, job.settings.n_threads)
-            .map_err(JobError::DoesNotLoad)?;
+        let file =
+            evaluate::perplexity(temp.path(), held_out, windows.n_ctx, job.settings.n_threads)
+                .map_err(JobError::DoesNotLoad)?;
         let own = quality.pruned_ppl;
         // A NaN on either side is no agreement.
         let agrees = (file / own).ln().abs() <= PARITY.ln();
@@ -191,12 +206,23 @@ pub fn run(job: &Job, observer: &mut dyn Observer) -> Result<Outcome, JobError> 
     let after = Size {
         bytes,
         params: before.params - removed_params(&model, &shapes),
-        block_params: shapes.iter().map(|b| sum(model.hparams.block_params(b))).sum(),
+        block_params: shapes
+            .iter()
+            .map(|b| sum(model.hparams.block_params(b)))
+            .sum(),
         blocks: shapes,
     };
     let mut warnings = pruned.warnings;
     warnings.extend(advice(sparsity, &quality, carrier));
-    Ok(Outcome { before, after, carrier, sparsity, quality: Some(quality), warnings, time: start.elapsed() })
+    Ok(Outcome {
+        before,
+        after,
+        carrier,
+        sparsity,
+        quality: Some(quality),
+        warnings,
+        time: start.elapsed(),
+    })
 }
 
 fn sum((a, b): (usize, usize)) -> usize {
@@ -215,10 +241,18 @@ fn size_of(model: &Model) -> Size {
 
 fn removed_params(model: &Model, shapes: &[BlockShape]) -> usize {
     let h = &model.hparams;
-    h.blocks.iter().zip(shapes).map(|(a, b)| sum(h.block_params(a)) - sum(h.block_params(b))).sum()
+    h.blocks
+        .iter()
+        .zip(shapes)
+        .map(|(a, b)| sum(h.block_params(a)) - sum(h.block_params(b)))
+        .sum()
 }
 
-fn collect(llama: &LlamaModel, job: &Job, observer: &mut dyn Observer) -> Result<calibrate::Windows, JobError> {
+fn collect(
+    llama: &LlamaModel,
+    job: &Job,
+    observer: &mut dyn Observer,
+) -> Result<calibrate::Windows, JobError> {
     let mut begun = false;
     let windows = calibrate::collect(llama, &job.recipe, |done, total| {
         if !begun {
@@ -236,7 +270,10 @@ fn collect(llama: &LlamaModel, job: &Job, observer: &mut dyn Observer) -> Result
 
 /// Sparsity 0: the same bytes.
 fn copy_as_is(job: &Job, model: &Model, start: Instant) -> Result<Outcome, JobError> {
-    let io = |source| JobError::Io { path: job.output.clone(), source };
+    let io = |source| JobError::Io {
+        path: job.output.clone(),
+        source,
+    };
     let mut temp = temporary(&job.output)?;
     temp.write_all(model.file.bytes()).map_err(io)?;
     if job.verify {
@@ -257,8 +294,14 @@ fn copy_as_is(job: &Job, model: &Model, start: Instant) -> Result<Outcome, JobEr
 
 /// Refuses what would harm a file, before anything costs time.
 fn check_paths(job: &Job) -> Result<(), JobError> {
-    let Ok(existing) = job.output.canonicalize() else { return Ok(()) };
-    if job.input.canonicalize().is_ok_and(|input| same_file(&input, &existing)) {
+    let Ok(existing) = job.output.canonicalize() else {
+        return Ok(());
+    };
+    if job
+        .input
+        .canonicalize()
+        .is_ok_and(|input| same_file(&input, &existing))
+    {
         return Err(JobError::SameFile(job.output.clone()));
     }
     if !job.force {
@@ -266,7 +309,10 @@ fn check_paths(job: &Job) -> Result<(), JobError> {
     }
     if existing.is_dir() {
         let source = std::io::Error::new(std::io::ErrorKind::IsADirectory, "is a directory");
-        return Err(JobError::Io { path: job.output.clone(), source });
+        return Err(JobError::Io {
+            path: job.output.clone(),
+            source,
+        });
     }
     Ok(())
 }
@@ -285,18 +331,27 @@ fn same_file(a: &Path, b: &Path) -> bool {
 
 /// A temporary file beside the output, so that the final rename stays on one file system.
 fn temporary(output: &Path) -> Result<tempfile::NamedTempFile, JobError> {
-    let folder = output.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    let folder = output
+        .parent()
+        .filter(|p| !p.as_os_str().is_empty())
+        .unwrap_or(Path::new("."));
     let name = output.file_name().unwrap_or_default().to_string_lossy();
     tempfile::Builder::new()
         .prefix(&format!(".{name}."))
         .suffix(".part")
         .tempfile_in(folder)
-        .map_err(|source| JobError::Io { path: folder.into(), source })
+        .map_err(|source| JobError::Io {
+            path: folder.into(),
+            source,
+        })
 }
 
 /// Syncs the temporary file and gives it its name. Returns its length.
 fn finish(job: &Job, temp: tempfile::NamedTempFile) -> Result<u64, JobError> {
-    let io = |source| JobError::Io { path: job.output.clone(), source };
+    let io = |source| JobError::Io {
+        path: job.output.clone(),
+        source,
+    };
     temp.as_file().sync_all().map_err(io)?;
     let bytes = temp.as_file().metadata().map_err(io)?.len();
     // A temporary file is private; an output is made like any other file.
@@ -304,9 +359,15 @@ fn finish(job: &Job, temp: tempfile::NamedTempFile) -> Result<u64, JobError> {
     {
         use std::os::unix::fs::PermissionsExt;
         let mode = job.input.metadata().map_err(io)?.permissions().mode() & 0o666;
-        temp.as_file().set_permissions(std::fs::Permissions::from_mode(mode | 0o200)).map_err(io)?;
+        temp.as_file()
+            .set_permissions(std::fs::Permissions::from_mode(mode | 0o200))
+            .map_err(io)?;
     }
-    let persisted = if job.force { temp.persist(&job.output) } else { temp.persist_noclobber(&job.output) };
+    let persisted = if job.force {
+        temp.persist(&job.output)
+    } else {
+        temp.persist_noclobber(&job.output)
+    };
     persisted.map_err(|e| io(e.error))?;
     Ok(bytes)
 }
@@ -319,10 +380,26 @@ fn method_name(method: Method) -> &'static str {
 }
 
 fn calibration_text(job: &Job, w: &calibrate::Windows) -> String {
-    let files: Vec<_> =
-        job.recipe.files.iter().map(|f| f.file_name().unwrap_or_default().to_string_lossy().into_owned()).collect();
-    let own = format!("{} of {} windows of {} tokens self-generated", w.n_self, w.n_fit, w.n_ctx);
-    if files.is_empty() { own } else { format!("{own}, the rest from {}", files.join(", ")) }
+    let files: Vec<_> = job
+        .recipe
+        .files
+        .iter()
+        .map(|f| {
+            f.file_name()
+                .unwrap_or_default()
+                .to_string_lossy()
+                .into_owned()
+        })
+        .collect();
+    let own = format!(
+        "{} of {} windows of {} tokens self-generated",
+        w.n_self, w.n_fit, w.n_ctx
+    );
+    if files.is_empty() {
+        own
+    } else {
+        format!("{own}, the rest from {}", files.join(", "))
+    }
 }
 
 /// What a user needs to hear about a result like this.

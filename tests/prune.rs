@@ -40,7 +40,8 @@ impl Problem {
         let mut mo = Moments::new(n, m);
         for s in 0..t {
             for i in 0..n {
-                (0..n).for_each(|j| mo.gram.data[i * n + j] += self.x[s * n + i] * self.x[s * n + j]);
+                (0..n)
+                    .for_each(|j| mo.gram.data[i * n + j] += self.x[s * n + i] * self.x[s * n + j]);
                 (0..m).for_each(|o| mo.cross[o * n + i] += self.x[s * n + i] * self.r[s * m + o]);
             }
         }
@@ -49,12 +50,24 @@ impl Problem {
     }
 
     /// Σ ‖x_keep W'ᵀ − (x Wᵀ + μ r)‖² + λ ‖W' − W_keep‖², straight from the data.
-    fn loss(&self, keep: &[usize], w_keep: &dyn Fn(usize, usize) -> f64, mu: f64, lambda: f64) -> f64 {
+    fn loss(
+        &self,
+        keep: &[usize],
+        w_keep: &dyn Fn(usize, usize) -> f64,
+        mu: f64,
+        lambda: f64,
+    ) -> f64 {
         let mut loss = 0.0;
         for s in 0..self.t {
             for o in 0..self.m {
-                let own: f64 = (0..self.n).map(|j| self.x[s * self.n + j] * f64::from(self.w.data[o * self.n + j])).sum();
-                let new: f64 = keep.iter().enumerate().map(|(a, &j)| self.x[s * self.n + j] * w_keep(o, a)).sum();
+                let own: f64 = (0..self.n)
+                    .map(|j| self.x[s * self.n + j] * f64::from(self.w.data[o * self.n + j]))
+                    .sum();
+                let new: f64 = keep
+                    .iter()
+                    .enumerate()
+                    .map(|(a, &j)| self.x[s * self.n + j] * w_keep(o, a))
+                    .sum();
                 loss += (new - own - mu * self.r[s * self.m + o]).powi(2);
             }
         }
@@ -74,10 +87,14 @@ impl Problem {
             let mut a = vec![vec![0.0; k + 1]; k];
             for s in 0..self.t {
                 let x = |j: usize| self.x[s * self.n + j];
-                let own: f64 = (0..self.n).map(|j| x(j) * f64::from(self.w.data[o * self.n + j])).sum();
+                let own: f64 = (0..self.n)
+                    .map(|j| x(j) * f64::from(self.w.data[o * self.n + j]))
+                    .sum();
                 let target = own + mu * self.r[s * self.m + o];
                 for (i, &ji) in keep.iter().enumerate() {
-                    keep.iter().enumerate().for_each(|(l, &jl)| a[i][l] += x(ji) * x(jl));
+                    keep.iter()
+                        .enumerate()
+                        .for_each(|(l, &jl)| a[i][l] += x(ji) * x(jl));
                     a[i][k] += x(ji) * target;
                 }
             }
@@ -88,7 +105,11 @@ impl Problem {
             for p in 0..k {
                 let pivot = a[p].clone();
                 for (i, row) in a.iter_mut().enumerate() {
-                    let f = if i == p { 1.0 - 1.0 / pivot[p] } else { row[p] / pivot[p] };
+                    let f = if i == p {
+                        1.0 - 1.0 / pivot[p]
+                    } else {
+                        row[p] / pivot[p]
+                    };
                     row.iter_mut().zip(&pivot).for_each(|(v, q)| *v -= f * q);
                 }
             }
@@ -124,7 +145,10 @@ fn refit_is_the_least_squares_solution() {
             let lambda = ridge * moments.gram.mean_diagonal();
             let exact = p.naive_refit(&keep, mu, lambda);
             for (a, b) in got.weights.data.iter().zip(&exact) {
-                assert!((f64::from(*a) - b).abs() < 1e-4 * (1.0 + b.abs()), "n {n} mu {mu} ridge {ridge}: {a} {b}");
+                assert!(
+                    (f64::from(*a) - b).abs() < 1e-4 * (1.0 + b.abs()),
+                    "n {n} mu {mu} ridge {ridge}: {a} {b}"
+                );
             }
         }
     }
@@ -152,8 +176,14 @@ fn a_singular_gram_gets_the_ridge_it_needs_and_says_so() {
     let got = refit(&p.w, &p.moments(), 0.3, &keep, 0.0).unwrap();
     assert!(got.ridge > 0.0);
     assert!(got.weights.data.iter().all(|v| v.is_finite()));
-    let dead = Moments { gram: SymMatrix::zero(8), ..p.moments() };
-    assert!(refit(&p.w, &dead, 0.0, &keep, 1e-3).is_err(), "nothing can be fitted to nothing");
+    let dead = Moments {
+        gram: SymMatrix::zero(8),
+        ..p.moments()
+    };
+    assert!(
+        refit(&p.w, &dead, 0.0, &keep, 1e-3).is_err(),
+        "nothing can be fitted to nothing"
+    );
 }
 
 #[test]
@@ -174,7 +204,11 @@ fn obs_updates_are_refits() {
         let w = p.naive_refit(&keep, 0.0, lambda);
         let gone: f64 = (0..n)
             .filter(|j| !keep.contains(j))
-            .map(|j| (0..m).map(|o| lambda * f64::from(p.w.data[o * n + j]).powi(2)).sum::<f64>())
+            .map(|j| {
+                (0..m)
+                    .map(|o| lambda * f64::from(p.w.data[o * n + j]).powi(2))
+                    .sum::<f64>()
+            })
             .sum();
         let exact = p.loss(&keep, &|o, a| w[o * keep.len() + a], 0.0, lambda) + gone;
         assert!((loss - exact).abs() < 1e-6 * exact, "n {n}: {loss} {exact}");
@@ -199,7 +233,11 @@ fn greedy_is_near_the_best_of_all_subsets() {
         let rank = all.iter().position(|(_, set)| *set == keep).unwrap();
         best_hits += usize::from(rank == 0);
         // 126 subsets of 5 in 9.
-        assert!(rank < 12, "seed {seed}: greedy is number {rank} of {}", all.len());
+        assert!(
+            rank < 12,
+            "seed {seed}: greedy is number {rank} of {}",
+            all.len()
+        );
     }
     assert!(best_hits >= 2, "the best only {best_hits} times");
 }
@@ -226,29 +264,55 @@ fn the_papers_score_is_its_formula() {
     let n = p.n;
     // H⁻¹ by elimination, U by the textbook recurrence, energies from the data.
     let h = &moments.gram.data;
-    let mut a: Vec<Vec<f64>> =
-        (0..n).map(|i| (0..2 * n).map(|j| if j < n { h[i * n + j] } else { f64::from(u8::from(j - n == i)) }).collect()).collect();
+    let mut a: Vec<Vec<f64>> = (0..n)
+        .map(|i| {
+            (0..2 * n)
+                .map(|j| {
+                    if j < n {
+                        h[i * n + j]
+                    } else {
+                        f64::from(u8::from(j - n == i))
+                    }
+                })
+                .collect()
+        })
+        .collect();
     for q in 0..n {
         let pivot: Vec<f64> = a[q].iter().map(|v| v / a[q][q]).collect();
         for (i, row) in a.iter_mut().enumerate() {
             let f = row[q];
-            if i == q { *row = pivot.clone() } else { row.iter_mut().zip(&pivot).for_each(|(v, s)| *v -= f * s) }
+            if i == q {
+                *row = pivot.clone()
+            } else {
+                row.iter_mut().zip(&pivot).for_each(|(v, s)| *v -= f * s)
+            }
         }
     }
     let mut u = vec![vec![0.0; n]; n];
     for i in 0..n {
         for j in i..n {
             let sum: f64 = (0..i).map(|k| u[k][i] * u[k][j]).sum();
-            u[i][j] = if i == j { (a[i][n + i] - sum).sqrt() } else { (a[i][n + j] - sum) / u[i][i] };
+            u[i][j] = if i == j {
+                (a[i][n + i] - sum).sqrt()
+            } else {
+                (a[i][n + j] - sum) / u[i][i]
+            };
         }
     }
     let energy = |o: usize| -> f64 {
-        let y = |s: usize| -> f64 { (0..n).map(|j| p.x[s * n + j] * f64::from(p.w.data[o * n + j])).sum() };
+        let y = |s: usize| -> f64 {
+            (0..n)
+                .map(|j| p.x[s * n + j] * f64::from(p.w.data[o * n + j]))
+                .sum()
+        };
         (0..p.t).map(|s| y(s).powi(2)).sum::<f64>() / p.t as f64
     };
     let energies: Vec<f64> = (0..p.m).map(energy).collect();
     let score = |j: usize| -> f64 {
-        (0..p.m).map(|o| energies[o] * f64::from(p.w.data[o * n + j]).powi(2)).sum::<f64>() / u[j][j].powi(2)
+        (0..p.m)
+            .map(|o| energies[o] * f64::from(p.w.data[o * n + j]).powi(2))
+            .sum::<f64>()
+            / u[j][j].powi(2)
     };
     let mut order: Vec<usize> = (0..n).collect();
     order.sort_by(|x, y| score(*y).total_cmp(&score(*x)));

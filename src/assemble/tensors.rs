@@ -22,17 +22,26 @@ enum Action<'p> {
 ///
 /// # Errors
 /// [`GgufError`] if a tensor cannot be converted.
-pub(super) fn tensors<'m>(model: &'m Model, plan: &'m Plan) -> Result<Vec<OutTensor<'m>>, GgufError> {
+pub(super) fn tensors<'m>(
+    model: &'m Model,
+    plan: &'m Plan,
+) -> Result<Vec<OutTensor<'m>>, GgufError> {
     let mut actions: Vec<Action> = model.file.tensors().iter().map(|_| Action::Copy).collect();
     for il in 0..plan.blocks.len() {
         plan_block(model, plan, il, &mut actions);
     }
     let tensors = model.file.tensors().iter().zip(actions);
-    tensors.filter_map(|(t, action)| output(model, t, action).transpose()).collect()
+    tensors
+        .filter_map(|(t, action)| output(model, t, action).transpose())
+        .collect()
 }
 
 fn plan_block<'p>(model: &Model, plan: &'p Plan, il: usize, actions: &mut [Action<'p>]) {
-    let (t, p, shape) = (&model.blocks[il], &plan.blocks[il], &model.hparams.blocks[il]);
+    let (t, p, shape) = (
+        &model.blocks[il],
+        &plan.blocks[il],
+        &model.hparams.blocks[il],
+    );
     let head_dim = model.hparams.head_dim;
     let heads = shape.heads_per_group() * head_dim;
     let mut set = |s: Option<&Segment>, action: Action<'p>| {
@@ -41,15 +50,26 @@ fn plan_block<'p>(model: &Model, plan: &'p Plan, il: usize, actions: &mut [Actio
         }
     };
     if p.groups.is_empty() {
-        let single = [&t.attn_norm, &t.attn_output, &t.attn_output_bias].into_iter().flatten();
+        let single = [&t.attn_norm, &t.attn_output, &t.attn_output_bias]
+            .into_iter()
+            .flatten();
         let triple = [&t.qkv, &t.qkv_bias].into_iter().flatten().flatten();
-        single.chain(triple).for_each(|s| set(Some(s), Action::Drop));
+        single
+            .chain(triple)
+            .for_each(|s| set(Some(s), Action::Drop));
     } else {
         if p.groups.len() < shape.n_head_kv {
             let kept = [heads, head_dim, head_dim].map(|n| group_rows(&p.groups, n));
             for segments in [&t.qkv, &t.qkv_bias].into_iter().flatten() {
                 for (tensor, rows) in joined(segments, &kept) {
-                    set(Some(&Segment { tensor, start: 0, n: 0 }), Action::Rows(rows));
+                    set(
+                        Some(&Segment {
+                            tensor,
+                            start: 0,
+                            n: 0,
+                        }),
+                        Action::Rows(rows),
+                    );
                 }
             }
             set(t.attn_output.as_ref(), Action::Columns(heads, &p.groups));
@@ -59,7 +79,12 @@ fn plan_block<'p>(model: &Model, plan: &'p Plan, il: usize, actions: &mut [Actio
         }
     }
     if p.neurons.iter().copied().ne(0..shape.n_ff) {
-        for s in [Some(&t.ffn_gate), Some(&t.ffn_up), t.ffn_gate_bias.as_ref(), t.ffn_up_bias.as_ref()] {
+        for s in [
+            Some(&t.ffn_gate),
+            Some(&t.ffn_up),
+            t.ffn_gate_bias.as_ref(),
+            t.ffn_up_bias.as_ref(),
+        ] {
             set(s, Action::Rows(p.neurons.clone()));
         }
     }
@@ -81,11 +106,23 @@ fn joined(segments: &[Segment; 3], kept: &[Vec<usize>; 3]) -> Vec<(usize, Vec<us
     out
 }
 
-fn output<'m>(model: &'m Model, t: &'m TensorInfo, action: Action<'m>) -> Result<Option<OutTensor<'m>>, GgufError> {
+fn output<'m>(
+    model: &'m Model,
+    t: &'m TensorInfo,
+    action: Action<'m>,
+) -> Result<Option<OutTensor<'m>>, GgufError> {
     let (ty, ne, data): (Type, Vec<usize>, Box<dyn Fn() -> _ + 'm>) = match action {
         Action::Drop => return Ok(None),
-        Action::Copy => (t.ty, t.ne.clone(), Box::new(|| Ok(Cow::Borrowed(model.file.data(t))))),
-        Action::Replace(q) => (q.ty, vec![q.n_in, q.n_out], Box::new(|| Ok(Cow::Borrowed(&q.bytes[..])))),
+        Action::Copy => (
+            t.ty,
+            t.ne.clone(),
+            Box::new(|| Ok(Cow::Borrowed(model.file.data(t)))),
+        ),
+        Action::Replace(q) => (
+            q.ty,
+            vec![q.n_in, q.n_out],
+            Box::new(|| Ok(Cow::Borrowed(&q.bytes[..]))),
+        ),
         Action::Rows(rows) => {
             // The rows of a vector are its elements.
             let (row, ne) = match t.ne.as_slice() {
@@ -93,7 +130,18 @@ fn output<'m>(model: &'m Model, t: &'m TensorInfo, action: Action<'m>) -> Result
                 [n, ..] => (*n, vec![*n, rows.len()]),
                 [] => unreachable!("a tensor has a dimension"),
             };
-            (t.ty, ne, Box::new(move || Ok(Cow::Owned(select_rows(model.file.data(t), t.ty, row, &rows)))))
+            (
+                t.ty,
+                ne,
+                Box::new(move || {
+                    Ok(Cow::Owned(select_rows(
+                        model.file.data(t),
+                        t.ty,
+                        row,
+                        &rows,
+                    )))
+                }),
+            )
         }
         Action::Columns(run, runs) => {
             let n_in = run * runs.len();
@@ -103,13 +151,23 @@ fn output<'m>(model: &'m Model, t: &'m TensorInfo, action: Action<'m>) -> Result
                 None => {
                     // Groups are not whole blocks: the values stay, their encoding cannot.
                     let all = model.file.floats(t, 0..t.n_rows())?;
-                    let m = crate::model::Matrix::new(t.ne[0], t.n_rows(), all).select_cols(&group_rows(runs, run));
-                    let q = quantise(&m, output_type(t.ty, n_in), &vec![1.0; n_in])
-                        .map_err(|source| GgufError::Tensor { name: t.name.clone(), source })?;
+                    let m = crate::model::Matrix::new(t.ne[0], t.n_rows(), all)
+                        .select_cols(&group_rows(runs, run));
+                    let q = quantise(&m, output_type(t.ty, n_in), &vec![1.0; n_in]).map_err(
+                        |source| GgufError::Tensor {
+                            name: t.name.clone(),
+                            source,
+                        },
+                    )?;
                     (q.ty, ne, Box::new(move || Ok(Cow::Owned(q.bytes.clone()))))
                 }
             }
         }
     };
-    Ok(Some(OutTensor { name: t.name.clone(), ty, ne, data }))
+    Ok(Some(OutTensor {
+        name: t.name.clone(),
+        ty,
+        ne,
+        data,
+    }))
 }

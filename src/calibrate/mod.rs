@@ -25,7 +25,9 @@ pub enum CalibrateError {
         source: std::io::Error,
     },
     /// A text file is too short.
-    #[error("the text has {found} tokens; at least {needed} are needed for windows of {n_ctx} (lower --ctx-size, or give more text)")]
+    #[error(
+        "the text has {found} tokens; at least {needed} are needed for windows of {n_ctx} (lower --ctx-size, or give more text)"
+    )]
     TooShort {
         /// Tokens in all files.
         found: usize,
@@ -35,7 +37,9 @@ pub enum CalibrateError {
         n_ctx: usize,
     },
     /// The model has neither a BOS nor an EOS token to begin with.
-    #[error("the model names no BOS or EOS token to start its own text from; give a text with --file")]
+    #[error(
+        "the model names no BOS or EOS token to start its own text from; give a text with --file"
+    )]
     NoStart,
     /// The progress callback asked to stop.
     #[error("interrupted")]
@@ -91,7 +95,15 @@ impl Windows {
     /// The next token for every position of `windows`; none at the end of a window.
     pub fn targets(&self, windows: Range<usize>) -> Vec<Option<Token>> {
         let tokens = self.tokens_of(windows);
-        (0..tokens.len()).map(|i| if (i + 1) % self.n_ctx == 0 { None } else { Some(tokens[i + 1]) }).collect()
+        (0..tokens.len())
+            .map(|i| {
+                if (i + 1) % self.n_ctx == 0 {
+                    None
+                } else {
+                    Some(tokens[i + 1])
+                }
+            })
+            .collect()
     }
 }
 
@@ -114,21 +126,38 @@ pub fn collect(
     mut progress: impl FnMut(usize, usize) -> bool,
 ) -> Result<Windows, CalibrateError> {
     assert!(recipe.n_ctx > 1 && recipe.n_windows > 0);
-    let share = if recipe.files.is_empty() { 1.0 } else { recipe.self_share };
+    let share = if recipe.files.is_empty() {
+        1.0
+    } else {
+        recipe.self_share
+    };
     let mut n_self = (recipe.n_windows as f64 * share).round() as usize;
     let (mut fit, mut judge) = (Vec::new(), Vec::new());
     if n_self < recipe.n_windows {
         let wanted = recipe.n_windows - n_self;
-        let found = file_windows(model, &recipe.files, recipe.n_ctx, wanted + held_out(wanted))?;
+        let found = file_windows(
+            model,
+            &recipe.files,
+            recipe.n_ctx,
+            wanted + held_out(wanted),
+        )?;
         let n_fit = found.len() - held_out(found.len().min(wanted)).min(found.len() - 1);
         // Windows to judge on are spread over the text like the others.
         let every = found.len().div_ceil(found.len() - n_fit);
         for (i, w) in found.into_iter().enumerate() {
-            if i % every == every - 1 || every == 1 { judge.push(w) } else { fit.push(w) }
+            if i % every == every - 1 || every == 1 {
+                judge.push(w)
+            } else {
+                fit.push(w)
+            }
         }
     }
     if n_self > 0 {
-        let schedule = Schedule { n_ctx: recipe.n_ctx, n_windows: n_self + held_out(n_self), seed: recipe.seed };
+        let schedule = Schedule {
+            n_ctx: recipe.n_ctx,
+            n_windows: n_self + held_out(n_self),
+            seed: recipe.seed,
+        };
         let mut own = generate(model, &schedule, recipe.n_threads, &mut progress)?;
         judge.extend(own.split_off(n_self));
         fit.extend(own);
@@ -137,5 +166,11 @@ pub fn collect(
     }
     let (n_fit, n_held_out) = (fit.len(), judge.len());
     let tokens = fit.into_iter().chain(judge).flatten().collect();
-    Ok(Windows { n_ctx: recipe.n_ctx, tokens, n_fit, n_held_out, n_self })
+    Ok(Windows {
+        n_ctx: recipe.n_ctx,
+        tokens,
+        n_fit,
+        n_held_out,
+        n_self,
+    })
 }

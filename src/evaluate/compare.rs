@@ -25,7 +25,12 @@ pub struct Comparison {
 ///
 /// # Panics
 /// If `tokens` is not made of whole windows or there is no model.
-pub fn compare(models: &[&Model], tokens: &[Token], n_ctx: usize, n_threads: usize) -> Result<Vec<Comparison>, ForwardError> {
+pub fn compare(
+    models: &[&Model],
+    tokens: &[Token],
+    n_ctx: usize,
+    n_threads: usize,
+) -> Result<Vec<Comparison>, ForwardError> {
     assert!(!models.is_empty() && !tokens.is_empty() && tokens.len() % n_ctx == 0);
     let mut runs = Vec::new();
     for model in models {
@@ -42,12 +47,19 @@ pub fn compare(models: &[&Model], tokens: &[Token], n_ctx: usize, n_threads: usi
             let (forward, head, stream) = run;
             let n_vocab = head.n_vocab();
             let mut own = Vec::with_capacity(window.len() * n_vocab);
-            forward.logits(head, &stream[span.clone()], |_, rows| own.extend_from_slice(rows))?;
+            forward.logits(head, &stream[span.clone()], |_, rows| {
+                own.extend_from_slice(rows)
+            })?;
             if base.is_empty() {
                 base.clone_from(&own);
             }
-            let rows = own.par_chunks(n_vocab).zip(base.par_chunks(n_vocab)).zip(&window[1..]);
-            let parts: Vec<[f64; 3]> = rows.map(|((own, base), &next)| compare_row(own, base, next)).collect();
+            let rows = own
+                .par_chunks(n_vocab)
+                .zip(base.par_chunks(n_vocab))
+                .zip(&window[1..]);
+            let parts: Vec<[f64; 3]> = rows
+                .map(|((own, base), &next)| compare_row(own, base, next))
+                .collect();
             for part in parts {
                 total.iter_mut().zip(part).for_each(|(t, p)| *t += p);
             }
@@ -55,12 +67,24 @@ pub fn compare(models: &[&Model], tokens: &[Token], n_ctx: usize, n_threads: usi
         scored += window.len() - 1;
     }
     let n = scored as f64;
-    Ok(totals.into_iter().map(|[nll, kl, top1]| Comparison { ppl: (nll / n).exp(), kl: kl / n, top1: top1 / n }).collect())
+    Ok(totals
+        .into_iter()
+        .map(|[nll, kl, top1]| Comparison {
+            ppl: (nll / n).exp(),
+            kl: kl / n,
+            top1: top1 / n,
+        })
+        .collect())
 }
 
 type FinalStream = (Forward, Head, Vec<f32>);
 
-fn final_stream(model: &Model, tokens: &[Token], n_ctx: usize, n_threads: usize) -> Result<FinalStream, ForwardError> {
+fn final_stream(
+    model: &Model,
+    tokens: &[Token],
+    n_ctx: usize,
+    n_threads: usize,
+) -> Result<FinalStream, ForwardError> {
     let mut forward = Forward::new(model, n_ctx, n_threads, Precision::Auto)?;
     let mut stream = embed(model, tokens)?;
     for il in 0..model.hparams.n_layer() {
@@ -88,6 +112,15 @@ fn compare_row(own: &[f32], base: &[f32], next: Token) -> [f64; 3] {
             log_p.exp() * (log_p - (f64::from(o) - lse))
         })
         .sum();
-    let top = |row: &[f32]| row.iter().enumerate().max_by(|a, b| a.1.total_cmp(b.1)).map(|(i, _)| i);
-    [lse - f64::from(own[next as usize]), kl, f64::from(u8::from(top(own) == top(base)))]
+    let top = |row: &[f32]| {
+        row.iter()
+            .enumerate()
+            .max_by(|a, b| a.1.total_cmp(b.1))
+            .map(|(i, _)| i)
+    };
+    [
+        lse - f64::from(own[next as usize]),
+        kl,
+        f64::from(u8::from(top(own) == top(base))),
+    ]
 }

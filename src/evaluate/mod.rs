@@ -17,7 +17,12 @@ use std::path::Path;
 ///
 /// # Panics
 /// If `tokens` is not made of whole windows.
-pub fn perplexity(path: &Path, tokens: &[Token], n_ctx: usize, n_threads: usize) -> Result<f64, GgmlError> {
+pub fn perplexity(
+    path: &Path,
+    tokens: &[Token],
+    n_ctx: usize,
+    n_threads: usize,
+) -> Result<f64, GgmlError> {
     assert!(n_ctx > 1 && !tokens.is_empty() && tokens.len() % n_ctx == 0);
     let model = LlamaModel::load(path)?;
     let mut context = Context::new(&model, n_ctx, 1, n_ctx.min(BATCH), n_threads)?;
@@ -29,7 +34,11 @@ pub fn perplexity(path: &Path, tokens: &[Token], n_ctx: usize, n_threads: usize)
             let batch: Vec<_> = part
                 .iter()
                 .enumerate()
-                .map(|(j, &token)| BatchToken { token, pos: (start + j) as i32, seq: 0 })
+                .map(|(j, &token)| BatchToken {
+                    token,
+                    pos: (start + j) as i32,
+                    seq: 0,
+                })
                 .collect();
             context.decode(&batch)?;
             let scored = part.len().min(n_ctx - 1 - start);

@@ -33,10 +33,21 @@ impl Forward {
         let output = model.matrix(&model.output)?;
         let bytes = encode(&output.data, self.net.ty);
         let specs = [
-            TensorSpec { ty: Type::F32, ne: [norm.len(), 1], bytes: bytemuck::cast_slice(&norm) },
-            TensorSpec { ty: self.net.ty, ne: [output.n_in, output.n_out], bytes: &bytes },
+            TensorSpec {
+                ty: Type::F32,
+                ne: [norm.len(), 1],
+                bytes: bytemuck::cast_slice(&norm),
+            },
+            TensorSpec {
+                ty: self.net.ty,
+                ne: [output.n_in, output.n_out],
+                bytes: &bytes,
+            },
         ];
-        Ok(Head { set: Resident::upload(&self.engine, &specs)?, n_vocab: output.n_out })
+        Ok(Head {
+            set: Resident::upload(&self.engine, &specs)?,
+            n_vocab: output.n_out,
+        })
     }
 
     /// Calls `f` with the logits `[n, n_vocab]` of up to 128 consecutive positions of `x`
@@ -44,7 +55,12 @@ impl Forward {
     ///
     /// # Errors
     /// [`ForwardError`] if the backend fails.
-    pub fn logits(&mut self, head: &Head, x: &[f32], mut f: impl FnMut(usize, &[f32])) -> Result<(), ForwardError> {
+    pub fn logits(
+        &mut self,
+        head: &Head,
+        x: &[f32],
+        mut f: impl FnMut(usize, &[f32]),
+    ) -> Result<(), ForwardError> {
         let n_embd = self.n_embd();
         let mut buffer = Vec::new();
         for (i, rows) in x.chunks(LOGIT_ROWS * n_embd).enumerate() {
@@ -68,7 +84,12 @@ impl Forward {
     ///
     /// # Errors
     /// [`ForwardError`] if the backend fails.
-    pub fn nll(&mut self, head: &Head, x: &[f32], targets: &[Option<Token>]) -> Result<Vec<f64>, ForwardError> {
+    pub fn nll(
+        &mut self,
+        head: &Head,
+        x: &[f32],
+        targets: &[Option<Token>],
+    ) -> Result<Vec<f64>, ForwardError> {
         let mut out = Vec::with_capacity(targets.len());
         let n_vocab = head.n_vocab;
         self.logits(head, x, |start, logits| {

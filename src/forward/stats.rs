@@ -50,7 +50,12 @@ impl Forward {
     ///
     /// # Errors
     /// [`ForwardError`] if the backend fails.
-    pub fn heads(&mut self, b: &Block, x: &[f32], moments: Option<Collect>) -> Result<Vec<f32>, ForwardError> {
+    pub fn heads(
+        &mut self,
+        b: &Block,
+        x: &[f32],
+        moments: Option<Collect>,
+    ) -> Result<Vec<f32>, ForwardError> {
         if !b.has_attention() {
             return Ok(Vec::new());
         }
@@ -78,7 +83,13 @@ impl Forward {
     ///
     /// # Errors
     /// [`ForwardError`] if the backend fails.
-    pub fn from_heads(&mut self, b: &Block, x: &[f32], a: &[f32], wanted: Wanted) -> Result<(), ForwardError> {
+    pub fn from_heads(
+        &mut self,
+        b: &Block,
+        x: &[f32],
+        a: &[f32],
+        wanted: Wanted,
+    ) -> Result<(), ForwardError> {
         let n = x.len() / self.n_embd();
         let ne = [self.n_embd(), n];
         let mut g = Graph::new(MAX_NODES);
@@ -136,12 +147,20 @@ impl Net {
             g.output(product);
             product
         });
-        Sums { panels, cross, n_tokens }
+        Sums {
+            panels,
+            cross,
+            n_tokens,
+        }
     }
 
     /// The transpose in the type of matrix products: tokens become ne\[0\].
     fn transposed<'a>(&self, g: &mut Graph<'a>, x: T) -> T {
         let t = g.permute(x, [1, 0, 2, 3]);
-        if self.ty == Type::F32 { g.cont(t) } else { g.cast(t, self.ty) }
+        if self.ty == Type::F32 {
+            g.cont(t)
+        } else {
+            g.cast(t, self.ty)
+        }
     }
 }

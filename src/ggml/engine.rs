@@ -30,7 +30,11 @@ impl Engine {
                 sys::ggml_backend_free(backend);
                 return Err(GgmlError::Backend("CPU"));
             }
-            Ok(Engine { backend, galloc, n_threads })
+            Ok(Engine {
+                backend,
+                galloc,
+                n_threads,
+            })
         }
     }
 
@@ -77,7 +81,11 @@ impl Resident {
     /// If the bytes of a tensor do not match its type and sizes.
     pub fn upload(engine: &Engine, specs: &[TensorSpec]) -> Result<Resident, GgmlError> {
         for s in specs {
-            assert_eq!(s.bytes.len(), s.ty.row_bytes(s.ne[0]) * s.ne[1], "tensor bytes and shape disagree");
+            assert_eq!(
+                s.bytes.len(),
+                s.ty.row_bytes(s.ne[0]) * s.ne[1],
+                "tensor bytes and shape disagree"
+            );
         }
         let total: usize = specs.iter().map(|s| s.bytes.len()).sum();
         // SAFETY: the context has room for one header per tensor; each header's data pointer is
@@ -88,12 +96,18 @@ impl Resident {
                 mem_buffer: std::ptr::null_mut(),
                 no_alloc: true,
             };
-            let ctx = NonNull::new(sys::ggml_init(params)).ok_or(GgmlError::Memory(0, "tensor headers"))?;
+            let ctx = NonNull::new(sys::ggml_init(params))
+                .ok_or(GgmlError::Memory(0, "tensor headers"))?;
             let tensors: Vec<_> = specs
                 .iter()
                 .map(|s| {
                     let ne = s.ne.map(|n| n as i64);
-                    NonNull::new_unchecked(sys::ggml_new_tensor(ctx.as_ptr(), s.ty.raw(), 2, ne.as_ptr()))
+                    NonNull::new_unchecked(sys::ggml_new_tensor(
+                        ctx.as_ptr(),
+                        s.ty.raw(),
+                        2,
+                        ne.as_ptr(),
+                    ))
                 })
                 .collect();
             let buffer = sys::ggml_backend_alloc_ctx_tensors(ctx.as_ptr(), engine.backend);
@@ -104,7 +118,11 @@ impl Resident {
             for (t, s) in tensors.iter().zip(specs) {
                 sys::ggml_backend_tensor_set(t.as_ptr(), s.bytes.as_ptr().cast(), 0, s.bytes.len());
             }
-            Ok(Resident { ctx, buffer, tensors })
+            Ok(Resident {
+                ctx,
+                buffer,
+                tensors,
+            })
         }
     }
 }

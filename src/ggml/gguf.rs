@@ -27,24 +27,41 @@ pub enum RawValue {
     /// An array of strings.
     StrArray(Vec<String>),
     /// Any other array: ggml's element type number, the bytes, the length in elements.
-    Array { ty: u32, bytes: Vec<u8>, len: usize },
+    Array {
+        ty: u32,
+        bytes: Vec<u8>,
+        len: usize,
+    },
 }
 
 impl RawValue {
     /// An array of unsigned 32-bit integers.
     pub fn u32_array(values: &[u32]) -> RawValue {
-        RawValue::Array { ty: sys::GGUF_TYPE_UINT32, bytes: bytemuck::cast_slice(values).to_vec(), len: values.len() }
+        RawValue::Array {
+            ty: sys::GGUF_TYPE_UINT32,
+            bytes: bytemuck::cast_slice(values).to_vec(),
+            len: values.len(),
+        }
     }
 
     /// An array of signed 32-bit integers.
     pub fn i32_array(values: &[i32]) -> RawValue {
-        RawValue::Array { ty: sys::GGUF_TYPE_INT32, bytes: bytemuck::cast_slice(values).to_vec(), len: values.len() }
+        RawValue::Array {
+            ty: sys::GGUF_TYPE_INT32,
+            bytes: bytemuck::cast_slice(values).to_vec(),
+            len: values.len(),
+        }
     }
 
     /// The elements of an integer array (8 to 64 bits), if it is one and none is negative.
     pub fn as_unsigned_array(&self) -> Option<Vec<u64>> {
-        let RawValue::Array { ty, bytes, .. } = self else { return None };
-        fn each<const N: usize>(bytes: &[u8], f: impl Fn([u8; N]) -> Option<u64>) -> Option<Vec<u64>> {
+        let RawValue::Array { ty, bytes, .. } = self else {
+            return None;
+        };
+        fn each<const N: usize>(
+            bytes: &[u8],
+            f: impl Fn([u8; N]) -> Option<u64>,
+        ) -> Option<Vec<u64>> {
             bytes.as_chunks::<N>().0.iter().map(|b| f(*b)).collect()
         }
         match *ty {
@@ -101,17 +118,23 @@ impl RawGguf {
     /// # Errors
     /// [`GgmlError::Header`] if ggml refuses it.
     pub fn parse(file: &[u8]) -> Result<RawGguf, GgmlError> {
-        let params = sys::gguf_init_params { no_alloc: true, ctx: std::ptr::null_mut() };
+        let params = sys::gguf_init_params {
+            no_alloc: true,
+            ctx: std::ptr::null_mut(),
+        };
         // SAFETY: the slice is alive during the call; no pointer into it is kept.
         let ctx = unsafe { sys::gguf_init_from_buffer(file.as_ptr().cast(), file.len(), params) };
         let reason = "not a readable GGUF header: damaged, cut short, or of a version that llama.cpp does not read";
-        NonNull::new(ctx).map(|ctx| RawGguf { ctx }).ok_or_else(|| GgmlError::Header(reason.into()))
+        NonNull::new(ctx)
+            .map(|ctx| RawGguf { ctx })
+            .ok_or_else(|| GgmlError::Header(reason.into()))
     }
 
     /// A header without metadata or tensors.
     pub fn empty() -> RawGguf {
         // SAFETY: plain constructor.
-        let ctx = NonNull::new(unsafe { sys::gguf_init_empty() }).expect("out of memory for an empty header");
+        let ctx = NonNull::new(unsafe { sys::gguf_init_empty() })
+            .expect("out of memory for an empty header");
         RawGguf { ctx }
     }
 
@@ -168,12 +191,24 @@ impl RawGguf {
                 _ => {
                     let (ty, len) = (sys::gguf_get_arr_type(c, id), sys::gguf_get_arr_n(c, id));
                     if ty == sys::GGUF_TYPE_STRING {
-                        return RawValue::StrArray((0..len).map(|i| text(sys::gguf_get_arr_str(c, id, i))).collect());
+                        return RawValue::StrArray(
+                            (0..len)
+                                .map(|i| text(sys::gguf_get_arr_str(c, id, i)))
+                                .collect(),
+                        );
                     }
                     let n_bytes = len * array_element_bytes(ty);
                     let data: *const u8 = sys::gguf_get_arr_data(c, id).cast();
-                    let bytes = if n_bytes == 0 { &[] } else { std::slice::from_raw_parts(data, n_bytes) };
-                    RawValue::Array { ty, bytes: bytes.to_vec(), len }
+                    let bytes = if n_bytes == 0 {
+                        &[]
+                    } else {
+                        std::slice::from_raw_parts(data, n_bytes)
+                    };
+                    RawValue::Array {
+                        ty,
+                        bytes: bytes.to_vec(),
+                        len,
+                    }
                 }
             }
         }
@@ -205,7 +240,11 @@ impl RawGguf {
                     sys::gguf_set_arr_str(c, k, ptrs.as_mut_ptr(), ptrs.len());
                 }
                 RawValue::Array { ty, bytes, len } => {
-                    assert_eq!(bytes.len(), len * array_element_bytes(*ty), "array bytes and length disagree");
+                    assert_eq!(
+                        bytes.len(),
+                        len * array_element_bytes(*ty),
+                        "array bytes and length disagree"
+                    );
                     sys::gguf_set_arr_data(c, k, *ty, bytes.as_ptr().cast(), *len);
                 }
             }
@@ -227,10 +266,17 @@ impl RawGguf {
         let (c, id) = (self.raw(), i as i64);
         // SAFETY: a valid id; name and sizes are owned by the context.
         unsafe {
-            let name = CStr::from_ptr(sys::gguf_get_tensor_name(c, id)).to_string_lossy().into_owned();
+            let name = CStr::from_ptr(sys::gguf_get_tensor_name(c, id))
+                .to_string_lossy()
+                .into_owned();
             let ne = std::slice::from_raw_parts(sys::gguf_get_tensor_ne(c, id), 4);
             let ne = std::array::from_fn(|k| ne[k] as u64);
-            (name, sys::gguf_get_tensor_type(c, id), ne, sys::gguf_get_tensor_offset(c, id) as u64)
+            (
+                name,
+                sys::gguf_get_tensor_type(c, id),
+                ne,
+                sys::gguf_get_tensor_offset(c, id) as u64,
+            )
         }
     }
 
@@ -240,10 +286,15 @@ impl RawGguf {
     /// If the name is taken or too long for ggml, or the sizes do not suit the type.
     pub fn add_tensor(&mut self, name: &str, ty: Type, ne: &[usize]) {
         let c_name = c_string(name);
-        assert!(name.len() < MAX_NAME && (1..=4).contains(&ne.len()) && ne[0] % ty.block_size() == 0);
+        assert!(
+            name.len() < MAX_NAME && (1..=4).contains(&ne.len()) && ne[0] % ty.block_size() == 0
+        );
         // SAFETY: a header-only context for one tensor, freed before returning; ggml copies it.
         unsafe {
-            assert!(sys::gguf_find_tensor(self.raw(), c_name.as_ptr()) < 0, "tensor {name} twice");
+            assert!(
+                sys::gguf_find_tensor(self.raw(), c_name.as_ptr()) < 0,
+                "tensor {name} twice"
+            );
             let params = sys::ggml_init_params {
                 mem_size: 2 * sys::ggml_tensor_overhead(),
                 mem_buffer: std::ptr::null_mut(),

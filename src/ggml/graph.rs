@@ -61,20 +61,33 @@ impl<'a> Graph<'a> {
         // SAFETY: the context is sized for max_nodes headers and the graph; null is checked.
         unsafe {
             let params = sys::ggml_init_params {
-                mem_size: max_nodes * sys::ggml_tensor_overhead() + sys::ggml_graph_overhead_custom(max_nodes, false),
+                mem_size: max_nodes * sys::ggml_tensor_overhead()
+                    + sys::ggml_graph_overhead_custom(max_nodes, false),
                 mem_buffer: std::ptr::null_mut(),
                 no_alloc: true,
             };
-            let ctx = NonNull::new(sys::ggml_init(params)).expect("out of memory for a graph of headers");
+            let ctx =
+                NonNull::new(sys::ggml_init(params)).expect("out of memory for a graph of headers");
             let graph = sys::ggml_new_graph_custom(ctx.as_ptr(), max_nodes, false);
             let id = NEXT_GRAPH.fetch_add(1, Ordering::Relaxed);
-            Graph { ctx, graph, id, tensors: Vec::new(), inputs: Vec::new(), _weights: PhantomData }
+            Graph {
+                ctx,
+                graph,
+                id,
+                tensors: Vec::new(),
+                inputs: Vec::new(),
+                _weights: PhantomData,
+            }
         }
     }
 
     fn push(&mut self, raw: *mut sys::ggml_tensor) -> T {
-        self.tensors.push(NonNull::new(raw).expect("ggml built no tensor"));
-        T { graph: self.id, index: self.tensors.len() as u32 - 1 }
+        self.tensors
+            .push(NonNull::new(raw).expect("ggml built no tensor"));
+        T {
+            graph: self.id,
+            index: self.tensors.len() as u32 - 1,
+        }
     }
 
     fn raw(&self, t: T) -> *mut sys::ggml_tensor {
@@ -94,7 +107,11 @@ impl<'a> Graph<'a> {
     }
 
     fn input(&mut self, ty: Type, ne: [usize; 4], bytes: &'a [u8]) -> T {
-        assert_eq!(bytes.len(), ty.row_bytes(ne[0]) * ne[1] * ne[2] * ne[3], "input bytes and shape disagree");
+        assert_eq!(
+            bytes.len(),
+            ty.row_bytes(ne[0]) * ne[1] * ne[2] * ne[3],
+            "input bytes and shape disagree"
+        );
         // SAFETY: a new header in our context.
         let raw = unsafe {
             let ne = ne.map(|n| n as i64);
@@ -125,7 +142,10 @@ impl<'a> Graph<'a> {
     /// `aᵀ b` over ne\[0\]: a `[k, m]`, b `[k, n]` → `[m, n]`; `a` is broadcast over outer dimensions.
     pub fn mul_mat(&mut self, a: T, b: T) -> T {
         let (x, y) = (self.ne(a), self.ne(b));
-        assert!(x[0] == y[0] && y[2] % x[2] == 0 && y[3] % x[3] == 0, "mul_mat of {x:?} and {y:?}");
+        assert!(
+            x[0] == y[0] && y[2] % x[2] == 0 && y[3] % x[3] == 0,
+            "mul_mat of {x:?} and {y:?}"
+        );
         // SAFETY: ggml_can_mul_mat holds as asserted; headers are of this context.
         let raw = unsafe { sys::ggml_mul_mat(self.ctx.as_ptr(), self.raw(a), self.raw(b)) };
         self.push(raw)
@@ -133,7 +153,10 @@ impl<'a> Graph<'a> {
 
     fn assert_repeats(&self, a: T, b: T, op: &str) {
         let (x, y) = (self.ne(a), self.ne(b));
-        assert!(x.iter().zip(y).all(|(x, y)| x % y == 0), "{op} of {x:?} and {y:?}");
+        assert!(
+            x.iter().zip(y).all(|(x, y)| x % y == 0),
+            "{op} of {x:?} and {y:?}"
+        );
     }
 
     /// `a + b`, with `b` repeated to the shape of `a`.
@@ -173,7 +196,8 @@ impl<'a> Graph<'a> {
         assert_eq!(self.ne(gate), self.ne(up));
         assert!(self.contiguous(gate) && self.contiguous(up));
         // SAFETY: same shape, both contiguous.
-        let raw = unsafe { sys::ggml_swiglu_split(self.ctx.as_ptr(), self.raw(gate), self.raw(up)) };
+        let raw =
+            unsafe { sys::ggml_swiglu_split(self.ctx.as_ptr(), self.raw(gate), self.raw(up)) };
         self.push(raw)
     }
 
@@ -181,7 +205,9 @@ impl<'a> Graph<'a> {
     /// frequency factors `[n_rot/2]`.
     pub fn rope(&mut self, a: T, positions: T, factors: Option<T>, p: &RopeParams) -> T {
         let ne = self.ne(a);
-        assert!(p.n_rot % 2 == 0 && p.n_rot <= ne[0] && self.ne(positions)[0] == ne[2] && ne[3] == 1);
+        assert!(
+            p.n_rot % 2 == 0 && p.n_rot <= ne[0] && self.ne(positions)[0] == ne[2] && ne[3] == 1
+        );
         assert!(factors.is_none_or(|f| self.ne(f)[0] >= p.n_rot / 2));
         let factors = factors.map_or(std::ptr::null_mut(), |f| self.raw(f));
         let mode = if p.neox { ROPE_TYPE_NEOX } else { 0 };
@@ -210,7 +236,13 @@ impl<'a> Graph<'a> {
     /// n_seq]`, mask F16 `[n_kv, n_tokens]` → `[head_dim, n_head, n_tokens, n_seq]`.
     pub fn flash_attn(&mut self, q: T, k: T, v: T, mask: T, scale: f32) -> T {
         let (nq, nk, nv, nm) = (self.ne(q), self.ne(k), self.ne(v), self.ne(mask));
-        assert!(nq[0] == nk[0] && nk[0] == nv[0] && nk[1] == nv[1] && nk[2] == nv[2] && nq[2] % nk[2] == 0);
+        assert!(
+            nq[0] == nk[0]
+                && nk[0] == nv[0]
+                && nk[1] == nv[1]
+                && nk[2] == nv[2]
+                && nq[2] % nk[2] == 0
+        );
         assert!(nq[3] == nk[3] && nk[3] == nv[3] && nm[0] == nk[1] && nm[1] >= nq[1]);
         // SAFETY: shapes asserted; all operands are headers of this graph or resident.
         let raw = unsafe {
@@ -279,7 +311,18 @@ impl<'a> Graph<'a> {
             let src = self.raw(a);
             let nb = (*src).nb;
             assert!(dim > 0 || sys::ggml_blck_size((*src).type_) == 1);
-            sys::ggml_view_4d(self.ctx.as_ptr(), src, n0, n1, n2, n3, nb[1], nb[2], nb[3], start * nb[dim])
+            sys::ggml_view_4d(
+                self.ctx.as_ptr(),
+                src,
+                n0,
+                n1,
+                n2,
+                n3,
+                nb[1],
+                nb[2],
+                nb[3],
+                start * nb[dim],
+            )
         };
         self.push(raw)
     }
@@ -287,9 +330,13 @@ impl<'a> Graph<'a> {
     /// `a` followed by `b` along dimension `dim`.
     pub fn concat(&mut self, a: T, b: T, dim: usize) -> T {
         let (x, y) = (self.ne(a), self.ne(b));
-        assert!((0..4).all(|d| d == dim || x[d] == y[d]), "concat of {x:?} and {y:?} along {dim}");
+        assert!(
+            (0..4).all(|d| d == dim || x[d] == y[d]),
+            "concat of {x:?} and {y:?} along {dim}"
+        );
         // SAFETY: equal in all other dimensions.
-        let raw = unsafe { sys::ggml_concat(self.ctx.as_ptr(), self.raw(a), self.raw(b), dim as i32) };
+        let raw =
+            unsafe { sys::ggml_concat(self.ctx.as_ptr(), self.raw(a), self.raw(b), dim as i32) };
         self.push(raw)
     }
 
@@ -324,7 +371,10 @@ impl<'a> Graph<'a> {
                 return Err(GgmlError::Compute(status));
             }
         }
-        Ok(Computed { graph: self, _engine: PhantomData })
+        Ok(Computed {
+            graph: self,
+            _engine: PhantomData,
+        })
     }
 }
 
@@ -352,9 +402,17 @@ impl Computed<'_, '_> {
         // SAFETY: type, length and the output flag are checked; the buffer is alive.
         unsafe {
             assert_eq!((*raw).type_, sys::GGML_TYPE_F32);
-            assert!((*raw).flags & sys::GGML_TENSOR_FLAG_OUTPUT as i32 != 0, "not an output");
+            assert!(
+                (*raw).flags & sys::GGML_TENSOR_FLAG_OUTPUT as i32 != 0,
+                "not an output"
+            );
             assert_eq!(sys::ggml_nelements(raw) as usize, dst.len());
-            sys::ggml_backend_tensor_get(raw, dst.as_mut_ptr().cast(), 0, std::mem::size_of_val(dst));
+            sys::ggml_backend_tensor_get(
+                raw,
+                dst.as_mut_ptr().cast(),
+                0,
+                std::mem::size_of_val(dst),
+            );
         }
     }
 

@@ -45,8 +45,11 @@ impl LlamaModel {
 
     fn open(path: &Path, vocab_only: bool) -> Result<LlamaModel, GgmlError> {
         init_once();
-        let text = path.to_str().ok_or_else(|| GgmlError::Llama(format!("cannot open {path:?}: not a UTF-8 path")))?;
-        let c_path = CString::new(text).map_err(|_| GgmlError::Llama(format!("cannot open {path:?}: NUL in path")))?;
+        let text = path
+            .to_str()
+            .ok_or_else(|| GgmlError::Llama(format!("cannot open {path:?}: not a UTF-8 path")))?;
+        let c_path = CString::new(text)
+            .map_err(|_| GgmlError::Llama(format!("cannot open {path:?}: NUL in path")))?;
         // SAFETY: a valid C string; null is checked.
         let raw = unsafe {
             let mut params = sys::llama_model_default_params();
@@ -54,7 +57,11 @@ impl LlamaModel {
             params.n_gpu_layers = 0;
             sys::llama_model_load_from_file(c_path.as_ptr(), params)
         };
-        let what = if vocab_only { "cannot read the vocabulary of" } else { "does not load" };
+        let what = if vocab_only {
+            "cannot read the vocabulary of"
+        } else {
+            "does not load"
+        };
         NonNull::new(raw)
             .map(|raw| LlamaModel { raw })
             .ok_or_else(|| GgmlError::Llama(format!("{what} {}", path.display())))
@@ -116,7 +123,8 @@ impl Vocab<'_> {
     /// # Errors
     /// [`GgmlError::Llama`] if the text is too long for one call (2 GiB) or the tokenizer fails.
     pub fn tokenize(&self, text: &str) -> Result<Vec<Token>, GgmlError> {
-        let len = i32::try_from(text.len()).map_err(|_| GgmlError::Llama("cannot tokenise 2 GiB at once".into()))?;
+        let len = i32::try_from(text.len())
+            .map_err(|_| GgmlError::Llama("cannot tokenise 2 GiB at once".into()))?;
         let mut tokens: Vec<Token> = vec![0; text.len() / 2 + 16];
         for _ in 0..2 {
             // SAFETY: text and buffer are passed with their lengths.
@@ -149,7 +157,14 @@ impl Vocab<'_> {
         for _ in 0..2 {
             // SAFETY: buffer with its length; special tokens are rendered too.
             let n = unsafe {
-                sys::llama_token_to_piece(self.raw, token, buf.as_mut_ptr().cast(), buf.len() as i32, 0, true)
+                sys::llama_token_to_piece(
+                    self.raw,
+                    token,
+                    buf.as_mut_ptr().cast(),
+                    buf.len() as i32,
+                    0,
+                    true,
+                )
             };
             if n >= 0 {
                 buf.truncate(n as usize);
@@ -194,7 +209,13 @@ impl<'m> Context<'m> {
     ///
     /// # Errors
     /// [`GgmlError::Llama`] if libllama cannot make it (most often: memory).
-    pub fn new(model: &'m LlamaModel, n_ctx: usize, n_seq: usize, n_batch: usize, n_threads: usize) -> Result<Self, GgmlError> {
+    pub fn new(
+        model: &'m LlamaModel,
+        n_ctx: usize,
+        n_seq: usize,
+        n_batch: usize,
+        n_threads: usize,
+    ) -> Result<Self, GgmlError> {
         // SAFETY: parameters are plain data; null is checked; the batch is freed with the context.
         unsafe {
             let mut params = sys::llama_context_default_params();
@@ -206,9 +227,18 @@ impl<'m> Context<'m> {
             params.n_threads_batch = n_threads as i32;
             params.no_perf = true;
             let raw = NonNull::new(sys::llama_init_from_model(model.raw.as_ptr(), params))
-                .ok_or_else(|| GgmlError::Llama(format!("cannot make a context of {n_seq} x {n_ctx} tokens")))?;
+                .ok_or_else(|| {
+                    GgmlError::Llama(format!("cannot make a context of {n_seq} x {n_ctx} tokens"))
+                })?;
             let batch = sys::llama_batch_init(n_batch as i32, 0, 1);
-            Ok(Context { raw, batch, n_batch, n_vocab: model.vocab().n_tokens(), n_last: 0, _model: model })
+            Ok(Context {
+                raw,
+                batch,
+                n_batch,
+                n_vocab: model.vocab().n_tokens(),
+                n_last: 0,
+                _model: model,
+            })
         }
     }
 
@@ -240,7 +270,13 @@ impl<'m> Context<'m> {
             sys::llama_decode(self.raw.as_ptr(), self.batch)
         };
         self.n_last = if status == 0 { tokens.len() } else { 0 };
-        if status == 0 { Ok(()) } else { Err(GgmlError::Llama(format!("failed to decode a batch (status {status})"))) }
+        if status == 0 {
+            Ok(())
+        } else {
+            Err(GgmlError::Llama(format!(
+                "failed to decode a batch (status {status})"
+            )))
+        }
     }
 
     /// Logits `[n_vocab]` of the i-th token of the last batch.

@@ -15,7 +15,9 @@ pub use engine::{Engine, Resident, TensorSpec};
 pub use gguf::{RawGguf, RawValue};
 pub use graph::{Computed, Graph, RopeParams, T};
 pub use llama::{BatchToken, Context, LlamaModel, Token, Vocab};
-pub use system::{cpu_features, engine_version, fast_bf16, install_abort_handler, map_file, silence_logs};
+pub use system::{
+    cpu_features, engine_version, fast_bf16, install_abort_handler, map_file, silence_logs,
+};
 pub use types::Type;
 
 /// What can go wrong behind the fence.
@@ -25,7 +27,9 @@ pub enum GgmlError {
     #[error("ggml could not start its {0} backend")]
     Backend(&'static str),
     /// A buffer could not be allocated.
-    #[error("ggml could not allocate {0} MiB for {1}; use a smaller --ctx-size or fewer threads, or free some memory")]
+    #[error(
+        "ggml could not allocate {0} MiB for {1}; use a smaller --ctx-size or fewer threads, or free some memory"
+    )]
     Memory(usize, &'static str),
     /// A graph did not run to its end.
     #[error("ggml failed to compute a graph (status {0})")]

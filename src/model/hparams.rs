@@ -83,17 +83,30 @@ impl Hparams {
     /// [`ModelError`] naming the key at fault, or the architecture if it is not supported.
     pub fn read(file: &GgufFile) -> Result<Hparams, ModelError> {
         let missing = |key: &str| ModelError::Gguf(GgufError::MissingKey(key.into()));
-        let bad = |key: &str, problem: String| ModelError::Gguf(GgufError::BadKey { key: key.into(), problem });
-        let arch = file.get_str("general.architecture")?.ok_or_else(|| missing("general.architecture"))?;
+        let bad = |key: &str, problem: String| {
+            ModelError::Gguf(GgufError::BadKey {
+                key: key.into(),
+                problem,
+            })
+        };
+        let arch = file
+            .get_str("general.architecture")?
+            .ok_or_else(|| missing("general.architecture"))?;
         let family = Family::from_name(arch).ok_or_else(|| ModelError::Unsupported(arch.into()))?;
         let key = |suffix: &str| format!("{arch}.{suffix}");
-        let required = |suffix: &str| file.get_u32(&key(suffix))?.ok_or_else(|| missing(&key(suffix)));
+        let required = |suffix: &str| {
+            file.get_u32(&key(suffix))?
+                .ok_or_else(|| missing(&key(suffix)))
+        };
 
         let n_expert = file.get_u32(&key("expert_count"))?.unwrap_or(0);
         if n_expert > 0 {
             return Err(ModelError::Experts(n_expert));
         }
-        if file.get("split.count").is_some_and(|v| !matches!(v, crate::gguf::Value::U16(0 | 1))) {
+        if file
+            .get("split.count")
+            .is_some_and(|v| !matches!(v, crate::gguf::Value::U16(0 | 1)))
+        {
             return Err(ModelError::Unusable(
                 "this is one part of a split model; join the parts first with llama-gguf-split --merge".into(),
             ));
@@ -104,37 +117,64 @@ impl Hparams {
         let n_ctx_train = required("context_length")?;
         // llama.cpp's LLAMA_MAX_LAYERS.
         if n_layer == 0 || n_layer > 512 {
-            return Err(bad(&key("block_count"), format!("is {n_layer}; llama.cpp takes 1 to 512")));
+            return Err(bad(
+                &key("block_count"),
+                format!("is {n_layer}; llama.cpp takes 1 to 512"),
+            ));
         }
         if n_embd == 0 {
             return Err(bad(&key("embedding_length"), "is 0".into()));
         }
         let per_block = |suffix: &str| file.get_per_block(&key(suffix), n_layer);
-        let n_head = per_block("attention.head_count")?.ok_or_else(|| missing(&key("attention.head_count")))?;
+        let n_head = per_block("attention.head_count")?
+            .ok_or_else(|| missing(&key("attention.head_count")))?;
         let n_head_kv = per_block("attention.head_count_kv")?.unwrap_or_else(|| n_head.clone());
-        let n_ff = per_block("feed_forward_length")?.ok_or_else(|| missing(&key("feed_forward_length")))?;
+        let n_ff = per_block("feed_forward_length")?
+            .ok_or_else(|| missing(&key("feed_forward_length")))?;
 
         let blocks: Vec<BlockShape> = (0..n_layer)
-            .map(|i| BlockShape { n_head: n_head[i], n_head_kv: n_head_kv[i], n_ff: n_ff[i] })
+            .map(|i| BlockShape {
+                n_head: n_head[i],
+                n_head_kv: n_head_kv[i],
+                n_ff: n_ff[i],
+            })
             .collect();
         for (i, b) in blocks.iter().enumerate() {
             check_block(family, i, b, blocks[0], &key)?;
         }
         if n_head[0] == 0 {
-            return Err(bad(&key("attention.head_count"), "is 0 in the first block".into()));
+            return Err(bad(
+                &key("attention.head_count"),
+                "is 0 in the first block".into(),
+            ));
         }
 
-        let head_dim = file.get_u32(&key("attention.key_length"))?.unwrap_or(n_embd / n_head[0]);
-        let v_dim = file.get_u32(&key("attention.value_length"))?.unwrap_or(n_embd / n_head[0]);
-        let n_rot = file.get_u32(&key("rope.dimension_count"))?.unwrap_or(head_dim);
+        let head_dim = file
+            .get_u32(&key("attention.key_length"))?
+            .unwrap_or(n_embd / n_head[0]);
+        let v_dim = file
+            .get_u32(&key("attention.value_length"))?
+            .unwrap_or(n_embd / n_head[0]);
+        let n_rot = file
+            .get_u32(&key("rope.dimension_count"))?
+            .unwrap_or(head_dim);
         if head_dim == 0 || head_dim % 2 != 0 || head_dim > 1 << 16 {
-            return Err(bad(&key("attention.key_length"), format!("is {head_dim}; it must be even and positive")));
+            return Err(bad(
+                &key("attention.key_length"),
+                format!("is {head_dim}; it must be even and positive"),
+            ));
         }
         if v_dim != head_dim {
-            return Err(bad(&key("attention.value_length"), format!("is {v_dim}, but key_length is {head_dim}")));
+            return Err(bad(
+                &key("attention.value_length"),
+                format!("is {v_dim}, but key_length is {head_dim}"),
+            ));
         }
         if n_rot != head_dim {
-            return Err(bad(&key("rope.dimension_count"), format!("is {n_rot}, but key_length is {head_dim}")));
+            return Err(bad(
+                &key("rope.dimension_count"),
+                format!("is {n_rot}, but key_length is {head_dim}"),
+            ));
         }
 
         let rms_key = key("attention.layer_norm_rms_epsilon");
@@ -143,9 +183,21 @@ impl Hparams {
             return Err(bad(&rms_key, format!("is {rms_eps}")));
         }
         let (rope, longrope) = read_rope(file, &key, n_rot, n_ctx_train)?;
-        let embd = file.find("token_embd.weight").ok_or_else(|| GgufError::MissingTensor("token_embd.weight".into()))?;
+        let embd = file
+            .find("token_embd.weight")
+            .ok_or_else(|| GgufError::MissingTensor("token_embd.weight".into()))?;
         let n_vocab = embd.ne.get(1).copied().unwrap_or(1);
-        Ok(Hparams { family, n_embd, n_vocab, n_ctx_train, head_dim, rms_eps, rope, longrope, blocks })
+        Ok(Hparams {
+            family,
+            n_embd,
+            n_vocab,
+            n_ctx_train,
+            head_dim,
+            rms_eps,
+            rope,
+            longrope,
+            blocks,
+        })
     }
 
     /// Number of blocks.
@@ -166,7 +218,10 @@ impl Hparams {
     /// Prunable parameters of a block, attention and feed-forward (|A| and |F| of the paper; norms
     /// and biases are left out).
     pub fn block_params(&self, b: &BlockShape) -> (usize, usize) {
-        (b.n_head_kv * self.group_params(b), b.n_ff * self.neuron_params())
+        (
+            b.n_head_kv * self.group_params(b),
+            b.n_ff * self.neuron_params(),
+        )
     }
 }
 
@@ -178,20 +233,39 @@ fn check_block(
     key: &impl Fn(&str) -> String,
 ) -> Result<(), ModelError> {
     let bad = |suffix: &str, problem: String| {
-        Err(ModelError::Gguf(GgufError::BadKey { key: key(suffix), problem: format!("{problem} in block {i}") }))
+        Err(ModelError::Gguf(GgufError::BadKey {
+            key: key(suffix),
+            problem: format!("{problem} in block {i}"),
+        }))
     };
     let limit = 1 << 20;
     if b.n_head > limit || b.n_ff > limit * 16 {
-        return bad("attention.head_count", format!("or width is absurd ({} heads, {} neurons)", b.n_head, b.n_ff));
+        return bad(
+            "attention.head_count",
+            format!(
+                "or width is absurd ({} heads, {} neurons)",
+                b.n_head, b.n_ff
+            ),
+        );
     }
     match family {
         Family::Llama if *b != first => bad("attention.head_count", "or width differs".into()),
-        _ if b.n_ff == 0 => bad("feed_forward_length", "is 0 (such blocks are not supported)".into()),
+        _ if b.n_ff == 0 => bad(
+            "feed_forward_length",
+            "is 0 (such blocks are not supported)".into(),
+        ),
         _ if b.n_head == 0 && b.n_head_kv == 0 => Ok(()),
-        _ if b.n_head_kv == 0 => bad("attention.head_count_kv", "is 0 (linear attention is not supported)".into()),
-        _ if b.n_head % b.n_head_kv != 0 || b.n_head == 0 => {
-            bad("attention.head_count", format!("is {}, not a multiple of {} KV heads", b.n_head, b.n_head_kv))
-        }
+        _ if b.n_head_kv == 0 => bad(
+            "attention.head_count_kv",
+            "is 0 (linear attention is not supported)".into(),
+        ),
+        _ if b.n_head % b.n_head_kv != 0 || b.n_head == 0 => bad(
+            "attention.head_count",
+            format!(
+                "is {}, not a multiple of {} KV heads",
+                b.n_head, b.n_head_kv
+            ),
+        ),
         _ => Ok(()),
     }
 }
@@ -203,23 +277,35 @@ fn read_rope(
     n_rot: usize,
     n_ctx_train: usize,
 ) -> Result<(RopeParams, bool), ModelError> {
-    let f32_or = |suffix: &str, default: f32| Ok::<f32, GgufError>(file.get_f32(&key(suffix))?.unwrap_or(default));
+    let f32_or = |suffix: &str, default: f32| {
+        Ok::<f32, GgufError>(file.get_f32(&key(suffix))?.unwrap_or(default))
+    };
     let scaling = file.get_str(&key("rope.scaling.type"))?.unwrap_or("linear");
     if !["none", "linear", "yarn", "longrope"].contains(&scaling) {
         let problem = format!("is {scaling:?}, which llama.cpp does not know");
-        return Err(GgufError::BadKey { key: key("rope.scaling.type"), problem }.into());
+        return Err(GgufError::BadKey {
+            key: key("rope.scaling.type"),
+            problem,
+        }
+        .into());
     }
     let mut factor = f32_or("rope.scaling.factor", 0.0)?;
     if file.get(&key("rope.scaling.factor")).is_none() {
         factor = f32_or("rope.scale_linear", 0.0)?;
     }
-    let freq_scale = if factor == 0.0 || scaling == "none" { 1.0 } else { 1.0 / factor };
+    let freq_scale = if factor == 0.0 || scaling == "none" {
+        1.0
+    } else {
+        1.0 / factor
+    };
     // With YaRN, llama.cpp multiplies by mscale and cancels the same factor that ggml applies again.
     let yarn = scaling == "yarn";
     let rope = RopeParams {
         n_rot,
         neox: false,
-        n_ctx_orig: file.get_u32(&key("rope.scaling.original_context_length"))?.unwrap_or(n_ctx_train),
+        n_ctx_orig: file
+            .get_u32(&key("rope.scaling.original_context_length"))?
+            .unwrap_or(n_ctx_train),
         freq_base: f32_or("rope.freq_base", 10000.0)?,
         freq_scale,
         ext_factor: if yarn { 1.0 } else { 0.0 },
@@ -237,6 +323,10 @@ fn yarn_magnitude(yarn: bool, freq_scale: f32) -> f32 {
         return 1.0;
     }
     let factor = 1.0 / freq_scale;
-    let mscale = if factor <= 1.0 { 1.0 } else { 0.1 * factor.ln() + 1.0 };
+    let mscale = if factor <= 1.0 {
+        1.0
+    } else {
+        0.1 * factor.ln() + 1.0
+    };
     mscale / (1.0 + 0.1 * factor.ln())
 }

@@ -7,7 +7,11 @@ use crate::prune::{self, Budget, Curve};
 
 impl Run<'_> {
     /// Width per block such that the sparsity is reached.
-    pub(super) fn choose_widths(&mut self, budgets: &[Budget], attention_removed: usize) -> Result<Vec<usize>, PruneError> {
+    pub(super) fn choose_widths(
+        &mut self,
+        budgets: &[Budget],
+        attention_removed: usize,
+    ) -> Result<Vec<usize>, PruneError> {
         if !self.settings.per_block_widths {
             return self.equal_widths(budgets, attention_removed);
         }
@@ -19,7 +23,8 @@ impl Run<'_> {
     /// Loss curves of all blocks, on the model with its groups removed and its feed-forwards whole.
     fn loss_curves(&mut self, budgets: &[Budget]) -> Result<Vec<Curve>, PruneError> {
         let n_layer = self.model.hparams.n_layer();
-        let n_windows = (self.settings.curve_tokens / self.windows.n_ctx).clamp(1, self.windows.n_fit);
+        let n_windows =
+            (self.settings.curve_tokens / self.windows.n_ctx).clamp(1, self.windows.n_fit);
         let mut stream = crate::forward::embed(self.model, self.windows.tokens_of(0..n_windows))?;
         let n_embd = self.forward.n_embd();
         let mut curves = Vec::with_capacity(n_layer);
@@ -34,17 +39,30 @@ impl Run<'_> {
                 let x = &stream[span.clone()];
                 let heads = self.forward.heads(&block, x, None)?;
                 let mut out = vec![0.0; x.len()];
-                let wanted = Wanted { out: Some(&mut out), moments: Some((None, &mut moments)), ..Wanted::default() };
+                let wanted = Wanted {
+                    out: Some(&mut out),
+                    moments: Some((None, &mut moments)),
+                    ..Wanted::default()
+                };
                 self.forward.from_heads(&block, x, &heads, wanted)?;
                 stream[span].copy_from_slice(&out);
             }
             moments.finish();
             let widths = prune::possible_widths(budget.n_ff, budget.ff_step);
-            let losses = prune::loss_curve(&w.ffn_down, &moments.gram, self.settings.ridge_ffn, &widths)
-                .map_err(|source| PruneError::Singular { block: il, part: "ffn_down", source })?;
+            let losses =
+                prune::loss_curve(&w.ffn_down, &moments.gram, self.settings.ridge_ffn, &widths)
+                    .map_err(|source| PruneError::Singular {
+                        block: il,
+                        part: "ffn_down",
+                        source,
+                    })?;
             let energy = typical_energy(&stream, n_embd);
             self.observer.step(il + 1, "");
-            curves.push(Curve { widths, losses, energy });
+            curves.push(Curve {
+                widths,
+                losses,
+                energy,
+            });
         }
         Ok(curves)
     }
@@ -52,7 +70,10 @@ impl Run<'_> {
 
 /// Median over tokens of ‖x‖². The mean would be that of the few tokens with massive activations.
 fn typical_energy(stream: &[f32], n_embd: usize) -> f64 {
-    let mut energies: Vec<f32> = stream.chunks_exact(n_embd).map(|x| x.iter().map(|v| v * v).sum()).collect();
+    let mut energies: Vec<f32> = stream
+        .chunks_exact(n_embd)
+        .map(|x| x.iter().map(|v| v * v).sum())
+        .collect();
     let middle = energies.len() / 2;
     let (_, median, _) = energies.select_nth_unstable_by(middle, f32::total_cmp);
     f64::from(*median).max(f64::MIN_POSITIVE)

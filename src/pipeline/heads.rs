@@ -42,7 +42,12 @@ impl Run<'_> {
             return Ok(());
         }
         let candidates: Vec<GroupId> = (0..self.plan.blocks.len())
-            .flat_map(|block| self.plan.blocks[block].groups.iter().map(move |&group| GroupId { block, group }))
+            .flat_map(|block| {
+                self.plan.blocks[block]
+                    .groups
+                    .iter()
+                    .map(move |&group| GroupId { block, group })
+            })
             .collect();
         let in_first = self.plan.blocks[0].groups.len();
         // Stock llama.cpp reads head_dim only if the first block has heads.
@@ -53,17 +58,24 @@ impl Run<'_> {
         let removed = if self.settings.method == Method::Paper {
             let mut search = Search::new(self, PAPER_TOKENS, PAPER_TOKENS, Loss::Likelihood)?;
             search.run.observer.stage("heads", n_remove);
-            rounds(&candidates, n_remove, n_kv, may_remove, |removed, ask| search.score(removed, ask))?
+            rounds(&candidates, n_remove, n_kv, may_remove, |removed, ask| {
+                search.score(removed, ask)
+            })?
         } else {
             let loss = self.settings.head_loss;
             self.observer.stage("heads, first look", 1);
-            let scores = Search::new(self, ROUGH_TOKENS, ROUGH_CTX, loss)?.score(&[], &candidates)?;
+            let scores =
+                Search::new(self, ROUGH_TOKENS, ROUGH_CTX, loss)?.score(&[], &candidates)?;
             let rough = candidates.into_iter().zip(scores).collect();
             let mut search = Search::new(self, self.settings.head_tokens, SEARCH_CTX, loss)?;
             search.run.observer.stage("heads", n_remove);
-            lazy_greedy(rough, n_remove, may_remove, |removed, ask| search.score(removed, ask))?
+            lazy_greedy(rough, n_remove, may_remove, |removed, ask| {
+                search.score(removed, ask)
+            })?
         };
-        removed.into_iter().for_each(|id| self.plan.remove_group(id));
+        removed
+            .into_iter()
+            .for_each(|id| self.plan.remove_group(id));
         Ok(())
     }
 }
@@ -72,7 +84,10 @@ impl Run<'_> {
 fn pick_windows(w: &Windows, n_tokens: usize, n_ctx: usize) -> Vec<Token> {
     let n = n_tokens.div_ceil(n_ctx).clamp(1, w.n_fit);
     let start = |i: usize| i * w.n_fit / n;
-    (0..n).flat_map(|i| &w.tokens_of(start(i)..start(i) + 1)[..n_ctx]).copied().collect()
+    (0..n)
+        .flat_map(|i| &w.tokens_of(start(i)..start(i) + 1)[..n_ctx])
+        .copied()
+        .collect()
 }
 
 /// Cached state of the search.
@@ -92,7 +107,12 @@ struct Search<'r, 'a> {
 
 impl<'r, 'a> Search<'r, 'a> {
     /// Caches the streams of `n_tokens` calibration tokens in windows of at most `max_ctx`.
-    fn new(run: &'r mut Run<'a>, n_tokens: usize, max_ctx: usize, loss: Loss) -> Result<Self, PruneError> {
+    fn new(
+        run: &'r mut Run<'a>,
+        n_tokens: usize,
+        max_ctx: usize,
+        loss: Loss,
+    ) -> Result<Self, PruneError> {
         let n_ctx = max_ctx.min(run.windows.n_ctx);
         let tokens = pick_windows(run.windows, n_tokens, n_ctx);
         let n_windows = tokens.len() / n_ctx;
@@ -111,7 +131,17 @@ impl<'r, 'a> Search<'r, 'a> {
         let last = &base[base.len() - 1];
         let judge = Judge::new(&mut forward, &head, &tokens, last, loss)?;
         let base_loss = judge.loss(&mut forward, &head, last)?;
-        Ok(Search { run, forward, plan, removed: 0, head, judge, n_windows, base, base_loss })
+        Ok(Search {
+            run,
+            forward,
+            plan,
+            removed: 0,
+            head,
+            judge,
+            n_windows,
+            base,
+            base_loss,
+        })
     }
 
     /// What the loss grows by without each of `ask`, once `removed` are gone.
@@ -122,7 +152,9 @@ impl<'r, 'a> Search<'r, 'a> {
         }
         self.removed = removed.len();
         if let Some(block) = dirty {
-            self.run.observer.step(removed.len(), &format!("loss {:.4}", self.base_loss));
+            self.run
+                .observer
+                .step(removed.len(), &format!("loss {:.4}", self.base_loss));
             self.sweep(Some(block), &[])?;
         }
         let per_sweep = (STREAM_BYTES / (self.base[0].len() * 4)).max(1);
@@ -142,7 +174,12 @@ impl<'r, 'a> Search<'r, 'a> {
     /// block `dirty` on, and carries a stream per candidate to its loss.
     fn sweep(&mut self, dirty: Option<usize>, ids: &[GroupId]) -> Result<Vec<f64>, PruneError> {
         let n_layer = self.run.model.hparams.n_layer();
-        let start = ids.iter().map(|c| c.block).chain(dirty).min().unwrap_or(n_layer);
+        let start = ids
+            .iter()
+            .map(|c| c.block)
+            .chain(dirty)
+            .min()
+            .unwrap_or(n_layer);
         let mut streams: Vec<Vec<f32>> = vec![Vec::new(); ids.len()];
         for il in start..n_layer {
             self.run.checkpoint()?;
@@ -158,9 +195,21 @@ impl<'r, 'a> Search<'r, 'a> {
                 let groups = &self.plan.blocks[il].groups;
                 let columns: Vec<usize> = here
                     .iter()
-                    .map(|&i| groups.iter().position(|&g| g == ids[i].group).expect("a candidate is still there"))
+                    .map(|&i| {
+                        groups
+                            .iter()
+                            .position(|&g| g == ids[i].group)
+                            .expect("a candidate is still there")
+                    })
                     .collect();
-                let outs = without_each(forward, &block, &self.base[il], groups.len(), &columns, self.n_windows)?;
+                let outs = without_each(
+                    forward,
+                    &block,
+                    &self.base[il],
+                    groups.len(),
+                    &columns,
+                    self.n_windows,
+                )?;
                 for (i, out) in here.into_iter().zip(outs) {
                     streams[i] = out;
                 }
@@ -174,11 +223,20 @@ impl<'r, 'a> Search<'r, 'a> {
         if dirty.is_some() {
             self.base_loss = self.judge.loss(forward, &self.head, &self.base[n_layer])?;
         }
-        streams.iter().map(|s| self.judge.loss(forward, &self.head, s)).collect()
+        streams
+            .iter()
+            .map(|s| self.judge.loss(forward, &self.head, s))
+            .collect()
     }
 }
 
-fn through_block(f: &mut Forward, b: &Block, x: &[f32], y: &mut [f32], n_windows: usize) -> Result<(), PruneError> {
+fn through_block(
+    f: &mut Forward,
+    b: &Block,
+    x: &[f32],
+    y: &mut [f32],
+    n_windows: usize,
+) -> Result<(), PruneError> {
     for chunk in f.chunks(0..n_windows) {
         let span = f.span(&chunk);
         f.block(b, &x[span.clone()], None, &mut y[span])?;
@@ -203,8 +261,13 @@ fn without_each(
         let width = row / n_groups;
         for (out, &c) in outs.iter_mut().zip(columns) {
             let mut without = heads.clone();
-            without.chunks_exact_mut(row).for_each(|r| r[c * width..(c + 1) * width].fill(0.0));
-            let wanted = Wanted { out: Some(&mut out[span.clone()]), ..Wanted::default() };
+            without
+                .chunks_exact_mut(row)
+                .for_each(|r| r[c * width..(c + 1) * width].fill(0.0));
+            let wanted = Wanted {
+                out: Some(&mut out[span.clone()]),
+                ..Wanted::default()
+            };
             f.from_heads(b, &x[span.clone()], &without, wanted)?;
         }
     }
@@ -228,7 +291,13 @@ impl Judge {
     ) -> Result<Judge, PruneError> {
         let n_ctx = forward.n_ctx();
         if loss == Loss::Likelihood {
-            let next = |i: usize| if (i + 1) % n_ctx == 0 { None } else { Some(tokens[i + 1]) };
+            let next = |i: usize| {
+                if (i + 1) % n_ctx == 0 {
+                    None
+                } else {
+                    Some(tokens[i + 1])
+                }
+            };
             return Ok(Judge::Likelihood((0..tokens.len()).map(next).collect()));
         }
         let mut top = Vec::with_capacity(tokens.len());
@@ -268,7 +337,9 @@ fn likeliest(row: &[f32]) -> Vec<(u32, f32)> {
     let by_logit = |a: &u32, b: &u32| row[*b as usize].total_cmp(&row[*a as usize]).then(a.cmp(b));
     ids.select_nth_unstable_by(n - 1, by_logit);
     ids.truncate(n);
-    ids.into_iter().map(|id| (id, (f64::from(row[id as usize]) - lse).exp() as f32)).collect()
+    ids.into_iter()
+        .map(|id| (id, (f64::from(row[id as usize]) - lse).exp() as f32))
+        .collect()
 }
 
 /// KL divergence of softmax(row) from `dense`, with the tokens that `dense` leaves out as one.
@@ -283,5 +354,9 @@ fn divergence(row: &[f32], dense: &[(u32, f32)]) -> f64 {
         p_rest -= p;
         q_rest -= log_q.exp();
     }
-    if p_rest > 1e-9 { kl + p_rest * (p_rest / q_rest.max(1e-9)).ln() } else { kl }
+    if p_rest > 1e-9 {
+        kl + p_rest * (p_rest / q_rest.max(1e-9)).ln()
+    } else {
+        kl
+    }
 }

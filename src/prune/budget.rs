@@ -17,7 +17,9 @@ pub struct Budget {
 
 /// The sparsity is out of reach.
 #[derive(Debug, thiserror::Error, PartialEq)]
-#[error("sparsity {asked} cannot be reached: at most {reachable:.3} of this model's blocks can be removed")]
+#[error(
+    "sparsity {asked} cannot be reached: at most {reachable:.3} of this model's blocks can be removed"
+)]
 pub struct BudgetError {
     /// What was asked for.
     pub asked: f64,
@@ -59,14 +61,24 @@ pub fn head_groups_paper(blocks: &[Budget], sparsity: f64) -> usize {
 ///
 /// # Errors
 /// [`BudgetError`] if the feed-forwards cannot give that much.
-pub fn ffn_params_to_remove(blocks: &[Budget], sparsity: f64, attention_removed: usize) -> Result<usize, BudgetError> {
+pub fn ffn_params_to_remove(
+    blocks: &[Budget],
+    sparsity: f64,
+    attention_removed: usize,
+) -> Result<usize, BudgetError> {
     let total: usize = blocks.iter().map(Budget::params).sum();
     let wanted = (total as f64 * sparsity).round() as usize;
     let from_ffn = wanted.saturating_sub(attention_removed);
-    let spare: usize = blocks.iter().map(|b| b.n_ff.saturating_sub(b.ff_step) * b.neuron_params).sum();
+    let spare: usize = blocks
+        .iter()
+        .map(|b| b.n_ff.saturating_sub(b.ff_step) * b.neuron_params)
+        .sum();
     if from_ffn > spare {
         let reachable = (attention_removed + spare) as f64 / total as f64;
-        return Err(BudgetError { asked: sparsity, reachable });
+        return Err(BudgetError {
+            asked: sparsity,
+            reachable,
+        });
     }
     Ok(from_ffn)
 }
@@ -76,7 +88,13 @@ mod tests {
     use super::*;
 
     fn smollm2() -> Vec<Budget> {
-        let b = Budget { n_groups: 3, group_params: 884_736 / 3, n_ff: 1536, neuron_params: 3 * 576, ff_step: 32 };
+        let b = Budget {
+            n_groups: 3,
+            group_params: 884_736 / 3,
+            n_ff: 1536,
+            neuron_params: 3 * 576,
+            ff_step: 32,
+        };
         vec![b; 30]
     }
 

@@ -32,14 +32,18 @@ pub fn lazy_greedy<E>(
 ) -> Result<Vec<GroupId>, E> {
     let mut removed: Vec<GroupId> = Vec::new();
     // Candidate, score, and how many groups had gone when it was scored.
-    let mut list: Vec<(GroupId, f64, usize)> = rough.into_iter().map(|(c, s)| (c, s, usize::MAX)).collect();
+    let mut list: Vec<(GroupId, f64, usize)> =
+        rough.into_iter().map(|(c, s)| (c, s, usize::MAX)).collect();
     while removed.len() < n_remove {
         list.retain(|(c, ..)| may_remove(&removed, *c));
         list.sort_by(|a, b| a.1.total_cmp(&b.1).then(a.0.cmp(&b.0)));
         let now = removed.len();
         let mut fresh = list.iter().filter(|c| c.2 == now).count();
         while list.first().is_some_and(|top| top.2 != now) && fresh < MAX_FRESH {
-            let stale: Vec<usize> = (0..list.len()).filter(|&i| list[i].2 != now).take(BATCH.min(MAX_FRESH - fresh)).collect();
+            let stale: Vec<usize> = (0..list.len())
+                .filter(|&i| list[i].2 != now)
+                .take(BATCH.min(MAX_FRESH - fresh))
+                .collect();
             let ids: Vec<GroupId> = stale.iter().map(|&i| list[i].0).collect();
             for (i, s) in stale.iter().zip(score(&removed, &ids)?) {
                 (list[*i].1, list[*i].2) = (s, now);
@@ -69,9 +73,13 @@ pub fn rounds<E>(
 ) -> Result<Vec<GroupId>, E> {
     let mut removed: Vec<GroupId> = Vec::new();
     while removed.len() < n_remove {
-        let left: Vec<GroupId> =
-            candidates.iter().copied().filter(|c| !removed.contains(c) && may_remove(&removed, *c)).collect();
-        let mut scored: Vec<(f64, GroupId)> = score(&removed, &left)?.into_iter().zip(left).collect();
+        let left: Vec<GroupId> = candidates
+            .iter()
+            .copied()
+            .filter(|c| !removed.contains(c) && may_remove(&removed, *c))
+            .collect();
+        let mut scored: Vec<(f64, GroupId)> =
+            score(&removed, &left)?.into_iter().zip(left).collect();
         scored.sort_by(|a, b| a.0.total_cmp(&b.0).then(a.1.cmp(&b.1)));
         let before = removed.len();
         for (_, id) in scored {
@@ -92,7 +100,12 @@ mod tests {
     use std::convert::Infallible;
 
     fn ids(n: usize) -> Vec<GroupId> {
-        (0..n).map(|i| GroupId { block: i / 3, group: i % 3 }).collect()
+        (0..n)
+            .map(|i| GroupId {
+                block: i / 3,
+                group: i % 3,
+            })
+            .collect()
     }
 
     /// Costs that grow with what went before in the same block: submodular, so lazy is exact.
@@ -106,14 +119,22 @@ mod tests {
         let all = ids(30);
         let mut calls = 0;
         let rough = all.iter().map(|&c| (c, cost(&[], c))).collect();
-        let lazy = lazy_greedy(rough, 12, |_, _| true, |removed, ask| {
-            calls += ask.len();
-            Ok::<_, Infallible>(ask.iter().map(|&c| cost(removed, c)).collect())
-        })
+        let lazy = lazy_greedy(
+            rough,
+            12,
+            |_, _| true,
+            |removed, ask| {
+                calls += ask.len();
+                Ok::<_, Infallible>(ask.iter().map(|&c| cost(removed, c)).collect())
+            },
+        )
         .unwrap();
         let mut exact: Vec<GroupId> = Vec::new();
         for _ in 0..12 {
-            let best = all.iter().filter(|c| !exact.contains(c)).min_by(|a, b| cost(&exact, **a).total_cmp(&cost(&exact, **b)));
+            let best = all
+                .iter()
+                .filter(|c| !exact.contains(c))
+                .min_by(|a, b| cost(&exact, **a).total_cmp(&cost(&exact, **b)));
             exact.push(*best.unwrap());
         }
         assert_eq!(lazy, exact);
@@ -124,10 +145,17 @@ mod tests {
     fn what_may_not_go_stays() {
         let all = ids(9);
         // Block 0 keeps one group.
-        let may = |removed: &[GroupId], c: GroupId| c.block != 0 || removed.iter().filter(|r| r.block == 0).count() < 2;
-        let score = |_: &[GroupId], ask: &[GroupId]| Ok::<_, Infallible>(ask.iter().map(|c| c.block as f64).collect());
+        let may = |removed: &[GroupId], c: GroupId| {
+            c.block != 0 || removed.iter().filter(|r| r.block == 0).count() < 2
+        };
+        let score = |_: &[GroupId], ask: &[GroupId]| {
+            Ok::<_, Infallible>(ask.iter().map(|c| c.block as f64).collect())
+        };
         let rough = all.iter().map(|&c| (c, 0.0)).collect();
-        for removed in [lazy_greedy(rough, 9, may, score).unwrap(), rounds(&all, 9, 3, may, score).unwrap()] {
+        for removed in [
+            lazy_greedy(rough, 9, may, score).unwrap(),
+            rounds(&all, 9, 3, may, score).unwrap(),
+        ] {
             assert_eq!(removed.len(), 8);
             assert_eq!(removed.iter().filter(|r| r.block == 0).count(), 2);
         }

@@ -33,7 +33,13 @@ impl Obs {
         let (llt, ridge) = factor(h, ridge, h.mean_diagonal())?;
         let h_inv = llt.inverse();
         let weights = Mat::from_fn(w.n_out, w.n_in, |i, j| f64::from(w.data[i * w.n_in + j]));
-        Ok(Obs { w: weights, h_inv, order: (0..h.n).collect(), alive: h.n, ridge })
+        Ok(Obs {
+            w: weights,
+            h_inv,
+            order: (0..h.n).collect(),
+            alive: h.n,
+            ridge,
+        })
     }
 
     /// Inputs that are left.
@@ -57,7 +63,8 @@ impl Obs {
     /// Takes out the `k` inputs with the least saliency, together. Returns what the loss grew by.
     pub fn remove_least(&mut self, k: usize) -> f64 {
         assert!(k > 0 && k < self.alive);
-        let mut ranked: Vec<(f64, usize)> = (0..self.alive).map(|j| (self.saliency(j), j)).collect();
+        let mut ranked: Vec<(f64, usize)> =
+            (0..self.alive).map(|j| (self.saliency(j), j)).collect();
         ranked.select_nth_unstable_by(k - 1, |a, b| a.0.total_cmp(&b.0).then(a.1.cmp(&b.1)));
         let mut columns: Vec<usize> = ranked[..k].iter().map(|r| r.1).collect();
         // The last first, so that no swap moves a column that is still to come.
@@ -83,19 +90,43 @@ impl Obs {
         let s = self.h_inv.submatrix(left, left, k, k).to_owned();
         let llt = s.llt(Side::Lower).or_else(|_| {
             let scale = (0..k).map(|i| s[(i, i)]).sum::<f64>() / k as f64;
-            let sym = SymMatrix { n: k, data: (0..k * k).map(|i| s[(i % k, i / k)]).collect() };
+            let sym = SymMatrix {
+                n: k,
+                data: (0..k * k).map(|i| s[(i % k, i / k)]).collect(),
+            };
             damped(&sym, scale * 1e-9).llt(Side::Lower)
         });
-        let llt = llt.expect("a principal block of a positive definite matrix is positive definite");
+        let llt =
+            llt.expect("a principal block of a positive definite matrix is positive definite");
         let scaled = llt.solve(error.transpose().to_owned());
-        let loss = (0..k).map(|a| (0..error.nrows()).map(|i| error[(i, a)] * scaled[(a, i)]).sum::<f64>()).sum();
+        let loss = (0..k)
+            .map(|a| {
+                (0..error.nrows())
+                    .map(|i| error[(i, a)] * scaled[(a, i)])
+                    .sum::<f64>()
+            })
+            .sum();
         let across = self.h_inv.submatrix(left, 0, k, left).to_owned();
         let gains = llt.solve(&across);
         let par = Par::rayon(0);
-        matmul(self.w.as_mut().subcols_mut(0, left), Accum::Add, error.as_ref(), gains.as_ref(), -1.0, par);
+        matmul(
+            self.w.as_mut().subcols_mut(0, left),
+            Accum::Add,
+            error.as_ref(),
+            gains.as_ref(),
+            -1.0,
+            par,
+        );
         let (mut lead, tail) = self.h_inv.as_mut().subcols_mut(0, n).split_at_col_mut(left);
         let tail = tail.as_ref().subrows(0, left);
-        matmul(lead.as_mut().subrows_mut(0, left), Accum::Add, tail, gains.as_ref(), -1.0, par);
+        matmul(
+            lead.as_mut().subrows_mut(0, left),
+            Accum::Add,
+            tail,
+            gains.as_ref(),
+            -1.0,
+            par,
+        );
         self.alive = left;
         loss
     }

@@ -26,13 +26,20 @@ pub struct Refit {
 ///
 /// # Errors
 /// [`Singular`] if no ridge makes H_keep positive definite.
-pub fn refit(w: &Matrix, moments: &Moments, mu: f64, keep: &[usize], ridge: f64) -> Result<Refit, Singular> {
+pub fn refit(
+    w: &Matrix,
+    moments: &Moments,
+    mu: f64,
+    keep: &[usize],
+    ridge: f64,
+) -> Result<Refit, Singular> {
     let (n, m, k) = (w.n_in, w.n_out, keep.len());
     let h = &moments.gram;
     let (llt, ridge) = factor(&h.select(keep), ridge, h.mean_diagonal())?;
     // (x Wᵀ)ᵀ x_keep = W H[:, keep]; W_keep is taken out, so that the unknown is the change of W_keep.
     let mut delta = w.clone();
-    keep.iter().for_each(|&j| (0..m).for_each(|i| delta.data[i * n + j] = 0.0));
+    keep.iter()
+        .for_each(|&j| (0..m).for_each(|i| delta.data[i * n + j] = 0.0));
     let d = Mat::from_fn(n, m, |j, i| f64::from(delta.data[i * n + j]));
     let h_cols = Mat::from_fn(k, n, |a, j| h.data[keep[a] * n + j]);
     let mut rhs = &h_cols * &d;
@@ -50,11 +57,19 @@ pub fn refit(w: &Matrix, moments: &Moments, mu: f64, keep: &[usize], ridge: f64)
             weights.data[i * k + a] += change[(a, i)] as f32;
         }
     }
-    if weights.data.iter().all(|v| v.is_finite()) { Ok(Refit { weights, ridge }) } else { Err(Singular) }
+    if weights.data.iter().all(|v| v.is_finite()) {
+        Ok(Refit { weights, ridge })
+    } else {
+        Err(Singular)
+    }
 }
 
 /// Cholesky factor of H + ridge · scale · I, with the ridge raised until it exists.
-pub(super) fn factor(h: &SymMatrix, ridge: f64, scale: f64) -> Result<(faer::linalg::solvers::Llt<f64>, f64), Singular> {
+pub(super) fn factor(
+    h: &SymMatrix,
+    ridge: f64,
+    scale: f64,
+) -> Result<(faer::linalg::solvers::Llt<f64>, f64), Singular> {
     if !(scale > 0.0 && scale.is_finite()) {
         return Err(Singular);
     }
@@ -71,5 +86,7 @@ pub(super) fn factor(h: &SymMatrix, ridge: f64, scale: f64) -> Result<(faer::lin
 
 /// H + λ I.
 pub(super) fn damped(h: &SymMatrix, lambda: f64) -> Mat<f64> {
-    Mat::from_fn(h.n, h.n, |i, j| h.data[j * h.n + i] + if i == j { lambda } else { 0.0 })
+    Mat::from_fn(h.n, h.n, |i, j| {
+        h.data[j * h.n + i] + if i == j { lambda } else { 0.0 }
+    })
 }

@@ -15,7 +15,12 @@ const MAX_STEP: usize = 16;
 ///
 /// # Errors
 /// [`Singular`] if `h` cannot be factored.
-pub fn greedy(w: &Matrix, h: &SymMatrix, ridge: f64, n_keep: usize) -> Result<Vec<usize>, Singular> {
+pub fn greedy(
+    w: &Matrix,
+    h: &SymMatrix,
+    ridge: f64,
+    n_keep: usize,
+) -> Result<Vec<usize>, Singular> {
     assert!(n_keep > 0 && n_keep <= w.n_in);
     let mut obs = Obs::new(w, h, ridge)?;
     while obs.alive() > n_keep {
@@ -28,7 +33,12 @@ pub fn greedy(w: &Matrix, h: &SymMatrix, ridge: f64, n_keep: usize) -> Result<Ve
 ///
 /// # Errors
 /// [`Singular`] if `h` cannot be factored.
-pub fn loss_curve(w: &Matrix, h: &SymMatrix, ridge: f64, widths: &[usize]) -> Result<Vec<f64>, Singular> {
+pub fn loss_curve(
+    w: &Matrix,
+    h: &SymMatrix,
+    ridge: f64,
+    widths: &[usize],
+) -> Result<Vec<f64>, Singular> {
     let mut obs = Obs::new(w, h, ridge)?;
     let mut loss = 0.0;
     let mut at = |goal: usize| {
@@ -51,17 +61,31 @@ fn step(n_ff: usize, alive: usize) -> usize {
 ///
 /// # Errors
 /// [`Singular`] if `h` cannot be factored.
-pub fn paper_keep(w: &Matrix, h: &SymMatrix, n_tokens: usize, n_keep: usize) -> Result<Vec<usize>, Singular> {
+pub fn paper_keep(
+    w: &Matrix,
+    h: &SymMatrix,
+    n_tokens: usize,
+    n_keep: usize,
+) -> Result<Vec<usize>, Singular> {
     let n = w.n_in;
     let (llt, _) = factor(h, 0.0, h.mean_diagonal())?;
     let h_inv = llt.inverse();
-    let h_inv = SymMatrix { n, data: (0..n * n).map(|i| 0.5 * (h_inv[(i % n, i / n)] + h_inv[(i / n, i % n)])).collect() };
+    let h_inv = SymMatrix {
+        n,
+        data: (0..n * n)
+            .map(|i| 0.5 * (h_inv[(i % n, i / n)] + h_inv[(i / n, i % n)]))
+            .collect(),
+    };
     let (u, _) = factor(&h_inv, 0.0, h_inv.mean_diagonal())?;
     let u = u.L();
     let energies = output_energies(w, h, n_tokens);
     let mut scored: Vec<(f64, usize)> = (0..n)
         .map(|j| {
-            let s: f64 = energies.iter().enumerate().map(|(i, e)| e * f64::from(w.data[i * n + j]).powi(2)).sum();
+            let s: f64 = energies
+                .iter()
+                .enumerate()
+                .map(|(i, e)| e * f64::from(w.data[i * n + j]).powi(2))
+                .sum();
             (s / u[(j, j)].powi(2), j)
         })
         .collect();
@@ -81,4 +105,3 @@ fn output_energies(w: &Matrix, h: &SymMatrix, n_tokens: usize) -> Vec<f64> {
         .map(|i| (0..n).map(|j| wh[(i, j)] * wm[(i, j)]).sum::<f64>() / n_tokens.max(1) as f64)
         .collect()
 }
-

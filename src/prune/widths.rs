@@ -49,7 +49,9 @@ pub fn uniform(widths: &[Vec<usize>], n_remove: usize) -> Vec<usize> {
     let mut at = vec![0; widths.len()];
     let mut removed = 0;
     while removed < n_remove {
-        let widest = (0..widths.len()).filter(|&b| at[b] + 1 < widths[b].len()).max_by_key(|&b| (widths[b][at[b]], widths.len() - b));
+        let widest = (0..widths.len())
+            .filter(|&b| at[b] + 1 < widths[b].len())
+            .max_by_key(|&b| (widths[b][at[b]], widths.len() - b));
         let b = widest.expect("the budget was checked against the floor");
         removed += widths[b][at[b]] - widths[b][at[b] + 1];
         at[b] += 1;
@@ -63,10 +65,21 @@ mod tests {
 
     #[test]
     fn cheap_blocks_give_first() {
-        let steep = Curve { widths: vec![96, 64, 32], losses: vec![0.0, 10.0, 30.0], energy: 1.0 };
-        let flat = Curve { widths: vec![128, 96, 64, 32], losses: vec![0.0, 1.0, 3.0, 20.0], energy: 1.0 };
+        let steep = Curve {
+            widths: vec![96, 64, 32],
+            losses: vec![0.0, 10.0, 30.0],
+            energy: 1.0,
+        };
+        let flat = Curve {
+            widths: vec![128, 96, 64, 32],
+            losses: vec![0.0, 1.0, 3.0, 20.0],
+            energy: 1.0,
+        };
         assert_eq!(allocate(&[steep.clone(), flat.clone()], 96), [64, 64]);
-        let heavy = Curve { energy: 100.0, ..steep };
+        let heavy = Curve {
+            energy: 100.0,
+            ..steep
+        };
         assert_eq!(allocate(&[heavy, flat], 96), [32, 96]);
     }
 

@@ -37,7 +37,9 @@ pub fn output_type(wanted: Type, n_per_row: usize) -> Type {
         return wanted;
     }
     let fallback = match wanted.name() {
-        "iq1_s" | "iq1_m" | "iq2_xxs" | "iq2_xs" | "iq2_s" | "iq3_xxs" | "iq3_s" | "iq4_xs" => Type::IQ4_NL,
+        "iq1_s" | "iq1_m" | "iq2_xxs" | "iq2_xs" | "iq2_s" | "iq3_xxs" | "iq3_s" | "iq4_xs" => {
+            Type::IQ4_NL
+        }
         "q2_0" | "q2_K" | "q3_K" | "tq1_0" | "tq2_0" => Type::Q4_0,
         "q4_K" => Type::Q5_0,
         "q5_K" => Type::Q5_1,
@@ -55,5 +57,10 @@ pub fn output_type(wanted: Type, n_per_row: usize) -> Type {
 pub fn quantise(m: &Matrix, wanted: Type, importance: &[f32]) -> Result<Quantised, GgmlError> {
     let ty = output_type(wanted, m.n_in);
     let bytes = ty.quantize(&m.data, m.n_in, Some(importance))?;
-    Ok(Quantised { ty, n_in: m.n_in, n_out: m.n_out, bytes })
+    Ok(Quantised {
+        ty,
+        n_in: m.n_in,
+        n_out: m.n_out,
+        bytes,
+    })
 }

@@ -10,7 +10,9 @@ pub struct Cli {
 
 impl Cli {
     pub fn new() -> Cli {
-        Cli { dir: tempfile::tempdir().unwrap() }
+        Cli {
+            dir: tempfile::tempdir().unwrap(),
+        }
     }
 
     pub fn path(&self, name: &str) -> PathBuf {
@@ -18,14 +20,22 @@ impl Cli {
     }
 
     pub fn run(&self, args: &[&str]) -> Output {
-        Command::new(env!("CARGO_BIN_EXE_putri-gguf")).current_dir(self.dir.path()).args(args).output().unwrap()
+        Command::new(env!("CARGO_BIN_EXE_putri-gguf"))
+            .current_dir(self.dir.path())
+            .args(args)
+            .output()
+            .unwrap()
     }
 
     /// Runs, and expects success.
     pub fn ok(&self, args: &[&str]) -> String {
         let out = self.run(args);
         let (stdout, stderr) = texts(&out);
-        assert!(out.status.success(), "{args:?}: {:?}\n{stdout}\n{stderr}", out.status);
+        assert!(
+            out.status.success(),
+            "{args:?}: {:?}\n{stdout}\n{stderr}",
+            out.status
+        );
         stdout
     }
 
@@ -35,11 +45,20 @@ impl Cli {
         let before = self.listing();
         let out = self.run(args);
         let (stdout, stderr) = texts(&out);
-        assert_eq!(out.status.code(), Some(code), "{args:?}\n{stdout}\n{stderr}");
+        assert_eq!(
+            out.status.code(),
+            Some(code),
+            "{args:?}\n{stdout}\n{stderr}"
+        );
         let errors: Vec<&str> = stderr.lines().filter(|l| l.starts_with("error:")).collect();
         assert_eq!(errors.len(), 1, "{args:?}: {stderr}");
         for part in parts {
-            assert!(errors[0].contains(part), "{args:?}: {:?} is not in {}", part, errors[0]);
+            assert!(
+                errors[0].contains(part),
+                "{args:?}: {:?} is not in {}",
+                part,
+                errors[0]
+            );
         }
         assert_eq!(self.listing(), before, "{args:?} left something behind");
     }
@@ -49,7 +68,13 @@ impl Cli {
         let mut all: Vec<_> = std::fs::read_dir(self.dir.path())
             .unwrap()
             .map(|e| e.unwrap().path())
-            .map(|p| if p.is_file() { (p.clone(), std::fs::read(p).unwrap()) } else { (p, Vec::new()) })
+            .map(|p| {
+                if p.is_file() {
+                    (p.clone(), std::fs::read(p).unwrap())
+                } else {
+                    (p, Vec::new())
+                }
+            })
             .collect();
         all.sort();
         all
@@ -57,7 +82,10 @@ impl Cli {
 }
 
 fn texts(out: &Output) -> (String, String) {
-    (String::from_utf8_lossy(&out.stdout).into_owned(), String::from_utf8_lossy(&out.stderr).into_owned())
+    (
+        String::from_utf8_lossy(&out.stdout).into_owned(),
+        String::from_utf8_lossy(&out.stderr).into_owned(),
+    )
 }
 
 /// A path as an argument.

@@ -8,9 +8,17 @@ use std::path::PathBuf;
 
 /// SmolLM2-135M-Instruct, fetched by `make model`.
 pub fn smollm2() -> PathBuf {
-    let default = concat!(env!("CARGO_MANIFEST_DIR"), "/models/SmolLM2-135M-Instruct.Q4_1.gguf");
-    let path = std::env::var_os("PUTRI_TEST_MODEL").map_or_else(|| PathBuf::from(default), PathBuf::from);
-    assert!(path.is_file(), "{} is missing: run `make model`", path.display());
+    let default = concat!(
+        env!("CARGO_MANIFEST_DIR"),
+        "/models/SmolLM2-135M-Instruct.Q4_1.gguf"
+    );
+    let path =
+        std::env::var_os("PUTRI_TEST_MODEL").map_or_else(|| PathBuf::from(default), PathBuf::from);
+    assert!(
+        path.is_file(),
+        "{} is missing: run `make model`",
+        path.display()
+    );
     path
 }
 
@@ -28,18 +36,31 @@ to the next for two hundred years, since no captain wanted to be the one who fai
 pub fn libllama_logits(path: &std::path::Path, tokens: &[i32]) -> Vec<f32> {
     use putri_gguf::ggml::{BatchToken, Context, LlamaModel};
     let model = LlamaModel::load(path).unwrap();
-    let mut ctx = Context::new(&model, tokens.len(), 1, tokens.len(), 2).unwrap();
-    let batch: Vec<_> =
-        tokens.iter().enumerate().map(|(i, &token)| BatchToken { token, pos: i as i32, seq: 0 }).collect();
+    let mut ctx = Context::new(&model, tokens.len(), 1, tokens.len(), 1).unwrap();
+    let batch: Vec<_> = tokens
+        .iter()
+        .enumerate()
+        .map(|(i, &token)| BatchToken {
+            token,
+            pos: i as i32,
+            seq: 0,
+        })
+        .collect();
     ctx.decode(&batch).unwrap();
-    (0..tokens.len()).flat_map(|i| ctx.logits(i).to_vec()).collect()
+    (0..tokens.len())
+        .flat_map(|i| ctx.logits(i).to_vec())
+        .collect()
 }
 
 /// Our logits for the same window.
-pub fn our_logits(path: &std::path::Path, tokens: &[i32], precision: putri_gguf::forward::Precision) -> Vec<f32> {
+pub fn our_logits(
+    path: &std::path::Path,
+    tokens: &[i32],
+    precision: putri_gguf::forward::Precision,
+) -> Vec<f32> {
     use putri_gguf::forward::{Forward, embed};
     let model = putri_gguf::model::Model::open(path).unwrap();
-    let mut forward = Forward::new(&model, tokens.len(), 2, precision).unwrap();
+    let mut forward = Forward::new(&model, tokens.len(), 1, precision).unwrap();
     let mut x = embed(&model, tokens).unwrap();
     let mut y = vec![0.0; x.len()];
     for il in 0..model.hparams.n_layer() {
@@ -49,14 +70,20 @@ pub fn our_logits(path: &std::path::Path, tokens: &[i32], precision: putri_gguf:
     }
     let head = forward.head(&model).unwrap();
     let mut logits = Vec::new();
-    forward.logits(&head, &x, |_, rows| logits.extend_from_slice(rows)).unwrap();
+    forward
+        .logits(&head, &x, |_, rows| logits.extend_from_slice(rows))
+        .unwrap();
     logits
 }
 
 /// Largest absolute difference, and mean KL divergence of b from a over rows of `n_vocab` logits.
 pub fn compare_logits(a: &[f32], b: &[f32], n_vocab: usize) -> (f32, f64) {
     assert_eq!(a.len(), b.len());
-    let max = a.iter().zip(b).map(|(x, y)| (x - y).abs()).fold(0.0, f32::max);
+    let max = a
+        .iter()
+        .zip(b)
+        .map(|(x, y)| (x - y).abs())
+        .fold(0.0, f32::max);
     let kl: f64 = a
         .chunks_exact(n_vocab)
         .zip(b.chunks_exact(n_vocab))
@@ -66,7 +93,10 @@ pub fn compare_logits(a: &[f32], b: &[f32], n_vocab: usize) -> (f32, f64) {
                 m + r.iter().map(|&v| (v as f64 - m).exp()).sum::<f64>().ln()
             };
             let (la, lb) = (lse(a), lse(b));
-            a.iter().zip(b).map(|(&x, &y)| (x as f64 - la).exp() * ((x as f64 - la) - (y as f64 - lb))).sum::<f64>()
+            a.iter()
+                .zip(b)
+                .map(|(&x, &y)| (x as f64 - la).exp() * ((x as f64 - la) - (y as f64 - lb)))
+                .sum::<f64>()
         })
         .sum();
     (max, kl / (a.len() / n_vocab) as f64)

@@ -70,7 +70,11 @@ impl Small {
     pub fn metadata(&self) -> Vec<(String, Value)> {
         let per_block = |f: fn(&(usize, usize, usize)) -> usize| {
             let v: Vec<u32> = self.blocks.iter().map(|b| f(b) as u32).collect();
-            if v.iter().all(|n| *n == v[0]) { Value::U32(v[0]) } else { Value::u32_array(&v) }
+            if v.iter().all(|n| *n == v[0]) {
+                Value::U32(v[0])
+            } else {
+                Value::u32_array(&v)
+            }
         };
         let arch = |s: &str| format!("{}.{s}", self.arch);
         let u32 = |n: usize| Value::U32(n as u32);
@@ -110,7 +114,11 @@ impl Small {
             .collect();
         let scores: Vec<f32> = (0..self.n_vocab).map(|i| -(i as f32)).collect();
         // GGUF type 6 is float32.
-        let scores = Value::Array { ty: 6, bytes: bytemuck::cast_slice(&scores).to_vec(), len: self.n_vocab };
+        let scores = Value::Array {
+            ty: 6,
+            bytes: bytemuck::cast_slice(&scores).to_vec(),
+            len: self.n_vocab,
+        };
         let key = |s: &str| format!("tokenizer.ggml.{s}");
         vec![
             (key("model"), Value::Str("llama".into())),
@@ -137,7 +145,11 @@ impl Small {
             } else {
                 rng.vec(n, 1.5 / (ne[0] as f32).sqrt())
             };
-            let ty = if ne.len() == 1 || ne[0] % self.ty.block_size() != 0 { Type::F32 } else { self.ty };
+            let ty = if ne.len() == 1 || ne[0] % self.ty.block_size() != 0 {
+                Type::F32
+            } else {
+                self.ty
+            };
             out.push((name, ty, ne.to_vec(), values));
         };
         add("token_embd.weight".into(), &[d, self.n_vocab], false);
@@ -150,12 +162,17 @@ impl Small {
         }
         for (i, &(heads, kv, ff)) in self.blocks.iter().enumerate() {
             let (q, kv) = (heads * self.head_dim, kv * self.head_dim);
-            let mut blk = |role: &str, ne: &[usize], norm: bool| add(format!("blk.{i}.{role}"), ne, norm);
+            let mut blk =
+                |role: &str, ne: &[usize], norm: bool| add(format!("blk.{i}.{role}"), ne, norm);
             if kv > 0 {
                 blk("attn_norm.weight", &[d], true);
                 let parts = [("attn_q", q), ("attn_k", kv), ("attn_v", kv)];
                 let fused = [("attn_qkv", q + 2 * kv)];
-                for (name, n) in if self.fused_qkv { &fused[..] } else { &parts[..] } {
+                for (name, n) in if self.fused_qkv {
+                    &fused[..]
+                } else {
+                    &parts[..]
+                } {
                     blk(&format!("{name}.weight"), &[d, *n], false);
                     if self.biases {
                         blk(&format!("{name}.bias"), &[*n], false);
@@ -167,7 +184,11 @@ impl Small {
                 }
             }
             blk("ffn_norm.weight", &[d], true);
-            for (name, ne) in [("ffn_gate", [d, ff]), ("ffn_up", [d, ff]), ("ffn_down", [ff, d])] {
+            for (name, ne) in [
+                ("ffn_gate", [d, ff]),
+                ("ffn_up", [d, ff]),
+                ("ffn_down", [ff, d]),
+            ] {
                 blk(&format!("{name}.weight"), &ne, false);
                 if self.biases {
                     blk(&format!("{name}.bias"), &ne[1..], false);
@@ -184,7 +205,12 @@ impl Small {
             .into_iter()
             .map(|(name, ty, ne, values)| {
                 let bytes = ty.quantize(&values, ne[0], None).unwrap();
-                OutTensor { name, ty, ne, data: Box::new(move || Ok(Cow::Owned(bytes.clone()))) }
+                OutTensor {
+                    name,
+                    ty,
+                    ne,
+                    data: Box::new(move || Ok(Cow::Owned(bytes.clone()))),
+                }
             })
             .collect();
         let mut file = std::fs::File::create(path).unwrap();

@@ -1,0 +1,231 @@
+//! Bad input gets one clear line and leaves nothing behind.
+
+mod common;
+
+use common::cli::Cli;
+use common::small::Small;
+use putri_gguf::gguf::Value;
+
+const IN: &str = "in.gguf";
+
+fn with_model() -> Cli {
+    let cli = Cli::new();
+    Small::default().write(&cli.path(IN));
+    cli
+}
+
+fn prune(cli: &Cli, more: &[&str], code: i32, parts: &[&str]) {
+    cli.fails(
+        &[&[IN, "out.gguf", "--sparsity", "0.25", "--quiet"][..], more].concat(),
+        code,
+        parts,
+    );
+}
+
+#[test]
+fn no_such_file() {
+    prune(&Cli::new(), &[], 1, &[IN, "No such file"]);
+}
+
+#[test]
+fn not_a_gguf() {
+    let cli = Cli::new();
+    std::fs::write(cli.path(IN), "PK\u{3}\u{4} certainly a zip").unwrap();
+    prune(&cli, &[], 1, &[IN, "not a GGUF file"]);
+    std::fs::write(cli.path(IN), "").unwrap();
+    prune(&cli, &[], 1, &[IN]);
+}
+
+#[test]
+fn a_folder() {
+    let cli = Cli::new();
+    std::fs::create_dir(cli.path(IN)).unwrap();
+    prune(&cli, &[], 1, &[IN, "directory"]);
+}
+
+#[test]
+fn cut_short() {
+    let cli = with_model();
+    let whole = std::fs::read(cli.path(IN)).unwrap();
+    for n in [4, 20, 200, 3000, whole.len() / 2, whole.len() - 1] {
+        std::fs::write(cli.path(IN), &whole[..n]).unwrap();
+        prune(&cli, &[], 1, &[IN, "cut short"]);
+    }
+}
+
+#[test]
+fn unsupported_architecture() {
+    let cli = Cli::new();
+    Small {
+        arch: "mamba",
+        ..Small::default()
+    }
+    .write(&cli.path(IN));
+    prune(&cli, &[], 1, &["mamba", "llama", "deci"]);
+}
+
+#[test]
+fn mixture_of_experts() {
+    let cli = Cli::new();
+    Small {
+        extra: vec![("expert_count", Value::U32(8))],
+        ..Small::default()
+    }
+    .write(&cli.path(IN));
+    prune(&cli, &[], 1, &["8 experts"]);
+}
+
+#[test]
+fn keys_that_cannot_be() {
+    for (key, value, part) in [
+        (
+            "rope.dimension_count",
+            Value::U32(8),
+            "rope.dimension_count",
+        ),
+        ("attention.value_length", Value::U32(64), "value_length"),
+        ("rope.scaling.type", Value::Str("spiral".into()), "spiral"),
+        ("rope.freq_base", Value::Str("ten".into()), "float32"),
+        (
+            "feed_forward_length",
+            Value::u32_array(&[96, 96]),
+            "2 elements for 3 blocks",
+        ),
+        ("block_count", Value::U32(0), "block_count"),
+        ("attention.head_count", Value::U32(3), "not a multiple"),
+        (
+            "attention.layer_norm_rms_epsilon",
+            Value::F32(f32::NAN),
+            "NaN",
+        ),
+    ] {
+        let cli = Cli::new();
+        Small {
+            extra: vec![(key, value)],
+            ..Small::default()
+        }
+        .write(&cli.path(IN));
+        prune(&cli, &[], 1, &[IN, part]);
+    }
+}
+
+#[test]
+fn tensors_that_do_not_fit() {
+    let cli = Cli::new();
+    // The metadata promises wider blocks than there are.
+    Small {
+        extra: vec![("feed_forward_length", Value::U32(128))],
+        ..Small::default()
+    }
+    .write(&cli.path(IN));
+    prune(
+        &cli,
+        &[],
+        1,
+        &["blk.0.ffn_gate.weight", "[64, 96]", "[64, 128]"],
+    );
+    Small {
+        extra: vec![("block_count", Value::U32(4))],
+        ..Small::default()
+    }
+    .write(&cli.path(IN));
+    prune(&cli, &[], 1, &["blk.3."]);
+    Small {
+        extra: vec![("block_count", Value::U32(2))],
+        ..Small::default()
+    }
+    .write(&cli.path(IN));
+    prune(&cli, &[], 1, &["blk.2.", "not known"]);
+}
+
+#[test]
+fn sparsity_out_of_reach() {
+    prune(&with_model(), &["--sparsity", "0.99"], 2, &[]);
+    let cli = with_model();
+    cli.fails(
+        &[IN, "out.gguf", "--sparsity", "0.99"],
+        1,
+        &["0.99", "at most"],
+    );
+    for bad in ["1", "1.5", "-1", "many"] {
+        let out = cli.run(&[IN, "out.gguf", &format!("--sparsity={bad}")]);
+        assert_eq!(out.status.code(), Some(2), "{bad}");
+        assert!(!cli.path("out.gguf").exists());
+    }
+}
+
+#[test]
+fn output_is_the_input() {
+    let cli = with_model();
+    cli.fails(
+        &[IN, IN, "--sparsity", "0.25", "--force"],
+        1,
+        &["is the input itself"],
+    );
+    std::os::unix::fs::symlink(cli.path(IN), cli.path("link.gguf")).unwrap();
+    cli.fails(
+        &[IN, "link.gguf", "--sparsity", "0.25", "--force"],
+        1,
+        &["is the input itself"],
+    );
+    std::fs::hard_link(cli.path(IN), cli.path("hard.gguf")).unwrap();
+    cli.fails(
+        &[IN, "hard.gguf", "--sparsity", "0.25", "--force"],
+        1,
+        &["is the input itself"],
+    );
+}
+
+#[test]
+fn output_exists() {
+    let cli = with_model();
+    std::fs::write(cli.path("out.gguf"), "precious").unwrap();
+    cli.fails(
+        &[IN, "out.gguf", "--sparsity", "0.25"],
+        1,
+        &["out.gguf", "--force"],
+    );
+    cli.ok(&[IN, "out.gguf", "--sparsity", "0", "--force"]);
+    assert_eq!(
+        std::fs::read(cli.path("out.gguf")).unwrap(),
+        std::fs::read(cli.path(IN)).unwrap()
+    );
+}
+
+#[test]
+fn nowhere_to_write() {
+    let cli = with_model();
+    cli.fails(
+        &[IN, "no/such/folder/out.gguf", "--sparsity", "0.25"],
+        1,
+        &["no/such/folder"],
+    );
+}
+
+#[test]
+fn no_space() {
+    // A limit on file sizes stands for a full disk: the write of the output fails half-way. The shell
+    // ignores the signal that goes with it, and what it starts inherits that.
+    let cli = with_model();
+    let out = std::process::Command::new("sh")
+        .current_dir(cli.dir.path())
+        .args(["-c", "trap '' XFSZ; ulimit -f 64; exec \"$0\" in.gguf out.gguf --sparsity 0.25 --quiet --ctx-size 32 --chunks 2 -t 1"])
+        .arg(env!("CARGO_BIN_EXE_putri-gguf"))
+        .output()
+        .unwrap();
+    let stderr = String::from_utf8_lossy(&out.stderr);
+    assert_eq!(out.status.code(), Some(1), "{stderr}");
+    assert!(
+        stderr.contains("out.gguf") && stderr.contains("too large"),
+        "{stderr}"
+    );
+    assert_eq!(cli.listing().len(), 1, "something was left behind");
+}
+
+#[test]
+fn calibration_text_that_is_missing_or_short() {
+    let cli = with_model();
+    prune(&cli, &["-f", "nowhere.txt"], 1, &["nowhere.txt"]);
+    std::fs::write(cli.path("short.txt"), "too short").unwrap();
+    prune(&cli, &["-f", "short.txt"], 1, &["tokens", "--ctx-size"]);
+}

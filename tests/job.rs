@@ -1,0 +1,257 @@
+//! The whole way, on small models and on SmolLM2.
+
+mod common;
+
+use common::cli::{Cli, arg};
+use common::small::Small;
+use common::{TEXT, smollm2};
+use putri_gguf::ggml::{LlamaModel, Type, silence_logs};
+use putri_gguf::gguf::{GgufFile, Value};
+use putri_gguf::model::Model;
+use std::path::Path;
+
+// One thread each: tests run side by side, and ggml's threads wait for each other by spinning.
+const QUICK: [&str; 6] = ["--ctx-size", "64", "--chunks", "8", "--threads", "1"];
+
+/// Opens `path` with libllama and with a parser that is neither ours nor llama.cpp's.
+fn opens_everywhere(path: &Path, arch: &str) {
+    LlamaModel::load(path).unwrap();
+    let mut container = gguf_rs::get_gguf_container(path.to_str().unwrap()).unwrap();
+    let other = container.decode().unwrap();
+    assert_eq!(other.model_family(), arch);
+    let ours = GgufFile::open(path).unwrap();
+    assert_eq!(other.tensors().len(), ours.tensors().len());
+    for (a, b) in other.tensors().iter().zip(ours.tensors()) {
+        let shape: Vec<u64> = b.ne.iter().map(|&n| n as u64).collect();
+        assert_eq!(
+            (&a.name, &a.shape, a.size),
+            (&b.name, &shape, b.n_bytes() as u64)
+        );
+    }
+}
+
+#[test]
+fn small_models_are_pruned_and_run() {
+    silence_logs();
+    let cli = Cli::new();
+    let variants = [
+        (
+            "plain",
+            Small {
+                blocks: vec![(4, 2, 256); 4],
+                ..Small::default()
+            },
+        ),
+        (
+            "biases",
+            Small {
+                biases: true,
+                blocks: vec![(4, 4, 256); 3],
+                ..Small::default()
+            },
+        ),
+        (
+            "untied",
+            Small {
+                tied: false,
+                ty: Type::Q4_0,
+                head_dim: 32,
+                ..Small::default()
+            },
+        ),
+        (
+            "fused",
+            Small {
+                fused_qkv: true,
+                biases: true,
+                rope_freqs: true,
+                ..Small::default()
+            },
+        ),
+        (
+            "odd width",
+            Small {
+                blocks: vec![(2, 1, 200); 3],
+                ..Small::default()
+            },
+        ),
+        (
+            "deci",
+            Small {
+                arch: "deci",
+                blocks: vec![(4, 2, 256), (0, 0, 128), (2, 1, 192)],
+                ..Small::default()
+            },
+        ),
+    ];
+    for (name, small) in variants {
+        small.write(&cli.path("in.gguf"));
+        for sparsity in ["0.25", "0.5"] {
+            let out = format!("{name}-{sparsity}.gguf");
+            let args = [
+                &["in.gguf", &out, "--sparsity", sparsity, "--quiet"][..],
+                &QUICK,
+            ]
+            .concat();
+            let text = cli.ok(&args);
+            assert!(
+                text.contains("perplexity") && text.contains("written file in llama.cpp"),
+                "{text}"
+            );
+            let path = cli.path(&out);
+            let model = Model::open(&path).unwrap();
+            opens_everywhere(&path, model.hparams.family.name());
+            let Some(Value::F32(reached)) = model.file.get("putri.sparsity_reached") else {
+                panic!("no provenance")
+            };
+            let asked: f32 = sparsity.parse().unwrap();
+            assert!(
+                *reached >= asked - 1e-6 && *reached < asked + 0.1,
+                "{name}: {reached} for {asked}"
+            );
+            let before: usize = Model::open(&cli.path("in.gguf"))
+                .unwrap()
+                .file
+                .tensors()
+                .iter()
+                .map(|t| t.n_elements())
+                .sum();
+            let after: usize = model.file.tensors().iter().map(|t| t.n_elements()).sum();
+            assert!(after < before);
+        }
+    }
+}
+
+#[test]
+fn the_papers_method_gives_equal_widths() {
+    silence_logs();
+    let cli = Cli::new();
+    Small {
+        blocks: vec![(4, 2, 256); 4],
+        ..Small::default()
+    }
+    .write(&cli.path("in.gguf"));
+    cli.ok(&[
+        &[
+            "in.gguf",
+            "out.gguf",
+            "--sparsity",
+            "0.5",
+            "--method",
+            "paper",
+        ][..],
+        &QUICK,
+    ]
+    .concat());
+    let model = Model::open(&cli.path("out.gguf")).unwrap();
+    let widths: Vec<usize> = model.hparams.blocks.iter().map(|b| b.n_ff).collect();
+    assert!(
+        widths.iter().max().unwrap() - widths.iter().min().unwrap() <= 32,
+        "{widths:?}"
+    );
+    opens_everywhere(&cli.path("out.gguf"), model.hparams.family.name());
+}
+
+#[test]
+fn a_pruned_model_can_be_pruned_again() {
+    silence_logs();
+    let cli = Cli::new();
+    Small {
+        blocks: vec![(4, 2, 256); 4],
+        ..Small::default()
+    }
+    .write(&cli.path("a.gguf"));
+    cli.ok(&[&["a.gguf", "b.gguf", "--sparsity", "0.3"][..], &QUICK].concat());
+    cli.ok(&[&["b.gguf", "c.gguf", "--sparsity", "0.3"][..], &QUICK].concat());
+    let c = GgufFile::open(&cli.path("c.gguf")).unwrap();
+    assert_eq!(
+        c.metadata()
+            .iter()
+            .filter(|(k, _)| k == "putri.version")
+            .count(),
+        1
+    );
+    opens_everywhere(
+        &cli.path("c.gguf"),
+        c.get_str("general.architecture").unwrap().unwrap(),
+    );
+}
+
+#[test]
+fn sparsity_zero_is_the_same_bytes() {
+    let cli = Cli::new();
+    Small {
+        ty: Type::Q8_0,
+        biases: true,
+        ..Small::default()
+    }
+    .write(&cli.path("in.gguf"));
+    cli.ok(&["in.gguf", "out.gguf", "--sparsity", "0"]);
+    let read = |n: &str| std::fs::read(cli.path(n)).unwrap();
+    assert!(read("in.gguf") == read("out.gguf"));
+}
+
+#[test]
+fn the_same_job_gives_the_same_bytes() {
+    let cli = Cli::new();
+    Small {
+        blocks: vec![(4, 2, 256); 3],
+        ..Small::default()
+    }
+    .write(&cli.path("in.gguf"));
+    for out in ["a.gguf", "b.gguf"] {
+        cli.ok(&[
+            &["in.gguf", out, "--sparsity", "0.4", "--seed", "9"][..],
+            &QUICK,
+        ]
+        .concat());
+    }
+    let read = |n: &str| std::fs::read(cli.path(n)).unwrap();
+    assert!(read("a.gguf") == read("b.gguf"));
+}
+
+#[test]
+fn smollm2_is_pruned_with_text_and_its_own() {
+    silence_logs();
+    let cli = Cli::new();
+    let model = smollm2();
+    std::fs::write(cli.path("text.txt"), TEXT.repeat(4)).unwrap();
+    let before = std::fs::read(&model).unwrap();
+    let args = [
+        arg(&model),
+        "out.gguf",
+        "--sparsity",
+        "0.2",
+        "-f",
+        "text.txt",
+        "--ctx-size",
+        "128",
+        "--chunks",
+        "8",
+    ];
+    let args = [&args[..], &["--threads", "1"]].concat();
+    let text = cli.ok(&args);
+    println!("{text}");
+    assert!(
+        std::fs::read(&model).unwrap() == before,
+        "the source is never touched"
+    );
+    let path = cli.path("out.gguf");
+    opens_everywhere(&path, "deci");
+    let (a, b) = (
+        GgufFile::open(&model).unwrap(),
+        GgufFile::open(&path).unwrap(),
+    );
+    // Everything in the tokenizer stays, and ffn_down keeps its type.
+    for (k, v) in a
+        .metadata()
+        .iter()
+        .filter(|(k, _)| k.starts_with("tokenizer."))
+    {
+        assert_eq!(b.get(k), Some(v), "{k}");
+    }
+    for t in b.tensors() {
+        assert_eq!(t.ty, a.find(&t.name).unwrap().ty, "{}", t.name);
+    }
+    assert!(b.bytes().len() < a.bytes().len() * 92 / 100);
+}
