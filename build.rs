@@ -26,9 +26,7 @@ fn main() {
 /// Version of llama-cpp-sys-2 in Cargo.lock.
 fn engine_crate() -> String {
     let lock = std::fs::read_to_string("Cargo.lock").unwrap_or_default();
-    let mut lines = lock
-        .lines()
-        .skip_while(|l| *l != "name = \"llama-cpp-sys-2\"");
+    let mut lines = lock.lines().skip_while(|l| *l != "name = \"llama-cpp-sys-2\"");
     lines
         .nth(1)
         .and_then(|l| l.split('"').nth(1))

@@ -129,10 +129,7 @@ fn main() {
         })
         .collect();
     let scratch = tempfile::tempdir().expect("temporary folder");
-    let folder = args
-        .keep
-        .clone()
-        .unwrap_or_else(|| scratch.path().to_path_buf());
+    let folder = args.keep.clone().unwrap_or_else(|| scratch.path().to_path_buf());
 
     println!(
         "| method | sparsity | reached | bytes | seconds | {} |",
@@ -145,17 +142,11 @@ fn main() {
             .collect::<Vec<_>>()
             .join(" | ")
     );
-    println!(
-        "|---|---|---|---|---|{}",
-        "---|---|---|".repeat(judges.len())
-    );
+    println!("|---|---|---|---|---|{}", "---|---|---|".repeat(judges.len()));
     let mut first = true;
     for &sparsity in &args.sparsity {
         for row in &args.row {
-            let output = folder.join(format!(
-                "{}-{sparsity}.gguf",
-                row.replace([':', '=', ','], "_")
-            ));
+            let output = folder.join(format!("{}-{sparsity}.gguf", row.replace([':', '=', ','], "_")));
             let job = Job {
                 input: args.model.clone(),
                 output: output.clone(),
@@ -186,27 +177,17 @@ fn main() {
             let results: Vec<_> = judges
                 .iter()
                 .map(|tokens| {
-                    compare(&[&dense, &pruned], tokens, args.judge_ctx, args.threads)
-                        .expect("evaluation")
+                    compare(&[&dense, &pruned], tokens, args.judge_ctx, args.threads).expect("evaluation")
                 })
                 .collect();
             let cells = |i: usize| {
                 let cell = |r: &Vec<putri_gguf::evaluate::Comparison>| {
-                    format!(
-                        "{:.2} | {:.4} | {:.1} %",
-                        r[i].ppl,
-                        r[i].kl,
-                        r[i].top1 * 100.0
-                    )
+                    format!("{:.2} | {:.4} | {:.1} %", r[i].ppl, r[i].kl, r[i].top1 * 100.0)
                 };
                 results.iter().map(cell).collect::<Vec<_>>().join(" | ")
             };
             if first {
-                println!(
-                    "| dense | 0 | 0 | {} | | {} |",
-                    outcome.before.bytes,
-                    cells(0)
-                );
+                println!("| dense | 0 | 0 | {} | | {} |", outcome.before.bytes, cells(0));
                 first = false;
             }
             let seconds = outcome.time.as_secs_f64();

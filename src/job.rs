@@ -97,10 +97,7 @@ pub enum JobError {
     #[error("{} exists; --force replaces it", .0.display())]
     Exists(PathBuf),
     #[error("{}: {source}", path.display())]
-    Io {
-        path: PathBuf,
-        source: std::io::Error,
-    },
+    Io { path: PathBuf, source: std::io::Error },
     #[error("the result does not load: {0}")]
     DoesNotLoad(GgmlError),
     #[error(
@@ -177,17 +174,13 @@ pub fn run(job: &Job, observer: &mut dyn Observer) -> Result<Outcome, JobError> 
         dense_ppl: pruned.dense_ppl,
         pruned_ppl: pruned.pruned_ppl,
         file_ppl: None,
-        fit_tokens: (
-            windows.n_fit * windows.n_ctx,
-            windows.n_self * windows.n_ctx,
-        ),
+        fit_tokens: (windows.n_fit * windows.n_ctx, windows.n_self * windows.n_ctx),
         held_out_tokens: windows.n_held_out * windows.n_ctx,
     };
     if job.verify {
         let held_out = windows.tokens_of(windows.n_fit..windows.n_windows());
-        let file =
-            evaluate::perplexity(temp.path(), held_out, windows.n_ctx, job.settings.n_threads)
-                .map_err(JobError::DoesNotLoad)?;
+        let file = evaluate::perplexity(temp.path(), held_out, windows.n_ctx, job.settings.n_threads)
+            .map_err(JobError::DoesNotLoad)?;
         let own = quality.pruned_ppl;
         // A NaN on either side is no agreement.
         let agrees = (file / own).ln().abs() <= PARITY.ln();
@@ -206,10 +199,7 @@ pub fn run(job: &Job, observer: &mut dyn Observer) -> Result<Outcome, JobError> 
     let after = Size {
         bytes,
         params: before.params - removed_params(&model, &shapes),
-        block_params: shapes
-            .iter()
-            .map(|b| sum(model.hparams.block_params(b)))
-            .sum(),
+        block_params: shapes.iter().map(|b| sum(model.hparams.block_params(b))).sum(),
         blocks: shapes,
     };
     let mut warnings = pruned.warnings;
@@ -384,12 +374,7 @@ fn calibration_text(job: &Job, w: &calibrate::Windows) -> String {
         .recipe
         .files
         .iter()
-        .map(|f| {
-            f.file_name()
-                .unwrap_or_default()
-                .to_string_lossy()
-                .into_owned()
-        })
+        .map(|f| f.file_name().unwrap_or_default().to_string_lossy().into_owned())
         .collect();
     let own = format!(
         "{} of {} windows of {} tokens self-generated",

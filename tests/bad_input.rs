@@ -78,11 +78,7 @@ fn mixture_of_experts() {
 #[test]
 fn keys_that_cannot_be() {
     for (key, value, part) in [
-        (
-            "rope.dimension_count",
-            Value::U32(8),
-            "rope.dimension_count",
-        ),
+        ("rope.dimension_count", Value::U32(8), "rope.dimension_count"),
         ("attention.value_length", Value::U32(64), "value_length"),
         ("rope.scaling.type", Value::Str("spiral".into()), "spiral"),
         ("rope.freq_base", Value::Str("ten".into()), "float32"),
@@ -93,11 +89,7 @@ fn keys_that_cannot_be() {
         ),
         ("block_count", Value::U32(0), "block_count"),
         ("attention.head_count", Value::U32(3), "not a multiple"),
-        (
-            "attention.layer_norm_rms_epsilon",
-            Value::F32(f32::NAN),
-            "NaN",
-        ),
+        ("attention.layer_norm_rms_epsilon", Value::F32(f32::NAN), "NaN"),
     ] {
         let cli = Cli::new();
         Small {
@@ -118,12 +110,7 @@ fn tensors_that_do_not_fit() {
         ..Small::default()
     }
     .write(&cli.path(IN));
-    prune(
-        &cli,
-        &[],
-        1,
-        &["blk.0.ffn_gate.weight", "[64, 96]", "[64, 128]"],
-    );
+    prune(&cli, &[], 1, &["blk.0.ffn_gate.weight", "[64, 96]", "[64, 128]"]);
     Small {
         extra: vec![("block_count", Value::U32(4))],
         ..Small::default()
@@ -142,11 +129,7 @@ fn tensors_that_do_not_fit() {
 fn sparsity_out_of_reach() {
     prune(&with_model(), &["--sparsity", "0.99"], 2, &[]);
     let cli = with_model();
-    cli.fails(
-        &[IN, "out.gguf", "--sparsity", "0.99"],
-        1,
-        &["0.99", "at most"],
-    );
+    cli.fails(&[IN, "out.gguf", "--sparsity", "0.99"], 1, &["0.99", "at most"]);
     for bad in ["1", "1.5", "-1", "many"] {
         let out = cli.run(&[IN, "out.gguf", &format!("--sparsity={bad}")]);
         assert_eq!(out.status.code(), Some(2), "{bad}");

@@ -43,9 +43,7 @@ fn generation_is_seeded_and_each_window_stands_alone() {
             .all(|w| w.len() == 24 && w[0] == model.vocab().bos().unwrap())
     );
     assert!(
-        a.iter()
-            .enumerate()
-            .all(|(i, w)| a[..i].iter().all(|v| v != w)),
+        a.iter().enumerate().all(|(i, w)| a[..i].iter().all(|v| v != w)),
         "two windows are the same"
     );
 }

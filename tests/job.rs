@@ -23,10 +23,7 @@ fn opens_everywhere(path: &Path, arch: &str) {
     assert_eq!(other.tensors().len(), ours.tensors().len());
     for (a, b) in other.tensors().iter().zip(ours.tensors()) {
         let shape: Vec<u64> = b.ne.iter().map(|&n| n as u64).collect();
-        assert_eq!(
-            (&a.name, &a.shape, a.size),
-            (&b.name, &shape, b.n_bytes() as u64)
-        );
+        assert_eq!((&a.name, &a.shape, a.size), (&b.name, &shape, b.n_bytes() as u64));
     }
 }
 
@@ -88,11 +85,7 @@ fn small_models_are_pruned_and_run() {
         small.write(&cli.path("in.gguf"));
         for sparsity in ["0.25", "0.5"] {
             let out = format!("{name}-{sparsity}.gguf");
-            let args = [
-                &["in.gguf", &out, "--sparsity", sparsity, "--quiet"][..],
-                &QUICK,
-            ]
-            .concat();
+            let args = [&["in.gguf", &out, "--sparsity", sparsity, "--quiet"][..], &QUICK].concat();
             let text = cli.ok(&args);
             assert!(
                 text.contains("perplexity") && text.contains("written file in llama.cpp"),
@@ -132,14 +125,7 @@ fn the_papers_method_gives_equal_widths() {
     }
     .write(&cli.path("in.gguf"));
     cli.ok(&[
-        &[
-            "in.gguf",
-            "out.gguf",
-            "--sparsity",
-            "0.5",
-            "--method",
-            "paper",
-        ][..],
+        &["in.gguf", "out.gguf", "--sparsity", "0.5", "--method", "paper"][..],
         &QUICK,
     ]
     .concat());
@@ -165,10 +151,7 @@ fn a_pruned_model_can_be_pruned_again() {
     cli.ok(&[&["b.gguf", "c.gguf", "--sparsity", "0.3"][..], &QUICK].concat());
     let c = GgufFile::open(&cli.path("c.gguf")).unwrap();
     assert_eq!(
-        c.metadata()
-            .iter()
-            .filter(|(k, _)| k == "putri.version")
-            .count(),
+        c.metadata().iter().filter(|(k, _)| k == "putri.version").count(),
         1
     );
     opens_everywhere(
@@ -200,11 +183,7 @@ fn the_same_job_gives_the_same_bytes() {
     }
     .write(&cli.path("in.gguf"));
     for out in ["a.gguf", "b.gguf"] {
-        cli.ok(&[
-            &["in.gguf", out, "--sparsity", "0.4", "--seed", "9"][..],
-            &QUICK,
-        ]
-        .concat());
+        cli.ok(&[&["in.gguf", out, "--sparsity", "0.4", "--seed", "9"][..], &QUICK].concat());
     }
     let read = |n: &str| std::fs::read(cli.path(n)).unwrap();
     assert!(read("a.gguf") == read("b.gguf"));
@@ -238,16 +217,9 @@ fn smollm2_is_pruned_with_text_and_its_own() {
     );
     let path = cli.path("out.gguf");
     opens_everywhere(&path, "deci");
-    let (a, b) = (
-        GgufFile::open(&model).unwrap(),
-        GgufFile::open(&path).unwrap(),
-    );
+    let (a, b) = (GgufFile::open(&model).unwrap(), GgufFile::open(&path).unwrap());
     // Everything in the tokenizer stays, and ffn_down keeps its type.
-    for (k, v) in a
-        .metadata()
-        .iter()
-        .filter(|(k, _)| k.starts_with("tokenizer."))
-    {
+    for (k, v) in a.metadata().iter().filter(|(k, _)| k.starts_with("tokenizer.")) {
         assert_eq!(b.get(k), Some(v), "{k}");
     }
     for t in b.tensors() {

@@ -40,8 +40,7 @@ impl Problem {
         let mut mo = Moments::new(n, m);
         for s in 0..t {
             for i in 0..n {
-                (0..n)
-                    .for_each(|j| mo.gram.data[i * n + j] += self.x[s * n + i] * self.x[s * n + j]);
+                (0..n).for_each(|j| mo.gram.data[i * n + j] += self.x[s * n + i] * self.x[s * n + j]);
                 (0..m).for_each(|o| mo.cross[o * n + i] += self.x[s * n + i] * self.r[s * m + o]);
             }
         }
@@ -50,13 +49,7 @@ impl Problem {
     }
 
     /// Σ ‖x_keep W'ᵀ − (x Wᵀ + μ r)‖² + λ ‖W' − W_keep‖², straight from the data.
-    fn loss(
-        &self,
-        keep: &[usize],
-        w_keep: &dyn Fn(usize, usize) -> f64,
-        mu: f64,
-        lambda: f64,
-    ) -> f64 {
+    fn loss(&self, keep: &[usize], w_keep: &dyn Fn(usize, usize) -> f64, mu: f64, lambda: f64) -> f64 {
         let mut loss = 0.0;
         for s in 0..self.t {
             for o in 0..self.m {
@@ -233,11 +226,7 @@ fn greedy_is_near_the_best_of_all_subsets() {
         let rank = all.iter().position(|(_, set)| *set == keep).unwrap();
         best_hits += usize::from(rank == 0);
         // 126 subsets of 5 in 9.
-        assert!(
-            rank < 12,
-            "seed {seed}: greedy is number {rank} of {}",
-            all.len()
-        );
+        assert!(rank < 12, "seed {seed}: greedy is number {rank} of {}", all.len());
     }
     assert!(best_hits >= 2, "the best only {best_hits} times");
 }

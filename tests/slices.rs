@@ -85,11 +85,7 @@ fn removed_rows_leave_the_others_as_they_were() {
         assert!(old.iter().zip(&new).all(|(o, n)| o[half..] == n[..]));
 
         // Block 2 has no attention left, and nothing of it in the file.
-        assert!(
-            out.tensors()
-                .iter()
-                .all(|t| !t.name.starts_with("blk.2.attn"))
-        );
+        assert!(out.tensors().iter().all(|t| !t.name.starts_with("blk.2.attn")));
 
         // Block 0: three neurons, in the order of the plan.
         for name in ["blk.0.ffn_gate.weight", "blk.0.ffn_up.weight"] {
@@ -177,12 +173,7 @@ fn metadata_keeps_its_order_and_types() {
         k.strip_prefix("llama.")
             .map_or(k.to_string(), |s| format!("deci.{s}"))
     };
-    let expected: Vec<String> = model
-        .file
-        .metadata()
-        .iter()
-        .map(|(k, _)| renamed(k))
-        .collect();
+    let expected: Vec<String> = model.file.metadata().iter().map(|(k, _)| renamed(k)).collect();
     let found: Vec<String> = out
         .metadata()
         .iter()
@@ -214,10 +205,7 @@ fn metadata_keeps_its_order_and_types() {
         out.get("general.name"),
         Some(&Value::Str("Small Random (pruned 26%)".into()))
     );
-    assert_eq!(
-        out.get("putri.source.sha256"),
-        Some(&Value::Str("00".repeat(32)))
-    );
+    assert_eq!(out.get("putri.source.sha256"), Some(&Value::Str("00".repeat(32))));
 }
 
 #[test]
@@ -233,9 +221,7 @@ fn defaults_that_depend_on_the_head_count_are_written_out() {
         .metadata()
         .iter()
         .filter(|(k, _)| {
-            !k.ends_with("key_length")
-                && !k.ends_with("value_length")
-                && !k.ends_with("dimension_count")
+            !k.ends_with("key_length") && !k.ends_with("value_length") && !k.ends_with("dimension_count")
         })
         .cloned()
         .collect();
@@ -274,11 +260,7 @@ fn defaults_that_depend_on_the_head_count_are_written_out() {
         "attention.value_length",
         "rope.dimension_count",
     ] {
-        assert_eq!(
-            out.get(&format!("llama.{key}")),
-            Some(&Value::U32(16)),
-            "{key}"
-        );
+        assert_eq!(out.get(&format!("llama.{key}")), Some(&Value::U32(16)), "{key}");
     }
     assert_eq!(Model::open(&target).unwrap().hparams.head_dim, 16);
 }

@@ -22,10 +22,7 @@ enum Action<'p> {
 ///
 /// # Errors
 /// [`GgufError`] if a tensor cannot be converted.
-pub(super) fn tensors<'m>(
-    model: &'m Model,
-    plan: &'m Plan,
-) -> Result<Vec<OutTensor<'m>>, GgufError> {
+pub(super) fn tensors<'m>(model: &'m Model, plan: &'m Plan) -> Result<Vec<OutTensor<'m>>, GgufError> {
     let mut actions: Vec<Action> = model.file.tensors().iter().map(|_| Action::Copy).collect();
     for il in 0..plan.blocks.len() {
         plan_block(model, plan, il, &mut actions);
@@ -37,11 +34,7 @@ pub(super) fn tensors<'m>(
 }
 
 fn plan_block<'p>(model: &Model, plan: &'p Plan, il: usize, actions: &mut [Action<'p>]) {
-    let (t, p, shape) = (
-        &model.blocks[il],
-        &plan.blocks[il],
-        &model.hparams.blocks[il],
-    );
+    let (t, p, shape) = (&model.blocks[il], &plan.blocks[il], &model.hparams.blocks[il]);
     let head_dim = model.hparams.head_dim;
     let heads = shape.heads_per_group() * head_dim;
     let mut set = |s: Option<&Segment>, action: Action<'p>| {
@@ -54,9 +47,7 @@ fn plan_block<'p>(model: &Model, plan: &'p Plan, il: usize, actions: &mut [Actio
             .into_iter()
             .flatten();
         let triple = [&t.qkv, &t.qkv_bias].into_iter().flatten().flatten();
-        single
-            .chain(triple)
-            .for_each(|s| set(Some(s), Action::Drop));
+        single.chain(triple).for_each(|s| set(Some(s), Action::Drop));
     } else {
         if p.groups.len() < shape.n_head_kv {
             let kept = [heads, head_dim, head_dim].map(|n| group_rows(&p.groups, n));
@@ -133,14 +124,7 @@ fn output<'m>(
             (
                 t.ty,
                 ne,
-                Box::new(move || {
-                    Ok(Cow::Owned(select_rows(
-                        model.file.data(t),
-                        t.ty,
-                        row,
-                        &rows,
-                    )))
-                }),
+                Box::new(move || Ok(Cow::Owned(select_rows(model.file.data(t), t.ty, row, &rows)))),
             )
         }
         Action::Columns(run, runs) => {
@@ -153,12 +137,12 @@ fn output<'m>(
                     let all = model.file.floats(t, 0..t.n_rows())?;
                     let m = crate::model::Matrix::new(t.ne[0], t.n_rows(), all)
                         .select_cols(&group_rows(runs, run));
-                    let q = quantise(&m, output_type(t.ty, n_in), &vec![1.0; n_in]).map_err(
-                        |source| GgufError::Tensor {
+                    let q = quantise(&m, output_type(t.ty, n_in), &vec![1.0; n_in]).map_err(|source| {
+                        GgufError::Tensor {
                             name: t.name.clone(),
                             source,
-                        },
-                    )?;
+                        }
+                    })?;
                     (q.ty, ne, Box::new(move || Ok(Cow::Owned(q.bytes.clone()))))
                 }
             }

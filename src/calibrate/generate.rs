@@ -53,9 +53,7 @@ pub fn generate(
     while windows.len() < n_windows {
         let first = windows.len();
         let n = parallel.min(n_windows - first);
-        let mut batch: Vec<Writer> = (first..first + n)
-            .map(|i| Writer::new(start, seed, i))
-            .collect();
+        let mut batch: Vec<Writer> = (first..first + n).map(|i| Writer::new(start, seed, i)).collect();
         context.clear();
         for pos in 0..n_ctx - 1 {
             let tokens: Vec<_> = batch
@@ -112,10 +110,7 @@ impl Writer {
     fn sample(&mut self, logits: &[f32]) -> Token {
         let temperature = 2.0 - (self.age as f32 / WARM_TOKENS as f32).min(1.0);
         let max = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-        let weights: Vec<f32> = logits
-            .iter()
-            .map(|v| exp_neg((v - max) / temperature))
-            .collect();
+        let weights: Vec<f32> = logits.iter().map(|v| exp_neg((v - max) / temperature)).collect();
         let sums: Vec<f64> = weights
             .chunks(256)
             .map(|c| f64::from(c.iter().sum::<f32>()))

@@ -37,9 +37,7 @@ pub enum CalibrateError {
         n_ctx: usize,
     },
     /// The model has neither a BOS nor an EOS token to begin with.
-    #[error(
-        "the model names no BOS or EOS token to start its own text from; give a text with --file"
-    )]
+    #[error("the model names no BOS or EOS token to start its own text from; give a text with --file")]
     NoStart,
     /// The progress callback asked to stop.
     #[error("interrupted")]
@@ -135,12 +133,7 @@ pub fn collect(
     let (mut fit, mut judge) = (Vec::new(), Vec::new());
     if n_self < recipe.n_windows {
         let wanted = recipe.n_windows - n_self;
-        let found = file_windows(
-            model,
-            &recipe.files,
-            recipe.n_ctx,
-            wanted + held_out(wanted),
-        )?;
+        let found = file_windows(model, &recipe.files, recipe.n_ctx, wanted + held_out(wanted))?;
         let n_fit = found.len() - held_out(found.len().min(wanted)).min(found.len() - 1);
         // Windows to judge on are spread over the text like the others.
         let every = found.len().div_ceil(found.len() - n_fit);

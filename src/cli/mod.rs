@@ -23,9 +23,7 @@ pub fn main() -> ExitCode {
     let args = Args::parse();
     ggml::silence_logs();
     ggml::install_abort_handler(|message| {
-        eprintln!(
-            "error: llama.cpp stopped on an inconsistency in the model or in our use of it: {message}"
-        );
+        eprintln!("error: llama.cpp stopped on an inconsistency in the model or in our use of it: {message}");
         std::process::exit(1);
     });
     let quiet = args.quiet;

@@ -47,9 +47,7 @@ pub fn compare(
             let (forward, head, stream) = run;
             let n_vocab = head.n_vocab();
             let mut own = Vec::with_capacity(window.len() * n_vocab);
-            forward.logits(head, &stream[span.clone()], |_, rows| {
-                own.extend_from_slice(rows)
-            })?;
+            forward.logits(head, &stream[span.clone()], |_, rows| own.extend_from_slice(rows))?;
             if base.is_empty() {
                 base.clone_from(&own);
             }

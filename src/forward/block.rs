@@ -64,11 +64,8 @@ impl<'w> Uploads<'w> {
         if v.is_empty() {
             return None;
         }
-        self.list.push((
-            Type::F32,
-            [v.len(), 1],
-            Cow::Borrowed(bytemuck::cast_slice(v)),
-        ));
+        self.list
+            .push((Type::F32, [v.len(), 1], Cow::Borrowed(bytemuck::cast_slice(v))));
         Some(self.list.len() - 1)
     }
 
@@ -179,13 +176,7 @@ impl Forward {
 
 impl Net {
     /// x + attn_output · a + bias. Stock llama.cpp adds no bias in a block without heads.
-    pub(super) fn attention_residual<'a>(
-        &'a self,
-        g: &mut Graph<'a>,
-        b: &'a Block,
-        x: T,
-        a: Option<T>,
-    ) -> T {
+    pub(super) fn attention_residual<'a>(&'a self, g: &mut Graph<'a>, b: &'a Block, x: T, a: Option<T>) -> T {
         let (Some(a), Some(w)) = (a, b.roles.attn_output) else {
             return x;
         };
@@ -263,13 +254,7 @@ impl Net {
 }
 
 /// W x + bias.
-fn linear<'a>(
-    g: &mut Graph<'a>,
-    b: &'a Block,
-    weight: Option<usize>,
-    bias: Option<usize>,
-    x: T,
-) -> T {
+fn linear<'a>(g: &mut Graph<'a>, b: &'a Block, weight: Option<usize>, bias: Option<usize>, x: T) -> T {
     let w = g.resident(&b.set, weight.expect("the role exists in this block"));
     let y = g.mul_mat(w, x);
     match bias {

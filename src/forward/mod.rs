@@ -154,13 +154,7 @@ fn chunk_windows(n_ctx: usize) -> usize {
 fn causal_mask(n_ctx: usize) -> Vec<u16> {
     let (zero, minus_inf) = (half::f16::ZERO.to_bits(), half::f16::NEG_INFINITY.to_bits());
     (0..n_ctx * n_ctx)
-        .map(|i| {
-            if i % n_ctx > i / n_ctx {
-                minus_inf
-            } else {
-                zero
-            }
-        })
+        .map(|i| if i % n_ctx > i / n_ctx { minus_inf } else { zero })
         .collect()
 }
 
@@ -178,8 +172,7 @@ pub fn embed(model: &Model, tokens: &[Token]) -> Result<Vec<f32>, GgufError> {
             .get(token as usize * row_bytes..)
             .and_then(|d| d.get(..row_bytes))
         else {
-            let problem =
-                format!("has no row for token {token}; the tokenizer does not fit the model");
+            let problem = format!("has no row for token {token}; the tokenizer does not fit the model");
             return Err(GgufError::BadKey {
                 key: "token_embd.weight".into(),
                 problem,

@@ -96,18 +96,12 @@ impl Resident {
                 mem_buffer: std::ptr::null_mut(),
                 no_alloc: true,
             };
-            let ctx = NonNull::new(sys::ggml_init(params))
-                .ok_or(GgmlError::Memory(0, "tensor headers"))?;
+            let ctx = NonNull::new(sys::ggml_init(params)).ok_or(GgmlError::Memory(0, "tensor headers"))?;
             let tensors: Vec<_> = specs
                 .iter()
                 .map(|s| {
                     let ne = s.ne.map(|n| n as i64);
-                    NonNull::new_unchecked(sys::ggml_new_tensor(
-                        ctx.as_ptr(),
-                        s.ty.raw(),
-                        2,
-                        ne.as_ptr(),
-                    ))
+                    NonNull::new_unchecked(sys::ggml_new_tensor(ctx.as_ptr(), s.ty.raw(), 2, ne.as_ptr()))
                 })
                 .collect();
             let buffer = sys::ggml_backend_alloc_ctx_tensors(ctx.as_ptr(), engine.backend);
@@ -118,11 +112,7 @@ impl Resident {
             for (t, s) in tensors.iter().zip(specs) {
                 sys::ggml_backend_tensor_set(t.as_ptr(), s.bytes.as_ptr().cast(), 0, s.bytes.len());
             }
-            Ok(Resident {
-                ctx,
-                buffer,
-                tensors,
-            })
+            Ok(Resident { ctx, buffer, tensors })
         }
     }
 }

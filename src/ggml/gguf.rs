@@ -58,10 +58,7 @@ impl RawValue {
         let RawValue::Array { ty, bytes, .. } = self else {
             return None;
         };
-        fn each<const N: usize>(
-            bytes: &[u8],
-            f: impl Fn([u8; N]) -> Option<u64>,
-        ) -> Option<Vec<u64>> {
+        fn each<const N: usize>(bytes: &[u8], f: impl Fn([u8; N]) -> Option<u64>) -> Option<Vec<u64>> {
             bytes.as_chunks::<N>().0.iter().map(|b| f(*b)).collect()
         }
         match *ty {
@@ -124,7 +121,8 @@ impl RawGguf {
         };
         // SAFETY: the slice is alive during the call; no pointer into it is kept.
         let ctx = unsafe { sys::gguf_init_from_buffer(file.as_ptr().cast(), file.len(), params) };
-        let reason = "not a readable GGUF header: damaged, cut short, or of a version that llama.cpp does not read";
+        let reason =
+            "not a readable GGUF header: damaged, cut short, or of a version that llama.cpp does not read";
         NonNull::new(ctx)
             .map(|ctx| RawGguf { ctx })
             .ok_or_else(|| GgmlError::Header(reason.into()))
@@ -133,8 +131,7 @@ impl RawGguf {
     /// A header without metadata or tensors.
     pub fn empty() -> RawGguf {
         // SAFETY: plain constructor.
-        let ctx = NonNull::new(unsafe { sys::gguf_init_empty() })
-            .expect("out of memory for an empty header");
+        let ctx = NonNull::new(unsafe { sys::gguf_init_empty() }).expect("out of memory for an empty header");
         RawGguf { ctx }
     }
 
@@ -192,9 +189,7 @@ impl RawGguf {
                     let (ty, len) = (sys::gguf_get_arr_type(c, id), sys::gguf_get_arr_n(c, id));
                     if ty == sys::GGUF_TYPE_STRING {
                         return RawValue::StrArray(
-                            (0..len)
-                                .map(|i| text(sys::gguf_get_arr_str(c, id, i)))
-                                .collect(),
+                            (0..len).map(|i| text(sys::gguf_get_arr_str(c, id, i))).collect(),
                         );
                     }
                     let n_bytes = len * array_element_bytes(ty);
@@ -286,9 +281,7 @@ impl RawGguf {
     /// If the name is taken or too long for ggml, or the sizes do not suit the type.
     pub fn add_tensor(&mut self, name: &str, ty: Type, ne: &[usize]) {
         let c_name = c_string(name);
-        assert!(
-            name.len() < MAX_NAME && (1..=4).contains(&ne.len()) && ne[0] % ty.block_size() == 0
-        );
+        assert!(name.len() < MAX_NAME && (1..=4).contains(&ne.len()) && ne[0] % ty.block_size() == 0);
         // SAFETY: a header-only context for one tensor, freed before returning; ggml copies it.
         unsafe {
             assert!(

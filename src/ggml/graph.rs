@@ -66,8 +66,7 @@ impl<'a> Graph<'a> {
                 mem_buffer: std::ptr::null_mut(),
                 no_alloc: true,
             };
-            let ctx =
-                NonNull::new(sys::ggml_init(params)).expect("out of memory for a graph of headers");
+            let ctx = NonNull::new(sys::ggml_init(params)).expect("out of memory for a graph of headers");
             let graph = sys::ggml_new_graph_custom(ctx.as_ptr(), max_nodes, false);
             let id = NEXT_GRAPH.fetch_add(1, Ordering::Relaxed);
             Graph {
@@ -196,8 +195,7 @@ impl<'a> Graph<'a> {
         assert_eq!(self.ne(gate), self.ne(up));
         assert!(self.contiguous(gate) && self.contiguous(up));
         // SAFETY: same shape, both contiguous.
-        let raw =
-            unsafe { sys::ggml_swiglu_split(self.ctx.as_ptr(), self.raw(gate), self.raw(up)) };
+        let raw = unsafe { sys::ggml_swiglu_split(self.ctx.as_ptr(), self.raw(gate), self.raw(up)) };
         self.push(raw)
     }
 
@@ -205,9 +203,7 @@ impl<'a> Graph<'a> {
     /// frequency factors `[n_rot/2]`.
     pub fn rope(&mut self, a: T, positions: T, factors: Option<T>, p: &RopeParams) -> T {
         let ne = self.ne(a);
-        assert!(
-            p.n_rot % 2 == 0 && p.n_rot <= ne[0] && self.ne(positions)[0] == ne[2] && ne[3] == 1
-        );
+        assert!(p.n_rot % 2 == 0 && p.n_rot <= ne[0] && self.ne(positions)[0] == ne[2] && ne[3] == 1);
         assert!(factors.is_none_or(|f| self.ne(f)[0] >= p.n_rot / 2));
         let factors = factors.map_or(std::ptr::null_mut(), |f| self.raw(f));
         let mode = if p.neox { ROPE_TYPE_NEOX } else { 0 };
@@ -236,13 +232,7 @@ impl<'a> Graph<'a> {
     /// n_seq]`, mask F16 `[n_kv, n_tokens]` → `[head_dim, n_head, n_tokens, n_seq]`.
     pub fn flash_attn(&mut self, q: T, k: T, v: T, mask: T, scale: f32) -> T {
         let (nq, nk, nv, nm) = (self.ne(q), self.ne(k), self.ne(v), self.ne(mask));
-        assert!(
-            nq[0] == nk[0]
-                && nk[0] == nv[0]
-                && nk[1] == nv[1]
-                && nk[2] == nv[2]
-                && nq[2] % nk[2] == 0
-        );
+        assert!(nq[0] == nk[0] && nk[0] == nv[0] && nk[1] == nv[1] && nk[2] == nv[2] && nq[2] % nk[2] == 0);
         assert!(nq[3] == nk[3] && nk[3] == nv[3] && nm[0] == nk[1] && nm[1] >= nq[1]);
         // SAFETY: shapes asserted; all operands are headers of this graph or resident.
         let raw = unsafe {
@@ -335,8 +325,7 @@ impl<'a> Graph<'a> {
             "concat of {x:?} and {y:?} along {dim}"
         );
         // SAFETY: equal in all other dimensions.
-        let raw =
-            unsafe { sys::ggml_concat(self.ctx.as_ptr(), self.raw(a), self.raw(b), dim as i32) };
+        let raw = unsafe { sys::ggml_concat(self.ctx.as_ptr(), self.raw(a), self.raw(b), dim as i32) };
         self.push(raw)
     }
 
@@ -357,7 +346,10 @@ impl<'a> Graph<'a> {
         // SAFETY: the engine is borrowed mutably until the results are dropped, so no other graph
         // can reuse its scratch memory; inputs were checked against their shapes.
         unsafe {
-            if !sys::ggml_gallocr_alloc_graph(engine.galloc, self.graph) {
+            // Planned anew each time: by itself the allocator keeps the plan of the graph before when
+            // node counts and sizes happen to match, whatever the two graphs compute.
+            let planned = sys::ggml_gallocr_reserve(engine.galloc, self.graph);
+            if !planned || !sys::ggml_gallocr_alloc_graph(engine.galloc, self.graph) {
                 return Err(GgmlError::Memory(0, "a compute graph"));
             }
             for (t, bytes) in &self.inputs {
@@ -407,12 +399,7 @@ impl Computed<'_, '_> {
                 "not an output"
             );
             assert_eq!(sys::ggml_nelements(raw) as usize, dst.len());
-            sys::ggml_backend_tensor_get(
-                raw,
-                dst.as_mut_ptr().cast(),
-                0,
-                std::mem::size_of_val(dst),
-            );
+            sys::ggml_backend_tensor_get(raw, dst.as_mut_ptr().cast(), 0, std::mem::size_of_val(dst));
         }
     }
 

@@ -48,8 +48,8 @@ impl LlamaModel {
         let text = path
             .to_str()
             .ok_or_else(|| GgmlError::Llama(format!("cannot open {path:?}: not a UTF-8 path")))?;
-        let c_path = CString::new(text)
-            .map_err(|_| GgmlError::Llama(format!("cannot open {path:?}: NUL in path")))?;
+        let c_path =
+            CString::new(text).map_err(|_| GgmlError::Llama(format!("cannot open {path:?}: NUL in path")))?;
         // SAFETY: a valid C string; null is checked.
         let raw = unsafe {
             let mut params = sys::llama_model_default_params();
@@ -226,8 +226,8 @@ impl<'m> Context<'m> {
             params.n_threads = n_threads as i32;
             params.n_threads_batch = n_threads as i32;
             params.no_perf = true;
-            let raw = NonNull::new(sys::llama_init_from_model(model.raw.as_ptr(), params))
-                .ok_or_else(|| {
+            let raw =
+                NonNull::new(sys::llama_init_from_model(model.raw.as_ptr(), params)).ok_or_else(|| {
                     GgmlError::Llama(format!("cannot make a context of {n_seq} x {n_ctx} tokens"))
                 })?;
             let batch = sys::llama_batch_init(n_batch as i32, 0, 1);

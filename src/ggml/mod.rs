@@ -15,9 +15,7 @@ pub use engine::{Engine, Resident, TensorSpec};
 pub use gguf::{RawGguf, RawValue};
 pub use graph::{Computed, Graph, RopeParams, T};
 pub use llama::{BatchToken, Context, LlamaModel, Token, Vocab};
-pub use system::{
-    cpu_features, engine_version, fast_bf16, install_abort_handler, map_file, silence_logs,
-};
+pub use system::{cpu_features, engine_version, fast_bf16, install_abort_handler, map_file, silence_logs};
 pub use types::Type;
 
 /// What can go wrong behind the fence.

@@ -11,9 +11,7 @@ static ON_ABORT: OnceLock<fn(&str) -> !> = OnceLock::new();
 pub fn install_abort_handler(handler: fn(&str) -> !) {
     unsafe extern "C" fn callback(message: *const c_char) {
         // SAFETY: ggml passes a C string that lives during the call.
-        let text = unsafe { CStr::from_ptr(message) }
-            .to_string_lossy()
-            .into_owned();
+        let text = unsafe { CStr::from_ptr(message) }.to_string_lossy().into_owned();
         if let Some(handler) = ON_ABORT.get() {
             handler(&text);
         }
@@ -26,12 +24,7 @@ pub fn install_abort_handler(handler: fn(&str) -> !) {
 
 /// Turns off ggml's and libllama's own log lines (they are many, and not for our users).
 pub fn silence_logs() {
-    unsafe extern "C" fn quiet(
-        _level: sys::ggml_log_level,
-        _text: *const c_char,
-        _user: *mut c_void,
-    ) {
-    }
+    unsafe extern "C" fn quiet(_level: sys::ggml_log_level, _text: *const c_char, _user: *mut c_void) {}
     // SAFETY: a callback that does nothing.
     unsafe {
         sys::llama_log_set(Some(quiet), std::ptr::null_mut());

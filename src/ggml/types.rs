@@ -100,12 +100,7 @@ impl Type {
     ///
     /// # Panics
     /// If the lengths of `src` and `dst` do not describe the same rows.
-    pub fn dequantize(
-        self,
-        src: &[u8],
-        n_per_row: usize,
-        dst: &mut [f32],
-    ) -> Result<(), GgmlError> {
+    pub fn dequantize(self, src: &[u8], n_per_row: usize, dst: &mut [f32]) -> Result<(), GgmlError> {
         let row_bytes = self.row_bytes(n_per_row);
         assert!(n_per_row > 0 && dst.len() % n_per_row == 0);
         assert_eq!(src.len(), dst.len() / n_per_row * row_bytes);

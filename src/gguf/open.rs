@@ -94,8 +94,7 @@ impl GgufFile {
                     ty,
                 });
             };
-            let (start, len) =
-                extent(ty, ne, offset, raw.data_offset() as u64).unwrap_or((u64::MAX, 0));
+            let (start, len) = extent(ty, ne, offset, raw.data_offset() as u64).unwrap_or((u64::MAX, 0));
             let end = start.saturating_add(len);
             if end > map.len() as u64 {
                 return Err(GgufError::Truncated {
@@ -105,10 +104,7 @@ impl GgufFile {
                     len: map.len() as u64,
                 });
             }
-            let n_dims = (1..=4)
-                .rev()
-                .find(|&d| d == 1 || ne[d - 1] > 1)
-                .unwrap_or(1);
+            let n_dims = (1..=4).rev().find(|&d| d == 1 || ne[d - 1] > 1).unwrap_or(1);
             let ne = ne[..n_dims].iter().map(|&n| n as usize).collect();
             tensors.push(TensorInfo {
                 name,
@@ -173,11 +169,7 @@ impl GgufFile {
     ///
     /// # Errors
     /// [`GgufError::Tensor`] if ggml cannot decode the type.
-    pub fn floats(
-        &self,
-        t: &TensorInfo,
-        rows: std::ops::Range<usize>,
-    ) -> Result<Vec<f32>, GgufError> {
+    pub fn floats(&self, t: &TensorInfo, rows: std::ops::Range<usize>) -> Result<Vec<f32>, GgufError> {
         let row_bytes = t.ty.row_bytes(t.ne[0]);
         let mut out = vec![0.0; rows.len() * t.ne[0]];
         let bytes = &self.data(t)[rows.start * row_bytes..rows.end * row_bytes];

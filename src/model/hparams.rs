@@ -94,10 +94,7 @@ impl Hparams {
             .ok_or_else(|| missing("general.architecture"))?;
         let family = Family::from_name(arch).ok_or_else(|| ModelError::Unsupported(arch.into()))?;
         let key = |suffix: &str| format!("{arch}.{suffix}");
-        let required = |suffix: &str| {
-            file.get_u32(&key(suffix))?
-                .ok_or_else(|| missing(&key(suffix)))
-        };
+        let required = |suffix: &str| file.get_u32(&key(suffix))?.ok_or_else(|| missing(&key(suffix)));
 
         let n_expert = file.get_u32(&key("expert_count"))?.unwrap_or(0);
         if n_expert > 0 {
@@ -108,7 +105,8 @@ impl Hparams {
             .is_some_and(|v| !matches!(v, crate::gguf::Value::U16(0 | 1)))
         {
             return Err(ModelError::Unusable(
-                "this is one part of a split model; join the parts first with llama-gguf-split --merge".into(),
+                "this is one part of a split model; join the parts first with llama-gguf-split --merge"
+                    .into(),
             ));
         }
 
@@ -126,11 +124,10 @@ impl Hparams {
             return Err(bad(&key("embedding_length"), "is 0".into()));
         }
         let per_block = |suffix: &str| file.get_per_block(&key(suffix), n_layer);
-        let n_head = per_block("attention.head_count")?
-            .ok_or_else(|| missing(&key("attention.head_count")))?;
+        let n_head =
+            per_block("attention.head_count")?.ok_or_else(|| missing(&key("attention.head_count")))?;
         let n_head_kv = per_block("attention.head_count_kv")?.unwrap_or_else(|| n_head.clone());
-        let n_ff = per_block("feed_forward_length")?
-            .ok_or_else(|| missing(&key("feed_forward_length")))?;
+        let n_ff = per_block("feed_forward_length")?.ok_or_else(|| missing(&key("feed_forward_length")))?;
 
         let blocks: Vec<BlockShape> = (0..n_layer)
             .map(|i| BlockShape {
@@ -155,9 +152,7 @@ impl Hparams {
         let v_dim = file
             .get_u32(&key("attention.value_length"))?
             .unwrap_or(n_embd / n_head[0]);
-        let n_rot = file
-            .get_u32(&key("rope.dimension_count"))?
-            .unwrap_or(head_dim);
+        let n_rot = file.get_u32(&key("rope.dimension_count"))?.unwrap_or(head_dim);
         if head_dim == 0 || head_dim % 2 != 0 || head_dim > 1 << 16 {
             return Err(bad(
                 &key("attention.key_length"),
@@ -218,10 +213,7 @@ impl Hparams {
     /// Prunable parameters of a block, attention and feed-forward (|A| and |F| of the paper; norms
     /// and biases are left out).
     pub fn block_params(&self, b: &BlockShape) -> (usize, usize) {
-        (
-            b.n_head_kv * self.group_params(b),
-            b.n_ff * self.neuron_params(),
-        )
+        (b.n_head_kv * self.group_params(b), b.n_ff * self.neuron_params())
     }
 }
 
@@ -242,10 +234,7 @@ fn check_block(
     if b.n_head > limit || b.n_ff > limit * 16 {
         return bad(
             "attention.head_count",
-            format!(
-                "or width is absurd ({} heads, {} neurons)",
-                b.n_head, b.n_ff
-            ),
+            format!("or width is absurd ({} heads, {} neurons)", b.n_head, b.n_ff),
         );
     }
     match family {
@@ -261,10 +250,7 @@ fn check_block(
         ),
         _ if b.n_head % b.n_head_kv != 0 || b.n_head == 0 => bad(
             "attention.head_count",
-            format!(
-                "is {}, not a multiple of {} KV heads",
-                b.n_head, b.n_head_kv
-            ),
+            format!("is {}, not a multiple of {} KV heads", b.n_head, b.n_head_kv),
         ),
         _ => Ok(()),
     }
@@ -277,9 +263,8 @@ fn read_rope(
     n_rot: usize,
     n_ctx_train: usize,
 ) -> Result<(RopeParams, bool), ModelError> {
-    let f32_or = |suffix: &str, default: f32| {
-        Ok::<f32, GgufError>(file.get_f32(&key(suffix))?.unwrap_or(default))
-    };
+    let f32_or =
+        |suffix: &str, default: f32| Ok::<f32, GgufError>(file.get_f32(&key(suffix))?.unwrap_or(default));
     let scaling = file.get_str(&key("rope.scaling.type"))?.unwrap_or("linear");
     if !["none", "linear", "yarn", "longrope"].contains(&scaling) {
         let problem = format!("is {scaling:?}, which llama.cpp does not know");

@@ -194,8 +194,7 @@ impl Model {
             .unwrap_or(token_embd);
         let n_freqs = [hparams.rope.n_rot / 2];
         let rope_factors = if hparams.longrope {
-            ["rope_factors_long.weight", "rope_factors_short.weight"]
-                .map(|n| finder.optional(n, &n_freqs))
+            ["rope_factors_long.weight", "rope_factors_short.weight"].map(|n| finder.optional(n, &n_freqs))
         } else {
             [finder.optional("rope_freqs.weight", &n_freqs), Ok(None)]
         };
@@ -278,8 +277,7 @@ impl Model {
     pub fn block(&self, il: usize) -> Result<BlockWeights, GgufError> {
         let t = &self.blocks[il];
         let vector = |s: &Option<Segment>| s.as_ref().map(|s| self.vector(s)).transpose();
-        let matrix =
-            |s: Option<&Segment>| s.map_or(Ok(Matrix::new(0, 0, Vec::new())), |s| self.matrix(s));
+        let matrix = |s: Option<&Segment>| s.map_or(Ok(Matrix::new(0, 0, Vec::new())), |s| self.matrix(s));
         let part = |i: usize| t.qkv.as_ref().map(|s| &s[i]);
         let qkv_bias = match &t.qkv_bias {
             Some([q, k, v]) => Some([self.vector(q)?, self.vector(k)?, self.vector(v)?]),
@@ -348,9 +346,7 @@ impl Finder<'_> {
         n: [usize; 3],
     ) -> Result<Option<[Segment; 3]>, GgufError> {
         let shape = |n: usize| row.iter().copied().chain([n]).collect::<Vec<_>>();
-        if let Some(fused) =
-            self.optional(&format!("blk.{il}.attn_qkv.{kind}"), &shape(n.iter().sum()))?
-        {
+        if let Some(fused) = self.optional(&format!("blk.{il}.attn_qkv.{kind}"), &shape(n.iter().sum()))? {
             let starts = [0, n[0], n[0] + n[1]];
             return Ok(Some(std::array::from_fn(|i| Segment {
                 start: starts[i],

@@ -23,9 +23,7 @@ pub fn exp_neg(x: f32) -> f32 {
     let n = (x * LOG2E).round_ties_even();
     let r = x - n * LN2_HI - n * LN2_LO;
     let p = 1.0
-        + r * (1.0
-            + r * (0.5
-                + r * (1.0 / 6.0 + r * (1.0 / 24.0 + r * (1.0 / 120.0 + r * (1.0 / 720.0))))));
+        + r * (1.0 + r * (0.5 + r * (1.0 / 6.0 + r * (1.0 / 24.0 + r * (1.0 / 120.0 + r * (1.0 / 720.0))))));
     p * f32::from_bits(((n as i32 + 127) as u32) << 23)
 }
 
@@ -36,9 +34,7 @@ mod tests {
     #[test]
     fn log_sum_exp_agrees_with_f64() {
         for n in [1usize, 7, 256, 1000] {
-            let row: Vec<f32> = (0..n)
-                .map(|i| ((i * 7919) % 613) as f32 / 20.0 - 15.0)
-                .collect();
+            let row: Vec<f32> = (0..n).map(|i| ((i * 7919) % 613) as f32 / 20.0 - 15.0).collect();
             let exact: f64 = row.iter().map(|v| f64::from(*v).exp()).sum::<f64>().ln();
             assert!((log_sum_exp(&row) - exact).abs() < 1e-5, "n {n}");
         }

@@ -34,10 +34,7 @@ impl SymMatrix {
             .iter()
             .flat_map(|&i| keep.iter().map(move |&j| self.data[i * self.n + j]))
             .collect();
-        SymMatrix {
-            n: keep.len(),
-            data,
-        }
+        SymMatrix { n: keep.len(), data }
     }
 }
 
@@ -73,9 +70,7 @@ impl Moments {
         assert_eq!(panel.len(), width * (n - start));
         for (i, row) in panel.chunks_exact(width).enumerate() {
             let dst = &mut self.gram.data[(start + i) * n + start..][..width.min(i + 1)];
-            dst.iter_mut()
-                .zip(row)
-                .for_each(|(d, v)| *d += f64::from(*v));
+            dst.iter_mut().zip(row).for_each(|(d, v)| *d += f64::from(*v));
         }
     }
 

@@ -23,8 +23,7 @@ impl Run<'_> {
     /// Loss curves of all blocks, on the model with its groups removed and its feed-forwards whole.
     fn loss_curves(&mut self, budgets: &[Budget]) -> Result<Vec<Curve>, PruneError> {
         let n_layer = self.model.hparams.n_layer();
-        let n_windows =
-            (self.settings.curve_tokens / self.windows.n_ctx).clamp(1, self.windows.n_fit);
+        let n_windows = (self.settings.curve_tokens / self.windows.n_ctx).clamp(1, self.windows.n_fit);
         let mut stream = crate::forward::embed(self.model, self.windows.tokens_of(0..n_windows))?;
         let n_embd = self.forward.n_embd();
         let mut curves = Vec::with_capacity(n_layer);
@@ -49,13 +48,12 @@ impl Run<'_> {
             }
             moments.finish();
             let widths = prune::possible_widths(budget.n_ff, budget.ff_step);
-            let losses =
-                prune::loss_curve(&w.ffn_down, &moments.gram, self.settings.ridge_ffn, &widths)
-                    .map_err(|source| PruneError::Singular {
-                        block: il,
-                        part: "ffn_down",
-                        source,
-                    })?;
+            let losses = prune::loss_curve(&w.ffn_down, &moments.gram, self.settings.ridge_ffn, &widths)
+                .map_err(|source| PruneError::Singular {
+                    block: il,
+                    part: "ffn_down",
+                    source,
+                })?;
             let energy = typical_energy(&stream, n_embd);
             self.observer.step(il + 1, "");
             curves.push(Curve {

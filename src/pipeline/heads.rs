@@ -64,8 +64,7 @@ impl Run<'_> {
         } else {
             let loss = self.settings.head_loss;
             self.observer.stage("heads, first look", 1);
-            let scores =
-                Search::new(self, ROUGH_TOKENS, ROUGH_CTX, loss)?.score(&[], &candidates)?;
+            let scores = Search::new(self, ROUGH_TOKENS, ROUGH_CTX, loss)?.score(&[], &candidates)?;
             let rough = candidates.into_iter().zip(scores).collect();
             let mut search = Search::new(self, self.settings.head_tokens, SEARCH_CTX, loss)?;
             search.run.observer.stage("heads", n_remove);
@@ -73,9 +72,7 @@ impl Run<'_> {
                 search.score(removed, ask)
             })?
         };
-        removed
-            .into_iter()
-            .for_each(|id| self.plan.remove_group(id));
+        removed.into_iter().for_each(|id| self.plan.remove_group(id));
         Ok(())
     }
 }
@@ -107,12 +104,7 @@ struct Search<'r, 'a> {
 
 impl<'r, 'a> Search<'r, 'a> {
     /// Caches the streams of `n_tokens` calibration tokens in windows of at most `max_ctx`.
-    fn new(
-        run: &'r mut Run<'a>,
-        n_tokens: usize,
-        max_ctx: usize,
-        loss: Loss,
-    ) -> Result<Self, PruneError> {
+    fn new(run: &'r mut Run<'a>, n_tokens: usize, max_ctx: usize, loss: Loss) -> Result<Self, PruneError> {
         let n_ctx = max_ctx.min(run.windows.n_ctx);
         let tokens = pick_windows(run.windows, n_tokens, n_ctx);
         let n_windows = tokens.len() / n_ctx;
@@ -174,12 +166,7 @@ impl<'r, 'a> Search<'r, 'a> {
     /// block `dirty` on, and carries a stream per candidate to its loss.
     fn sweep(&mut self, dirty: Option<usize>, ids: &[GroupId]) -> Result<Vec<f64>, PruneError> {
         let n_layer = self.run.model.hparams.n_layer();
-        let start = ids
-            .iter()
-            .map(|c| c.block)
-            .chain(dirty)
-            .min()
-            .unwrap_or(n_layer);
+        let start = ids.iter().map(|c| c.block).chain(dirty).min().unwrap_or(n_layer);
         let mut streams: Vec<Vec<f32>> = vec![Vec::new(); ids.len()];
         for il in start..n_layer {
             self.run.checkpoint()?;

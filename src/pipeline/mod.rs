@@ -181,8 +181,8 @@ pub fn run(
 /// [`PruneError::Budget`] with what can be had.
 pub fn check_budget(model: &Model, s: &Settings) -> Result<(), PruneError> {
     let budgets = budgets(model);
-    let attention = groups_to_remove(&budgets, s.sparsity)
-        * budgets.iter().map(|b| b.group_params).min().unwrap_or(0);
+    let attention =
+        groups_to_remove(&budgets, s.sparsity) * budgets.iter().map(|b| b.group_params).min().unwrap_or(0);
     prune::ffn_params_to_remove(&budgets, s.sparsity, attention)?;
     Ok(())
 }
@@ -190,16 +190,10 @@ pub fn check_budget(model: &Model, s: &Settings) -> Result<(), PruneError> {
 /// Groups to remove, capped by the budget and by what may go (the first block keeps one).
 fn groups_to_remove(budgets: &[Budget], sparsity: f64) -> usize {
     let total: usize = budgets.iter().map(Budget::params).sum();
-    let largest = budgets
-        .iter()
-        .map(|b| b.group_params)
-        .max()
-        .unwrap_or(0)
-        .max(1);
+    let largest = budgets.iter().map(|b| b.group_params).max().unwrap_or(0).max(1);
     let affordable = (total as f64 * sparsity) as usize / largest;
     let wanted = prune::head_groups_paper(budgets, sparsity).min(affordable);
-    let available =
-        budgets.iter().map(|b| b.n_groups).sum::<usize>() - usize::from(budgets[0].n_groups > 0);
+    let available = budgets.iter().map(|b| b.n_groups).sum::<usize>() - usize::from(budgets[0].n_groups > 0);
     wanted.min(available)
 }
 
@@ -245,11 +239,7 @@ impl Run<'_> {
     }
 
     /// Widths that are the same for all blocks, as nearly as steps allow.
-    fn equal_widths(
-        &self,
-        budgets: &[Budget],
-        attention_removed: usize,
-    ) -> Result<Vec<usize>, PruneError> {
+    fn equal_widths(&self, budgets: &[Budget], attention_removed: usize) -> Result<Vec<usize>, PruneError> {
         let n_remove = self.neurons_to_remove(budgets, attention_removed)?;
         let widths: Vec<_> = budgets
             .iter()
@@ -258,13 +248,8 @@ impl Run<'_> {
         Ok(prune::uniform(&widths, n_remove))
     }
 
-    fn neurons_to_remove(
-        &self,
-        budgets: &[Budget],
-        attention_removed: usize,
-    ) -> Result<usize, PruneError> {
-        let params =
-            prune::ffn_params_to_remove(budgets, self.settings.sparsity, attention_removed)?;
+    fn neurons_to_remove(&self, budgets: &[Budget], attention_removed: usize) -> Result<usize, PruneError> {
+        let params = prune::ffn_params_to_remove(budgets, self.settings.sparsity, attention_removed)?;
         Ok(params.div_ceil(budgets[0].neuron_params))
     }
 
@@ -290,8 +275,7 @@ impl Run<'_> {
         let mut streams = [embed(self.model, w.tokens_of(range.clone()))?, Vec::new()];
         streams[1] = streams[0].clone();
         let n = range.len();
-        self.observer
-            .stage("evaluate", self.model.hparams.n_layer());
+        self.observer.stage("evaluate", self.model.hparams.n_layer());
         for il in 0..self.model.hparams.n_layer() {
             self.checkpoint()?;
             let dense = self.forward.upload(&self.model.block(il)?)?;
@@ -300,8 +284,7 @@ impl Run<'_> {
                 for chunk in self.forward.chunks(0..n) {
                     let span = self.forward.span(&chunk);
                     let mut out = vec![0.0; span.len()];
-                    self.forward
-                        .block(block, &stream[span.clone()], None, &mut out)?;
+                    self.forward.block(block, &stream[span.clone()], None, &mut out)?;
                     stream[span].copy_from_slice(&out);
                 }
             }

@@ -55,17 +55,13 @@ impl Run<'_> {
         let dense_block = self.forward.upload(whole)?;
         let block = self.forward.upload(w)?;
         let refits = self.settings.method == Method::Putri && block.has_attention();
-        let mut moments = Moments::new(
-            w.attn_output.n_in,
-            if refits { w.attn_output.n_out } else { 0 },
-        );
+        let mut moments = Moments::new(w.attn_output.n_in, if refits { w.attn_output.n_out } else { 0 });
         let mut heads = Vec::new();
         for (chunk, fit) in self.all_chunks() {
             let span = self.forward.span(&chunk);
             let x = &mut streams.dense[span.clone()];
             let (mut mid, mut out) = (vec![0.0; x.len()], vec![0.0; x.len()]);
-            self.forward
-                .block(&dense_block, x, Some(&mut mid), &mut out)?;
+            self.forward.block(&dense_block, x, Some(&mut mid), &mut out)?;
             x.copy_from_slice(&out);
             let collect = (fit && refits).then_some((Some(&mid[..]), &mut moments));
             heads.push(self.forward.heads(&block, &streams.pruned[span], collect)?);
@@ -73,10 +69,7 @@ impl Run<'_> {
         debug_assert_eq!(
             heads.len(),
             self.forward.chunks(0..windows.n_fit).len()
-                + self
-                    .forward
-                    .chunks(windows.n_fit..windows.n_windows())
-                    .len()
+                + self.forward.chunks(windows.n_fit..windows.n_windows()).len()
         );
         if refits {
             moments.finish();
@@ -185,11 +178,7 @@ impl Run<'_> {
     /// All windows in chunks, with whether they are fitted on.
     fn all_chunks(&self) -> Vec<(std::ops::Range<usize>, bool)> {
         let w = self.windows;
-        let fit = self
-            .forward
-            .chunks(0..w.n_fit)
-            .into_iter()
-            .map(|c| (c, true));
+        let fit = self.forward.chunks(0..w.n_fit).into_iter().map(|c| (c, true));
         let held_out = self
             .forward
             .chunks(w.n_fit..w.n_windows())

@@ -17,9 +17,7 @@ pub struct Budget {
 
 /// The sparsity is out of reach.
 #[derive(Debug, thiserror::Error, PartialEq)]
-#[error(
-    "sparsity {asked} cannot be reached: at most {reachable:.3} of this model's blocks can be removed"
-)]
+#[error("sparsity {asked} cannot be reached: at most {reachable:.3} of this model's blocks can be removed")]
 pub struct BudgetError {
     /// What was asked for.
     pub asked: f64,

@@ -32,8 +32,7 @@ pub fn lazy_greedy<E>(
 ) -> Result<Vec<GroupId>, E> {
     let mut removed: Vec<GroupId> = Vec::new();
     // Candidate, score, and how many groups had gone when it was scored.
-    let mut list: Vec<(GroupId, f64, usize)> =
-        rough.into_iter().map(|(c, s)| (c, s, usize::MAX)).collect();
+    let mut list: Vec<(GroupId, f64, usize)> = rough.into_iter().map(|(c, s)| (c, s, usize::MAX)).collect();
     while removed.len() < n_remove {
         list.retain(|(c, ..)| may_remove(&removed, *c));
         list.sort_by(|a, b| a.1.total_cmp(&b.1).then(a.0.cmp(&b.0)));
@@ -78,8 +77,7 @@ pub fn rounds<E>(
             .copied()
             .filter(|c| !removed.contains(c) && may_remove(&removed, *c))
             .collect();
-        let mut scored: Vec<(f64, GroupId)> =
-            score(&removed, &left)?.into_iter().zip(left).collect();
+        let mut scored: Vec<(f64, GroupId)> = score(&removed, &left)?.into_iter().zip(left).collect();
         scored.sort_by(|a, b| a.0.total_cmp(&b.0).then(a.1.cmp(&b.1)));
         let before = removed.len();
         for (_, id) in scored {

@@ -63,8 +63,7 @@ impl Obs {
     /// Takes out the `k` inputs with the least saliency, together. Returns what the loss grew by.
     pub fn remove_least(&mut self, k: usize) -> f64 {
         assert!(k > 0 && k < self.alive);
-        let mut ranked: Vec<(f64, usize)> =
-            (0..self.alive).map(|j| (self.saliency(j), j)).collect();
+        let mut ranked: Vec<(f64, usize)> = (0..self.alive).map(|j| (self.saliency(j), j)).collect();
         ranked.select_nth_unstable_by(k - 1, |a, b| a.0.total_cmp(&b.0).then(a.1.cmp(&b.1)));
         let mut columns: Vec<usize> = ranked[..k].iter().map(|r| r.1).collect();
         // The last first, so that no swap moves a column that is still to come.
@@ -96,8 +95,7 @@ impl Obs {
             };
             damped(&sym, scale * 1e-9).llt(Side::Lower)
         });
-        let llt =
-            llt.expect("a principal block of a positive definite matrix is positive definite");
+        let llt = llt.expect("a principal block of a positive definite matrix is positive definite");
         let scaled = llt.solve(error.transpose().to_owned());
         let loss = (0..k)
             .map(|a| {

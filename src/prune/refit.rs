@@ -26,13 +26,7 @@ pub struct Refit {
 ///
 /// # Errors
 /// [`Singular`] if no ridge makes H_keep positive definite.
-pub fn refit(
-    w: &Matrix,
-    moments: &Moments,
-    mu: f64,
-    keep: &[usize],
-    ridge: f64,
-) -> Result<Refit, Singular> {
+pub fn refit(w: &Matrix, moments: &Moments, mu: f64, keep: &[usize], ridge: f64) -> Result<Refit, Singular> {
     let (n, m, k) = (w.n_in, w.n_out, keep.len());
     let h = &moments.gram;
     let (llt, ridge) = factor(&h.select(keep), ridge, h.mean_diagonal())?;

@@ -15,12 +15,7 @@ const MAX_STEP: usize = 16;
 ///
 /// # Errors
 /// [`Singular`] if `h` cannot be factored.
-pub fn greedy(
-    w: &Matrix,
-    h: &SymMatrix,
-    ridge: f64,
-    n_keep: usize,
-) -> Result<Vec<usize>, Singular> {
+pub fn greedy(w: &Matrix, h: &SymMatrix, ridge: f64, n_keep: usize) -> Result<Vec<usize>, Singular> {
     assert!(n_keep > 0 && n_keep <= w.n_in);
     let mut obs = Obs::new(w, h, ridge)?;
     while obs.alive() > n_keep {
@@ -33,12 +28,7 @@ pub fn greedy(
 ///
 /// # Errors
 /// [`Singular`] if `h` cannot be factored.
-pub fn loss_curve(
-    w: &Matrix,
-    h: &SymMatrix,
-    ridge: f64,
-    widths: &[usize],
-) -> Result<Vec<f64>, Singular> {
+pub fn loss_curve(w: &Matrix, h: &SymMatrix, ridge: f64, widths: &[usize]) -> Result<Vec<f64>, Singular> {
     let mut obs = Obs::new(w, h, ridge)?;
     let mut loss = 0.0;
     let mut at = |goal: usize| {
@@ -61,12 +51,7 @@ fn step(n_ff: usize, alive: usize) -> usize {
 ///
 /// # Errors
 /// [`Singular`] if `h` cannot be factored.
-pub fn paper_keep(
-    w: &Matrix,
-    h: &SymMatrix,
-    n_tokens: usize,
-    n_keep: usize,
-) -> Result<Vec<usize>, Singular> {
+pub fn paper_keep(w: &Matrix, h: &SymMatrix, n_tokens: usize, n_keep: usize) -> Result<Vec<usize>, Singular> {
     let n = w.n_in;
     let (llt, _) = factor(h, 0.0, h.mean_diagonal())?;
     let h_inv = llt.inverse();

@@ -61,10 +61,8 @@ impl Observer for Progress {
         match &mut self.mode {
             Mode::Quiet => {}
             Mode::Bar(bar) => {
-                let new =
-                    ProgressBar::with_draw_target(Some(steps as u64), ProgressDrawTarget::stderr());
-                let template =
-                    "{prefix:18} {bar:28} {pos}/{len}  {elapsed} (about {eta} left)  {msg}";
+                let new = ProgressBar::with_draw_target(Some(steps as u64), ProgressDrawTarget::stderr());
+                let template = "{prefix:18} {bar:28} {pos}/{len}  {elapsed} (about {eta} left)  {msg}";
                 if let Ok(style) = ProgressStyle::with_template(template) {
                     new.set_style(style);
                 }
@@ -100,15 +98,12 @@ impl Observer for Progress {
                 last,
             } => {
                 // Tokens tick by the thousand; blocks and heads have something to say each time.
-                if note.is_empty()
-                    && last.is_some_and(|t| t.elapsed() < LINE_EVERY)
-                    && done < *steps
-                {
+                if note.is_empty() && last.is_some_and(|t| t.elapsed() < LINE_EVERY) && done < *steps {
                     return;
                 }
                 *last = Some(Instant::now());
-                let left = start.elapsed().as_secs_f64() * (steps.saturating_sub(done)) as f64
-                    / done.max(1) as f64;
+                let left =
+                    start.elapsed().as_secs_f64() * (steps.saturating_sub(done)) as f64 / done.max(1) as f64;
                 let note = if note.is_empty() {
                     String::new()
                 } else {

@@ -37,9 +37,7 @@ pub fn output_type(wanted: Type, n_per_row: usize) -> Type {
         return wanted;
     }
     let fallback = match wanted.name() {
-        "iq1_s" | "iq1_m" | "iq2_xxs" | "iq2_xs" | "iq2_s" | "iq3_xxs" | "iq3_s" | "iq4_xs" => {
-            Type::IQ4_NL
-        }
+        "iq1_s" | "iq1_m" | "iq2_xxs" | "iq2_xs" | "iq2_s" | "iq3_xxs" | "iq3_s" | "iq4_xs" => Type::IQ4_NL,
         "q2_0" | "q2_K" | "q3_K" | "tq1_0" | "tq2_0" => Type::Q4_0,
         "q4_K" => Type::Q5_0,
         "q5_K" => Type::Q5_1,

@@ -45,11 +45,7 @@ impl Cli {
         let before = self.listing();
         let out = self.run(args);
         let (stdout, stderr) = texts(&out);
-        assert_eq!(
-            out.status.code(),
-            Some(code),
-            "{args:?}\n{stdout}\n{stderr}"
-        );
+        assert_eq!(out.status.code(), Some(code), "{args:?}\n{stdout}\n{stderr}");
         let errors: Vec<&str> = stderr.lines().filter(|l| l.starts_with("error:")).collect();
         assert_eq!(errors.len(), 1, "{args:?}: {stderr}");
         for part in parts {

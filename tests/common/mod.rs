@@ -12,13 +12,8 @@ pub fn smollm2() -> PathBuf {
         env!("CARGO_MANIFEST_DIR"),
         "/models/SmolLM2-135M-Instruct.Q4_1.gguf"
     );
-    let path =
-        std::env::var_os("PUTRI_TEST_MODEL").map_or_else(|| PathBuf::from(default), PathBuf::from);
-    assert!(
-        path.is_file(),
-        "{} is missing: run `make model`",
-        path.display()
-    );
+    let path = std::env::var_os("PUTRI_TEST_MODEL").map_or_else(|| PathBuf::from(default), PathBuf::from);
+    assert!(path.is_file(), "{} is missing: run `make model`", path.display());
     path
 }
 
@@ -47,9 +42,7 @@ pub fn libllama_logits(path: &std::path::Path, tokens: &[i32]) -> Vec<f32> {
         })
         .collect();
     ctx.decode(&batch).unwrap();
-    (0..tokens.len())
-        .flat_map(|i| ctx.logits(i).to_vec())
-        .collect()
+    (0..tokens.len()).flat_map(|i| ctx.logits(i).to_vec()).collect()
 }
 
 /// Our logits for the same window.
@@ -79,11 +72,7 @@ pub fn our_logits(
 /// Largest absolute difference, and mean KL divergence of b from a over rows of `n_vocab` logits.
 pub fn compare_logits(a: &[f32], b: &[f32], n_vocab: usize) -> (f32, f64) {
     assert_eq!(a.len(), b.len());
-    let max = a
-        .iter()
-        .zip(b)
-        .map(|(x, y)| (x - y).abs())
-        .fold(0.0, f32::max);
+    let max = a.iter().zip(b).map(|(x, y)| (x - y).abs()).fold(0.0, f32::max);
     let kl: f64 = a
         .chunks_exact(n_vocab)
         .zip(b.chunks_exact(n_vocab))

@@ -162,17 +162,12 @@ impl Small {
         }
         for (i, &(heads, kv, ff)) in self.blocks.iter().enumerate() {
             let (q, kv) = (heads * self.head_dim, kv * self.head_dim);
-            let mut blk =
-                |role: &str, ne: &[usize], norm: bool| add(format!("blk.{i}.{role}"), ne, norm);
+            let mut blk = |role: &str, ne: &[usize], norm: bool| add(format!("blk.{i}.{role}"), ne, norm);
             if kv > 0 {
                 blk("attn_norm.weight", &[d], true);
                 let parts = [("attn_q", q), ("attn_k", kv), ("attn_v", kv)];
                 let fused = [("attn_qkv", q + 2 * kv)];
-                for (name, n) in if self.fused_qkv {
-                    &fused[..]
-                } else {
-                    &parts[..]
-                } {
+                for (name, n) in if self.fused_qkv { &fused[..] } else { &parts[..] } {
                     blk(&format!("{name}.weight"), &[d, *n], false);
                     if self.biases {
                         blk(&format!("{name}.bias"), &[*n], false);
@@ -184,11 +179,7 @@ impl Small {
                 }
             }
             blk("ffn_norm.weight", &[d], true);
-            for (name, ne) in [
-                ("ffn_gate", [d, ff]),
-                ("ffn_up", [d, ff]),
-                ("ffn_down", [ff, d]),
-            ] {
+            for (name, ne) in [("ffn_gate", [d, ff]), ("ffn_up", [d, ff]), ("ffn_down", [ff, d])] {
                 blk(&format!("{name}.weight"), &ne, false);
                 if self.biases {
                     blk(&format!("{name}.bias"), &ne[1..], false);
