@@ -27,9 +27,5 @@ fn main() {
 fn engine_crate() -> String {
     let lock = std::fs::read_to_string("Cargo.lock").unwrap_or_default();
     let mut lines = lock.lines().skip_while(|l| *l != "name = \"llama-cpp-sys-2\"");
-    lines
-        .nth(1)
-        .and_then(|l| l.split('"').nth(1))
-        .unwrap_or("unknown")
-        .to_string()
+    lines.nth(1).and_then(|l| l.split('"').nth(1)).unwrap_or("unknown").to_string()
 }

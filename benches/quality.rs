@@ -78,11 +78,7 @@ impl Observer for Stages {
 }
 
 fn settings(row: &str, sparsity: f64, n_threads: usize) -> Settings {
-    let mut s = Settings {
-        sparsity,
-        n_threads,
-        ..Settings::default()
-    };
+    let mut s = Settings { sparsity, n_threads, ..Settings::default() };
     let (method, changes) = row.split_once(':').unwrap_or((row, ""));
     s.method = match method {
         "putri" => Method::Putri,
@@ -91,11 +87,7 @@ fn settings(row: &str, sparsity: f64, n_threads: usize) -> Settings {
     };
     for change in changes.split(',').filter(|c| !c.is_empty()) {
         let (key, value) = change.split_once('=').unwrap_or((change, ""));
-        let number = || {
-            value
-                .parse::<f64>()
-                .unwrap_or_else(|_| panic!("{change}: not a number"))
-        };
+        let number = || value.parse::<f64>().unwrap_or_else(|_| panic!("{change}: not a number"));
         match key {
             "mixture" => s.mixture = number(),
             "ridge_attn" => s.ridge_attn = number(),
@@ -103,6 +95,7 @@ fn settings(row: &str, sparsity: f64, n_threads: usize) -> Settings {
             "head_tokens" => s.head_tokens = number() as usize,
             "curve_tokens" => s.curve_tokens = number() as usize,
             "nll" => s.head_loss = Loss::Likelihood,
+            "plain" => s.error_feedback = false,
             "uniform" => s.per_block_widths = false,
             other => panic!("no setting {other}"),
         }
@@ -119,12 +112,8 @@ fn main() {
         .judge
         .iter()
         .map(|path| {
-            let windows = file_windows(
-                &vocab,
-                std::slice::from_ref(path),
-                args.judge_ctx,
-                args.judge_windows,
-            );
+            let windows =
+                file_windows(&vocab, std::slice::from_ref(path), args.judge_ctx, args.judge_windows);
             windows.expect("judge").concat()
         })
         .collect();

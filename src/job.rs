@@ -10,6 +10,7 @@ use crate::pipeline::{self, Method, Observer, PruneError, Settings};
 use sha2::{Digest, Sha256};
 use std::io::{BufWriter, Write};
 use std::path::{Path, PathBuf};
+use std::sync::Mutex;
 use std::time::{Duration, Instant};
 
 /// How far libllama's perplexity of the written file may lie from our own forward of the pruned
@@ -115,10 +116,7 @@ pub enum JobError {
 pub fn run(job: &Job, observer: &mut dyn Observer) -> Result<Outcome, JobError> {
     let start = Instant::now();
     check_paths(job)?;
-    let at_input = |source| JobError::Model {
-        path: job.input.clone(),
-        source,
-    };
+    let at_input = |source| JobError::Model { path: job.input.clone(), source };
     let model = Model::open(&job.input).map_err(|e| match e {
         // These name the file already.
         ModelError::Gguf(
@@ -164,10 +162,7 @@ pub fn run(job: &Job, observer: &mut dyn Observer) -> Result<Outcome, JobError> 
     let temp = temporary(&job.output)?;
     let mut out = BufWriter::with_capacity(1 << 20, temp.as_file());
     let carrier = assemble(&model, &pruned.plan, &provenance, &mut out, &job.output)?;
-    out.flush().map_err(|source| JobError::Io {
-        path: job.output.clone(),
-        source,
-    })?;
+    out.flush().map_err(|source| JobError::Io { path: job.output.clone(), source })?;
     drop(out);
     observer.step(1, "");
     let mut quality = Quality {
@@ -204,15 +199,7 @@ pub fn run(job: &Job, observer: &mut dyn Observer) -> Result<Outcome, JobError> 
     };
     let mut warnings = pruned.warnings;
     warnings.extend(advice(sparsity, &quality, carrier));
-    Ok(Outcome {
-        before,
-        after,
-        carrier,
-        sparsity,
-        quality: Some(quality),
-        warnings,
-        time: start.elapsed(),
-    })
+    Ok(Outcome { before, after, carrier, sparsity, quality: Some(quality), warnings, time: start.elapsed() })
 }
 
 fn sum((a, b): (usize, usize)) -> usize {
@@ -231,11 +218,7 @@ fn size_of(model: &Model) -> Size {
 
 fn removed_params(model: &Model, shapes: &[BlockShape]) -> usize {
     let h = &model.hparams;
-    h.blocks
-        .iter()
-        .zip(shapes)
-        .map(|(a, b)| sum(h.block_params(a)) - sum(h.block_params(b)))
-        .sum()
+    h.blocks.iter().zip(shapes).map(|(a, b)| sum(h.block_params(a)) - sum(h.block_params(b))).sum()
 }
 
 fn collect(
@@ -260,10 +243,7 @@ fn collect(
 
 /// Sparsity 0: the same bytes.
 fn copy_as_is(job: &Job, model: &Model, start: Instant) -> Result<Outcome, JobError> {
-    let io = |source| JobError::Io {
-        path: job.output.clone(),
-        source,
-    };
+    let io = |source| JobError::Io { path: job.output.clone(), source };
     let mut temp = temporary(&job.output)?;
     temp.write_all(model.file.bytes()).map_err(io)?;
     if job.verify {
@@ -287,11 +267,7 @@ fn check_paths(job: &Job) -> Result<(), JobError> {
     let Ok(existing) = job.output.canonicalize() else {
         return Ok(());
     };
-    if job
-        .input
-        .canonicalize()
-        .is_ok_and(|input| same_file(&input, &existing))
-    {
+    if job.input.canonicalize().is_ok_and(|input| same_file(&input, &existing)) {
         return Err(JobError::SameFile(job.output.clone()));
     }
     if !job.force {
@@ -299,10 +275,7 @@ fn check_paths(job: &Job) -> Result<(), JobError> {
     }
     if existing.is_dir() {
         let source = std::io::Error::new(std::io::ErrorKind::IsADirectory, "is a directory");
-        return Err(JobError::Io {
-            path: job.output.clone(),
-            source,
-        });
+        return Err(JobError::Io { path: job.output.clone(), source });
     }
     Ok(())
 }
@@ -319,29 +292,43 @@ fn same_file(a: &Path, b: &Path) -> bool {
     a == b
 }
 
+/// The temporary file of the running job, for whoever must end the process without unwinding.
+static TEMPORARY: Mutex<Option<PathBuf>> = Mutex::new(None);
+
+/// Deletes the temporary file of a running job. For handlers that end the process at once; a job that
+/// returns cleans up by itself.
+pub fn remove_temporary() {
+    // Not `lock`: the thread that is interrupted may hold it.
+    if let Ok(mut path) = TEMPORARY.try_lock()
+        && let Some(path) = path.take()
+    {
+        let _ = std::fs::remove_file(path);
+    }
+}
+
+/// Says which file [`remove_temporary`] would delete.
+fn register_temporary(path: Option<&Path>) {
+    if let Ok(mut slot) = TEMPORARY.lock() {
+        *slot = path.map(Path::to_path_buf);
+    }
+}
+
 /// A temporary file beside the output, so that the final rename stays on one file system.
 fn temporary(output: &Path) -> Result<tempfile::NamedTempFile, JobError> {
-    let folder = output
-        .parent()
-        .filter(|p| !p.as_os_str().is_empty())
-        .unwrap_or(Path::new("."));
+    let folder = output.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
     let name = output.file_name().unwrap_or_default().to_string_lossy();
-    tempfile::Builder::new()
+    let temp = tempfile::Builder::new()
         .prefix(&format!(".{name}."))
         .suffix(".part")
         .tempfile_in(folder)
-        .map_err(|source| JobError::Io {
-            path: folder.into(),
-            source,
-        })
+        .map_err(|source| JobError::Io { path: folder.into(), source })?;
+    register_temporary(Some(temp.path()));
+    Ok(temp)
 }
 
 /// Syncs the temporary file and gives it its name. Returns its length.
 fn finish(job: &Job, temp: tempfile::NamedTempFile) -> Result<u64, JobError> {
-    let io = |source| JobError::Io {
-        path: job.output.clone(),
-        source,
-    };
+    let io = |source| JobError::Io { path: job.output.clone(), source };
     temp.as_file().sync_all().map_err(io)?;
     let bytes = temp.as_file().metadata().map_err(io)?.len();
     // A temporary file is private; an output is made like any other file.
@@ -349,15 +336,10 @@ fn finish(job: &Job, temp: tempfile::NamedTempFile) -> Result<u64, JobError> {
     {
         use std::os::unix::fs::PermissionsExt;
         let mode = job.input.metadata().map_err(io)?.permissions().mode() & 0o666;
-        temp.as_file()
-            .set_permissions(std::fs::Permissions::from_mode(mode | 0o200))
-            .map_err(io)?;
+        temp.as_file().set_permissions(std::fs::Permissions::from_mode(mode | 0o200)).map_err(io)?;
     }
-    let persisted = if job.force {
-        temp.persist(&job.output)
-    } else {
-        temp.persist_noclobber(&job.output)
-    };
+    let persisted = if job.force { temp.persist(&job.output) } else { temp.persist_noclobber(&job.output) };
+    register_temporary(None);
     persisted.map_err(|e| io(e.error))?;
     Ok(bytes)
 }
@@ -376,15 +358,8 @@ fn calibration_text(job: &Job, w: &calibrate::Windows) -> String {
         .iter()
         .map(|f| f.file_name().unwrap_or_default().to_string_lossy().into_owned())
         .collect();
-    let own = format!(
-        "{} of {} windows of {} tokens self-generated",
-        w.n_self, w.n_fit, w.n_ctx
-    );
-    if files.is_empty() {
-        own
-    } else {
-        format!("{own}, the rest from {}", files.join(", "))
-    }
+    let own = format!("{} of {} windows of {} tokens self-generated", w.n_self, w.n_fit, w.n_ctx);
+    if files.is_empty() { own } else { format!("{own}, the rest from {}", files.join(", ")) }
 }
 
 /// What a user needs to hear about a result like this.

@@ -15,11 +15,7 @@ fn with_model() -> Cli {
 }
 
 fn prune(cli: &Cli, more: &[&str], code: i32, parts: &[&str]) {
-    cli.fails(
-        &[&[IN, "out.gguf", "--sparsity", "0.25", "--quiet"][..], more].concat(),
-        code,
-        parts,
-    );
+    cli.fails(&[&[IN, "out.gguf", "--sparsity", "0.25", "--quiet"][..], more].concat(), code, parts);
 }
 
 #[test]
@@ -56,22 +52,14 @@ fn cut_short() {
 #[test]
 fn unsupported_architecture() {
     let cli = Cli::new();
-    Small {
-        arch: "mamba",
-        ..Small::default()
-    }
-    .write(&cli.path(IN));
+    Small { arch: "mamba", ..Small::default() }.write(&cli.path(IN));
     prune(&cli, &[], 1, &["mamba", "llama", "deci"]);
 }
 
 #[test]
 fn mixture_of_experts() {
     let cli = Cli::new();
-    Small {
-        extra: vec![("expert_count", Value::U32(8))],
-        ..Small::default()
-    }
-    .write(&cli.path(IN));
+    Small { extra: vec![("expert_count", Value::U32(8))], ..Small::default() }.write(&cli.path(IN));
     prune(&cli, &[], 1, &["8 experts"]);
 }
 
@@ -82,21 +70,13 @@ fn keys_that_cannot_be() {
         ("attention.value_length", Value::U32(64), "value_length"),
         ("rope.scaling.type", Value::Str("spiral".into()), "spiral"),
         ("rope.freq_base", Value::Str("ten".into()), "float32"),
-        (
-            "feed_forward_length",
-            Value::u32_array(&[96, 96]),
-            "2 elements for 3 blocks",
-        ),
+        ("feed_forward_length", Value::u32_array(&[96, 96]), "2 elements for 3 blocks"),
         ("block_count", Value::U32(0), "block_count"),
         ("attention.head_count", Value::U32(3), "not a multiple"),
         ("attention.layer_norm_rms_epsilon", Value::F32(f32::NAN), "NaN"),
     ] {
         let cli = Cli::new();
-        Small {
-            extra: vec![(key, value)],
-            ..Small::default()
-        }
-        .write(&cli.path(IN));
+        Small { extra: vec![(key, value)], ..Small::default() }.write(&cli.path(IN));
         prune(&cli, &[], 1, &[IN, part]);
     }
 }
@@ -105,23 +85,11 @@ fn keys_that_cannot_be() {
 fn tensors_that_do_not_fit() {
     let cli = Cli::new();
     // The metadata promises wider blocks than there are.
-    Small {
-        extra: vec![("feed_forward_length", Value::U32(128))],
-        ..Small::default()
-    }
-    .write(&cli.path(IN));
+    Small { extra: vec![("feed_forward_length", Value::U32(128))], ..Small::default() }.write(&cli.path(IN));
     prune(&cli, &[], 1, &["blk.0.ffn_gate.weight", "[64, 96]", "[64, 128]"]);
-    Small {
-        extra: vec![("block_count", Value::U32(4))],
-        ..Small::default()
-    }
-    .write(&cli.path(IN));
+    Small { extra: vec![("block_count", Value::U32(4))], ..Small::default() }.write(&cli.path(IN));
     prune(&cli, &[], 1, &["blk.3."]);
-    Small {
-        extra: vec![("block_count", Value::U32(2))],
-        ..Small::default()
-    }
-    .write(&cli.path(IN));
+    Small { extra: vec![("block_count", Value::U32(2))], ..Small::default() }.write(&cli.path(IN));
     prune(&cli, &[], 1, &["blk.2.", "not known"]);
 }
 
@@ -140,49 +108,26 @@ fn sparsity_out_of_reach() {
 #[test]
 fn output_is_the_input() {
     let cli = with_model();
-    cli.fails(
-        &[IN, IN, "--sparsity", "0.25", "--force"],
-        1,
-        &["is the input itself"],
-    );
+    cli.fails(&[IN, IN, "--sparsity", "0.25", "--force"], 1, &["is the input itself"]);
     std::os::unix::fs::symlink(cli.path(IN), cli.path("link.gguf")).unwrap();
-    cli.fails(
-        &[IN, "link.gguf", "--sparsity", "0.25", "--force"],
-        1,
-        &["is the input itself"],
-    );
+    cli.fails(&[IN, "link.gguf", "--sparsity", "0.25", "--force"], 1, &["is the input itself"]);
     std::fs::hard_link(cli.path(IN), cli.path("hard.gguf")).unwrap();
-    cli.fails(
-        &[IN, "hard.gguf", "--sparsity", "0.25", "--force"],
-        1,
-        &["is the input itself"],
-    );
+    cli.fails(&[IN, "hard.gguf", "--sparsity", "0.25", "--force"], 1, &["is the input itself"]);
 }
 
 #[test]
 fn output_exists() {
     let cli = with_model();
     std::fs::write(cli.path("out.gguf"), "precious").unwrap();
-    cli.fails(
-        &[IN, "out.gguf", "--sparsity", "0.25"],
-        1,
-        &["out.gguf", "--force"],
-    );
+    cli.fails(&[IN, "out.gguf", "--sparsity", "0.25"], 1, &["out.gguf", "--force"]);
     cli.ok(&[IN, "out.gguf", "--sparsity", "0", "--force"]);
-    assert_eq!(
-        std::fs::read(cli.path("out.gguf")).unwrap(),
-        std::fs::read(cli.path(IN)).unwrap()
-    );
+    assert_eq!(std::fs::read(cli.path("out.gguf")).unwrap(), std::fs::read(cli.path(IN)).unwrap());
 }
 
 #[test]
 fn nowhere_to_write() {
     let cli = with_model();
-    cli.fails(
-        &[IN, "no/such/folder/out.gguf", "--sparsity", "0.25"],
-        1,
-        &["no/such/folder"],
-    );
+    cli.fails(&[IN, "no/such/folder/out.gguf", "--sparsity", "0.25"], 1, &["no/such/folder"]);
 }
 
 #[test]
@@ -198,10 +143,7 @@ fn no_space() {
         .unwrap();
     let stderr = String::from_utf8_lossy(&out.stderr);
     assert_eq!(out.status.code(), Some(1), "{stderr}");
-    assert!(
-        stderr.contains("out.gguf") && stderr.contains("too large"),
-        "{stderr}"
-    );
+    assert!(stderr.contains("out.gguf") && stderr.contains("too large"), "{stderr}");
     assert_eq!(cli.listing().len(), 1, "something was left behind");
 }
 

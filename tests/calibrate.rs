@@ -8,14 +8,7 @@ use putri_gguf::calibrate::{CalibrateError, Recipe, Schedule, collect, generate}
 use putri_gguf::ggml::{LlamaModel, silence_logs};
 
 fn recipe(n_ctx: usize, n_windows: usize, self_share: f64) -> Recipe {
-    Recipe {
-        n_ctx,
-        n_windows,
-        files: Vec::new(),
-        self_share,
-        seed: 3,
-        n_threads: 1,
-    }
+    Recipe { n_ctx, n_windows, files: Vec::new(), self_share, seed: 3, n_threads: 1 }
 }
 
 #[test]
@@ -23,29 +16,13 @@ fn generation_is_seeded_and_each_window_stands_alone() {
     silence_logs();
     let model = LlamaModel::load(&smollm2()).unwrap();
     let write = |n_windows: usize, seed: u64| {
-        generate(
-            &model,
-            &Schedule {
-                n_ctx: 24,
-                n_windows,
-                seed,
-            },
-            1,
-            &mut |_, _| true,
-        )
-        .unwrap()
+        generate(&model, &Schedule { n_ctx: 24, n_windows, seed }, 1, &mut |_, _| true).unwrap()
     };
     let a = write(4, 5);
     assert_eq!(a, write(4, 5));
     assert_ne!(a, write(4, 6));
-    assert!(
-        a.iter()
-            .all(|w| w.len() == 24 && w[0] == model.vocab().bos().unwrap())
-    );
-    assert!(
-        a.iter().enumerate().all(|(i, w)| a[..i].iter().all(|v| v != w)),
-        "two windows are the same"
-    );
+    assert!(a.iter().all(|w| w.len() == 24 && w[0] == model.vocab().bos().unwrap()));
+    assert!(a.iter().enumerate().all(|(i, w)| a[..i].iter().all(|v| v != w)), "two windows are the same");
 }
 
 #[test]
@@ -54,18 +31,9 @@ fn a_likely_continuation_is_likely() {
     silence_logs();
     let path = smollm2();
     let model = LlamaModel::load(&path).unwrap();
-    let own = generate(
-        &model,
-        &Schedule {
-            n_ctx: 64,
-            n_windows: 8,
-            seed: 1,
-        },
-        1,
-        &mut |_, _| true,
-    )
-    .unwrap()
-    .concat();
+    let own = generate(&model, &Schedule { n_ctx: 64, n_windows: 8, seed: 1 }, 1, &mut |_, _| true)
+        .unwrap()
+        .concat();
     let ppl = putri_gguf::evaluate::perplexity(&path, &own, 64, 1).unwrap();
     println!("perplexity of self-generated text: {ppl:.1}");
     assert!(ppl < 1000.0, "{ppl}");
@@ -80,10 +48,7 @@ fn windows_come_from_text_and_model_by_share() {
     std::fs::write(&text, TEXT.repeat(3)).unwrap();
     let model = LlamaModel::load(&path).unwrap();
     for (share, n_self) in [(0.0, 0), (0.5, 4), (1.0, 8)] {
-        let r = Recipe {
-            files: vec![text.clone()],
-            ..recipe(32, 8, share)
-        };
+        let r = Recipe { files: vec![text.clone()], ..recipe(32, 8, share) };
         let w = collect(&model, &r, |_, _| true).unwrap();
         assert_eq!((w.n_fit, w.n_self), (8, n_self), "share {share}");
         assert!(w.n_held_out >= 1);
@@ -91,10 +56,7 @@ fn windows_come_from_text_and_model_by_share() {
         assert_eq!(w.targets(0..1).iter().filter(|t| t.is_some()).count(), 31);
     }
     // The byte-level tokenizer adds BOS, so every window from text begins with it.
-    let r = Recipe {
-        files: vec![text],
-        ..recipe(32, 8, 0.0)
-    };
+    let r = Recipe { files: vec![text], ..recipe(32, 8, 0.0) };
     let w = collect(&model, &r, |_, _| true).unwrap();
     assert!(w.tokens.chunks(32).all(|c| c[0] == 1));
 }
@@ -108,14 +70,7 @@ fn little_text_gives_fewer_windows_and_none_an_error() {
     let model = LlamaModel::load(&path).unwrap();
     let with = |n: usize| {
         std::fs::write(&text, "a".repeat(n)).unwrap();
-        collect(
-            &model,
-            &Recipe {
-                files: vec![text.clone()],
-                ..recipe(32, 8, 0.0)
-            },
-            |_, _| true,
-        )
+        collect(&model, &Recipe { files: vec![text.clone()], ..recipe(32, 8, 0.0) }, |_, _| true)
     };
     for n in [2, 3, 5] {
         let w = with(31 * n).unwrap();

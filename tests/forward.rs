@@ -19,65 +19,19 @@ fn check_small(name: &str, small: &Small) {
     let (max, kl) = compare_logits(&theirs, &ours, small.n_vocab);
     println!("{name}: largest difference {max:.2e}, KL divergence {kl:.2e}");
     // libllama keeps K and V in halves; with that the logits (of size about 5) differ in the third digit.
-    assert!(
-        max < 0.06 && kl < 2e-5,
-        "{name}: largest difference {max}, KL divergence {kl}"
-    );
+    assert!(max < 0.06 && kl < 2e-5, "{name}: largest difference {max}, KL divergence {kl}");
 }
 
 #[test]
 fn small_models_agree_with_libllama() {
     check_small("plain", &Small::default());
-    check_small(
-        "biases",
-        &Small {
-            biases: true,
-            ..Small::default()
-        },
-    );
-    check_small(
-        "untied",
-        &Small {
-            tied: false,
-            ..Small::default()
-        },
-    );
-    check_small(
-        "rope_freqs",
-        &Small {
-            rope_freqs: true,
-            ..Small::default()
-        },
-    );
-    check_small(
-        "mha",
-        &Small {
-            blocks: vec![(4, 4, 128); 2],
-            ..Small::default()
-        },
-    );
-    check_small(
-        "gqa 6:1",
-        &Small {
-            blocks: vec![(6, 1, 64); 2],
-            ..Small::default()
-        },
-    );
-    check_small(
-        "fused",
-        &Small {
-            fused_qkv: true,
-            biases: true,
-            ..Small::default()
-        },
-    );
-    check_small(
-        "head_dim",
-        &Small {
-            head_dim: 32,
-            ..Small::default()
-        },
-    );
+    check_small("biases", &Small { biases: true, ..Small::default() });
+    check_small("untied", &Small { tied: false, ..Small::default() });
+    check_small("rope_freqs", &Small { rope_freqs: true, ..Small::default() });
+    check_small("mha", &Small { blocks: vec![(4, 4, 128); 2], ..Small::default() });
+    check_small("gqa 6:1", &Small { blocks: vec![(6, 1, 64); 2], ..Small::default() });
+    check_small("fused", &Small { fused_qkv: true, biases: true, ..Small::default() });
+    check_small("head_dim", &Small { head_dim: 32, ..Small::default() });
 }
 
 #[test]
@@ -98,14 +52,7 @@ fn rope_scaling_agrees_with_libllama() {
 #[test]
 fn blocks_of_different_shapes_agree_with_libllama() {
     let blocks = vec![(4, 2, 96), (2, 1, 64), (0, 0, 32), (6, 3, 160), (0, 0, 64)];
-    check_small(
-        "deci",
-        &Small {
-            arch: "deci",
-            blocks,
-            ..Small::default()
-        },
-    );
+    check_small("deci", &Small { arch: "deci", blocks, ..Small::default() });
 }
 
 #[test]
@@ -113,10 +60,7 @@ fn quantised_weights_agree_with_libllama() {
     for ty in [Type::Q8_0, Type::F16, Type::BF16] {
         // libllama also rounds the activations for quantised kernels: a wider bound.
         silence_logs();
-        let small = Small {
-            ty,
-            ..Small::default()
-        };
+        let small = Small { ty, ..Small::default() };
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("small.gguf");
         small.write(&path);
@@ -143,9 +87,6 @@ fn smollm2_agrees_with_libllama() {
         let (max, kl) = compare_logits(&theirs, &ours, vocab.vocab().n_tokens());
         println!("SmolLM2, {precision:?}: largest difference {max:.3}, KL divergence {kl:.2e}");
         // The file is Q4_1: libllama rounds activations to eight bits for it, we do not.
-        assert!(
-            max < 2.0 && kl < 5e-3,
-            "{precision:?}: largest difference {max}, KL divergence {kl}"
-        );
+        assert!(max < 2.0 && kl < 5e-3, "{precision:?}: largest difference {max}, KL divergence {kl}");
     }
 }

@@ -32,53 +32,14 @@ fn small_models_are_pruned_and_run() {
     silence_logs();
     let cli = Cli::new();
     let variants = [
-        (
-            "plain",
-            Small {
-                blocks: vec![(4, 2, 256); 4],
-                ..Small::default()
-            },
-        ),
-        (
-            "biases",
-            Small {
-                biases: true,
-                blocks: vec![(4, 4, 256); 3],
-                ..Small::default()
-            },
-        ),
-        (
-            "untied",
-            Small {
-                tied: false,
-                ty: Type::Q4_0,
-                head_dim: 32,
-                ..Small::default()
-            },
-        ),
-        (
-            "fused",
-            Small {
-                fused_qkv: true,
-                biases: true,
-                rope_freqs: true,
-                ..Small::default()
-            },
-        ),
-        (
-            "odd width",
-            Small {
-                blocks: vec![(2, 1, 200); 3],
-                ..Small::default()
-            },
-        ),
+        ("plain", Small { blocks: vec![(4, 2, 256); 4], ..Small::default() }),
+        ("biases", Small { biases: true, blocks: vec![(4, 4, 256); 3], ..Small::default() }),
+        ("untied", Small { tied: false, ty: Type::Q4_0, head_dim: 32, ..Small::default() }),
+        ("fused", Small { fused_qkv: true, biases: true, rope_freqs: true, ..Small::default() }),
+        ("odd width", Small { blocks: vec![(2, 1, 200); 3], ..Small::default() }),
         (
             "deci",
-            Small {
-                arch: "deci",
-                blocks: vec![(4, 2, 256), (0, 0, 128), (2, 1, 192)],
-                ..Small::default()
-            },
+            Small { arch: "deci", blocks: vec![(4, 2, 256), (0, 0, 128), (2, 1, 192)], ..Small::default() },
         ),
     ];
     for (name, small) in variants {
@@ -87,10 +48,7 @@ fn small_models_are_pruned_and_run() {
             let out = format!("{name}-{sparsity}.gguf");
             let args = [&["in.gguf", &out, "--sparsity", sparsity, "--quiet"][..], &QUICK].concat();
             let text = cli.ok(&args);
-            assert!(
-                text.contains("perplexity") && text.contains("written file in llama.cpp"),
-                "{text}"
-            );
+            assert!(text.contains("perplexity") && text.contains("written file in llama.cpp"), "{text}");
             let path = cli.path(&out);
             let model = Model::open(&path).unwrap();
             opens_everywhere(&path, model.hparams.family.name());
@@ -98,10 +56,7 @@ fn small_models_are_pruned_and_run() {
                 panic!("no provenance")
             };
             let asked: f32 = sparsity.parse().unwrap();
-            assert!(
-                *reached >= asked - 1e-6 && *reached < asked + 0.1,
-                "{name}: {reached} for {asked}"
-            );
+            assert!(*reached >= asked - 1e-6 && *reached < asked + 0.1, "{name}: {reached} for {asked}");
             let before: usize = Model::open(&cli.path("in.gguf"))
                 .unwrap()
                 .file
@@ -119,22 +74,11 @@ fn small_models_are_pruned_and_run() {
 fn the_papers_method_gives_equal_widths() {
     silence_logs();
     let cli = Cli::new();
-    Small {
-        blocks: vec![(4, 2, 256); 4],
-        ..Small::default()
-    }
-    .write(&cli.path("in.gguf"));
-    cli.ok(&[
-        &["in.gguf", "out.gguf", "--sparsity", "0.5", "--method", "paper"][..],
-        &QUICK,
-    ]
-    .concat());
+    Small { blocks: vec![(4, 2, 256); 4], ..Small::default() }.write(&cli.path("in.gguf"));
+    cli.ok(&[&["in.gguf", "out.gguf", "--sparsity", "0.5", "--method", "paper"][..], &QUICK].concat());
     let model = Model::open(&cli.path("out.gguf")).unwrap();
     let widths: Vec<usize> = model.hparams.blocks.iter().map(|b| b.n_ff).collect();
-    assert!(
-        widths.iter().max().unwrap() - widths.iter().min().unwrap() <= 32,
-        "{widths:?}"
-    );
+    assert!(widths.iter().max().unwrap() - widths.iter().min().unwrap() <= 32, "{widths:?}");
     opens_everywhere(&cli.path("out.gguf"), model.hparams.family.name());
 }
 
@@ -142,33 +86,18 @@ fn the_papers_method_gives_equal_widths() {
 fn a_pruned_model_can_be_pruned_again() {
     silence_logs();
     let cli = Cli::new();
-    Small {
-        blocks: vec![(4, 2, 256); 4],
-        ..Small::default()
-    }
-    .write(&cli.path("a.gguf"));
+    Small { blocks: vec![(4, 2, 256); 4], ..Small::default() }.write(&cli.path("a.gguf"));
     cli.ok(&[&["a.gguf", "b.gguf", "--sparsity", "0.3"][..], &QUICK].concat());
     cli.ok(&[&["b.gguf", "c.gguf", "--sparsity", "0.3"][..], &QUICK].concat());
     let c = GgufFile::open(&cli.path("c.gguf")).unwrap();
-    assert_eq!(
-        c.metadata().iter().filter(|(k, _)| k == "putri.version").count(),
-        1
-    );
-    opens_everywhere(
-        &cli.path("c.gguf"),
-        c.get_str("general.architecture").unwrap().unwrap(),
-    );
+    assert_eq!(c.metadata().iter().filter(|(k, _)| k == "putri.version").count(), 1);
+    opens_everywhere(&cli.path("c.gguf"), c.get_str("general.architecture").unwrap().unwrap());
 }
 
 #[test]
 fn sparsity_zero_is_the_same_bytes() {
     let cli = Cli::new();
-    Small {
-        ty: Type::Q8_0,
-        biases: true,
-        ..Small::default()
-    }
-    .write(&cli.path("in.gguf"));
+    Small { ty: Type::Q8_0, biases: true, ..Small::default() }.write(&cli.path("in.gguf"));
     cli.ok(&["in.gguf", "out.gguf", "--sparsity", "0"]);
     let read = |n: &str| std::fs::read(cli.path(n)).unwrap();
     assert!(read("in.gguf") == read("out.gguf"));
@@ -177,11 +106,7 @@ fn sparsity_zero_is_the_same_bytes() {
 #[test]
 fn the_same_job_gives_the_same_bytes() {
     let cli = Cli::new();
-    Small {
-        blocks: vec![(4, 2, 256); 3],
-        ..Small::default()
-    }
-    .write(&cli.path("in.gguf"));
+    Small { blocks: vec![(4, 2, 256); 3], ..Small::default() }.write(&cli.path("in.gguf"));
     for out in ["a.gguf", "b.gguf"] {
         cli.ok(&[&["in.gguf", out, "--sparsity", "0.4", "--seed", "9"][..], &QUICK].concat());
     }
@@ -211,10 +136,7 @@ fn smollm2_is_pruned_with_text_and_its_own() {
     let args = [&args[..], &["--threads", "1"]].concat();
     let text = cli.ok(&args);
     println!("{text}");
-    assert!(
-        std::fs::read(&model).unwrap() == before,
-        "the source is never touched"
-    );
+    assert!(std::fs::read(&model).unwrap() == before, "the source is never touched");
     let path = cli.path("out.gguf");
     opens_everywhere(&path, "deci");
     let (a, b) = (GgufFile::open(&model).unwrap(), GgufFile::open(&path).unwrap());

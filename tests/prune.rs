@@ -56,11 +56,8 @@ impl Problem {
                 let own: f64 = (0..self.n)
                     .map(|j| self.x[s * self.n + j] * f64::from(self.w.data[o * self.n + j]))
                     .sum();
-                let new: f64 = keep
-                    .iter()
-                    .enumerate()
-                    .map(|(a, &j)| self.x[s * self.n + j] * w_keep(o, a))
-                    .sum();
+                let new: f64 =
+                    keep.iter().enumerate().map(|(a, &j)| self.x[s * self.n + j] * w_keep(o, a)).sum();
                 loss += (new - own - mu * self.r[s * self.m + o]).powi(2);
             }
         }
@@ -80,14 +77,10 @@ impl Problem {
             let mut a = vec![vec![0.0; k + 1]; k];
             for s in 0..self.t {
                 let x = |j: usize| self.x[s * self.n + j];
-                let own: f64 = (0..self.n)
-                    .map(|j| x(j) * f64::from(self.w.data[o * self.n + j]))
-                    .sum();
+                let own: f64 = (0..self.n).map(|j| x(j) * f64::from(self.w.data[o * self.n + j])).sum();
                 let target = own + mu * self.r[s * self.m + o];
                 for (i, &ji) in keep.iter().enumerate() {
-                    keep.iter()
-                        .enumerate()
-                        .for_each(|(l, &jl)| a[i][l] += x(ji) * x(jl));
+                    keep.iter().enumerate().for_each(|(l, &jl)| a[i][l] += x(ji) * x(jl));
                     a[i][k] += x(ji) * target;
                 }
             }
@@ -98,11 +91,7 @@ impl Problem {
             for p in 0..k {
                 let pivot = a[p].clone();
                 for (i, row) in a.iter_mut().enumerate() {
-                    let f = if i == p {
-                        1.0 - 1.0 / pivot[p]
-                    } else {
-                        row[p] / pivot[p]
-                    };
+                    let f = if i == p { 1.0 - 1.0 / pivot[p] } else { row[p] / pivot[p] };
                     row.iter_mut().zip(&pivot).for_each(|(v, q)| *v -= f * q);
                 }
             }
@@ -169,14 +158,8 @@ fn a_singular_gram_gets_the_ridge_it_needs_and_says_so() {
     let got = refit(&p.w, &p.moments(), 0.3, &keep, 0.0).unwrap();
     assert!(got.ridge > 0.0);
     assert!(got.weights.data.iter().all(|v| v.is_finite()));
-    let dead = Moments {
-        gram: SymMatrix::zero(8),
-        ..p.moments()
-    };
-    assert!(
-        refit(&p.w, &dead, 0.0, &keep, 1e-3).is_err(),
-        "nothing can be fitted to nothing"
-    );
+    let dead = Moments { gram: SymMatrix::zero(8), ..p.moments() };
+    assert!(refit(&p.w, &dead, 0.0, &keep, 1e-3).is_err(), "nothing can be fitted to nothing");
 }
 
 #[test]
@@ -197,11 +180,7 @@ fn obs_updates_are_refits() {
         let w = p.naive_refit(&keep, 0.0, lambda);
         let gone: f64 = (0..n)
             .filter(|j| !keep.contains(j))
-            .map(|j| {
-                (0..m)
-                    .map(|o| lambda * f64::from(p.w.data[o * n + j]).powi(2))
-                    .sum::<f64>()
-            })
+            .map(|j| (0..m).map(|o| lambda * f64::from(p.w.data[o * n + j]).powi(2)).sum::<f64>())
             .sum();
         let exact = p.loss(&keep, &|o, a| w[o * keep.len() + a], 0.0, lambda) + gone;
         assert!((loss - exact).abs() < 1e-6 * exact, "n {n}: {loss} {exact}");
@@ -255,15 +234,7 @@ fn the_papers_score_is_its_formula() {
     let h = &moments.gram.data;
     let mut a: Vec<Vec<f64>> = (0..n)
         .map(|i| {
-            (0..2 * n)
-                .map(|j| {
-                    if j < n {
-                        h[i * n + j]
-                    } else {
-                        f64::from(u8::from(j - n == i))
-                    }
-                })
-                .collect()
+            (0..2 * n).map(|j| if j < n { h[i * n + j] } else { f64::from(u8::from(j - n == i)) }).collect()
         })
         .collect();
     for q in 0..n {
@@ -281,27 +252,16 @@ fn the_papers_score_is_its_formula() {
     for i in 0..n {
         for j in i..n {
             let sum: f64 = (0..i).map(|k| u[k][i] * u[k][j]).sum();
-            u[i][j] = if i == j {
-                (a[i][n + i] - sum).sqrt()
-            } else {
-                (a[i][n + j] - sum) / u[i][i]
-            };
+            u[i][j] = if i == j { (a[i][n + i] - sum).sqrt() } else { (a[i][n + j] - sum) / u[i][i] };
         }
     }
     let energy = |o: usize| -> f64 {
-        let y = |s: usize| -> f64 {
-            (0..n)
-                .map(|j| p.x[s * n + j] * f64::from(p.w.data[o * n + j]))
-                .sum()
-        };
+        let y = |s: usize| -> f64 { (0..n).map(|j| p.x[s * n + j] * f64::from(p.w.data[o * n + j])).sum() };
         (0..p.t).map(|s| y(s).powi(2)).sum::<f64>() / p.t as f64
     };
     let energies: Vec<f64> = (0..p.m).map(energy).collect();
     let score = |j: usize| -> f64 {
-        (0..p.m)
-            .map(|o| energies[o] * f64::from(p.w.data[o * n + j]).powi(2))
-            .sum::<f64>()
-            / u[j][j].powi(2)
+        (0..p.m).map(|o| energies[o] * f64::from(p.w.data[o * n + j]).powi(2)).sum::<f64>() / u[j][j].powi(2)
     };
     let mut order: Vec<usize> = (0..n).collect();
     order.sort_by(|x, y| score(*y).total_cmp(&score(*x)));

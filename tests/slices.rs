@@ -30,10 +30,7 @@ fn write(model: &Model, plan: &Plan, path: &Path) -> Carrier {
 /// Rows of a tensor in the file as byte strings.
 fn rows(f: &GgufFile, name: &str) -> Vec<Vec<u8>> {
     let t = f.find(name).unwrap_or_else(|| panic!("{name} is missing"));
-    f.data(t)
-        .chunks_exact(t.ty.row_bytes(t.ne[0]))
-        .map(<[u8]>::to_vec)
-        .collect()
+    f.data(t).chunks_exact(t.ty.row_bytes(t.ne[0])).map(<[u8]>::to_vec).collect()
 }
 
 #[test]
@@ -41,14 +38,8 @@ fn removed_rows_leave_the_others_as_they_were() {
     for fused_qkv in [false, true] {
         let dir = tempfile::tempdir().unwrap();
         let (source, target) = (dir.path().join("a.gguf"), dir.path().join("b.gguf"));
-        let small = Small {
-            ty: Type::Q4_0,
-            n_embd: 64,
-            head_dim: 32,
-            biases: true,
-            fused_qkv,
-            ..Small::default()
-        };
+        let small =
+            Small { ty: Type::Q4_0, n_embd: 64, head_dim: 32, biases: true, fused_qkv, ..Small::default() };
         small.write(&source);
         let model = Model::open(&source).unwrap();
         let mut plan = Plan::whole(&model);
@@ -60,15 +51,10 @@ fn removed_rows_leave_the_others_as_they_were() {
 
         // Block 1: two query heads per KV head, 32 rows each; group 1 is rows 64.. of Q, 32.. of K and V.
         if fused_qkv {
-            let (old, new) = (
-                rows(&model.file, "blk.1.attn_qkv.weight"),
-                rows(&out, "blk.1.attn_qkv.weight"),
-            );
-            let expected: Vec<_> = (64..128)
-                .chain(160..192)
-                .chain(224..256)
-                .map(|i| old[i].clone())
-                .collect();
+            let (old, new) =
+                (rows(&model.file, "blk.1.attn_qkv.weight"), rows(&out, "blk.1.attn_qkv.weight"));
+            let expected: Vec<_> =
+                (64..128).chain(160..192).chain(224..256).map(|i| old[i].clone()).collect();
             assert_eq!(new, expected);
         } else {
             for (name, from, n) in [("attn_q", 64, 64), ("attn_k", 32, 32), ("attn_v", 32, 32)] {
@@ -77,10 +63,8 @@ fn removed_rows_leave_the_others_as_they_were() {
             }
         }
         // attn_output loses columns: the blocks of 32 of each row that belong to group 0.
-        let (old, new) = (
-            rows(&model.file, "blk.1.attn_output.weight"),
-            rows(&out, "blk.1.attn_output.weight"),
-        );
+        let (old, new) =
+            (rows(&model.file, "blk.1.attn_output.weight"), rows(&out, "blk.1.attn_output.weight"));
         let half = Type::Q4_0.row_bytes(64);
         assert!(old.iter().zip(&new).all(|(o, n)| o[half..] == n[..]));
 
@@ -90,22 +74,16 @@ fn removed_rows_leave_the_others_as_they_were() {
         // Block 0: three neurons, in the order of the plan.
         for name in ["blk.0.ffn_gate.weight", "blk.0.ffn_up.weight"] {
             let old = rows(&model.file, name);
-            assert_eq!(
-                rows(&out, name),
-                [old[5].clone(), old[3].clone(), old[90].clone()]
-            );
+            assert_eq!(rows(&out, name), [old[5].clone(), old[3].clone(), old[90].clone()]);
         }
         let bias = |f: &GgufFile| f.data(f.find("blk.0.ffn_up.bias").unwrap()).to_vec();
         let (old, new) = (bias(&model.file), bias(&out));
         assert_eq!(new, [&old[20..24], &old[12..16], &old[360..364]].concat());
 
         // What the plan does not touch.
-        for name in [
-            "token_embd.weight",
-            "output_norm.weight",
-            "blk.1.ffn_down.weight",
-            "blk.0.attn_norm.weight",
-        ] {
+        for name in
+            ["token_embd.weight", "output_norm.weight", "blk.1.ffn_down.weight", "blk.0.attn_norm.weight"]
+        {
             assert_eq!(rows(&out, name), rows(&model.file, name), "{name}");
         }
     }
@@ -117,15 +95,8 @@ fn deci_with_everything_kept_gives_the_sources_logits() {
     let dir = tempfile::tempdir().unwrap();
     let (source, target) = (dir.path().join("a.gguf"), dir.path().join("b.gguf"));
     for small in [
-        Small {
-            biases: true,
-            ..Small::default()
-        },
-        Small {
-            rope_freqs: true,
-            tied: false,
-            ..Small::default()
-        },
+        Small { biases: true, ..Small::default() },
+        Small { rope_freqs: true, tied: false, ..Small::default() },
         Small {
             extra: vec![
                 ("rope.scaling.type", Value::Str("yarn".into())),
@@ -135,16 +106,10 @@ fn deci_with_everything_kept_gives_the_sources_logits() {
         },
     ] {
         small.write(&source);
-        let deci = Small {
-            arch: "deci",
-            ..small.clone()
-        };
+        let deci = Small { arch: "deci", ..small.clone() };
         deci.write(&target);
         let tokens: Vec<i32> = (0..150).map(|i| 3 + (i * 31) % 250).collect();
-        let (a, b) = (
-            libllama_logits(&source, &tokens),
-            libllama_logits(&target, &tokens),
-        );
+        let (a, b) = (libllama_logits(&source, &tokens), libllama_logits(&target, &tokens));
         let (max, _) = compare_logits(&a, &b, small.n_vocab);
         assert_eq!(max, 0.0, "the same weights in the other architecture");
     }
@@ -159,52 +124,29 @@ fn metadata_keeps_its_order_and_types() {
         ("odd.key", Value::U16(7)),
         ("list", Value::i32_array(&[1, -2])),
     ];
-    let small = Small {
-        extra,
-        ..Small::default()
-    };
+    let small = Small { extra, ..Small::default() };
     small.write(&source);
     let model = Model::open(&source).unwrap();
     let mut plan = Plan::whole(&model);
     plan.blocks[1].groups = vec![0];
     write(&model, &plan, &target);
     let out = GgufFile::open(&target).unwrap();
-    let renamed = |k: &str| {
-        k.strip_prefix("llama.")
-            .map_or(k.to_string(), |s| format!("deci.{s}"))
-    };
+    let renamed = |k: &str| k.strip_prefix("llama.").map_or(k.to_string(), |s| format!("deci.{s}"));
     let expected: Vec<String> = model.file.metadata().iter().map(|(k, _)| renamed(k)).collect();
-    let found: Vec<String> = out
-        .metadata()
-        .iter()
-        .map(|(k, _)| k.clone())
-        .filter(|k| !k.starts_with("putri."))
-        .collect();
+    let found: Vec<String> =
+        out.metadata().iter().map(|(k, _)| k.clone()).filter(|k| !k.starts_with("putri.")).collect();
     assert_eq!(found, expected);
-    let changed = [
-        "general.architecture",
-        "general.name",
-        "deci.attention.head_count",
-        "deci.attention.head_count_kv",
-    ];
+    let changed =
+        ["general.architecture", "general.name", "deci.attention.head_count", "deci.attention.head_count_kv"];
     for (k, v) in model.file.metadata() {
         let k = renamed(k);
         if !changed.contains(&k.as_str()) {
             assert_eq!(out.get(&k), Some(v), "{k}");
         }
     }
-    assert_eq!(
-        out.get("deci.attention.head_count"),
-        Some(&Value::u32_array(&[4, 2, 4]))
-    );
-    assert_eq!(
-        out.get("deci.attention.head_count_kv"),
-        Some(&Value::u32_array(&[2, 1, 2]))
-    );
-    assert_eq!(
-        out.get("general.name"),
-        Some(&Value::Str("Small Random (pruned 26%)".into()))
-    );
+    assert_eq!(out.get("deci.attention.head_count"), Some(&Value::u32_array(&[4, 2, 4])));
+    assert_eq!(out.get("deci.attention.head_count_kv"), Some(&Value::u32_array(&[2, 1, 2])));
+    assert_eq!(out.get("general.name"), Some(&Value::Str("Small Random (pruned 26%)".into())));
     assert_eq!(out.get("putri.source.sha256"), Some(&Value::Str("00".repeat(32))));
 }
 
@@ -237,29 +179,15 @@ fn defaults_that_depend_on_the_head_count_are_written_out() {
         })
         .collect();
     let bare = dir.path().join("bare.gguf");
-    putri_gguf::gguf::write_gguf(
-        &mut std::fs::File::create(&bare).unwrap(),
-        &bare,
-        &metadata,
-        32,
-        &tensors,
-    )
-    .unwrap();
+    putri_gguf::gguf::write_gguf(&mut std::fs::File::create(&bare).unwrap(), &bare, &metadata, 32, &tensors)
+        .unwrap();
 
     let model = Model::open(&bare).unwrap();
     let mut plan = Plan::whole(&model);
     plan.blocks.iter_mut().for_each(|b| b.groups = vec![1]);
-    assert_eq!(
-        write(&model, &plan, &target).name(),
-        "llama",
-        "equal blocks stay in their architecture"
-    );
+    assert_eq!(write(&model, &plan, &target).name(), "llama", "equal blocks stay in their architecture");
     let out = GgufFile::open(&target).unwrap();
-    for key in [
-        "attention.key_length",
-        "attention.value_length",
-        "rope.dimension_count",
-    ] {
+    for key in ["attention.key_length", "attention.value_length", "rope.dimension_count"] {
         assert_eq!(out.get(&format!("llama.{key}")), Some(&Value::U32(16)), "{key}");
     }
     assert_eq!(Model::open(&target).unwrap().hparams.head_dim, 16);

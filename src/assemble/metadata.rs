@@ -46,23 +46,15 @@ pub(super) fn metadata(
         };
         match key.strip_prefix(old).and_then(|k| k.strip_prefix('.')) {
             Some(suffix) => {
-                let value = shapes
-                    .take(suffix)
-                    .map_or(value, |v| as_type_of(v, model.file.get(key)));
+                let value = shapes.take(suffix).map_or(value, |v| as_type_of(v, model.file.get(key)));
                 out.push((format!("{new}.{suffix}"), value));
             }
             None => out.push((key.clone(), value)),
         }
     }
     // Keys that had defaults computed from the head count, which has changed.
-    let at = out
-        .iter()
-        .rposition(|(k, _)| k.starts_with(&format!("{new}.")))
-        .map_or(out.len(), |i| i + 1);
-    let missing = shapes
-        .left
-        .into_iter()
-        .map(|(suffix, v)| (format!("{new}.{suffix}"), v));
+    let at = out.iter().rposition(|(k, _)| k.starts_with(&format!("{new}."))).map_or(out.len(), |i| i + 1);
+    let missing = shapes.left.into_iter().map(|(suffix, v)| (format!("{new}.{suffix}"), v));
     out.splice(at..at, missing);
     out.extend(provenance(p));
     out
@@ -78,11 +70,7 @@ impl ShapeKeys {
         let shapes = plan.shapes(model);
         let per_block = |f: fn(&BlockShape) -> usize| {
             let v: Vec<u32> = shapes.iter().map(|s| f(s) as u32).collect();
-            if v.iter().all(|n| *n == v[0]) {
-                Value::U32(v[0])
-            } else {
-                Value::u32_array(&v)
-            }
+            if v.iter().all(|n| *n == v[0]) { Value::U32(v[0]) } else { Value::u32_array(&v) }
         };
         let head_dim = Value::U32(model.hparams.head_dim as u32);
         ShapeKeys {
@@ -92,10 +80,7 @@ impl ShapeKeys {
                 ("attention.head_count_kv", per_block(|s| s.n_head_kv)),
                 ("attention.key_length", head_dim.clone()),
                 ("attention.value_length", head_dim),
-                (
-                    "rope.dimension_count",
-                    Value::U32(model.hparams.rope.n_rot as u32),
-                ),
+                ("rope.dimension_count", Value::U32(model.hparams.rope.n_rot as u32)),
             ],
         }
     }
@@ -137,11 +122,7 @@ pub(crate) fn size_label(n_params: usize) -> String {
         _ if n > 1e6 => (n / 1e6, "M"),
         _ => (n / 1e3, "K"),
     };
-    if scaled < 9.5 {
-        format!("{scaled:.1}{unit}")
-    } else {
-        format!("{scaled:.0}{unit}")
-    }
+    if scaled < 9.5 { format!("{scaled:.1}{unit}") } else { format!("{scaled:.0}{unit}") }
 }
 
 fn provenance(p: &Provenance) -> Vec<(String, Value)> {

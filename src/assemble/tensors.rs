@@ -28,9 +28,7 @@ pub(super) fn tensors<'m>(model: &'m Model, plan: &'m Plan) -> Result<Vec<OutTen
         plan_block(model, plan, il, &mut actions);
     }
     let tensors = model.file.tensors().iter().zip(actions);
-    tensors
-        .filter_map(|(t, action)| output(model, t, action).transpose())
-        .collect()
+    tensors.filter_map(|(t, action)| output(model, t, action).transpose()).collect()
 }
 
 fn plan_block<'p>(model: &Model, plan: &'p Plan, il: usize, actions: &mut [Action<'p>]) {
@@ -43,9 +41,7 @@ fn plan_block<'p>(model: &Model, plan: &'p Plan, il: usize, actions: &mut [Actio
         }
     };
     if p.groups.is_empty() {
-        let single = [&t.attn_norm, &t.attn_output, &t.attn_output_bias]
-            .into_iter()
-            .flatten();
+        let single = [&t.attn_norm, &t.attn_output, &t.attn_output_bias].into_iter().flatten();
         let triple = [&t.qkv, &t.qkv_bias].into_iter().flatten().flatten();
         single.chain(triple).for_each(|s| set(Some(s), Action::Drop));
     } else {
@@ -53,14 +49,7 @@ fn plan_block<'p>(model: &Model, plan: &'p Plan, il: usize, actions: &mut [Actio
             let kept = [heads, head_dim, head_dim].map(|n| group_rows(&p.groups, n));
             for segments in [&t.qkv, &t.qkv_bias].into_iter().flatten() {
                 for (tensor, rows) in joined(segments, &kept) {
-                    set(
-                        Some(&Segment {
-                            tensor,
-                            start: 0,
-                            n: 0,
-                        }),
-                        Action::Rows(rows),
-                    );
+                    set(Some(&Segment { tensor, start: 0, n: 0 }), Action::Rows(rows));
                 }
             }
             set(t.attn_output.as_ref(), Action::Columns(heads, &p.groups));
@@ -70,12 +59,7 @@ fn plan_block<'p>(model: &Model, plan: &'p Plan, il: usize, actions: &mut [Actio
         }
     }
     if p.neurons.iter().copied().ne(0..shape.n_ff) {
-        for s in [
-            Some(&t.ffn_gate),
-            Some(&t.ffn_up),
-            t.ffn_gate_bias.as_ref(),
-            t.ffn_up_bias.as_ref(),
-        ] {
+        for s in [Some(&t.ffn_gate), Some(&t.ffn_up), t.ffn_gate_bias.as_ref(), t.ffn_up_bias.as_ref()] {
             set(s, Action::Rows(p.neurons.clone()));
         }
     }
@@ -104,16 +88,8 @@ fn output<'m>(
 ) -> Result<Option<OutTensor<'m>>, GgufError> {
     let (ty, ne, data): (Type, Vec<usize>, Box<dyn Fn() -> _ + 'm>) = match action {
         Action::Drop => return Ok(None),
-        Action::Copy => (
-            t.ty,
-            t.ne.clone(),
-            Box::new(|| Ok(Cow::Borrowed(model.file.data(t)))),
-        ),
-        Action::Replace(q) => (
-            q.ty,
-            vec![q.n_in, q.n_out],
-            Box::new(|| Ok(Cow::Borrowed(&q.bytes[..]))),
-        ),
+        Action::Copy => (t.ty, t.ne.clone(), Box::new(|| Ok(Cow::Borrowed(model.file.data(t))))),
+        Action::Replace(q) => (q.ty, vec![q.n_in, q.n_out], Box::new(|| Ok(Cow::Borrowed(&q.bytes[..])))),
         Action::Rows(rows) => {
             // The rows of a vector are its elements.
             let (row, ne) = match t.ne.as_slice() {
@@ -121,11 +97,7 @@ fn output<'m>(
                 [n, ..] => (*n, vec![*n, rows.len()]),
                 [] => unreachable!("a tensor has a dimension"),
             };
-            (
-                t.ty,
-                ne,
-                Box::new(move || Ok(Cow::Owned(select_rows(model.file.data(t), t.ty, row, &rows)))),
-            )
+            (t.ty, ne, Box::new(move || Ok(Cow::Owned(select_rows(model.file.data(t), t.ty, row, &rows)))))
         }
         Action::Columns(run, runs) => {
             let n_in = run * runs.len();
@@ -137,21 +109,12 @@ fn output<'m>(
                     let all = model.file.floats(t, 0..t.n_rows())?;
                     let m = crate::model::Matrix::new(t.ne[0], t.n_rows(), all)
                         .select_cols(&group_rows(runs, run));
-                    let q = quantise(&m, output_type(t.ty, n_in), &vec![1.0; n_in]).map_err(|source| {
-                        GgufError::Tensor {
-                            name: t.name.clone(),
-                            source,
-                        }
-                    })?;
+                    let q = quantise(&m, output_type(t.ty, n_in), &vec![1.0; n_in])
+                        .map_err(|source| GgufError::Tensor { name: t.name.clone(), source })?;
                     (q.ty, ne, Box::new(move || Ok(Cow::Owned(q.bytes.clone()))))
                 }
             }
         }
     };
-    Ok(Some(OutTensor {
-        name: t.name.clone(),
-        ty,
-        ne,
-        data,
-    }))
+    Ok(Some(OutTensor { name: t.name.clone(), ty, ne, data }))
 }

@@ -41,11 +41,7 @@ pub fn generate(
 ) -> Result<Vec<Vec<Token>>, CalibrateError> {
     let vocab = model.vocab();
     let start = vocab.bos().or(vocab.eos()).ok_or(CalibrateError::NoStart)?;
-    let Schedule {
-        n_ctx,
-        n_windows,
-        seed,
-    } = *schedule;
+    let Schedule { n_ctx, n_windows, seed } = *schedule;
     let parallel = n_windows.min(MAX_PARALLEL);
     let mut context = Context::new(model, n_ctx, parallel, parallel, n_threads)?;
     let total = n_ctx * n_windows;
@@ -59,19 +55,12 @@ pub fn generate(
             let tokens: Vec<_> = batch
                 .iter()
                 .enumerate()
-                .map(|(seq, w)| BatchToken {
-                    token: w.tokens[pos],
-                    pos: pos as i32,
-                    seq: seq as i32,
-                })
+                .map(|(seq, w)| BatchToken { token: w.tokens[pos], pos: pos as i32, seq: seq as i32 })
                 .collect();
             context.decode(&tokens)?;
             let logits: Vec<&[f32]> = (0..n).map(|i| context.logits(i)).collect();
-            let sampled: Vec<Token> = batch
-                .par_iter_mut()
-                .zip(logits)
-                .map(|(w, logits)| w.sample(logits))
-                .collect();
+            let sampled: Vec<Token> =
+                batch.par_iter_mut().zip(logits).map(|(w, logits)| w.sample(logits)).collect();
             for (w, next) in batch.iter_mut().zip(sampled) {
                 w.push(next, start, vocab.is_eog(next));
             }
@@ -98,12 +87,7 @@ impl Writer {
     fn new(start: Token, seed: u64, index: usize) -> Writer {
         let mut rng = ChaCha8Rng::seed_from_u64(seed);
         rng.set_stream(index as u64);
-        Writer {
-            tokens: vec![start],
-            age: 0,
-            ended: false,
-            rng,
-        }
+        Writer { tokens: vec![start], age: 0, ended: false, rng }
     }
 
     /// Draws from softmax(logits / temperature).
@@ -111,10 +95,7 @@ impl Writer {
         let temperature = 2.0 - (self.age as f32 / WARM_TOKENS as f32).min(1.0);
         let max = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
         let weights: Vec<f32> = logits.iter().map(|v| exp_neg((v - max) / temperature)).collect();
-        let sums: Vec<f64> = weights
-            .chunks(256)
-            .map(|c| f64::from(c.iter().sum::<f32>()))
-            .collect();
+        let sums: Vec<f64> = weights.chunks(256).map(|c| f64::from(c.iter().sum::<f32>())).collect();
         let mut left = self.rng.random::<f64>() * sums.iter().sum::<f64>();
         let chunk = sums.iter().position(|s| {
             let here = left < *s;

@@ -94,13 +94,7 @@ impl Windows {
     pub fn targets(&self, windows: Range<usize>) -> Vec<Option<Token>> {
         let tokens = self.tokens_of(windows);
         (0..tokens.len())
-            .map(|i| {
-                if (i + 1) % self.n_ctx == 0 {
-                    None
-                } else {
-                    Some(tokens[i + 1])
-                }
-            })
+            .map(|i| if (i + 1) % self.n_ctx == 0 { None } else { Some(tokens[i + 1]) })
             .collect()
     }
 }
@@ -124,11 +118,7 @@ pub fn collect(
     mut progress: impl FnMut(usize, usize) -> bool,
 ) -> Result<Windows, CalibrateError> {
     assert!(recipe.n_ctx > 1 && recipe.n_windows > 0);
-    let share = if recipe.files.is_empty() {
-        1.0
-    } else {
-        recipe.self_share
-    };
+    let share = if recipe.files.is_empty() { 1.0 } else { recipe.self_share };
     let mut n_self = (recipe.n_windows as f64 * share).round() as usize;
     let (mut fit, mut judge) = (Vec::new(), Vec::new());
     if n_self < recipe.n_windows {
@@ -138,19 +128,12 @@ pub fn collect(
         // Windows to judge on are spread over the text like the others.
         let every = found.len().div_ceil(found.len() - n_fit);
         for (i, w) in found.into_iter().enumerate() {
-            if i % every == every - 1 || every == 1 {
-                judge.push(w)
-            } else {
-                fit.push(w)
-            }
+            if i % every == every - 1 || every == 1 { judge.push(w) } else { fit.push(w) }
         }
     }
     if n_self > 0 {
-        let schedule = Schedule {
-            n_ctx: recipe.n_ctx,
-            n_windows: n_self + held_out(n_self),
-            seed: recipe.seed,
-        };
+        let schedule =
+            Schedule { n_ctx: recipe.n_ctx, n_windows: n_self + held_out(n_self), seed: recipe.seed };
         let mut own = generate(model, &schedule, recipe.n_threads, &mut progress)?;
         judge.extend(own.split_off(n_self));
         fit.extend(own);
@@ -159,11 +142,5 @@ pub fn collect(
     }
     let (n_fit, n_held_out) = (fit.len(), judge.len());
     let tokens = fit.into_iter().chain(judge).flatten().collect();
-    Ok(Windows {
-        n_ctx: recipe.n_ctx,
-        tokens,
-        n_fit,
-        n_held_out,
-        n_self,
-    })
+    Ok(Windows { n_ctx: recipe.n_ctx, tokens, n_fit, n_held_out, n_self })
 }

@@ -18,29 +18,21 @@ pub fn file_windows(
     let vocab = model.vocab();
     let mut tokens = Vec::new();
     for path in files {
-        let bytes = std::fs::read(path).map_err(|source| CalibrateError::Io {
-            path: path.clone(),
-            source,
-        })?;
+        let bytes =
+            std::fs::read(path).map_err(|source| CalibrateError::Io { path: path.clone(), source })?;
         tokens.extend(vocab.tokenize(&String::from_utf8_lossy(&bytes))?);
     }
     let bos = vocab.bos().filter(|_| vocab.add_bos());
     let body = n_ctx - usize::from(bos.is_some());
     let available = tokens.len() / body;
     if available < 2 {
-        return Err(CalibrateError::TooShort {
-            found: tokens.len(),
-            needed: 2 * body,
-            n_ctx,
-        });
+        return Err(CalibrateError::TooShort { found: tokens.len(), needed: 2 * body, n_ctx });
     }
     let n = wanted.min(available);
     Ok((0..n)
         .map(|i| {
             let start = i * available / n * body;
-            bos.into_iter()
-                .chain(tokens[start..start + body].iter().copied())
-                .collect()
+            bos.into_iter().chain(tokens[start..start + body].iter().copied()).collect()
         })
         .collect())
 }

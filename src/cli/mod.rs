@@ -24,6 +24,7 @@ pub fn main() -> ExitCode {
     ggml::silence_logs();
     ggml::install_abort_handler(|message| {
         eprintln!("error: llama.cpp stopped on an inconsistency in the model or in our use of it: {message}");
+        putri_gguf::remove_temporary();
         std::process::exit(1);
     });
     let quiet = args.quiet;
@@ -67,6 +68,7 @@ fn stop_on_interrupt() -> Result<Arc<AtomicBool>, ctrlc::Error> {
     let flag = Arc::clone(&stop);
     ctrlc::set_handler(move || {
         if flag.swap(true, Ordering::Relaxed) {
+            putri_gguf::remove_temporary();
             std::process::exit(i32::from(INTERRUPTED));
         }
         eprintln!("\nstopping after this step; Ctrl-C again stops now");

@@ -9,30 +9,19 @@ use putri_gguf::pipeline::{Method, Settings};
 /// Checks values that only make sense together, and fills in what depends on the machine.
 pub fn resolve(args: Args) -> Result<Job> {
     let s = args.sparsity;
-    ensure!(
-        (0.0..1.0).contains(&s),
-        "--sparsity {s} is not a share from 0 to 1 (0.25 removes a quarter)"
-    );
+    ensure!((0.0..1.0).contains(&s), "--sparsity {s} is not a share from 0 to 1 (0.25 removes a quarter)");
     if let Some(share) = args.self_share {
-        ensure!(
-            (0.0..=1.0).contains(&share),
-            "--self-share {share} is not a share from 0 to 1"
-        );
+        ensure!((0.0..=1.0).contains(&share), "--self-share {share} is not a share from 0 to 1");
         ensure!(
             share == 1.0 || !args.file.is_empty(),
             "--self-share {share} leaves a part to text files, but there is no --file"
         );
     }
-    ensure!(
-        args.ctx_size >= 16,
-        "--ctx-size {} is too small; 16 or more",
-        args.ctx_size
-    );
+    ensure!(args.ctx_size >= 16, "--ctx-size {} is too small; 16 or more", args.ctx_size);
     ensure!(args.chunks >= 1, "--chunks must be at least 1");
     ensure!(args.threads != Some(0), "--threads must be at least 1");
-    let n_threads = args
-        .threads
-        .unwrap_or_else(|| std::thread::available_parallelism().map_or(1, |n| n.get()));
+    let n_threads =
+        args.threads.unwrap_or_else(|| std::thread::available_parallelism().map_or(1, |n| n.get()));
     let method = match args.method {
         MethodArg::Putri => Method::Putri,
         MethodArg::Paper => Method::Paper,
@@ -45,19 +34,12 @@ pub fn resolve(args: Args) -> Result<Job> {
         recipe: Recipe {
             n_ctx: args.ctx_size,
             n_windows: args.chunks,
-            self_share: args
-                .self_share
-                .unwrap_or(if args.file.is_empty() { 1.0 } else { 0.5 }),
+            self_share: args.self_share.unwrap_or(if args.file.is_empty() { 1.0 } else { 0.5 }),
             files: args.file,
             seed: args.seed,
             n_threads,
         },
-        settings: Settings {
-            sparsity: s,
-            method,
-            n_threads,
-            ..Settings::default()
-        },
+        settings: Settings { sparsity: s, method, n_threads, ..Settings::default() },
     })
 }
 
@@ -74,18 +56,9 @@ mod tests {
     #[test]
     fn shares_follow_the_files() {
         assert_eq!(job(&["--sparsity", "0.2"]).unwrap().recipe.self_share, 1.0);
+        assert_eq!(job(&["--sparsity", "0.2", "-f", "a.txt"]).unwrap().recipe.self_share, 0.5);
         assert_eq!(
-            job(&["--sparsity", "0.2", "-f", "a.txt"])
-                .unwrap()
-                .recipe
-                .self_share,
-            0.5
-        );
-        assert_eq!(
-            job(&["--sparsity", "0.2", "-f", "a.txt", "--self-share", "0"])
-                .unwrap()
-                .recipe
-                .self_share,
+            job(&["--sparsity", "0.2", "-f", "a.txt", "--self-share", "0"]).unwrap().recipe.self_share,
             0.0
         );
     }

@@ -51,13 +51,9 @@ pub fn compare(
             if base.is_empty() {
                 base.clone_from(&own);
             }
-            let rows = own
-                .par_chunks(n_vocab)
-                .zip(base.par_chunks(n_vocab))
-                .zip(&window[1..]);
-            let parts: Vec<[f64; 3]> = rows
-                .map(|((own, base), &next)| compare_row(own, base, next))
-                .collect();
+            let rows = own.par_chunks(n_vocab).zip(base.par_chunks(n_vocab)).zip(&window[1..]);
+            let parts: Vec<[f64; 3]> =
+                rows.map(|((own, base), &next)| compare_row(own, base, next)).collect();
             for part in parts {
                 total.iter_mut().zip(part).for_each(|(t, p)| *t += p);
             }
@@ -67,11 +63,7 @@ pub fn compare(
     let n = scored as f64;
     Ok(totals
         .into_iter()
-        .map(|[nll, kl, top1]| Comparison {
-            ppl: (nll / n).exp(),
-            kl: kl / n,
-            top1: top1 / n,
-        })
+        .map(|[nll, kl, top1]| Comparison { ppl: (nll / n).exp(), kl: kl / n, top1: top1 / n })
         .collect())
 }
 
@@ -110,15 +102,6 @@ fn compare_row(own: &[f32], base: &[f32], next: Token) -> [f64; 3] {
             log_p.exp() * (log_p - (f64::from(o) - lse))
         })
         .sum();
-    let top = |row: &[f32]| {
-        row.iter()
-            .enumerate()
-            .max_by(|a, b| a.1.total_cmp(b.1))
-            .map(|(i, _)| i)
-    };
-    [
-        lse - f64::from(own[next as usize]),
-        kl,
-        f64::from(u8::from(top(own) == top(base))),
-    ]
+    let top = |row: &[f32]| row.iter().enumerate().max_by(|a, b| a.1.total_cmp(b.1)).map(|(i, _)| i);
+    [lse - f64::from(own[next as usize]), kl, f64::from(u8::from(top(own) == top(base)))]
 }

@@ -29,11 +29,7 @@ pub fn perplexity(path: &Path, tokens: &[Token], n_ctx: usize, n_threads: usize)
             let batch: Vec<_> = part
                 .iter()
                 .enumerate()
-                .map(|(j, &token)| BatchToken {
-                    token,
-                    pos: (start + j) as i32,
-                    seq: 0,
-                })
+                .map(|(j, &token)| BatchToken { token, pos: (start + j) as i32, seq: 0 })
                 .collect();
             context.decode(&batch)?;
             let scored = part.len().min(n_ctx - 1 - start);

@@ -64,8 +64,7 @@ impl<'w> Uploads<'w> {
         if v.is_empty() {
             return None;
         }
-        self.list
-            .push((Type::F32, [v.len(), 1], Cow::Borrowed(bytemuck::cast_slice(v))));
+        self.list.push((Type::F32, [v.len(), 1], Cow::Borrowed(bytemuck::cast_slice(v))));
         Some(self.list.len() - 1)
     }
 
@@ -93,10 +92,7 @@ impl Forward {
     /// # Errors
     /// [`ForwardError`] if there is no room.
     pub fn upload(&self, w: &BlockWeights) -> Result<Block, ForwardError> {
-        let mut up = Uploads {
-            ty: self.net.ty,
-            list: Vec::new(),
-        };
+        let mut up = Uploads { ty: self.net.ty, list: Vec::new() };
         let [q, k, v] = &w.qkv;
         let bias = |i: usize| w.qkv_bias.as_ref().map_or(&[][..], |b| &b[i]);
         let roles = Roles {
@@ -113,20 +109,9 @@ impl Forward {
             ffn_down: up.matrix(&w.ffn_down),
             ffn_down_bias: up.optional(&w.ffn_down_bias),
         };
-        let specs: Vec<_> = up
-            .list
-            .iter()
-            .map(|(ty, ne, bytes)| TensorSpec {
-                ty: *ty,
-                ne: *ne,
-                bytes,
-            })
-            .collect();
-        Ok(Block {
-            set: Resident::upload(&self.engine, &specs)?,
-            shape: w.shape,
-            roles,
-        })
+        let specs: Vec<_> =
+            up.list.iter().map(|(ty, ne, bytes)| TensorSpec { ty: *ty, ne: *ne, bytes }).collect();
+        Ok(Block { set: Resident::upload(&self.engine, &specs)?, shape: w.shape, roles })
     }
 
     /// A chunk through the whole block: `x` `[n_tokens, n_embd]` in, the residual stream after the
@@ -218,21 +203,13 @@ impl Net {
             let heads = if i == 0 { n_head } else { n_kv };
             let y = g.reshape(y, [d, heads, n_tokens, 1]);
             // Values are not rotated.
-            let y = if i == 2 {
-                y
-            } else {
-                g.rope(y, positions, factors, &self.hparams.rope)
-            };
+            let y = if i == 2 { y } else { g.rope(y, positions, factors, &self.hparams.rope) };
             let y = g.reshape(y, [d, heads, t, n_seq]);
             g.permute(y, [0, 2, 1, 3])
         });
         // The tiled kernel reads K and V many times: F16 halves that traffic, and is what
         // llama.cpp's KV cache holds by default.
-        let (k, v) = if self.ty == Type::F32 {
-            (k, v)
-        } else {
-            (g.cast(k, Type::F16), g.cast(v, Type::F16))
-        };
+        let (k, v) = if self.ty == Type::F32 { (k, v) } else { (g.cast(k, Type::F16), g.cast(v, Type::F16)) };
         let mask = g.resident(&self.fixed, 0);
         let scale = 1.0 / (d as f32).sqrt();
         let mut joined = None;
@@ -246,10 +223,7 @@ impl Net {
             let y = g.flash_attn(q, k, v, mask, scale);
             joined = Some(joined.map_or(y, |j| g.concat(j, y, 2)));
         }
-        g.reshape(
-            joined.expect("windows are not empty"),
-            [d * n_head, n_tokens, 1, 1],
-        )
+        g.reshape(joined.expect("windows are not empty"), [d * n_head, n_tokens, 1, 1])
     }
 }
 

@@ -33,21 +33,10 @@ impl Forward {
         let output = model.matrix(&model.output)?;
         let bytes = encode(&output.data, self.net.ty);
         let specs = [
-            TensorSpec {
-                ty: Type::F32,
-                ne: [norm.len(), 1],
-                bytes: bytemuck::cast_slice(&norm),
-            },
-            TensorSpec {
-                ty: self.net.ty,
-                ne: [output.n_in, output.n_out],
-                bytes: &bytes,
-            },
+            TensorSpec { ty: Type::F32, ne: [norm.len(), 1], bytes: bytemuck::cast_slice(&norm) },
+            TensorSpec { ty: self.net.ty, ne: [output.n_in, output.n_out], bytes: &bytes },
         ];
-        Ok(Head {
-            set: Resident::upload(&self.engine, &specs)?,
-            n_vocab: output.n_out,
-        })
+        Ok(Head { set: Resident::upload(&self.engine, &specs)?, n_vocab: output.n_out })
     }
 
     /// Calls `f` with the logits `[n, n_vocab]` of up to 128 consecutive positions of `x`

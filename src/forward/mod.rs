@@ -86,31 +86,17 @@ impl Forward {
         let engine = Engine::cpu(n_threads)?;
         let factors = model.rope_factors(n_ctx)?;
         let mask = causal_mask(n_ctx);
-        let mut specs = vec![TensorSpec {
-            ty: Type::F16,
-            ne: [n_ctx, n_ctx],
-            bytes: bytemuck::cast_slice(&mask),
-        }];
+        let mut specs =
+            vec![TensorSpec { ty: Type::F16, ne: [n_ctx, n_ctx], bytes: bytemuck::cast_slice(&mask) }];
         if let Some(f) = &factors {
-            specs.push(TensorSpec {
-                ty: Type::F32,
-                ne: [f.len(), 1],
-                bytes: bytemuck::cast_slice(f),
-            });
+            specs.push(TensorSpec { ty: Type::F32, ne: [f.len(), 1], bytes: bytemuck::cast_slice(f) });
         }
         let fixed = Resident::upload(&engine, &specs)?;
         let windows = chunk_windows(n_ctx);
         let positions = (0..windows * n_ctx).map(|i| (i % n_ctx) as i32).collect();
         let hparams = model.hparams.clone();
         let has_factors = factors.is_some();
-        let net = Net {
-            ty: precision.weight_type(),
-            hparams,
-            n_ctx,
-            fixed,
-            has_factors,
-            positions,
-        };
+        let net = Net { ty: precision.weight_type(), hparams, n_ctx, fixed, has_factors, positions };
         Ok(Forward { engine, net })
     }
 
@@ -132,11 +118,7 @@ impl Forward {
     /// The windows `windows` cut into chunks that pass through a block in one graph.
     pub fn chunks(&self, windows: Range<usize>) -> Vec<Range<usize>> {
         let n = chunk_windows(self.net.n_ctx);
-        windows
-            .clone()
-            .step_by(n)
-            .map(|start| start..(start + n).min(windows.end))
-            .collect()
+        windows.clone().step_by(n).map(|start| start..(start + n).min(windows.end)).collect()
     }
 
     /// Where the activations of `windows` lie in a stream.
@@ -153,9 +135,7 @@ fn chunk_windows(n_ctx: usize) -> usize {
 /// `[n_ctx, n_ctx]` in halves: 0 where the key is not after the query, else -∞.
 fn causal_mask(n_ctx: usize) -> Vec<u16> {
     let (zero, minus_inf) = (half::f16::ZERO.to_bits(), half::f16::NEG_INFINITY.to_bits());
-    (0..n_ctx * n_ctx)
-        .map(|i| if i % n_ctx > i / n_ctx { minus_inf } else { zero })
-        .collect()
+    (0..n_ctx * n_ctx).map(|i| if i % n_ctx > i / n_ctx { minus_inf } else { zero }).collect()
 }
 
 /// Embeddings `[n_tokens, n_embd]` of `tokens`.
@@ -168,21 +148,12 @@ pub fn embed(model: &Model, tokens: &[Token]) -> Result<Vec<f32>, GgufError> {
     let data = model.file.data(t);
     let mut out = vec![0.0; tokens.len() * n_embd];
     for (row, &token) in out.chunks_exact_mut(n_embd).zip(tokens) {
-        let Some(bytes) = data
-            .get(token as usize * row_bytes..)
-            .and_then(|d| d.get(..row_bytes))
-        else {
+        let Some(bytes) = data.get(token as usize * row_bytes..).and_then(|d| d.get(..row_bytes)) else {
             let problem = format!("has no row for token {token}; the tokenizer does not fit the model");
-            return Err(GgufError::BadKey {
-                key: "token_embd.weight".into(),
-                problem,
-            });
+            return Err(GgufError::BadKey { key: "token_embd.weight".into(), problem });
         };
         t.ty.dequantize(bytes, n_embd, row)
-            .map_err(|source| GgufError::Tensor {
-                name: t.name.clone(),
-                source,
-            })?;
+            .map_err(|source| GgufError::Tensor { name: t.name.clone(), source })?;
     }
     Ok(out)
 }

@@ -147,20 +147,12 @@ impl Net {
             g.output(product);
             product
         });
-        Sums {
-            panels,
-            cross,
-            n_tokens,
-        }
+        Sums { panels, cross, n_tokens }
     }
 
     /// The transpose in the type of matrix products: tokens become ne\[0\].
     fn transposed<'a>(&self, g: &mut Graph<'a>, x: T) -> T {
         let t = g.permute(x, [1, 0, 2, 3]);
-        if self.ty == Type::F32 {
-            g.cont(t)
-        } else {
-            g.cast(t, self.ty)
-        }
+        if self.ty == Type::F32 { g.cont(t) } else { g.cast(t, self.ty) }
     }
 }

@@ -30,11 +30,7 @@ impl Engine {
                 sys::ggml_backend_free(backend);
                 return Err(GgmlError::Backend("CPU"));
             }
-            Ok(Engine {
-                backend,
-                galloc,
-                n_threads,
-            })
+            Ok(Engine { backend, galloc, n_threads })
         }
     }
 
@@ -81,11 +77,7 @@ impl Resident {
     /// If the bytes of a tensor do not match its type and sizes.
     pub fn upload(engine: &Engine, specs: &[TensorSpec]) -> Result<Resident, GgmlError> {
         for s in specs {
-            assert_eq!(
-                s.bytes.len(),
-                s.ty.row_bytes(s.ne[0]) * s.ne[1],
-                "tensor bytes and shape disagree"
-            );
+            assert_eq!(s.bytes.len(), s.ty.row_bytes(s.ne[0]) * s.ne[1], "tensor bytes and shape disagree");
         }
         let total: usize = specs.iter().map(|s| s.bytes.len()).sum();
         // SAFETY: the context has room for one header per tensor; each header's data pointer is

@@ -115,17 +115,12 @@ impl RawGguf {
     /// # Errors
     /// [`GgmlError::Header`] if ggml refuses it.
     pub fn parse(file: &[u8]) -> Result<RawGguf, GgmlError> {
-        let params = sys::gguf_init_params {
-            no_alloc: true,
-            ctx: std::ptr::null_mut(),
-        };
+        let params = sys::gguf_init_params { no_alloc: true, ctx: std::ptr::null_mut() };
         // SAFETY: the slice is alive during the call; no pointer into it is kept.
         let ctx = unsafe { sys::gguf_init_from_buffer(file.as_ptr().cast(), file.len(), params) };
         let reason =
             "not a readable GGUF header: damaged, cut short, or of a version that llama.cpp does not read";
-        NonNull::new(ctx)
-            .map(|ctx| RawGguf { ctx })
-            .ok_or_else(|| GgmlError::Header(reason.into()))
+        NonNull::new(ctx).map(|ctx| RawGguf { ctx }).ok_or_else(|| GgmlError::Header(reason.into()))
     }
 
     /// A header without metadata or tensors.
@@ -194,16 +189,8 @@ impl RawGguf {
                     }
                     let n_bytes = len * array_element_bytes(ty);
                     let data: *const u8 = sys::gguf_get_arr_data(c, id).cast();
-                    let bytes = if n_bytes == 0 {
-                        &[]
-                    } else {
-                        std::slice::from_raw_parts(data, n_bytes)
-                    };
-                    RawValue::Array {
-                        ty,
-                        bytes: bytes.to_vec(),
-                        len,
-                    }
+                    let bytes = if n_bytes == 0 { &[] } else { std::slice::from_raw_parts(data, n_bytes) };
+                    RawValue::Array { ty, bytes: bytes.to_vec(), len }
                 }
             }
         }
@@ -261,17 +248,10 @@ impl RawGguf {
         let (c, id) = (self.raw(), i as i64);
         // SAFETY: a valid id; name and sizes are owned by the context.
         unsafe {
-            let name = CStr::from_ptr(sys::gguf_get_tensor_name(c, id))
-                .to_string_lossy()
-                .into_owned();
+            let name = CStr::from_ptr(sys::gguf_get_tensor_name(c, id)).to_string_lossy().into_owned();
             let ne = std::slice::from_raw_parts(sys::gguf_get_tensor_ne(c, id), 4);
             let ne = std::array::from_fn(|k| ne[k] as u64);
-            (
-                name,
-                sys::gguf_get_tensor_type(c, id),
-                ne,
-                sys::gguf_get_tensor_offset(c, id) as u64,
-            )
+            (name, sys::gguf_get_tensor_type(c, id), ne, sys::gguf_get_tensor_offset(c, id) as u64)
         }
     }
 
@@ -284,10 +264,7 @@ impl RawGguf {
         assert!(name.len() < MAX_NAME && (1..=4).contains(&ne.len()) && ne[0] % ty.block_size() == 0);
         // SAFETY: a header-only context for one tensor, freed before returning; ggml copies it.
         unsafe {
-            assert!(
-                sys::gguf_find_tensor(self.raw(), c_name.as_ptr()) < 0,
-                "tensor {name} twice"
-            );
+            assert!(sys::gguf_find_tensor(self.raw(), c_name.as_ptr()) < 0, "tensor {name} twice");
             let params = sys::ggml_init_params {
                 mem_size: 2 * sys::ggml_tensor_overhead(),
                 mem_buffer: std::ptr::null_mut(),

@@ -69,24 +69,13 @@ impl<'a> Graph<'a> {
             let ctx = NonNull::new(sys::ggml_init(params)).expect("out of memory for a graph of headers");
             let graph = sys::ggml_new_graph_custom(ctx.as_ptr(), max_nodes, false);
             let id = NEXT_GRAPH.fetch_add(1, Ordering::Relaxed);
-            Graph {
-                ctx,
-                graph,
-                id,
-                tensors: Vec::new(),
-                inputs: Vec::new(),
-                _weights: PhantomData,
-            }
+            Graph { ctx, graph, id, tensors: Vec::new(), inputs: Vec::new(), _weights: PhantomData }
         }
     }
 
     fn push(&mut self, raw: *mut sys::ggml_tensor) -> T {
-        self.tensors
-            .push(NonNull::new(raw).expect("ggml built no tensor"));
-        T {
-            graph: self.id,
-            index: self.tensors.len() as u32 - 1,
-        }
+        self.tensors.push(NonNull::new(raw).expect("ggml built no tensor"));
+        T { graph: self.id, index: self.tensors.len() as u32 - 1 }
     }
 
     fn raw(&self, t: T) -> *mut sys::ggml_tensor {
@@ -141,10 +130,7 @@ impl<'a> Graph<'a> {
     /// `aᵀ b` over ne\[0\]: a `[k, m]`, b `[k, n]` → `[m, n]`; `a` is broadcast over outer dimensions.
     pub fn mul_mat(&mut self, a: T, b: T) -> T {
         let (x, y) = (self.ne(a), self.ne(b));
-        assert!(
-            x[0] == y[0] && y[2] % x[2] == 0 && y[3] % x[3] == 0,
-            "mul_mat of {x:?} and {y:?}"
-        );
+        assert!(x[0] == y[0] && y[2] % x[2] == 0 && y[3] % x[3] == 0, "mul_mat of {x:?} and {y:?}");
         // SAFETY: ggml_can_mul_mat holds as asserted; headers are of this context.
         let raw = unsafe { sys::ggml_mul_mat(self.ctx.as_ptr(), self.raw(a), self.raw(b)) };
         self.push(raw)
@@ -152,10 +138,7 @@ impl<'a> Graph<'a> {
 
     fn assert_repeats(&self, a: T, b: T, op: &str) {
         let (x, y) = (self.ne(a), self.ne(b));
-        assert!(
-            x.iter().zip(y).all(|(x, y)| x % y == 0),
-            "{op} of {x:?} and {y:?}"
-        );
+        assert!(x.iter().zip(y).all(|(x, y)| x % y == 0), "{op} of {x:?} and {y:?}");
     }
 
     /// `a + b`, with `b` repeated to the shape of `a`.
@@ -301,18 +284,7 @@ impl<'a> Graph<'a> {
             let src = self.raw(a);
             let nb = (*src).nb;
             assert!(dim > 0 || sys::ggml_blck_size((*src).type_) == 1);
-            sys::ggml_view_4d(
-                self.ctx.as_ptr(),
-                src,
-                n0,
-                n1,
-                n2,
-                n3,
-                nb[1],
-                nb[2],
-                nb[3],
-                start * nb[dim],
-            )
+            sys::ggml_view_4d(self.ctx.as_ptr(), src, n0, n1, n2, n3, nb[1], nb[2], nb[3], start * nb[dim])
         };
         self.push(raw)
     }
@@ -320,10 +292,7 @@ impl<'a> Graph<'a> {
     /// `a` followed by `b` along dimension `dim`.
     pub fn concat(&mut self, a: T, b: T, dim: usize) -> T {
         let (x, y) = (self.ne(a), self.ne(b));
-        assert!(
-            (0..4).all(|d| d == dim || x[d] == y[d]),
-            "concat of {x:?} and {y:?} along {dim}"
-        );
+        assert!((0..4).all(|d| d == dim || x[d] == y[d]), "concat of {x:?} and {y:?} along {dim}");
         // SAFETY: equal in all other dimensions.
         let raw = unsafe { sys::ggml_concat(self.ctx.as_ptr(), self.raw(a), self.raw(b), dim as i32) };
         self.push(raw)
@@ -363,10 +332,7 @@ impl<'a> Graph<'a> {
                 return Err(GgmlError::Compute(status));
             }
         }
-        Ok(Computed {
-            graph: self,
-            _engine: PhantomData,
-        })
+        Ok(Computed { graph: self, _engine: PhantomData })
     }
 }
 
@@ -394,10 +360,7 @@ impl Computed<'_, '_> {
         // SAFETY: type, length and the output flag are checked; the buffer is alive.
         unsafe {
             assert_eq!((*raw).type_, sys::GGML_TYPE_F32);
-            assert!(
-                (*raw).flags & sys::GGML_TENSOR_FLAG_OUTPUT as i32 != 0,
-                "not an output"
-            );
+            assert!((*raw).flags & sys::GGML_TENSOR_FLAG_OUTPUT as i32 != 0, "not an output");
             assert_eq!(sys::ggml_nelements(raw) as usize, dst.len());
             sys::ggml_backend_tensor_get(raw, dst.as_mut_ptr().cast(), 0, std::mem::size_of_val(dst));
         }

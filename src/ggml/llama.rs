@@ -57,11 +57,7 @@ impl LlamaModel {
             params.n_gpu_layers = 0;
             sys::llama_model_load_from_file(c_path.as_ptr(), params)
         };
-        let what = if vocab_only {
-            "cannot read the vocabulary of"
-        } else {
-            "does not load"
-        };
+        let what = if vocab_only { "cannot read the vocabulary of" } else { "does not load" };
         NonNull::new(raw)
             .map(|raw| LlamaModel { raw })
             .ok_or_else(|| GgmlError::Llama(format!("{what} {}", path.display())))
@@ -157,14 +153,7 @@ impl Vocab<'_> {
         for _ in 0..2 {
             // SAFETY: buffer with its length; special tokens are rendered too.
             let n = unsafe {
-                sys::llama_token_to_piece(
-                    self.raw,
-                    token,
-                    buf.as_mut_ptr().cast(),
-                    buf.len() as i32,
-                    0,
-                    true,
-                )
+                sys::llama_token_to_piece(self.raw, token, buf.as_mut_ptr().cast(), buf.len() as i32, 0, true)
             };
             if n >= 0 {
                 buf.truncate(n as usize);
@@ -231,14 +220,7 @@ impl<'m> Context<'m> {
                     GgmlError::Llama(format!("cannot make a context of {n_seq} x {n_ctx} tokens"))
                 })?;
             let batch = sys::llama_batch_init(n_batch as i32, 0, 1);
-            Ok(Context {
-                raw,
-                batch,
-                n_batch,
-                n_vocab: model.vocab().n_tokens(),
-                n_last: 0,
-                _model: model,
-            })
+            Ok(Context { raw, batch, n_batch, n_vocab: model.vocab().n_tokens(), n_last: 0, _model: model })
         }
     }
 
@@ -273,9 +255,7 @@ impl<'m> Context<'m> {
         if status == 0 {
             Ok(())
         } else {
-            Err(GgmlError::Llama(format!(
-                "failed to decode a batch (status {status})"
-            )))
+            Err(GgmlError::Llama(format!("failed to decode a batch (status {status})")))
         }
     }
 

@@ -64,11 +64,7 @@ impl Type {
         // SAFETY: ggml returns a static string, or null for a retired type.
         unsafe {
             let p = sys::ggml_type_name(self.0);
-            if p.is_null() {
-                "?"
-            } else {
-                CStr::from_ptr(p).to_str().unwrap_or("?")
-            }
+            if p.is_null() { "?" } else { CStr::from_ptr(p).to_str().unwrap_or("?") }
         }
     }
 
@@ -113,14 +109,12 @@ impl Type {
         let Some(to_float) = self.traits().to_float else {
             return Err(GgmlError::Type("read", self.name().into()));
         };
-        dst.par_chunks_mut(n_per_row)
-            .zip(src.par_chunks(row_bytes))
-            .for_each(|(d, s)| {
-                // SAFETY: `s` holds one whole row and `d` has room for its n_per_row floats. The
-                // decoders read bytes without alignment needs beyond 2, which whole rows keep
-                // relative to the aligned start of a tensor.
-                unsafe { to_float(s.as_ptr().cast(), d.as_mut_ptr(), n_per_row as i64) }
-            });
+        dst.par_chunks_mut(n_per_row).zip(src.par_chunks(row_bytes)).for_each(|(d, s)| {
+            // SAFETY: `s` holds one whole row and `d` has room for its n_per_row floats. The
+            // decoders read bytes without alignment needs beyond 2, which whole rows keep
+            // relative to the aligned start of a tensor.
+            unsafe { to_float(s.as_ptr().cast(), d.as_mut_ptr(), n_per_row as i64) }
+        });
         Ok(())
     }
 
@@ -149,30 +143,24 @@ impl Type {
         unsafe { sys::ggml_quantize_init(self.0) };
         let row_bytes = self.row_bytes(n_per_row);
         let mut out = vec![0u8; src.len() / n_per_row * row_bytes];
-        out.par_chunks_mut(row_bytes)
-            .zip(src.par_chunks(n_per_row))
-            .for_each(|(d, s)| {
-                let weights = imatrix.map_or(std::ptr::null(), <[f32]>::as_ptr);
-                // SAFETY: one row in, one row of exactly row_bytes out, weights of n_per_row floats.
-                unsafe {
-                    sys::ggml_quantize_chunk(
-                        self.0,
-                        s.as_ptr(),
-                        d.as_mut_ptr().cast(),
-                        0,
-                        1,
-                        n_per_row as i64,
-                        weights,
-                    )
-                };
-            });
+        out.par_chunks_mut(row_bytes).zip(src.par_chunks(n_per_row)).for_each(|(d, s)| {
+            let weights = imatrix.map_or(std::ptr::null(), <[f32]>::as_ptr);
+            // SAFETY: one row in, one row of exactly row_bytes out, weights of n_per_row floats.
+            unsafe {
+                sys::ggml_quantize_chunk(
+                    self.0,
+                    s.as_ptr(),
+                    d.as_mut_ptr().cast(),
+                    0,
+                    1,
+                    n_per_row as i64,
+                    weights,
+                )
+            };
+        });
         // SAFETY: `out` is whole rows of this type.
         let valid = unsafe { sys::ggml_validate_row_data(self.0, out.as_ptr().cast(), out.len()) };
-        if valid {
-            Ok(out)
-        } else {
-            Err(GgmlError::Quantise(self.name().into()))
-        }
+        if valid { Ok(out) } else { Err(GgmlError::Quantise(self.name().into())) }
     }
 
     /// Whether ggml can encode this type, without an importance matrix if none is at hand.

@@ -54,10 +54,7 @@ impl GgufFile {
     /// # Errors
     /// One of [`GgufError`], naming what is wrong; nothing larger than the header is allocated.
     pub fn open(path: &Path) -> Result<GgufFile, GgufError> {
-        let io = |source| GgufError::Io {
-            path: path.into(),
-            source,
-        };
+        let io = |source| GgufError::Io { path: path.into(), source };
         let file = File::open(path).map_err(io)?;
         if file.metadata().map_err(io)?.is_dir() {
             return Err(io(std::io::Error::new(
@@ -68,66 +65,30 @@ impl GgufFile {
         let map = crate::ggml::map_file(&file).map_err(io)?;
         if !map.starts_with(b"GGUF") {
             let magic = String::from_utf8_lossy(&map[..map.len().min(4)]).into_owned();
-            return Err(GgufError::Magic {
-                path: path.into(),
-                magic,
-            });
+            return Err(GgufError::Magic { path: path.into(), magic });
         }
-        let raw = RawGguf::parse(&map).map_err(|e| GgufError::Header {
-            path: path.into(),
-            reason: e.to_string(),
-        })?;
+        let raw = RawGguf::parse(&map)
+            .map_err(|e| GgufError::Header { path: path.into(), reason: e.to_string() })?;
 
         let metadata = raw.metadata();
-        let keys = metadata
-            .iter()
-            .enumerate()
-            .map(|(i, (k, _))| (k.clone(), i))
-            .collect();
+        let keys = metadata.iter().enumerate().map(|(i, (k, _))| (k.clone(), i)).collect();
         let mut tensors = Vec::with_capacity(raw.n_tensors());
         for i in 0..raw.n_tensors() {
             let (name, ty, ne, offset) = raw.tensor(i);
             let Some(ty) = Type::from_raw(ty) else {
-                return Err(GgufError::UnknownType {
-                    path: path.into(),
-                    name,
-                    ty,
-                });
+                return Err(GgufError::UnknownType { path: path.into(), name, ty });
             };
             let (start, len) = extent(ty, ne, offset, raw.data_offset() as u64).unwrap_or((u64::MAX, 0));
             let end = start.saturating_add(len);
             if end > map.len() as u64 {
-                return Err(GgufError::Truncated {
-                    path: path.into(),
-                    name,
-                    end,
-                    len: map.len() as u64,
-                });
+                return Err(GgufError::Truncated { path: path.into(), name, end, len: map.len() as u64 });
             }
             let n_dims = (1..=4).rev().find(|&d| d == 1 || ne[d - 1] > 1).unwrap_or(1);
             let ne = ne[..n_dims].iter().map(|&n| n as usize).collect();
-            tensors.push(TensorInfo {
-                name,
-                ty,
-                ne,
-                start: start as usize,
-                len: len as usize,
-            });
+            tensors.push(TensorInfo { name, ty, ne, start: start as usize, len: len as usize });
         }
-        let by_name = tensors
-            .iter()
-            .enumerate()
-            .map(|(i, t)| (t.name.clone(), i))
-            .collect();
-        Ok(GgufFile {
-            path: path.into(),
-            map,
-            metadata,
-            keys,
-            tensors,
-            by_name,
-            alignment: raw.alignment(),
-        })
+        let by_name = tensors.iter().enumerate().map(|(i, t)| (t.name.clone(), i)).collect();
+        Ok(GgufFile { path: path.into(), map, metadata, keys, tensors, by_name, alignment: raw.alignment() })
     }
 
     /// Where the file was opened.
@@ -174,10 +135,7 @@ impl GgufFile {
         let mut out = vec![0.0; rows.len() * t.ne[0]];
         let bytes = &self.data(t)[rows.start * row_bytes..rows.end * row_bytes];
         t.ty.dequantize(bytes, t.ne[0], &mut out)
-            .map_err(|source| GgufError::Tensor {
-                name: t.name.clone(),
-                source,
-            })?;
+            .map_err(|source| GgufError::Tensor { name: t.name.clone(), source })?;
         Ok(out)
     }
 
@@ -220,10 +178,7 @@ impl GgufFile {
         match self.get(key) {
             None => Ok(None),
             Some(Value::F32(v)) if v.is_finite() => Ok(Some(*v)),
-            Some(Value::F32(v)) => Err(GgufError::BadKey {
-                key: key.into(),
-                problem: format!("is {v}"),
-            }),
+            Some(Value::F32(v)) => Err(GgufError::BadKey { key: key.into(), problem: format!("is {v}") }),
             Some(other) => Err(bad_type(key, other, "float32")),
         }
     }
@@ -241,20 +196,14 @@ impl GgufFile {
         };
         if array.len() != n {
             let problem = format!("has {} elements for {n} blocks", array.len());
-            return Err(GgufError::BadKey {
-                key: key.into(),
-                problem,
-            });
+            return Err(GgufError::BadKey { key: key.into(), problem });
         }
         Ok(Some(array.into_iter().map(|v| v as usize).collect()))
     }
 }
 
 fn bad_type(key: &str, found: &Value, wanted: &str) -> GgufError {
-    GgufError::BadKey {
-        key: key.into(),
-        problem: format!("is of type {}, not {wanted}", found.type_name()),
-    }
+    GgufError::BadKey { key: key.into(), problem: format!("is of type {}, not {wanted}", found.type_name()) }
 }
 
 /// Start and length of a tensor's data in the file, or nothing if they do not fit in 64 bits.

@@ -38,10 +38,7 @@ pub fn write_gguf(
     alignment: usize,
     tensors: &[OutTensor],
 ) -> Result<(), GgufError> {
-    let io = |source| GgufError::Io {
-        path: path.into(),
-        source,
-    };
+    let io = |source| GgufError::Io { path: path.into(), source };
     let mut header = RawGguf::empty();
     for (key, value) in metadata {
         header.set(key, value);
@@ -55,8 +52,7 @@ pub fn write_gguf(
         let bytes = (t.data)()?;
         assert_eq!(bytes.len(), t.n_bytes(), "data of tensor {}", t.name);
         out.write_all(&bytes).map_err(io)?;
-        out.write_all(&padding[..bytes.len().next_multiple_of(alignment) - bytes.len()])
-            .map_err(io)?;
+        out.write_all(&padding[..bytes.len().next_multiple_of(alignment) - bytes.len()]).map_err(io)?;
     }
     out.flush().map_err(io)
 }

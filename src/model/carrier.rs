@@ -25,9 +25,5 @@ impl Carrier {
 /// for all blocks, `src/models/deci.cpp` each block's own).
 pub fn carrier_for(family: Family, shapes: &[BlockShape]) -> Carrier {
     let uniform = shapes.iter().all(|s| *s == shapes[0]);
-    if uniform {
-        Carrier::Same(family)
-    } else {
-        Carrier::Deci
-    }
+    if uniform { Carrier::Same(family) } else { Carrier::Deci }
 }

@@ -83,15 +83,9 @@ impl Hparams {
     /// [`ModelError`] naming the key at fault, or the architecture if it is not supported.
     pub fn read(file: &GgufFile) -> Result<Hparams, ModelError> {
         let missing = |key: &str| ModelError::Gguf(GgufError::MissingKey(key.into()));
-        let bad = |key: &str, problem: String| {
-            ModelError::Gguf(GgufError::BadKey {
-                key: key.into(),
-                problem,
-            })
-        };
-        let arch = file
-            .get_str("general.architecture")?
-            .ok_or_else(|| missing("general.architecture"))?;
+        let bad =
+            |key: &str, problem: String| ModelError::Gguf(GgufError::BadKey { key: key.into(), problem });
+        let arch = file.get_str("general.architecture")?.ok_or_else(|| missing("general.architecture"))?;
         let family = Family::from_name(arch).ok_or_else(|| ModelError::Unsupported(arch.into()))?;
         let key = |suffix: &str| format!("{arch}.{suffix}");
         let required = |suffix: &str| file.get_u32(&key(suffix))?.ok_or_else(|| missing(&key(suffix)));
@@ -100,10 +94,7 @@ impl Hparams {
         if n_expert > 0 {
             return Err(ModelError::Experts(n_expert));
         }
-        if file
-            .get("split.count")
-            .is_some_and(|v| !matches!(v, crate::gguf::Value::U16(0 | 1)))
-        {
+        if file.get("split.count").is_some_and(|v| !matches!(v, crate::gguf::Value::U16(0 | 1))) {
             return Err(ModelError::Unusable(
                 "this is one part of a split model; join the parts first with llama-gguf-split --merge"
                     .into(),
@@ -115,10 +106,7 @@ impl Hparams {
         let n_ctx_train = required("context_length")?;
         // llama.cpp's LLAMA_MAX_LAYERS.
         if n_layer == 0 || n_layer > 512 {
-            return Err(bad(
-                &key("block_count"),
-                format!("is {n_layer}; llama.cpp takes 1 to 512"),
-            ));
+            return Err(bad(&key("block_count"), format!("is {n_layer}; llama.cpp takes 1 to 512")));
         }
         if n_embd == 0 {
             return Err(bad(&key("embedding_length"), "is 0".into()));
@@ -130,28 +118,17 @@ impl Hparams {
         let n_ff = per_block("feed_forward_length")?.ok_or_else(|| missing(&key("feed_forward_length")))?;
 
         let blocks: Vec<BlockShape> = (0..n_layer)
-            .map(|i| BlockShape {
-                n_head: n_head[i],
-                n_head_kv: n_head_kv[i],
-                n_ff: n_ff[i],
-            })
+            .map(|i| BlockShape { n_head: n_head[i], n_head_kv: n_head_kv[i], n_ff: n_ff[i] })
             .collect();
         for (i, b) in blocks.iter().enumerate() {
             check_block(family, i, b, blocks[0], &key)?;
         }
         if n_head[0] == 0 {
-            return Err(bad(
-                &key("attention.head_count"),
-                "is 0 in the first block".into(),
-            ));
+            return Err(bad(&key("attention.head_count"), "is 0 in the first block".into()));
         }
 
-        let head_dim = file
-            .get_u32(&key("attention.key_length"))?
-            .unwrap_or(n_embd / n_head[0]);
-        let v_dim = file
-            .get_u32(&key("attention.value_length"))?
-            .unwrap_or(n_embd / n_head[0]);
+        let head_dim = file.get_u32(&key("attention.key_length"))?.unwrap_or(n_embd / n_head[0]);
+        let v_dim = file.get_u32(&key("attention.value_length"))?.unwrap_or(n_embd / n_head[0]);
         let n_rot = file.get_u32(&key("rope.dimension_count"))?.unwrap_or(head_dim);
         if head_dim == 0 || head_dim % 2 != 0 || head_dim > 1 << 16 {
             return Err(bad(
@@ -182,17 +159,7 @@ impl Hparams {
             .find("token_embd.weight")
             .ok_or_else(|| GgufError::MissingTensor("token_embd.weight".into()))?;
         let n_vocab = embd.ne.get(1).copied().unwrap_or(1);
-        Ok(Hparams {
-            family,
-            n_embd,
-            n_vocab,
-            n_ctx_train,
-            head_dim,
-            rms_eps,
-            rope,
-            longrope,
-            blocks,
-        })
+        Ok(Hparams { family, n_embd, n_vocab, n_ctx_train, head_dim, rms_eps, rope, longrope, blocks })
     }
 
     /// Number of blocks.
@@ -239,15 +206,11 @@ fn check_block(
     }
     match family {
         Family::Llama if *b != first => bad("attention.head_count", "or width differs".into()),
-        _ if b.n_ff == 0 => bad(
-            "feed_forward_length",
-            "is 0 (such blocks are not supported)".into(),
-        ),
+        _ if b.n_ff == 0 => bad("feed_forward_length", "is 0 (such blocks are not supported)".into()),
         _ if b.n_head == 0 && b.n_head_kv == 0 => Ok(()),
-        _ if b.n_head_kv == 0 => bad(
-            "attention.head_count_kv",
-            "is 0 (linear attention is not supported)".into(),
-        ),
+        _ if b.n_head_kv == 0 => {
+            bad("attention.head_count_kv", "is 0 (linear attention is not supported)".into())
+        }
         _ if b.n_head % b.n_head_kv != 0 || b.n_head == 0 => bad(
             "attention.head_count",
             format!("is {}, not a multiple of {} KV heads", b.n_head, b.n_head_kv),
@@ -268,29 +231,19 @@ fn read_rope(
     let scaling = file.get_str(&key("rope.scaling.type"))?.unwrap_or("linear");
     if !["none", "linear", "yarn", "longrope"].contains(&scaling) {
         let problem = format!("is {scaling:?}, which llama.cpp does not know");
-        return Err(GgufError::BadKey {
-            key: key("rope.scaling.type"),
-            problem,
-        }
-        .into());
+        return Err(GgufError::BadKey { key: key("rope.scaling.type"), problem }.into());
     }
     let mut factor = f32_or("rope.scaling.factor", 0.0)?;
     if file.get(&key("rope.scaling.factor")).is_none() {
         factor = f32_or("rope.scale_linear", 0.0)?;
     }
-    let freq_scale = if factor == 0.0 || scaling == "none" {
-        1.0
-    } else {
-        1.0 / factor
-    };
+    let freq_scale = if factor == 0.0 || scaling == "none" { 1.0 } else { 1.0 / factor };
     // With YaRN, llama.cpp multiplies by mscale and cancels the same factor that ggml applies again.
     let yarn = scaling == "yarn";
     let rope = RopeParams {
         n_rot,
         neox: false,
-        n_ctx_orig: file
-            .get_u32(&key("rope.scaling.original_context_length"))?
-            .unwrap_or(n_ctx_train),
+        n_ctx_orig: file.get_u32(&key("rope.scaling.original_context_length"))?.unwrap_or(n_ctx_train),
         freq_base: f32_or("rope.freq_base", 10000.0)?,
         freq_scale,
         ext_factor: if yarn { 1.0 } else { 0.0 },
@@ -308,10 +261,6 @@ fn yarn_magnitude(yarn: bool, freq_scale: f32) -> f32 {
         return 1.0;
     }
     let factor = 1.0 / freq_scale;
-    let mscale = if factor <= 1.0 {
-        1.0
-    } else {
-        0.1 * factor.ln() + 1.0
-    };
+    let mscale = if factor <= 1.0 { 1.0 } else { 0.1 * factor.ln() + 1.0 };
     mscale / (1.0 + 0.1 * factor.ln())
 }

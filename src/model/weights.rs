@@ -26,30 +26,14 @@ impl Matrix {
 
     /// The rows `rows`, in that order.
     pub fn select_rows(&self, rows: &[usize]) -> Matrix {
-        let data = rows
-            .iter()
-            .flat_map(|&r| &self.data[r * self.n_in..][..self.n_in])
-            .copied()
-            .collect();
-        Matrix {
-            n_in: self.n_in,
-            n_out: rows.len(),
-            data,
-        }
+        let data = rows.iter().flat_map(|&r| &self.data[r * self.n_in..][..self.n_in]).copied().collect();
+        Matrix { n_in: self.n_in, n_out: rows.len(), data }
     }
 
     /// The columns `cols`, in that order.
     pub fn select_cols(&self, cols: &[usize]) -> Matrix {
-        let data = self
-            .data
-            .chunks_exact(self.n_in)
-            .flat_map(|row| cols.iter().map(|&c| row[c]))
-            .collect();
-        Matrix {
-            n_in: cols.len(),
-            n_out: self.n_out,
-            data,
-        }
+        let data = self.data.chunks_exact(self.n_in).flat_map(|row| cols.iter().map(|&c| row[c])).collect();
+        Matrix { n_in: cols.len(), n_out: self.n_out, data }
     }
 }
 
@@ -132,10 +116,7 @@ impl BlockWeights {
         self.ffn_gate = self.ffn_gate.select_rows(neurons);
         self.ffn_up = self.ffn_up.select_rows(neurons);
         self.ffn_down = self.ffn_down.select_cols(neurons);
-        for bias in [&mut self.ffn_gate_bias, &mut self.ffn_up_bias]
-            .into_iter()
-            .flatten()
-        {
+        for bias in [&mut self.ffn_gate_bias, &mut self.ffn_up_bias].into_iter().flatten() {
             *bias = neurons.iter().map(|&n| bias[n]).collect();
         }
         self.shape.n_ff = neurons.len();
@@ -144,10 +125,7 @@ impl BlockWeights {
 
 /// Row numbers of `groups` where each group has `per_group` rows.
 pub(crate) fn group_rows(groups: &[usize], per_group: usize) -> Vec<usize> {
-    groups
-        .iter()
-        .flat_map(|&g| g * per_group..(g + 1) * per_group)
-        .collect()
+    groups.iter().flat_map(|&g| g * per_group..(g + 1) * per_group).collect()
 }
 
 /// An open model: the file, its hyper-parameters and its tensors by role.
@@ -182,16 +160,11 @@ impl Model {
     /// As [`Model::open`].
     pub fn new(file: GgufFile) -> Result<Model, ModelError> {
         let hparams = Hparams::read(&file)?;
-        let mut finder = Finder {
-            file: &file,
-            used: vec![false; file.tensors().len()],
-        };
+        let mut finder = Finder { file: &file, used: vec![false; file.tensors().len()] };
         let (n_embd, n_vocab) = (hparams.n_embd, hparams.n_vocab);
         let token_embd = finder.required("token_embd.weight", &[n_embd, n_vocab])?;
         let output_norm = finder.required("output_norm.weight", &[n_embd])?;
-        let output = finder
-            .optional("output.weight", &[n_embd, n_vocab])?
-            .unwrap_or(token_embd);
+        let output = finder.optional("output.weight", &[n_embd, n_vocab])?.unwrap_or(token_embd);
         let n_freqs = [hparams.rope.n_rot / 2];
         let rope_factors = if hparams.longrope {
             ["rope_factors_long.weight", "rope_factors_short.weight"].map(|n| finder.optional(n, &n_freqs))
@@ -204,29 +177,16 @@ impl Model {
             .map(|i| finder.block(i, &hparams, &hparams.blocks[i]))
             .collect::<Result<Vec<_>, _>>()?;
         if let Some(i) = finder.used.iter().position(|used| !used) {
-            return Err(ModelError::UnknownTensor(
-                file.tensors()[i].name.clone(),
-                hparams.family.name(),
-            ));
+            return Err(ModelError::UnknownTensor(file.tensors()[i].name.clone(), hparams.family.name()));
         }
         for t in file.tensors() {
             if !t.ty.can_dequantize() {
-                let problem = format!(
-                    "tensor {} has type {}, which ggml cannot turn into floats",
-                    t.name, t.ty
-                );
+                let problem =
+                    format!("tensor {} has type {}, which ggml cannot turn into floats", t.name, t.ty);
                 return Err(ModelError::Unusable(problem));
             }
         }
-        Ok(Model {
-            hparams,
-            blocks,
-            token_embd,
-            output_norm,
-            output,
-            rope_factors,
-            file,
-        })
+        Ok(Model { hparams, blocks, token_embd, output_norm, output, rope_factors, file })
     }
 
     /// The tensor that a segment lies in.
@@ -240,11 +200,8 @@ impl Model {
     /// [`GgufError`] if they cannot be decoded.
     pub fn rope_factors(&self, n_ctx: usize) -> Result<Option<Vec<f32>>, GgufError> {
         let [long, short] = &self.rope_factors;
-        let chosen = if !self.hparams.longrope || n_ctx > self.hparams.rope.n_ctx_orig {
-            long
-        } else {
-            short
-        };
+        let chosen =
+            if !self.hparams.longrope || n_ctx > self.hparams.rope.n_ctx_orig { long } else { short };
         chosen.as_ref().map(|s| self.vector(s)).transpose()
     }
 
@@ -254,11 +211,7 @@ impl Model {
     /// [`GgufError`] if it cannot be decoded.
     pub fn matrix(&self, s: &Segment) -> Result<Matrix, GgufError> {
         let t = self.tensor(s);
-        Ok(Matrix::new(
-            t.ne[0],
-            s.n,
-            self.file.floats(t, s.start..s.start + s.n)?,
-        ))
+        Ok(Matrix::new(t.ne[0], s.n, self.file.floats(t, s.start..s.start + s.n)?))
     }
 
     /// A segment of a one-dimensional tensor.
@@ -318,23 +271,14 @@ impl Finder<'_> {
             expected.pop();
         }
         if t.ne != expected {
-            return Err(GgufError::Shape {
-                name: name.into(),
-                found: t.ne.clone(),
-                expected: ne.to_vec(),
-            });
+            return Err(GgufError::Shape { name: name.into(), found: t.ne.clone(), expected: ne.to_vec() });
         }
         self.used[index] = true;
-        Ok(Some(Segment {
-            tensor: index,
-            start: 0,
-            n: *ne.last().unwrap_or(&1),
-        }))
+        Ok(Some(Segment { tensor: index, start: 0, n: *ne.last().unwrap_or(&1) }))
     }
 
     fn required(&mut self, name: &str, ne: &[usize]) -> Result<Segment, GgufError> {
-        self.optional(name, ne)?
-            .ok_or_else(|| GgufError::MissingTensor(name.into()))
+        self.optional(name, ne)?.ok_or_else(|| GgufError::MissingTensor(name.into()))
     }
 
     /// Q, K and V of sizes `n`, from one fused tensor or from three; `row` is the shape of a row.
@@ -348,11 +292,7 @@ impl Finder<'_> {
         let shape = |n: usize| row.iter().copied().chain([n]).collect::<Vec<_>>();
         if let Some(fused) = self.optional(&format!("blk.{il}.attn_qkv.{kind}"), &shape(n.iter().sum()))? {
             let starts = [0, n[0], n[0] + n[1]];
-            return Ok(Some(std::array::from_fn(|i| Segment {
-                start: starts[i],
-                n: n[i],
-                ..fused
-            })));
+            return Ok(Some(std::array::from_fn(|i| Segment { start: starts[i], n: n[i], ..fused })));
         }
         let [q, k, v] = ["q", "k", "v"].map(|r| format!("blk.{il}.attn_{r}.{kind}"));
         let found = [

@@ -6,10 +6,7 @@ pub fn log_sum_exp(row: &[f32]) -> f64 {
     if !max.is_finite() {
         return f64::from(max);
     }
-    let sum: f64 = row
-        .chunks(256)
-        .map(|c| f64::from(c.iter().map(|v| exp_neg(v - max)).sum::<f32>()))
-        .sum();
+    let sum: f64 = row.chunks(256).map(|c| f64::from(c.iter().map(|v| exp_neg(v - max)).sum::<f32>())).sum();
     f64::from(max) + sum.ln()
 }
 

@@ -12,10 +12,7 @@ pub struct SymMatrix {
 impl SymMatrix {
     /// Zero.
     pub fn zero(n: usize) -> SymMatrix {
-        SymMatrix {
-            n,
-            data: vec![0.0; n * n],
-        }
+        SymMatrix { n, data: vec![0.0; n * n] }
     }
 
     /// The diagonal.
@@ -30,10 +27,7 @@ impl SymMatrix {
 
     /// Rows and columns `keep`, in that order.
     pub fn select(&self, keep: &[usize]) -> SymMatrix {
-        let data = keep
-            .iter()
-            .flat_map(|&i| keep.iter().map(move |&j| self.data[i * self.n + j]))
-            .collect();
+        let data = keep.iter().flat_map(|&i| keep.iter().map(move |&j| self.data[i * self.n + j])).collect();
         SymMatrix { n: keep.len(), data }
     }
 }
@@ -52,11 +46,7 @@ pub struct Moments {
 impl Moments {
     /// No tokens yet.
     pub fn new(n: usize, m: usize) -> Moments {
-        Moments {
-            gram: SymMatrix::zero(n),
-            cross: vec![0.0; n * m],
-            n_tokens: 0,
-        }
+        Moments { gram: SymMatrix::zero(n), cross: vec![0.0; n * m], n_tokens: 0 }
     }
 
     /// Adds a panel of the Gram matrix: columns `start .. start + width` of the rows from `start` on,
@@ -80,10 +70,7 @@ impl Moments {
     /// If `values` has another size.
     pub fn add_cross(&mut self, values: &[f32]) {
         assert_eq!(values.len(), self.cross.len());
-        self.cross
-            .iter_mut()
-            .zip(values)
-            .for_each(|(d, v)| *d += f64::from(*v));
+        self.cross.iter_mut().zip(values).for_each(|(d, v)| *d += f64::from(*v));
     }
 
     /// Fills in the upper triangle once all chunks are in.

@@ -38,29 +38,18 @@ impl Run<'_> {
                 let x = &stream[span.clone()];
                 let heads = self.forward.heads(&block, x, None)?;
                 let mut out = vec![0.0; x.len()];
-                let wanted = Wanted {
-                    out: Some(&mut out),
-                    moments: Some((None, &mut moments)),
-                    ..Wanted::default()
-                };
+                let wanted =
+                    Wanted { out: Some(&mut out), moments: Some((None, &mut moments)), ..Wanted::default() };
                 self.forward.from_heads(&block, x, &heads, wanted)?;
                 stream[span].copy_from_slice(&out);
             }
             moments.finish();
             let widths = prune::possible_widths(budget.n_ff, budget.ff_step);
             let losses = prune::loss_curve(&w.ffn_down, &moments.gram, self.settings.ridge_ffn, &widths)
-                .map_err(|source| PruneError::Singular {
-                    block: il,
-                    part: "ffn_down",
-                    source,
-                })?;
+                .map_err(|source| PruneError::Singular { block: il, part: "ffn_down", source })?;
             let energy = typical_energy(&stream, n_embd);
             self.observer.step(il + 1, "");
-            curves.push(Curve {
-                widths,
-                losses,
-                energy,
-            });
+            curves.push(Curve { widths, losses, energy });
         }
         Ok(curves)
     }
@@ -68,10 +57,7 @@ impl Run<'_> {
 
 /// Median over tokens of ‖x‖². The mean would be that of the few tokens with massive activations.
 fn typical_energy(stream: &[f32], n_embd: usize) -> f64 {
-    let mut energies: Vec<f32> = stream
-        .chunks_exact(n_embd)
-        .map(|x| x.iter().map(|v| v * v).sum())
-        .collect();
+    let mut energies: Vec<f32> = stream.chunks_exact(n_embd).map(|x| x.iter().map(|v| v * v).sum()).collect();
     let middle = energies.len() / 2;
     let (_, median, _) = energies.select_nth_unstable_by(middle, f32::total_cmp);
     f64::from(*median).max(f64::MIN_POSITIVE)

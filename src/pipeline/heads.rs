@@ -43,10 +43,7 @@ impl Run<'_> {
         }
         let candidates: Vec<GroupId> = (0..self.plan.blocks.len())
             .flat_map(|block| {
-                self.plan.blocks[block]
-                    .groups
-                    .iter()
-                    .map(move |&group| GroupId { block, group })
+                self.plan.blocks[block].groups.iter().map(move |&group| GroupId { block, group })
             })
             .collect();
         let in_first = self.plan.blocks[0].groups.len();
@@ -58,9 +55,7 @@ impl Run<'_> {
         let removed = if self.settings.method == Method::Paper {
             let mut search = Search::new(self, PAPER_TOKENS, PAPER_TOKENS, Loss::Likelihood)?;
             search.run.observer.stage("heads", n_remove);
-            rounds(&candidates, n_remove, n_kv, may_remove, |removed, ask| {
-                search.score(removed, ask)
-            })?
+            rounds(&candidates, n_remove, n_kv, may_remove, |removed, ask| search.score(removed, ask))?
         } else {
             let loss = self.settings.head_loss;
             self.observer.stage("heads, first look", 1);
@@ -68,9 +63,7 @@ impl Run<'_> {
             let rough = candidates.into_iter().zip(scores).collect();
             let mut search = Search::new(self, self.settings.head_tokens, SEARCH_CTX, loss)?;
             search.run.observer.stage("heads", n_remove);
-            lazy_greedy(rough, n_remove, may_remove, |removed, ask| {
-                search.score(removed, ask)
-            })?
+            lazy_greedy(rough, n_remove, may_remove, |removed, ask| search.score(removed, ask))?
         };
         removed.into_iter().for_each(|id| self.plan.remove_group(id));
         Ok(())
@@ -81,10 +74,7 @@ impl Run<'_> {
 fn pick_windows(w: &Windows, n_tokens: usize, n_ctx: usize) -> Vec<Token> {
     let n = n_tokens.div_ceil(n_ctx).clamp(1, w.n_fit);
     let start = |i: usize| i * w.n_fit / n;
-    (0..n)
-        .flat_map(|i| &w.tokens_of(start(i)..start(i) + 1)[..n_ctx])
-        .copied()
-        .collect()
+    (0..n).flat_map(|i| &w.tokens_of(start(i)..start(i) + 1)[..n_ctx]).copied().collect()
 }
 
 /// Cached state of the search.
@@ -123,17 +113,7 @@ impl<'r, 'a> Search<'r, 'a> {
         let last = &base[base.len() - 1];
         let judge = Judge::new(&mut forward, &head, &tokens, last, loss)?;
         let base_loss = judge.loss(&mut forward, &head, last)?;
-        Ok(Search {
-            run,
-            forward,
-            plan,
-            removed: 0,
-            head,
-            judge,
-            n_windows,
-            base,
-            base_loss,
-        })
+        Ok(Search { run, forward, plan, removed: 0, head, judge, n_windows, base, base_loss })
     }
 
     /// What the loss grows by without each of `ask`, once `removed` are gone.
@@ -144,9 +124,7 @@ impl<'r, 'a> Search<'r, 'a> {
         }
         self.removed = removed.len();
         if let Some(block) = dirty {
-            self.run
-                .observer
-                .step(removed.len(), &format!("loss {:.4}", self.base_loss));
+            self.run.observer.step(removed.len(), &format!("loss {:.4}", self.base_loss));
             self.sweep(Some(block), &[])?;
         }
         let per_sweep = (STREAM_BYTES / (self.base[0].len() * 4)).max(1);
@@ -183,20 +161,11 @@ impl<'r, 'a> Search<'r, 'a> {
                 let columns: Vec<usize> = here
                     .iter()
                     .map(|&i| {
-                        groups
-                            .iter()
-                            .position(|&g| g == ids[i].group)
-                            .expect("a candidate is still there")
+                        groups.iter().position(|&g| g == ids[i].group).expect("a candidate is still there")
                     })
                     .collect();
-                let outs = without_each(
-                    forward,
-                    &block,
-                    &self.base[il],
-                    groups.len(),
-                    &columns,
-                    self.n_windows,
-                )?;
+                let outs =
+                    without_each(forward, &block, &self.base[il], groups.len(), &columns, self.n_windows)?;
                 for (i, out) in here.into_iter().zip(outs) {
                     streams[i] = out;
                 }
@@ -210,10 +179,7 @@ impl<'r, 'a> Search<'r, 'a> {
         if dirty.is_some() {
             self.base_loss = self.judge.loss(forward, &self.head, &self.base[n_layer])?;
         }
-        streams
-            .iter()
-            .map(|s| self.judge.loss(forward, &self.head, s))
-            .collect()
+        streams.iter().map(|s| self.judge.loss(forward, &self.head, s)).collect()
     }
 }
 
@@ -248,13 +214,8 @@ fn without_each(
         let width = row / n_groups;
         for (out, &c) in outs.iter_mut().zip(columns) {
             let mut without = heads.clone();
-            without
-                .chunks_exact_mut(row)
-                .for_each(|r| r[c * width..(c + 1) * width].fill(0.0));
-            let wanted = Wanted {
-                out: Some(&mut out[span.clone()]),
-                ..Wanted::default()
-            };
+            without.chunks_exact_mut(row).for_each(|r| r[c * width..(c + 1) * width].fill(0.0));
+            let wanted = Wanted { out: Some(&mut out[span.clone()]), ..Wanted::default() };
             f.from_heads(b, &x[span.clone()], &without, wanted)?;
         }
     }
@@ -279,11 +240,7 @@ impl Judge {
         let n_ctx = forward.n_ctx();
         if loss == Loss::Likelihood {
             let next = |i: usize| {
-                if (i + 1) % n_ctx == 0 {
-                    None
-                } else {
-                    Some(tokens[i + 1])
-                }
+                if (i + 1) % n_ctx == 0 { None } else { Some(tokens[i + 1]) }
             };
             return Ok(Judge::Likelihood((0..tokens.len()).map(next).collect()));
         }
@@ -324,9 +281,7 @@ fn likeliest(row: &[f32]) -> Vec<(u32, f32)> {
     let by_logit = |a: &u32, b: &u32| row[*b as usize].total_cmp(&row[*a as usize]).then(a.cmp(b));
     ids.select_nth_unstable_by(n - 1, by_logit);
     ids.truncate(n);
-    ids.into_iter()
-        .map(|id| (id, (f64::from(row[id as usize]) - lse).exp() as f32))
-        .collect()
+    ids.into_iter().map(|id| (id, (f64::from(row[id as usize]) - lse).exp() as f32)).collect()
 }
 
 /// KL divergence of softmax(row) from `dense`, with the tokens that `dense` leaves out as one.
@@ -341,9 +296,5 @@ fn divergence(row: &[f32], dense: &[(u32, f32)]) -> f64 {
         p_rest -= p;
         q_rest -= log_q.exp();
     }
-    if p_rest > 1e-9 {
-        kl + p_rest * (p_rest / q_rest.max(1e-9)).ln()
-    } else {
-        kl
-    }
+    if p_rest > 1e-9 { kl + p_rest * (p_rest / q_rest.max(1e-9)).ln() } else { kl }
 }

@@ -55,6 +55,8 @@ pub struct Settings {
     pub head_loss: Loss,
     /// Tokens that the widths' loss curves are measured on.
     pub curve_tokens: usize,
+    /// Columns that are still to be rounded make up for the rounding of those before.
+    pub error_feedback: bool,
     /// Every block gets its own width.
     pub per_block_widths: bool,
 }
@@ -72,6 +74,7 @@ impl Default for Settings {
             head_tokens: 512,
             head_loss: Loss::Divergence,
             curve_tokens: 4096,
+            error_feedback: true,
             per_block_widths: true,
         }
     }
@@ -142,6 +145,8 @@ pub fn run(
     observer: &mut dyn Observer,
 ) -> Result<Outcome, PruneError> {
     let budgets = budgets(model);
+    // The authors' code knows no quantisation, so the baseline gets plain rounding.
+    let s = &Settings { error_feedback: s.error_feedback && s.method == Method::Putri, ..s.clone() };
     let mut run = Run {
         forward: Forward::new(model, windows.n_ctx, s.n_threads, s.precision)?,
         model,
@@ -167,12 +172,7 @@ pub fn run(
             run.evaluate_plan()?
         }
     };
-    Ok(Outcome {
-        plan: run.plan,
-        dense_ppl,
-        pruned_ppl,
-        warnings: run.warnings,
-    })
+    Ok(Outcome { plan: run.plan, dense_ppl, pruned_ppl, warnings: run.warnings })
 }
 
 /// Checks that the sparsity can be reached, before anything costs time.
@@ -231,20 +231,13 @@ struct Run<'a> {
 
 impl Run<'_> {
     fn checkpoint(&self) -> Result<(), PruneError> {
-        if self.observer.interrupted() {
-            Err(PruneError::Interrupted)
-        } else {
-            Ok(())
-        }
+        if self.observer.interrupted() { Err(PruneError::Interrupted) } else { Ok(()) }
     }
 
     /// Widths that are the same for all blocks, as nearly as steps allow.
     fn equal_widths(&self, budgets: &[Budget], attention_removed: usize) -> Result<Vec<usize>, PruneError> {
         let n_remove = self.neurons_to_remove(budgets, attention_removed)?;
-        let widths: Vec<_> = budgets
-            .iter()
-            .map(|b| prune::possible_widths(b.n_ff, b.ff_step))
-            .collect();
+        let widths: Vec<_> = budgets.iter().map(|b| prune::possible_widths(b.n_ff, b.ff_step)).collect();
         Ok(prune::uniform(&widths, n_remove))
     }
 

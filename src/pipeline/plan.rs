@@ -34,9 +34,7 @@ impl Plan {
             attn_output: None,
             ffn_down: None,
         };
-        Plan {
-            blocks: model.hparams.blocks.iter().map(whole).collect(),
-        }
+        Plan { blocks: model.hparams.blocks.iter().map(whole).collect() }
     }
 
     /// Shapes of the pruned blocks.
@@ -66,10 +64,8 @@ impl Plan {
             w.keep_neurons(&plan.neurons);
         }
         let read = |q: &Quantised, name: &str| {
-            q.to_matrix().map_err(|source| GgufError::Tensor {
-                name: format!("blk.{il}.{name}.weight"),
-                source,
-            })
+            q.to_matrix()
+                .map_err(|source| GgufError::Tensor { name: format!("blk.{il}.{name}.weight"), source })
         };
         if let Some(q) = &plan.attn_output {
             w.attn_output = read(q, "attn_output")?;
@@ -87,22 +83,14 @@ impl Plan {
 
     /// Parameters that the attention has given up.
     pub fn attention_params_removed(&self, budgets: &[Budget]) -> usize {
-        self.blocks
-            .iter()
-            .zip(budgets)
-            .map(|(p, b)| (b.n_groups - p.groups.len()) * b.group_params)
-            .sum()
+        self.blocks.iter().zip(budgets).map(|(p, b)| (b.n_groups - p.groups.len()) * b.group_params).sum()
     }
 
     /// Share of the budgets' parameters that is gone.
     pub fn sparsity(&self, budgets: &[Budget]) -> f64 {
         let total: usize = budgets.iter().map(Budget::params).sum();
-        let ffn: usize = self
-            .blocks
-            .iter()
-            .zip(budgets)
-            .map(|(p, b)| (b.n_ff - p.neurons.len()) * b.neuron_params)
-            .sum();
+        let ffn: usize =
+            self.blocks.iter().zip(budgets).map(|(p, b)| (b.n_ff - p.neurons.len()) * b.neuron_params).sum();
         (self.attention_params_removed(budgets) + ffn) as f64 / total as f64
     }
 }

@@ -2,10 +2,11 @@
 
 use super::{Method, PruneError, Run};
 use crate::forward::Wanted;
+use crate::ggml::Type;
 use crate::model::{BlockWeights, Matrix};
 use crate::numeric::Moments;
 use crate::prune::{self, Singular};
-use crate::requant::quantise;
+use crate::requant::{FeedbackError, Quantised, output_type, quantise, quantise_with_feedback};
 
 /// The two residual streams `[n_tokens, n_embd]` of all windows, at the input of the same block.
 struct Streams {
@@ -18,10 +19,7 @@ impl Run<'_> {
     /// pruned.
     pub(super) fn sequential_pass(&mut self, widths: &[usize]) -> Result<(f64, f64), PruneError> {
         let dense = self.embedded()?;
-        let mut streams = Streams {
-            pruned: dense.clone(),
-            dense,
-        };
+        let mut streams = Streams { pruned: dense.clone(), dense };
         self.observer.stage("blocks", widths.len());
         for (il, &width) in widths.iter().enumerate() {
             self.checkpoint()?;
@@ -35,10 +33,7 @@ impl Run<'_> {
             let note = self.ffn_step(il, &mut w, width, heads, &mut streams)?;
             self.observer.step(il + 1, &note);
         }
-        Ok((
-            self.held_out_ppl(&streams.dense)?,
-            self.held_out_ppl(&streams.pruned)?,
-        ))
+        Ok((self.held_out_ppl(&streams.dense)?, self.held_out_ppl(&streams.pruned)?))
     }
 
     /// Moves the dense stream over the whole block, and refits attn_output of `w` on what the pruned
@@ -51,7 +46,6 @@ impl Run<'_> {
         w: &mut BlockWeights,
         streams: &mut Streams,
     ) -> Result<Vec<Vec<f32>>, PruneError> {
-        let windows = self.windows;
         let dense_block = self.forward.upload(whole)?;
         let block = self.forward.upload(w)?;
         let refits = self.settings.method == Method::Putri && block.has_attention();
@@ -66,28 +60,18 @@ impl Run<'_> {
             let collect = (fit && refits).then_some((Some(&mid[..]), &mut moments));
             heads.push(self.forward.heads(&block, &streams.pruned[span], collect)?);
         }
-        debug_assert_eq!(
-            heads.len(),
-            self.forward.chunks(0..windows.n_fit).len()
-                + self.forward.chunks(windows.n_fit..windows.n_windows()).len()
-        );
         if refits {
             moments.finish();
             let keep: Vec<usize> = (0..w.attn_output.n_in).collect();
             let s = self.settings;
+            let failed = at_block(il, "attn_output");
             let refit = prune::refit(&w.attn_output, &moments, s.mixture, &keep, s.ridge_attn);
-            let refit = refit.map_err(|source| PruneError::Singular {
-                block: il,
-                part: "attn_output",
-                source,
-            })?;
+            let refit = refit.map_err(|e| failed(e.into()))?;
             self.report_ridge(il, "attn_output", refit.ridge, s.ridge_attn);
-            let segment = self.model.blocks[il]
-                .attn_output
-                .as_ref()
-                .expect("a block with attention has attn_output");
+            let segment =
+                self.model.blocks[il].attn_output.as_ref().expect("a block with attention has attn_output");
             let ty = self.model.tensor(segment).ty;
-            let q = quantise(&refit.weights, ty, &importance(&moments, &keep))?;
+            let q = self.requantise(&refit.weights, &moments, &keep, s.ridge_attn, ty).map_err(failed)?;
             w.attn_output = q.to_matrix()?;
             self.plan.blocks[il].attn_output = Some(q);
         }
@@ -104,42 +88,26 @@ impl Run<'_> {
         streams: &mut Streams,
     ) -> Result<String, PruneError> {
         let block = self.forward.upload(w)?;
-        let n_out = if self.settings.method == Method::Putri {
-            w.ffn_down.n_out
-        } else {
-            0
-        };
+        let n_out = if self.settings.method == Method::Putri { w.ffn_down.n_out } else { 0 };
         let mut moments = Moments::new(w.ffn_down.n_in, n_out);
         for ((chunk, fit), a) in self.all_chunks().into_iter().zip(heads) {
             let span = self.forward.span(&chunk);
             let mut mid = vec![0.0; span.len()];
             let target = (n_out > 0).then_some(&streams.dense[span.clone()]);
-            let wanted = Wanted {
-                mid: Some(&mut mid),
-                out: None,
-                moments: fit.then_some((target, &mut moments)),
-            };
-            self.forward
-                .from_heads(&block, &streams.pruned[span.clone()], &a, wanted)?;
+            let wanted =
+                Wanted { mid: Some(&mut mid), out: None, moments: fit.then_some((target, &mut moments)) };
+            self.forward.from_heads(&block, &streams.pruned[span.clone()], &a, wanted)?;
             streams.pruned[span].copy_from_slice(&mid);
         }
         moments.finish();
-        let singular = |source| PruneError::Singular {
-            block: il,
-            part: "ffn_down",
-            source,
-        };
-        let (keep, refit) = self
-            .choose_neurons(&w.ffn_down, &moments, width)
-            .map_err(singular)?;
-        let wanted_ridge = if self.settings.method == Method::Putri {
-            self.settings.ridge_ffn
-        } else {
-            0.0
-        };
+        let failed = at_block(il, "ffn_down");
+        let (keep, refit) =
+            self.choose_neurons(&w.ffn_down, &moments, width).map_err(|e| failed(e.into()))?;
+        let wanted_ridge = if self.settings.method == Method::Putri { self.settings.ridge_ffn } else { 0.0 };
         self.report_ridge(il, "ffn_down", refit.ridge, wanted_ridge);
         let ty = self.model.tensor(&self.model.blocks[il].ffn_down).ty;
-        let q = quantise(&refit.weights, ty, &importance(&moments, &keep))?;
+        let q =
+            self.requantise(&refit.weights, &moments, &keep, self.settings.ridge_ffn, ty).map_err(failed)?;
         w.keep_neurons(&keep);
         w.ffn_down = q.to_matrix()?;
         self.plan.blocks[il].neurons = keep;
@@ -149,8 +117,7 @@ impl Run<'_> {
         for (chunk, _) in self.all_chunks() {
             let span = self.forward.span(&chunk);
             let mut out = vec![0.0; span.len()];
-            self.forward
-                .ffn(&block, &streams.pruned[span.clone()], &mut out)?;
+            self.forward.ffn(&block, &streams.pruned[span.clone()], &mut out)?;
             streams.pruned[span].copy_from_slice(&out);
         }
         Ok(format!("{} groups, {width} neurons", w.shape.n_head_kv))
@@ -179,27 +146,44 @@ impl Run<'_> {
     fn all_chunks(&self) -> Vec<(std::ops::Range<usize>, bool)> {
         let w = self.windows;
         let fit = self.forward.chunks(0..w.n_fit).into_iter().map(|c| (c, true));
-        let held_out = self
-            .forward
-            .chunks(w.n_fit..w.n_windows())
-            .into_iter()
-            .map(|c| (c, false));
+        let held_out = self.forward.chunks(w.n_fit..w.n_windows()).into_iter().map(|c| (c, false));
         fit.chain(held_out).collect()
+    }
+
+    /// Encodes refitted weights on the inputs `keep`: with error feedback where the type rounds in
+    /// blocks, unless the paper's method is asked for.
+    fn requantise(
+        &self,
+        weights: &Matrix,
+        moments: &Moments,
+        keep: &[usize],
+        ridge: f64,
+        ty: Type,
+    ) -> Result<Quantised, FeedbackError> {
+        if self.settings.error_feedback && output_type(ty, weights.n_in).is_quantized() {
+            return quantise_with_feedback(weights, &moments.gram.select(keep), ridge, ty);
+        }
+        Ok(quantise(weights, ty, &importance(moments, keep))?)
     }
 
     fn report_ridge(&mut self, il: usize, part: &str, used: f64, wanted: f64) {
         if used > wanted {
-            self.warnings.push(format!(
-                "block {il}, {part}: needed a ridge of {used:.0e} (asked for {wanted:.0e})"
-            ));
+            self.warnings
+                .push(format!("block {il}, {part}: needed a ridge of {used:.0e} (asked for {wanted:.0e})"));
         }
+    }
+}
+
+/// Puts block and tensor to what went wrong there.
+fn at_block(block: usize, part: &'static str) -> impl Fn(FeedbackError) -> PruneError {
+    move |e| match e {
+        FeedbackError::Singular(source) => PruneError::Singular { block, part, source },
+        FeedbackError::Ggml(source) => PruneError::Ggml(source),
     }
 }
 
 /// Mean of x_j² for the inputs `keep`: llama.cpp's importance matrix.
 fn importance(moments: &Moments, keep: &[usize]) -> Vec<f32> {
     let diagonal = moments.gram.diagonal();
-    keep.iter()
-        .map(|&j| (diagonal[j] / moments.n_tokens.max(1) as f64) as f32)
-        .collect()
+    keep.iter().map(|&j| (diagonal[j] / moments.n_tokens.max(1) as f64) as f32).collect()
 }

@@ -67,16 +67,10 @@ pub fn ffn_params_to_remove(
     let total: usize = blocks.iter().map(Budget::params).sum();
     let wanted = (total as f64 * sparsity).round() as usize;
     let from_ffn = wanted.saturating_sub(attention_removed);
-    let spare: usize = blocks
-        .iter()
-        .map(|b| b.n_ff.saturating_sub(b.ff_step) * b.neuron_params)
-        .sum();
+    let spare: usize = blocks.iter().map(|b| b.n_ff.saturating_sub(b.ff_step) * b.neuron_params).sum();
     if from_ffn > spare {
         let reachable = (attention_removed + spare) as f64 / total as f64;
-        return Err(BudgetError {
-            asked: sparsity,
-            reachable,
-        });
+        return Err(BudgetError { asked: sparsity, reachable });
     }
     Ok(from_ffn)
 }

@@ -39,10 +39,8 @@ pub fn lazy_greedy<E>(
         let now = removed.len();
         let mut fresh = list.iter().filter(|c| c.2 == now).count();
         while list.first().is_some_and(|top| top.2 != now) && fresh < MAX_FRESH {
-            let stale: Vec<usize> = (0..list.len())
-                .filter(|&i| list[i].2 != now)
-                .take(BATCH.min(MAX_FRESH - fresh))
-                .collect();
+            let stale: Vec<usize> =
+                (0..list.len()).filter(|&i| list[i].2 != now).take(BATCH.min(MAX_FRESH - fresh)).collect();
             let ids: Vec<GroupId> = stale.iter().map(|&i| list[i].0).collect();
             for (i, s) in stale.iter().zip(score(&removed, &ids)?) {
                 (list[*i].1, list[*i].2) = (s, now);
@@ -72,11 +70,8 @@ pub fn rounds<E>(
 ) -> Result<Vec<GroupId>, E> {
     let mut removed: Vec<GroupId> = Vec::new();
     while removed.len() < n_remove {
-        let left: Vec<GroupId> = candidates
-            .iter()
-            .copied()
-            .filter(|c| !removed.contains(c) && may_remove(&removed, *c))
-            .collect();
+        let left: Vec<GroupId> =
+            candidates.iter().copied().filter(|c| !removed.contains(c) && may_remove(&removed, *c)).collect();
         let mut scored: Vec<(f64, GroupId)> = score(&removed, &left)?.into_iter().zip(left).collect();
         scored.sort_by(|a, b| a.0.total_cmp(&b.0).then(a.1.cmp(&b.1)));
         let before = removed.len();
@@ -98,12 +93,7 @@ mod tests {
     use std::convert::Infallible;
 
     fn ids(n: usize) -> Vec<GroupId> {
-        (0..n)
-            .map(|i| GroupId {
-                block: i / 3,
-                group: i % 3,
-            })
-            .collect()
+        (0..n).map(|i| GroupId { block: i / 3, group: i % 3 }).collect()
     }
 
     /// Costs that grow with what went before in the same block: submodular, so lazy is exact.
@@ -150,10 +140,7 @@ mod tests {
             Ok::<_, Infallible>(ask.iter().map(|c| c.block as f64).collect())
         };
         let rough = all.iter().map(|&c| (c, 0.0)).collect();
-        for removed in [
-            lazy_greedy(rough, 9, may, score).unwrap(),
-            rounds(&all, 9, 3, may, score).unwrap(),
-        ] {
+        for removed in [lazy_greedy(rough, 9, may, score).unwrap(), rounds(&all, 9, 3, may, score).unwrap()] {
             assert_eq!(removed.len(), 8);
             assert_eq!(removed.iter().filter(|r| r.block == 0).count(), 2);
         }

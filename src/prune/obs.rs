@@ -1,12 +1,12 @@
 //! Optimal brain surgeon over blocks of inputs (Hassibi and Stork 1993; SlimGPT's algebra).
 
 use super::Singular;
-use super::refit::{damped, factor};
+use super::refit::factor;
 use crate::model::Matrix;
 use crate::numeric::SymMatrix;
 use faer::linalg::matmul::matmul;
-use faer::linalg::solvers::{DenseSolveCore, Solve};
-use faer::{Accum, Mat, Par, Side};
+use faer::linalg::solvers::{DenseSolveCore, Llt, Solve};
+use faer::{Accum, Mat, Par};
 
 /// A map W at the minimum of a quadratic loss with curvature H + λI, whose inputs are taken out one
 /// block after another; what stays is moved to the new minimum each time.
@@ -33,13 +33,7 @@ impl Obs {
         let (llt, ridge) = factor(h, ridge, h.mean_diagonal())?;
         let h_inv = llt.inverse();
         let weights = Mat::from_fn(w.n_out, w.n_in, |i, j| f64::from(w.data[i * w.n_in + j]));
-        Ok(Obs {
-            w: weights,
-            h_inv,
-            order: (0..h.n).collect(),
-            alive: h.n,
-            ridge,
-        })
+        Ok(Obs { w: weights, h_inv, order: (0..h.n).collect(), alive: h.n, ridge })
     }
 
     /// Inputs that are left.
@@ -80,51 +74,40 @@ impl Obs {
         self.w.subcols(self.alive - k, k).to_owned()
     }
 
+    /// What an error in each of the last `k` columns costs once the columns before them have made up
+    /// for it as well as they can: the diagonal of ([H⁻¹]_(tail, tail))⁻¹.
+    pub fn tail_curvature(&self, k: usize) -> Vec<f64> {
+        let inverse = self.tail_factor(k).inverse();
+        (0..k).map(|i| inverse[(i, i)]).collect()
+    }
+
+    /// Cholesky factor of [H⁻¹]_(tail, tail).
+    fn tail_factor(&self, k: usize) -> Llt<f64> {
+        let left = self.alive - k;
+        let s = self.h_inv.submatrix(left, left, k, k);
+        let block = SymMatrix { n: k, data: (0..k * k).map(|i| s[(i % k, i / k)]).collect() };
+        // Positive definite but for rounding, which the ridge makes up for where it must.
+        let factored = factor(&block, 0.0, block.mean_diagonal());
+        factored.expect("a principal block of a positive definite matrix is positive definite").0
+    }
+
     /// Fixes the last `k` columns at `values` `[n_out, k]` and moves the others to the minimum under
     /// that condition. Returns what the loss grew by.
     pub fn settle_tail(&mut self, k: usize, values: &Mat<f64>) -> f64 {
         let (n, left) = (self.alive, self.alive - k);
         let error = self.w.subcols(left, k) - values;
         // Gains: S⁻¹ [H⁻¹]_(tail, lead) with S = [H⁻¹]_(tail, tail).
-        let s = self.h_inv.submatrix(left, left, k, k).to_owned();
-        let llt = s.llt(Side::Lower).or_else(|_| {
-            let scale = (0..k).map(|i| s[(i, i)]).sum::<f64>() / k as f64;
-            let sym = SymMatrix {
-                n: k,
-                data: (0..k * k).map(|i| s[(i % k, i / k)]).collect(),
-            };
-            damped(&sym, scale * 1e-9).llt(Side::Lower)
-        });
-        let llt = llt.expect("a principal block of a positive definite matrix is positive definite");
+        let llt = self.tail_factor(k);
         let scaled = llt.solve(error.transpose().to_owned());
-        let loss = (0..k)
-            .map(|a| {
-                (0..error.nrows())
-                    .map(|i| error[(i, a)] * scaled[(a, i)])
-                    .sum::<f64>()
-            })
-            .sum();
+        let loss =
+            (0..k).map(|a| (0..error.nrows()).map(|i| error[(i, a)] * scaled[(a, i)]).sum::<f64>()).sum();
         let across = self.h_inv.submatrix(left, 0, k, left).to_owned();
         let gains = llt.solve(&across);
         let par = Par::rayon(0);
-        matmul(
-            self.w.as_mut().subcols_mut(0, left),
-            Accum::Add,
-            error.as_ref(),
-            gains.as_ref(),
-            -1.0,
-            par,
-        );
+        matmul(self.w.as_mut().subcols_mut(0, left), Accum::Add, error.as_ref(), gains.as_ref(), -1.0, par);
         let (mut lead, tail) = self.h_inv.as_mut().subcols_mut(0, n).split_at_col_mut(left);
         let tail = tail.as_ref().subrows(0, left);
-        matmul(
-            lead.as_mut().subrows_mut(0, left),
-            Accum::Add,
-            tail,
-            gains.as_ref(),
-            -1.0,
-            par,
-        );
+        matmul(lead.as_mut().subrows_mut(0, left), Accum::Add, tail, gains.as_ref(), -1.0, par);
         self.alive = left;
         loss
     }

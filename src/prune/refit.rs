@@ -30,13 +30,13 @@ pub fn refit(w: &Matrix, moments: &Moments, mu: f64, keep: &[usize], ridge: f64)
     let (n, m, k) = (w.n_in, w.n_out, keep.len());
     let h = &moments.gram;
     let (llt, ridge) = factor(&h.select(keep), ridge, h.mean_diagonal())?;
-    // (x Wᵀ)ᵀ x_keep = W H[:, keep]; W_keep is taken out, so that the unknown is the change of W_keep.
-    let mut delta = w.clone();
-    keep.iter()
-        .for_each(|&j| (0..m).for_each(|i| delta.data[i * n + j] = 0.0));
-    let d = Mat::from_fn(n, m, |j, i| f64::from(delta.data[i * n + j]));
-    let h_cols = Mat::from_fn(k, n, |a, j| h.data[keep[a] * n + j]);
-    let mut rhs = &h_cols * &d;
+    // The unknown is the change of W_keep: what is left to explain is the output of the inputs that go,
+    // (x W_goneᵀ)ᵀ x_keep = W_gone H[gone, keep], and the residual.
+    let stays: std::collections::HashSet<usize> = keep.iter().copied().collect();
+    let gone: Vec<usize> = (0..n).filter(|j| !stays.contains(j)).collect();
+    let w_gone = Mat::from_fn(gone.len(), m, |b, i| f64::from(w.data[i * n + gone[b]]));
+    let h_across = Mat::from_fn(k, gone.len(), |a, b| h.data[keep[a] * n + gone[b]]);
+    let mut rhs = &h_across * &w_gone;
     if mu != 0.0 {
         for i in 0..m {
             for (a, &j) in keep.iter().enumerate() {
@@ -51,11 +51,7 @@ pub fn refit(w: &Matrix, moments: &Moments, mu: f64, keep: &[usize], ridge: f64)
             weights.data[i * k + a] += change[(a, i)] as f32;
         }
     }
-    if weights.data.iter().all(|v| v.is_finite()) {
-        Ok(Refit { weights, ridge })
-    } else {
-        Err(Singular)
-    }
+    if weights.data.iter().all(|v| v.is_finite()) { Ok(Refit { weights, ridge }) } else { Err(Singular) }
 }
 
 /// Cholesky factor of H + ridge · scale · I, with the ridge raised until it exists.
@@ -79,8 +75,6 @@ pub(super) fn factor(
 }
 
 /// H + λ I.
-pub(super) fn damped(h: &SymMatrix, lambda: f64) -> Mat<f64> {
-    Mat::from_fn(h.n, h.n, |i, j| {
-        h.data[j * h.n + i] + if i == j { lambda } else { 0.0 }
-    })
+fn damped(h: &SymMatrix, lambda: f64) -> Mat<f64> {
+    Mat::from_fn(h.n, h.n, |i, j| h.data[j * h.n + i] + if i == j { lambda } else { 0.0 })
 }

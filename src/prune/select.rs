@@ -57,20 +57,15 @@ pub fn paper_keep(w: &Matrix, h: &SymMatrix, n_tokens: usize, n_keep: usize) -> 
     let h_inv = llt.inverse();
     let h_inv = SymMatrix {
         n,
-        data: (0..n * n)
-            .map(|i| 0.5 * (h_inv[(i % n, i / n)] + h_inv[(i / n, i % n)]))
-            .collect(),
+        data: (0..n * n).map(|i| 0.5 * (h_inv[(i % n, i / n)] + h_inv[(i / n, i % n)])).collect(),
     };
     let (u, _) = factor(&h_inv, 0.0, h_inv.mean_diagonal())?;
     let u = u.L();
     let energies = output_energies(w, h, n_tokens);
     let mut scored: Vec<(f64, usize)> = (0..n)
         .map(|j| {
-            let s: f64 = energies
-                .iter()
-                .enumerate()
-                .map(|(i, e)| e * f64::from(w.data[i * n + j]).powi(2))
-                .sum();
+            let s: f64 =
+                energies.iter().enumerate().map(|(i, e)| e * f64::from(w.data[i * n + j]).powi(2)).sum();
             (s / u[(j, j)].powi(2), j)
         })
         .collect();

@@ -65,21 +65,10 @@ mod tests {
 
     #[test]
     fn cheap_blocks_give_first() {
-        let steep = Curve {
-            widths: vec![96, 64, 32],
-            losses: vec![0.0, 10.0, 30.0],
-            energy: 1.0,
-        };
-        let flat = Curve {
-            widths: vec![128, 96, 64, 32],
-            losses: vec![0.0, 1.0, 3.0, 20.0],
-            energy: 1.0,
-        };
+        let steep = Curve { widths: vec![96, 64, 32], losses: vec![0.0, 10.0, 30.0], energy: 1.0 };
+        let flat = Curve { widths: vec![128, 96, 64, 32], losses: vec![0.0, 1.0, 3.0, 20.0], energy: 1.0 };
         assert_eq!(allocate(&[steep.clone(), flat.clone()], 96), [64, 64]);
-        let heavy = Curve {
-            energy: 100.0,
-            ..steep
-        };
+        let heavy = Curve { energy: 100.0, ..steep };
         assert_eq!(allocate(&[heavy, flat], 96), [32, 96]);
     }
 

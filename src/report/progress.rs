@@ -19,12 +19,7 @@ pub struct Progress {
 enum Mode {
     Quiet,
     Bar(Option<ProgressBar>),
-    Lines {
-        stage: String,
-        steps: usize,
-        start: Instant,
-        last: Option<Instant>,
-    },
+    Lines { stage: String, steps: usize, start: Instant, last: Option<Instant> },
 }
 
 impl Progress {
@@ -35,12 +30,7 @@ impl Progress {
         } else if std::io::stderr().is_terminal() {
             Mode::Bar(None)
         } else {
-            Mode::Lines {
-                stage: String::new(),
-                steps: 0,
-                start: Instant::now(),
-                last: None,
-            }
+            Mode::Lines { stage: String::new(), steps: 0, start: Instant::now(), last: None }
         };
         Progress { mode, stop }
     }
@@ -70,12 +60,7 @@ impl Observer for Progress {
                 new.enable_steady_tick(Duration::from_millis(250));
                 *bar = Some(new);
             }
-            Mode::Lines {
-                stage,
-                steps: n,
-                start,
-                last,
-            } => {
+            Mode::Lines { stage, steps: n, start, last } => {
                 (*stage, *n, *start, *last) = (name.to_string(), steps, Instant::now(), None);
                 eprintln!("{name}");
             }
@@ -91,12 +76,7 @@ impl Observer for Progress {
                     bar.set_message(note.to_string());
                 }
             }
-            Mode::Lines {
-                stage,
-                steps,
-                start,
-                last,
-            } => {
+            Mode::Lines { stage, steps, start, last } => {
                 // Tokens tick by the thousand; blocks and heads have something to say each time.
                 if note.is_empty() && last.is_some_and(|t| t.elapsed() < LINE_EVERY) && done < *steps {
                     return;
@@ -104,11 +84,7 @@ impl Observer for Progress {
                 *last = Some(Instant::now());
                 let left =
                     start.elapsed().as_secs_f64() * (steps.saturating_sub(done)) as f64 / done.max(1) as f64;
-                let note = if note.is_empty() {
-                    String::new()
-                } else {
-                    format!(", {note}")
-                };
+                let note = if note.is_empty() { String::new() } else { format!(", {note}") };
                 eprintln!("{stage} {done}/{steps}, about {left:.0} s left{note}");
             }
         }

@@ -17,19 +17,9 @@ pub fn summary(o: &Outcome) -> String {
         percent(o.before.bytes as f64, o.after.bytes as f64),
     );
     let (p, q) = (o.before.params, o.after.params);
-    line(
-        "parameters",
-        millions(p),
-        millions(q),
-        percent(p as f64, q as f64),
-    );
+    line("parameters", millions(p), millions(q), percent(p as f64, q as f64));
     let (p, q) = (o.before.block_params, o.after.block_params);
-    line(
-        "  in blocks",
-        millions(p),
-        millions(q),
-        percent(p as f64, q as f64),
-    );
+    line("  in blocks", millions(p), millions(q), percent(p as f64, q as f64));
     let heads = |s: &Size| s.blocks.iter().map(|b| b.n_head).sum::<usize>();
     let groups = |s: &Size| s.blocks.iter().map(|b| b.n_head_kv).sum::<usize>();
     let count = |s: &Size| format!("{} / {}", heads(s), groups(s));
@@ -41,26 +31,15 @@ pub fn summary(o: &Outcome) -> String {
     );
     let neurons = |s: &Size| s.blocks.iter().map(|b| b.n_ff).sum::<usize>();
     let (p, q) = (neurons(&o.before), neurons(&o.after));
-    line(
-        "neurons",
-        p.to_string(),
-        q.to_string(),
-        percent(p as f64, q as f64),
-    );
+    line("neurons", p.to_string(), q.to_string(), percent(p as f64, q as f64));
     if let Some(q) = &o.quality {
         let after = q.file_ppl.unwrap_or(q.pruned_ppl);
         let times = format!("x {:.2}", after / q.dense_ppl);
-        line(
-            "perplexity",
-            format!("{:.2}", q.dense_ppl),
-            format!("{after:.2}"),
-            times,
-        );
+        line("perplexity", format!("{:.2}", q.dense_ppl), format!("{after:.2}"), times);
         let judge = match q.file_ppl {
-            Some(_) => format!(
-                "the written file in llama.cpp; our own forward of it says {:.2}",
-                q.pruned_ppl
-            ),
+            Some(_) => {
+                format!("the written file in llama.cpp; our own forward of it says {:.2}", q.pruned_ppl)
+            }
             None => "our own forward; the file was not verified".into(),
         };
         let (fit, own) = q.fit_tokens;
@@ -89,38 +68,23 @@ pub fn summary(o: &Outcome) -> String {
 fn blocks(out: &mut String, o: &Outcome) {
     let _ = writeln!(out, "\nKV heads and neurons per block:");
     for (i, chunk) in o.after.blocks.chunks(10).enumerate() {
-        let cells: Vec<String> = chunk
-            .iter()
-            .map(|b| format!("{:>2}·{:<5}", b.n_head_kv, b.n_ff))
-            .collect();
+        let cells: Vec<String> = chunk.iter().map(|b| format!("{:>2}·{:<5}", b.n_head_kv, b.n_ff)).collect();
         let _ = writeln!(out, "{:>4}  {}", i * 10, cells.join(" ").trim_end());
     }
 }
 
 fn megabytes(bytes: u64) -> String {
     let mib = bytes as f64 / (1024.0 * 1024.0);
-    if mib >= 10_240.0 {
-        format!("{:.2} GiB", mib / 1024.0)
-    } else {
-        format!("{mib:.1} MiB")
-    }
+    if mib >= 10_240.0 { format!("{:.2} GiB", mib / 1024.0) } else { format!("{mib:.1} MiB") }
 }
 
 fn millions(n: usize) -> String {
     let m = n as f64 / 1e6;
-    if m >= 10_000.0 {
-        format!("{:.2} B", m / 1e3)
-    } else {
-        format!("{m:.1} M")
-    }
+    if m >= 10_000.0 { format!("{:.2} B", m / 1e3) } else { format!("{m:.1} M") }
 }
 
 fn percent(before: f64, after: f64) -> String {
-    if before == 0.0 {
-        String::new()
-    } else {
-        format!("{:+.1} %", (after / before - 1.0) * 100.0)
-    }
+    if before == 0.0 { String::new() } else { format!("{:+.1} %", (after / before - 1.0) * 100.0) }
 }
 
 /// Largest resident size of this process so far, in bytes, where the system tells.

@@ -1,7 +1,9 @@
 //! From changed floats back to quantised tensors, and slices of tensors that did not change.
 
+mod feedback;
 mod quantise;
 mod slice;
 
+pub use feedback::{FeedbackError, quantise_with_feedback};
 pub use quantise::{Quantised, output_type, quantise};
 pub use slice::{select_columns, select_rows};

@@ -55,10 +55,5 @@ pub fn output_type(wanted: Type, n_per_row: usize) -> Type {
 pub fn quantise(m: &Matrix, wanted: Type, importance: &[f32]) -> Result<Quantised, GgmlError> {
     let ty = output_type(wanted, m.n_in);
     let bytes = ty.quantize(&m.data, m.n_in, Some(importance))?;
-    Ok(Quantised {
-        ty,
-        n_in: m.n_in,
-        n_out: m.n_out,
-        bytes,
-    })
+    Ok(Quantised { ty, n_in: m.n_in, n_out: m.n_out, bytes })
 }

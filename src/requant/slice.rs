@@ -5,10 +5,7 @@ use crate::ggml::Type;
 /// Rows `rows` of a tensor with rows of `n_per_row` elements, byte for byte.
 pub fn select_rows(bytes: &[u8], ty: Type, n_per_row: usize, rows: &[usize]) -> Vec<u8> {
     let size = ty.row_bytes(n_per_row);
-    rows.iter()
-        .flat_map(|&r| &bytes[r * size..(r + 1) * size])
-        .copied()
-        .collect()
+    rows.iter().flat_map(|&r| &bytes[r * size..(r + 1) * size]).copied().collect()
 }
 
 /// Columns in runs of `run` elements, `runs` of them by number, byte for byte; nothing if a run is
@@ -24,9 +21,8 @@ pub fn select_columns(
         return None;
     }
     let (row_size, run_size) = (ty.row_bytes(n_per_row), ty.row_bytes(run));
-    let slice = bytes.chunks_exact(row_size).flat_map(|row| {
-        runs.iter()
-            .flat_map(move |&r| &row[r * run_size..(r + 1) * run_size])
-    });
+    let slice = bytes
+        .chunks_exact(row_size)
+        .flat_map(|row| runs.iter().flat_map(move |&r| &row[r * run_size..(r + 1) * run_size]));
     Some(slice.copied().collect())
 }

@@ -10,9 +10,7 @@ pub struct Cli {
 
 impl Cli {
     pub fn new() -> Cli {
-        Cli {
-            dir: tempfile::tempdir().unwrap(),
-        }
+        Cli { dir: tempfile::tempdir().unwrap() }
     }
 
     pub fn path(&self, name: &str) -> PathBuf {
@@ -31,11 +29,7 @@ impl Cli {
     pub fn ok(&self, args: &[&str]) -> String {
         let out = self.run(args);
         let (stdout, stderr) = texts(&out);
-        assert!(
-            out.status.success(),
-            "{args:?}: {:?}\n{stdout}\n{stderr}",
-            out.status
-        );
+        assert!(out.status.success(), "{args:?}: {:?}\n{stdout}\n{stderr}", out.status);
         stdout
     }
 
@@ -49,12 +43,7 @@ impl Cli {
         let errors: Vec<&str> = stderr.lines().filter(|l| l.starts_with("error:")).collect();
         assert_eq!(errors.len(), 1, "{args:?}: {stderr}");
         for part in parts {
-            assert!(
-                errors[0].contains(part),
-                "{args:?}: {:?} is not in {}",
-                part,
-                errors[0]
-            );
+            assert!(errors[0].contains(part), "{args:?}: {:?} is not in {}", part, errors[0]);
         }
         assert_eq!(self.listing(), before, "{args:?} left something behind");
     }
@@ -64,13 +53,7 @@ impl Cli {
         let mut all: Vec<_> = std::fs::read_dir(self.dir.path())
             .unwrap()
             .map(|e| e.unwrap().path())
-            .map(|p| {
-                if p.is_file() {
-                    (p.clone(), std::fs::read(p).unwrap())
-                } else {
-                    (p, Vec::new())
-                }
-            })
+            .map(|p| if p.is_file() { (p.clone(), std::fs::read(p).unwrap()) } else { (p, Vec::new()) })
             .collect();
         all.sort();
         all
@@ -78,10 +61,7 @@ impl Cli {
 }
 
 fn texts(out: &Output) -> (String, String) {
-    (
-        String::from_utf8_lossy(&out.stdout).into_owned(),
-        String::from_utf8_lossy(&out.stderr).into_owned(),
-    )
+    (String::from_utf8_lossy(&out.stdout).into_owned(), String::from_utf8_lossy(&out.stderr).into_owned())
 }
 
 /// A path as an argument.

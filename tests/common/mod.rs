@@ -8,10 +8,7 @@ use std::path::PathBuf;
 
 /// SmolLM2-135M-Instruct, fetched by `make model`.
 pub fn smollm2() -> PathBuf {
-    let default = concat!(
-        env!("CARGO_MANIFEST_DIR"),
-        "/models/SmolLM2-135M-Instruct.Q4_1.gguf"
-    );
+    let default = concat!(env!("CARGO_MANIFEST_DIR"), "/models/SmolLM2-135M-Instruct.Q4_1.gguf");
     let path = std::env::var_os("PUTRI_TEST_MODEL").map_or_else(|| PathBuf::from(default), PathBuf::from);
     assert!(path.is_file(), "{} is missing: run `make model`", path.display());
     path
@@ -32,15 +29,8 @@ pub fn libllama_logits(path: &std::path::Path, tokens: &[i32]) -> Vec<f32> {
     use putri_gguf::ggml::{BatchToken, Context, LlamaModel};
     let model = LlamaModel::load(path).unwrap();
     let mut ctx = Context::new(&model, tokens.len(), 1, tokens.len(), 1).unwrap();
-    let batch: Vec<_> = tokens
-        .iter()
-        .enumerate()
-        .map(|(i, &token)| BatchToken {
-            token,
-            pos: i as i32,
-            seq: 0,
-        })
-        .collect();
+    let batch: Vec<_> =
+        tokens.iter().enumerate().map(|(i, &token)| BatchToken { token, pos: i as i32, seq: 0 }).collect();
     ctx.decode(&batch).unwrap();
     (0..tokens.len()).flat_map(|i| ctx.logits(i).to_vec()).collect()
 }
@@ -63,9 +53,7 @@ pub fn our_logits(
     }
     let head = forward.head(&model).unwrap();
     let mut logits = Vec::new();
-    forward
-        .logits(&head, &x, |_, rows| logits.extend_from_slice(rows))
-        .unwrap();
+    forward.logits(&head, &x, |_, rows| logits.extend_from_slice(rows)).unwrap();
     logits
 }
 

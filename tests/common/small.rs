@@ -70,11 +70,7 @@ impl Small {
     pub fn metadata(&self) -> Vec<(String, Value)> {
         let per_block = |f: fn(&(usize, usize, usize)) -> usize| {
             let v: Vec<u32> = self.blocks.iter().map(|b| f(b) as u32).collect();
-            if v.iter().all(|n| *n == v[0]) {
-                Value::U32(v[0])
-            } else {
-                Value::u32_array(&v)
-            }
+            if v.iter().all(|n| *n == v[0]) { Value::U32(v[0]) } else { Value::u32_array(&v) }
         };
         let arch = |s: &str| format!("{}.{s}", self.arch);
         let u32 = |n: usize| Value::U32(n as u32);
@@ -114,11 +110,7 @@ impl Small {
             .collect();
         let scores: Vec<f32> = (0..self.n_vocab).map(|i| -(i as f32)).collect();
         // GGUF type 6 is float32.
-        let scores = Value::Array {
-            ty: 6,
-            bytes: bytemuck::cast_slice(&scores).to_vec(),
-            len: self.n_vocab,
-        };
+        let scores = Value::Array { ty: 6, bytes: bytemuck::cast_slice(&scores).to_vec(), len: self.n_vocab };
         let key = |s: &str| format!("tokenizer.ggml.{s}");
         vec![
             (key("model"), Value::Str("llama".into())),
@@ -145,11 +137,7 @@ impl Small {
             } else {
                 rng.vec(n, 1.5 / (ne[0] as f32).sqrt())
             };
-            let ty = if ne.len() == 1 || ne[0] % self.ty.block_size() != 0 {
-                Type::F32
-            } else {
-                self.ty
-            };
+            let ty = if ne.len() == 1 || ne[0] % self.ty.block_size() != 0 { Type::F32 } else { self.ty };
             out.push((name, ty, ne.to_vec(), values));
         };
         add("token_embd.weight".into(), &[d, self.n_vocab], false);
@@ -196,12 +184,7 @@ impl Small {
             .into_iter()
             .map(|(name, ty, ne, values)| {
                 let bytes = ty.quantize(&values, ne[0], None).unwrap();
-                OutTensor {
-                    name,
-                    ty,
-                    ne,
-                    data: Box::new(move || Ok(Cow::Owned(bytes.clone()))),
-                }
+                OutTensor { name, ty, ne, data: Box::new(move || Ok(Cow::Owned(bytes.clone()))) }
             })
             .collect();
         let mut file = std::fs::File::create(path).unwrap();
