@@ -90,8 +90,10 @@ fn settings(row: &str, sparsity: f64, n_threads: usize) -> Settings {
         let number = || value.parse::<f64>().unwrap_or_else(|_| panic!("{change}: not a number"));
         match key {
             "mixture" => s.mixture = number(),
+            "token_weight" => s.token_weight = number(),
             "ridge_attn" => s.ridge_attn = number(),
             "ridge_ffn" => s.ridge_ffn = number(),
+            "groups" => s.groups = Some(number() as usize),
             "head_tokens" => s.head_tokens = number() as usize,
             "curve_tokens" => s.curve_tokens = number() as usize,
             "nll" => s.head_loss = Loss::Likelihood,

@@ -6,7 +6,10 @@ use common::small::Small;
 use common::{TEXT, compare_logits, libllama_logits, our_logits, smollm2};
 use putri_gguf::forward::Precision;
 use putri_gguf::ggml::{LlamaModel, Type, silence_logs};
-use putri_gguf::gguf::Value;
+use putri_gguf::gguf::{GgufFile, OutTensor, Value, write_gguf};
+use std::borrow::Cow;
+use std::fs::File;
+use std::io::BufWriter;
 
 fn check_small(name: &str, small: &Small) {
     silence_logs();
@@ -89,4 +92,37 @@ fn smollm2_agrees_with_libllama() {
         // The file is Q4_1: libllama rounds activations to eight bits for it, we do not.
         assert!(max < 2.0 && kl < 5e-3, "{precision:?}: largest difference {max}, KL divergence {kl}");
     }
+}
+
+#[test]
+fn smollm2_with_f32_weights_agrees_with_libllama_closely() {
+    // The same weights without quantisation: now libllama rounds no activations either, and what is
+    // left are its halves in the KV cache and the order of sums.
+    silence_logs();
+    let source = GgufFile::open(&smollm2()).unwrap();
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("f32.gguf");
+    let tensors: Vec<OutTensor> = source
+        .tensors()
+        .iter()
+        .map(|t| OutTensor {
+            name: t.name.clone(),
+            ty: Type::F32,
+            ne: t.ne.clone(),
+            data: Box::new(|| {
+                let floats = source.floats(t, 0..t.n_rows())?;
+                Ok(Cow::Owned(bytemuck::cast_slice(&floats).to_vec()))
+            }),
+        })
+        .collect();
+    let mut file = BufWriter::new(File::create(&path).unwrap());
+    write_gguf(&mut file, &path, source.metadata(), source.alignment(), &tensors).unwrap();
+    drop(file);
+
+    let vocab = LlamaModel::load_vocab(&path).unwrap();
+    let tokens = vocab.vocab().tokenize(TEXT).unwrap();
+    let ours = our_logits(&path, &tokens, Precision::F32);
+    let (max, kl) = compare_logits(&libllama_logits(&path, &tokens), &ours, vocab.vocab().n_tokens());
+    println!("SmolLM2 in F32: largest difference {max:.4}, KL divergence {kl:.2e}");
+    assert!(max < 0.1 && kl < 1e-5, "largest difference {max}, KL divergence {kl}");
 }

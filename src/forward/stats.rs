@@ -28,9 +28,15 @@ impl Sums {
     }
 }
 
-/// Moments to be collected, and what the residual stream should be at that point; without a target
-/// only the Gram matrix is collected.
-pub type Collect<'a> = (Option<&'a [f32]>, &'a mut Moments);
+/// Moments to be collected over a chunk.
+pub struct Collect<'a> {
+    /// What the residual stream should be at that point; without it only the Gram matrix is collected.
+    pub target: Option<&'a [f32]>,
+    /// Factor of each token's inputs and residual.
+    pub scales: &'a [f32],
+    /// Receives the sums.
+    pub into: &'a mut Moments,
+}
 
 /// What [`Forward::from_heads`] writes.
 #[derive(Default)]
@@ -64,13 +70,13 @@ impl Forward {
         let x = g.input_f32(ne, x);
         let a = self.net.heads(&mut g, b, x);
         g.output(a);
-        let collect = moments.map(|(target, into)| {
-            let residual = target.map(|target| {
+        let collect = moments.map(|c| {
+            let residual = c.target.map(|target| {
                 let own = self.net.attention_residual(&mut g, b, x, Some(a));
                 let target = g.input_f32(ne, target);
                 g.sub(target, own)
             });
-            (self.net.sums(&mut g, a, residual), into)
+            (self.net.sums(&mut g, a, residual, c.scales), c.into)
         });
         let done = g.compute(&mut self.engine)?;
         if let Some((sums, into)) = collect {
@@ -104,12 +110,12 @@ impl Forward {
         if wanted.out.is_some() {
             g.output(own);
         }
-        let collect = wanted.moments.map(|(target, into)| {
-            let residual = target.map(|target| {
+        let collect = wanted.moments.map(|c| {
+            let residual = c.target.map(|target| {
                 let target = g.input_f32(ne, target);
                 g.sub(target, own)
             });
-            (self.net.sums(&mut g, h, residual), into)
+            (self.net.sums(&mut g, h, residual, c.scales), c.into)
         });
         let done = g.compute(&mut self.engine)?;
         if let Some((sums, into)) = collect {
@@ -126,9 +132,13 @@ impl Forward {
 }
 
 impl Net {
-    /// Products over tokens of `x` `[n, n_tokens]` with itself and with `residual` `[m, n_tokens]`.
-    fn sums<'a>(&self, g: &mut Graph<'a>, x: T, residual: Option<T>) -> Sums {
+    /// Products over tokens of `x` `[n, n_tokens]` with itself and with `residual` `[m, n_tokens]`, both
+    /// multiplied by `scales` `[n_tokens]`.
+    fn sums<'a>(&self, g: &mut Graph<'a>, x: T, residual: Option<T>, scales: &'a [f32]) -> Sums {
         let [n, n_tokens, ..] = g.ne(x);
+        let scales = g.input_f32([1, n_tokens], scales);
+        let x = g.mul(x, scales);
+        let residual = residual.map(|r| g.mul(r, scales));
         let xt = self.transposed(g, x);
         let width = n.div_ceil(PANELS).next_multiple_of(16);
         let panels = (0..n)

@@ -1,7 +1,8 @@
 //! Widths per block, from what each block loses as it narrows.
 
 use super::{PruneError, Run};
-use crate::forward::Wanted;
+use super::{mean_square, token_scales};
+use crate::forward::{Collect, Wanted};
 use crate::numeric::Moments;
 use crate::prune::{self, Budget, Curve};
 
@@ -38,8 +39,9 @@ impl Run<'_> {
                 let x = &stream[span.clone()];
                 let heads = self.forward.heads(&block, x, None)?;
                 let mut out = vec![0.0; x.len()];
-                let wanted =
-                    Wanted { out: Some(&mut out), moments: Some((None, &mut moments)), ..Wanted::default() };
+                let scales = token_scales(x, n_embd, self.settings.token_weight);
+                let collect = Collect { target: None, scales: &scales, into: &mut moments };
+                let wanted = Wanted { out: Some(&mut out), moments: Some(collect), ..Wanted::default() };
                 self.forward.from_heads(&block, x, &heads, wanted)?;
                 stream[span].copy_from_slice(&out);
             }
@@ -47,7 +49,8 @@ impl Run<'_> {
             let widths = prune::possible_widths(budget.n_ff, budget.ff_step);
             let losses = prune::loss_curve(&w.ffn_down, &moments.gram, self.settings.ridge_ffn, &widths)
                 .map_err(|source| PruneError::Singular { block: il, part: "ffn_down", source })?;
-            let energy = typical_energy(&stream, n_embd);
+            // What the tokens' weights have not taken care of.
+            let energy = typical_energy(&stream, n_embd).powf(1.0 - self.settings.token_weight);
             self.observer.step(il + 1, "");
             curves.push(Curve { widths, losses, energy });
         }
@@ -55,9 +58,9 @@ impl Run<'_> {
     }
 }
 
-/// Median over tokens of ‖x‖². The mean would be that of the few tokens with massive activations.
+/// Median over tokens of the mean of x². The mean over tokens would be that of the few tokens with massive activations.
 fn typical_energy(stream: &[f32], n_embd: usize) -> f64 {
-    let mut energies: Vec<f32> = stream.chunks_exact(n_embd).map(|x| x.iter().map(|v| v * v).sum()).collect();
+    let mut energies: Vec<f32> = stream.chunks_exact(n_embd).map(|x| mean_square(x)).collect();
     let middle = energies.len() / 2;
     let (_, median, _) = energies.select_nth_unstable_by(middle, f32::total_cmp);
     f64::from(*median).max(f64::MIN_POSITIVE)

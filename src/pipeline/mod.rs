@@ -45,10 +45,16 @@ pub struct Settings {
     pub precision: Precision,
     /// Weight of the dense model's stream in the refit's target.
     pub mixture: f64,
+    /// How far a token's error counts relative to its residual stream, which the next norm divides by:
+    /// 0 counts all errors alike, so that the few tokens with massive activations decide; 1 counts
+    /// relative errors.
+    pub token_weight: f64,
     /// Ridge of the attn_output refit, relative to the mean of its Gram matrix's diagonal.
     pub ridge_attn: f64,
     /// Ridge of the ffn_down refit.
     pub ridge_ffn: f64,
+    /// Attention groups to remove, instead of the paper's formula.
+    pub groups: Option<usize>,
     /// Tokens that heads are judged on.
     pub head_tokens: usize,
     /// What heads are judged by.
@@ -69,8 +75,10 @@ impl Default for Settings {
             n_threads: 1,
             precision: Precision::Auto,
             mixture: 0.5,
+            token_weight: 0.0,
             ridge_attn: 1e-2,
             ridge_ffn: 1e-3,
+            groups: None,
             head_tokens: 512,
             head_loss: Loss::Divergence,
             curve_tokens: 4096,
@@ -145,8 +153,11 @@ pub fn run(
     observer: &mut dyn Observer,
 ) -> Result<Outcome, PruneError> {
     let budgets = budgets(model);
-    // The authors' code knows no quantisation, so the baseline gets plain rounding.
-    let s = &Settings { error_feedback: s.error_feedback && s.method == Method::Putri, ..s.clone() };
+    let s = &match s.method {
+        Method::Putri => s.clone(),
+        // The authors' code counts all errors alike and knows no quantisation.
+        Method::Paper => Settings { error_feedback: false, token_weight: 0.0, ..s.clone() },
+    };
     let mut run = Run {
         forward: Forward::new(model, windows.n_ctx, s.n_threads, s.precision)?,
         model,
@@ -156,7 +167,7 @@ pub fn run(
         plan: Plan::whole(model),
         warnings: Vec::new(),
     };
-    let n_groups = groups_to_remove(&budgets, s.sparsity);
+    let n_groups = groups_to_remove(&budgets, s);
     let group_params: usize = budgets.iter().map(|b| b.group_params).max().unwrap_or(0);
     let (dense_ppl, pruned_ppl) = match s.method {
         Method::Putri => {
@@ -181,18 +192,17 @@ pub fn run(
 /// [`PruneError::Budget`] with what can be had.
 pub fn check_budget(model: &Model, s: &Settings) -> Result<(), PruneError> {
     let budgets = budgets(model);
-    let attention =
-        groups_to_remove(&budgets, s.sparsity) * budgets.iter().map(|b| b.group_params).min().unwrap_or(0);
+    let attention = groups_to_remove(&budgets, s) * budgets.iter().map(|b| b.group_params).min().unwrap_or(0);
     prune::ffn_params_to_remove(&budgets, s.sparsity, attention)?;
     Ok(())
 }
 
 /// Groups to remove, capped by the budget and by what may go (the first block keeps one).
-fn groups_to_remove(budgets: &[Budget], sparsity: f64) -> usize {
+fn groups_to_remove(budgets: &[Budget], s: &Settings) -> usize {
     let total: usize = budgets.iter().map(Budget::params).sum();
     let largest = budgets.iter().map(|b| b.group_params).max().unwrap_or(0).max(1);
-    let affordable = (total as f64 * sparsity) as usize / largest;
-    let wanted = prune::head_groups_paper(budgets, sparsity).min(affordable);
+    let affordable = (total as f64 * s.sparsity) as usize / largest;
+    let wanted = s.groups.unwrap_or_else(|| prune::head_groups_paper(budgets, s.sparsity)).min(affordable);
     let available = budgets.iter().map(|b| b.n_groups).sum::<usize>() - usize::from(budgets[0].n_groups > 0);
     wanted.min(available)
 }
@@ -216,6 +226,17 @@ pub fn budgets(model: &Model) -> Vec<Budget> {
 /// Widths change in steps that keep ffn_down in its type, and rows long enough for vector kernels.
 fn ff_step(ty: Type) -> usize {
     ty.block_size().max(32)
+}
+
+/// Factor of each token of `stream` `[n_tokens, n_embd]` in least-squares sums: its root mean square to
+/// the power of −`weight`.
+fn token_scales(stream: &[f32], n_embd: usize, weight: f64) -> Vec<f32> {
+    let exponent = -0.5 * weight as f32;
+    stream.chunks_exact(n_embd).map(|x| mean_square(x).max(f32::MIN_POSITIVE).powf(exponent)).collect()
+}
+
+fn mean_square(x: &[f32]) -> f32 {
+    x.iter().map(|v| v * v).sum::<f32>() / x.len() as f32
 }
 
 /// State of one run.

@@ -1,7 +1,7 @@
 //! One pass over the blocks that refits, selects and requantises.
 
-use super::{Method, PruneError, Run};
-use crate::forward::Wanted;
+use super::{Method, PruneError, Run, token_scales};
+use crate::forward::{Collect, Wanted};
 use crate::ggml::Type;
 use crate::model::{BlockWeights, Matrix};
 use crate::numeric::Moments;
@@ -57,7 +57,12 @@ impl Run<'_> {
             let (mut mid, mut out) = (vec![0.0; x.len()], vec![0.0; x.len()]);
             self.forward.block(&dense_block, x, Some(&mut mid), &mut out)?;
             x.copy_from_slice(&out);
-            let collect = (fit && refits).then_some((Some(&mid[..]), &mut moments));
+            let scales = token_scales(&mid, self.forward.n_embd(), self.settings.token_weight);
+            let collect = (fit && refits).then_some(Collect {
+                target: Some(&mid),
+                scales: &scales,
+                into: &mut moments,
+            });
             heads.push(self.forward.heads(&block, &streams.pruned[span], collect)?);
         }
         if refits {
@@ -93,9 +98,11 @@ impl Run<'_> {
         for ((chunk, fit), a) in self.all_chunks().into_iter().zip(heads) {
             let span = self.forward.span(&chunk);
             let mut mid = vec![0.0; span.len()];
-            let target = (n_out > 0).then_some(&streams.dense[span.clone()]);
-            let wanted =
-                Wanted { mid: Some(&mut mid), out: None, moments: fit.then_some((target, &mut moments)) };
+            let dense = &streams.dense[span.clone()];
+            let target = (n_out > 0).then_some(dense);
+            let scales = token_scales(dense, self.forward.n_embd(), self.settings.token_weight);
+            let collect = fit.then_some(Collect { target, scales: &scales, into: &mut moments });
+            let wanted = Wanted { mid: Some(&mut mid), out: None, moments: collect };
             self.forward.from_heads(&block, &streams.pruned[span.clone()], &a, wanted)?;
             streams.pruned[span].copy_from_slice(&mid);
         }
