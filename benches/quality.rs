@@ -150,6 +150,7 @@ fn main() {
                     self_share: args.self_share,
                     seed: 1,
                     n_threads: args.threads,
+                    n_parallel: 64,
                 },
                 settings: settings(row, sparsity, args.threads),
             };

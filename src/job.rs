@@ -14,7 +14,8 @@ use std::sync::Mutex;
 use std::time::{Duration, Instant};
 
 /// How far libllama's perplexity of the written file may lie from our own forward of the pruned
-/// model, as a ratio: it rounds activations for quantised weights, we do not.
+/// model, as a ratio, over many tokens: it rounds activations to eight bits for quantised weights, we
+/// do not. Over n tokens chance adds about 1/√n.
 const PARITY: f64 = 1.05;
 
 /// What to do.
@@ -129,17 +130,23 @@ pub fn run(job: &Job, observer: &mut dyn Observer) -> Result<Outcome, JobError> 
         other => at_input(other),
     })?;
     if job.settings.sparsity == 0.0 {
-        return copy_as_is(job, &model, start);
+        return copy_as_is(job, &model, start, observer.interrupted());
     }
     let budgets = pipeline::budgets(&model);
     pipeline::check_budget(&model, &job.settings)?;
+    let n_ctx_train = model.hparams.n_ctx_train;
+    if job.recipe.n_ctx > n_ctx_train {
+        let problem =
+            format!("was trained for {n_ctx_train} tokens; --ctx-size {} is more", job.recipe.n_ctx);
+        return Err(at_input(ModelError::Unusable(problem)));
+    }
 
     let (windows, source_sha256) = {
         let llama = LlamaModel::load(&job.input).map_err(CalibrateError::Llama)?;
         let mut windows = None;
         let sha = std::thread::scope(|scope| {
             let sha = scope.spawn(|| hex(&Sha256::digest(model.file.bytes())));
-            windows = Some(collect(&llama, job, observer));
+            windows = Some(collect(&llama, &model, job, observer));
             sha.join().expect("hashing does not panic")
         });
         (windows.expect("set in the scope")?, sha)
@@ -178,7 +185,8 @@ pub fn run(job: &Job, observer: &mut dyn Observer) -> Result<Outcome, JobError> 
             .map_err(JobError::DoesNotLoad)?;
         let own = quality.pruned_ppl;
         // A NaN on either side is no agreement.
-        let agrees = (file / own).ln().abs() <= PARITY.ln();
+        let bound = PARITY.ln() + 1.0 / (held_out.len() as f64).sqrt();
+        let agrees = (file / own).ln().abs() <= bound;
         if !agrees {
             return Err(JobError::Disagrees { file, own });
         }
@@ -221,13 +229,25 @@ fn removed_params(model: &Model, shapes: &[BlockShape]) -> usize {
     h.blocks.iter().zip(shapes).map(|(a, b)| sum(h.block_params(a)) - sum(h.block_params(b))).sum()
 }
 
+/// Bytes of KV cache that generating calibration text may take.
+const KV_BYTES: usize = 512 << 20;
+
+/// Windows that may be generated side by side: each has its F16 keys and values.
+fn n_parallel(model: &Model, job: &Job) -> usize {
+    let per_token: usize =
+        model.hparams.blocks.iter().map(|b| 4 * b.n_head_kv * model.hparams.head_dim).sum();
+    (KV_BYTES / (per_token * job.recipe.n_ctx).max(1)).clamp(1, job.recipe.n_parallel)
+}
+
 fn collect(
     llama: &LlamaModel,
+    model: &Model,
     job: &Job,
     observer: &mut dyn Observer,
 ) -> Result<calibrate::Windows, JobError> {
     let mut begun = false;
-    let windows = calibrate::collect(llama, &job.recipe, |done, total| {
+    let recipe = Recipe { n_parallel: n_parallel(model, job), ..job.recipe.clone() };
+    let windows = calibrate::collect(llama, &recipe, |done, total| {
         if !begun {
             observer.stage("calibration text", total);
             begun = true;
@@ -242,12 +262,15 @@ fn collect(
 }
 
 /// Sparsity 0: the same bytes.
-fn copy_as_is(job: &Job, model: &Model, start: Instant) -> Result<Outcome, JobError> {
+fn copy_as_is(job: &Job, model: &Model, start: Instant, interrupted: bool) -> Result<Outcome, JobError> {
     let io = |source| JobError::Io { path: job.output.clone(), source };
     let mut temp = temporary(&job.output)?;
     temp.write_all(model.file.bytes()).map_err(io)?;
     if job.verify {
         LlamaModel::load(temp.path()).map_err(JobError::DoesNotLoad)?;
+    }
+    if interrupted {
+        return Err(JobError::Interrupted);
     }
     finish(job, temp)?;
     let size = size_of(model);
@@ -262,22 +285,35 @@ fn copy_as_is(job: &Job, model: &Model, start: Instant) -> Result<Outcome, JobEr
     })
 }
 
-/// Refuses what would harm a file, before anything costs time.
+/// Refuses what would harm a file or cannot be written, before anything costs time.
 fn check_paths(job: &Job) -> Result<(), JobError> {
-    let Ok(existing) = job.output.canonicalize() else {
-        return Ok(());
+    let output = &job.output;
+    let refused = |kind, text: &str| {
+        Err(JobError::Io { path: output.clone(), source: std::io::Error::new(kind, text) })
     };
-    if job.input.canonicalize().is_ok_and(|input| same_file(&input, &existing)) {
-        return Err(JobError::SameFile(job.output.clone()));
+    if output.is_dir()
+        || output.file_name().is_none()
+        || output.as_os_str().as_encoded_bytes().ends_with(b"/")
+    {
+        return refused(std::io::ErrorKind::IsADirectory, "is a folder; name a file for the output");
     }
-    if !job.force {
-        return Err(JobError::Exists(job.output.clone()));
+    if let (Ok(input), Ok(existing)) = (job.input.canonicalize(), output.canonicalize())
+        && same_file(&input, &existing)
+    {
+        return Err(JobError::SameFile(output.clone()));
     }
-    if existing.is_dir() {
-        let source = std::io::Error::new(std::io::ErrorKind::IsADirectory, "is a directory");
-        return Err(JobError::Io { path: job.output.clone(), source });
+    // A dangling link exists, too.
+    if output.symlink_metadata().is_ok() && !job.force {
+        return Err(JobError::Exists(output.clone()));
     }
-    Ok(())
+    if job.verify && output.to_str().is_none() {
+        return refused(
+            std::io::ErrorKind::InvalidInput,
+            "is no UTF-8 path, which llama.cpp needs to verify it",
+        );
+    }
+    // Can a file be made there at all? It is gone again at once.
+    temporary(output).map(|_| register_temporary(None))
 }
 
 /// Whether two existing paths are one file, hard links included.
@@ -331,12 +367,13 @@ fn finish(job: &Job, temp: tempfile::NamedTempFile) -> Result<u64, JobError> {
     let io = |source| JobError::Io { path: job.output.clone(), source };
     temp.as_file().sync_all().map_err(io)?;
     let bytes = temp.as_file().metadata().map_err(io)?.len();
-    // A temporary file is private; an output is made like any other file.
+    // A temporary file is private, an output as readable as its source. Where the file system knows no
+    // such thing, it stays as it is.
     #[cfg(unix)]
-    {
+    if let Ok(source) = job.input.metadata() {
         use std::os::unix::fs::PermissionsExt;
-        let mode = job.input.metadata().map_err(io)?.permissions().mode() & 0o666;
-        temp.as_file().set_permissions(std::fs::Permissions::from_mode(mode | 0o200)).map_err(io)?;
+        let mode = source.permissions().mode() & 0o644 | 0o600;
+        let _ = temp.as_file().set_permissions(std::fs::Permissions::from_mode(mode));
     }
     let persisted = if job.force { temp.persist(&job.output) } else { temp.persist_noclobber(&job.output) };
     register_temporary(None);

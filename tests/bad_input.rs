@@ -74,6 +74,8 @@ fn keys_that_cannot_be() {
         ("block_count", Value::U32(0), "block_count"),
         ("attention.head_count", Value::U32(3), "not a multiple"),
         ("attention.layer_norm_rms_epsilon", Value::F32(f32::NAN), "NaN"),
+        ("attention.causal", Value::Bool(false), "not causal"),
+        ("nextn_predict_layers", Value::U32(1), "multi-token"),
     ] {
         let cli = Cli::new();
         Small { extra: vec![(key, value)], ..Small::default() }.write(&cli.path(IN));
@@ -95,7 +97,6 @@ fn tensors_that_do_not_fit() {
 
 #[test]
 fn sparsity_out_of_reach() {
-    prune(&with_model(), &["--sparsity", "0.99"], 2, &[]);
     let cli = with_model();
     cli.fails(&[IN, "out.gguf", "--sparsity", "0.99"], 1, &["0.99", "at most"]);
     for bad in ["1", "1.5", "-1", "many"] {
@@ -127,6 +128,12 @@ fn output_exists() {
 #[test]
 fn nowhere_to_write() {
     let cli = with_model();
+    std::fs::create_dir(cli.path("folder")).unwrap();
+    cli.fails(&[IN, "folder", "--sparsity", "0.25"], 1, &["folder", "name a file"]);
+    cli.fails(&[IN, "new/", "--sparsity", "0.25"], 1, &["new/", "name a file"]);
+    cli.fails(&[IN, &"x".repeat(300), "--sparsity", "0.25"], 1, &["too long"]);
+    std::os::unix::fs::symlink("gone", cli.path("dangling")).unwrap();
+    cli.fails(&[IN, "dangling", "--sparsity", "0.25"], 1, &["dangling", "--force"]);
     cli.fails(&[IN, "no/such/folder/out.gguf", "--sparsity", "0.25"], 1, &["no/such/folder"]);
 }
 
@@ -148,9 +155,36 @@ fn no_space() {
 }
 
 #[test]
+fn windows_longer_than_the_model_knows() {
+    prune(&with_model(), &["--ctx-size", "512"], 1, &["256 tokens", "--ctx-size 512"]);
+}
+
+#[test]
+fn no_tokenizer() {
+    let cli = with_model();
+    let file = putri_gguf::gguf::GgufFile::open(&cli.path(IN)).unwrap();
+    let metadata: Vec<_> =
+        file.metadata().iter().filter(|(k, _)| !k.starts_with("tokenizer.")).cloned().collect();
+    let path = cli.path("bare.gguf");
+    let tensors: Vec<_> = file
+        .tensors()
+        .iter()
+        .map(|t| putri_gguf::gguf::OutTensor {
+            name: t.name.clone(),
+            ty: t.ty,
+            ne: t.ne.clone(),
+            data: Box::new(|| Ok(std::borrow::Cow::Borrowed(file.data(t)))),
+        })
+        .collect();
+    putri_gguf::gguf::write_gguf(&mut std::fs::File::create(&path).unwrap(), &path, &metadata, &tensors)
+        .unwrap();
+    cli.fails(&["bare.gguf", "out.gguf", "--sparsity", "0.25", "--quiet", "-c", "64"], 1, &["tokenizer"]);
+}
+
+#[test]
 fn calibration_text_that_is_missing_or_short() {
     let cli = with_model();
-    prune(&cli, &["-f", "nowhere.txt"], 1, &["nowhere.txt"]);
+    prune(&cli, &["-c", "64", "-f", "nowhere.txt"], 1, &["nowhere.txt"]);
     std::fs::write(cli.path("short.txt"), "too short").unwrap();
-    prune(&cli, &["-f", "short.txt"], 1, &["tokens", "--ctx-size"]);
+    prune(&cli, &["-c", "64", "-f", "short.txt"], 1, &["tokens", "--ctx-size"]);
 }

@@ -8,7 +8,7 @@ use putri_gguf::calibrate::{CalibrateError, Recipe, Schedule, collect, generate}
 use putri_gguf::ggml::{LlamaModel, silence_logs};
 
 fn recipe(n_ctx: usize, n_windows: usize, self_share: f64) -> Recipe {
-    Recipe { n_ctx, n_windows, files: Vec::new(), self_share, seed: 3, n_threads: 1 }
+    Recipe { n_ctx, n_windows, files: Vec::new(), self_share, seed: 3, n_threads: 1, n_parallel: 64 }
 }
 
 #[test]
@@ -16,7 +16,8 @@ fn generation_is_seeded_and_each_window_stands_alone() {
     silence_logs();
     let model = LlamaModel::load(&smollm2()).unwrap();
     let write = |n_windows: usize, seed: u64| {
-        generate(&model, &Schedule { n_ctx: 24, n_windows, seed }, 1, &mut |_, _| true).unwrap()
+        generate(&model, &Schedule { n_ctx: 24, n_windows, seed, n_parallel: 64 }, 1, &mut |_, _| true)
+            .unwrap()
     };
     let a = write(4, 5);
     assert_eq!(a, write(4, 5));
@@ -31,9 +32,10 @@ fn a_likely_continuation_is_likely() {
     silence_logs();
     let path = smollm2();
     let model = LlamaModel::load(&path).unwrap();
-    let own = generate(&model, &Schedule { n_ctx: 64, n_windows: 8, seed: 1 }, 1, &mut |_, _| true)
-        .unwrap()
-        .concat();
+    let own =
+        generate(&model, &Schedule { n_ctx: 64, n_windows: 8, seed: 1, n_parallel: 3 }, 1, &mut |_, _| true)
+            .unwrap()
+            .concat();
     let ppl = putri_gguf::evaluate::perplexity(&path, &own, 64, 1).unwrap();
     println!("perplexity of self-generated text: {ppl:.1}");
     assert!(ppl < 1000.0, "{ppl}");

@@ -116,7 +116,7 @@ fn smollm2_with_f32_weights_agrees_with_libllama_closely() {
         })
         .collect();
     let mut file = BufWriter::new(File::create(&path).unwrap());
-    write_gguf(&mut file, &path, source.metadata(), source.alignment(), &tensors).unwrap();
+    write_gguf(&mut file, &path, source.metadata(), &tensors).unwrap();
     drop(file);
 
     let vocab = LlamaModel::load_vocab(&path).unwrap();

@@ -100,7 +100,8 @@ impl Problem {
         out
     }
 
-    fn greatest_loss_of_any(&self, keep: usize, lambda: f64) -> Vec<(f64, Vec<usize>)> {
+    /// All subsets of `keep` inputs with their losses after a refit, the least first.
+    fn all_subsets(&self, keep: usize, lambda: f64) -> Vec<(f64, Vec<usize>)> {
         let mut all: Vec<(f64, Vec<usize>)> = (0u32..1 << self.n)
             .filter(|bits| bits.count_ones() as usize == keep)
             .map(|bits| {
@@ -201,7 +202,7 @@ fn greedy_is_near_the_best_of_all_subsets() {
         let moments = p.moments();
         let lambda = 1e-6 * moments.gram.mean_diagonal();
         let keep = greedy(&p.w, &moments.gram, 1e-6, 5).unwrap();
-        let all = p.greatest_loss_of_any(5, lambda);
+        let all = p.all_subsets(5, lambda);
         let rank = all.iter().position(|(_, set)| *set == keep).unwrap();
         best_hits += usize::from(rank == 0);
         // 126 subsets of 5 in 9.

@@ -116,6 +116,47 @@ fn deci_with_everything_kept_gives_the_sources_logits() {
 }
 
 #[test]
+fn other_alignments_are_read_and_written_as_32() {
+    silence_logs();
+    let dir = tempfile::tempdir().unwrap();
+    let (source, target) = (dir.path().join("a.gguf"), dir.path().join("b.gguf"));
+    let small = Small { biases: true, ..Small::default() };
+    small.write(&source);
+    // The same file with its tensors aligned at 64: the key's value, the header's padding, the offsets.
+    let old = GgufFile::open(&source).unwrap();
+    let mut bytes = old.bytes().to_vec();
+    let key = b"general.alignment";
+    let at = bytes.windows(key.len()).position(|w| w == key).unwrap() + key.len() + 4;
+    assert_eq!(bytes[at..at + 4], 32u32.to_le_bytes());
+    bytes[at..at + 4].copy_from_slice(&64u32.to_le_bytes());
+    let data_start = old.data(&old.tensors()[0]).as_ptr() as usize - old.bytes().as_ptr() as usize;
+    let mut out = bytes[..data_start].to_vec();
+    out.resize(out.len().next_multiple_of(64), 0);
+    let mut offset = 0u64;
+    let mut cursor = 0;
+    let body = out.len();
+    for t in old.tensors() {
+        // Behind the name: n_dims, the sizes, the type, the offset.
+        let name = t.name.as_bytes();
+        cursor += out[cursor..body].windows(name.len()).position(|w| w == name).unwrap() + name.len();
+        let field = cursor + 4 + 8 * t.ne.len() + 4;
+        out[field..field + 8].copy_from_slice(&offset.to_le_bytes());
+        out.extend_from_slice(old.data(t));
+        out.resize(body + (out.len() - body).next_multiple_of(64), 0);
+        offset = (out.len() - body) as u64;
+    }
+    std::fs::write(&source, out).unwrap();
+    let model = Model::open(&source).unwrap();
+    let mut plan = Plan::whole(&model);
+    plan.blocks[0].groups = vec![1];
+    write(&model, &plan, &target);
+    let new = GgufFile::open(&target).unwrap();
+    assert_eq!(new.get("general.alignment"), Some(&Value::U32(32)));
+    assert_eq!(rows(&new, "blk.2.ffn_down.weight"), rows(&old, "blk.2.ffn_down.weight"));
+    putri_gguf::ggml::LlamaModel::load(&target).unwrap();
+}
+
+#[test]
 fn metadata_keeps_its_order_and_types() {
     let dir = tempfile::tempdir().unwrap();
     let (source, target) = (dir.path().join("a.gguf"), dir.path().join("b.gguf"));
@@ -179,7 +220,7 @@ fn defaults_that_depend_on_the_head_count_are_written_out() {
         })
         .collect();
     let bare = dir.path().join("bare.gguf");
-    putri_gguf::gguf::write_gguf(&mut std::fs::File::create(&bare).unwrap(), &bare, &metadata, 32, &tensors)
+    putri_gguf::gguf::write_gguf(&mut std::fs::File::create(&bare).unwrap(), &bare, &metadata, &tensors)
         .unwrap();
 
     let model = Model::open(&bare).unwrap();

@@ -37,6 +37,10 @@ pub(super) fn metadata(
         if key.starts_with("quantize.imatrix.") || key.starts_with("putri.") {
             continue;
         }
+        // A stray key of the carrier's would overrule the one that is written for it.
+        if old != new && key.strip_prefix(new).is_some_and(|k| k.starts_with('.')) {
+            continue;
+        }
         let value = match (key.as_str(), value) {
             ("general.architecture", _) => Value::Str(new.into()),
             ("general.name", Value::Str(name)) => Value::Str(renamed(name, p.sparsity_reached)),

@@ -27,6 +27,6 @@ pub fn assemble(
     let tensors = tensors::tensors(model, plan)?;
     let n_params = tensors.iter().map(|t| t.ne.iter().product::<usize>()).sum();
     let metadata = metadata::metadata(model, plan, carrier, n_params, provenance);
-    write_gguf(out, path, &metadata, model.file.alignment(), &tensors)?;
+    write_gguf(out, path, &metadata, &tensors)?;
     Ok(carrier)
 }

@@ -11,9 +11,6 @@ use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use rayon::prelude::*;
 
-/// Sequences that are generated side by side.
-const MAX_PARALLEL: usize = 64;
-
 /// Tokens over which the temperature falls from 2 to 1.
 const WARM_TOKENS: usize = 10;
 
@@ -26,6 +23,8 @@ pub struct Schedule {
     pub n_windows: usize,
     /// Seed; window i depends on seed and i only.
     pub seed: u64,
+    /// Windows that are generated side by side at most.
+    pub n_parallel: usize,
 }
 
 /// Generates the windows of `schedule`. `progress` is told (tokens done, tokens in all)
@@ -41,8 +40,8 @@ pub fn generate(
 ) -> Result<Vec<Vec<Token>>, CalibrateError> {
     let vocab = model.vocab();
     let start = vocab.bos().or(vocab.eos()).ok_or(CalibrateError::NoStart)?;
-    let Schedule { n_ctx, n_windows, seed } = *schedule;
-    let parallel = n_windows.min(MAX_PARALLEL);
+    let Schedule { n_ctx, n_windows, seed, n_parallel } = *schedule;
+    let parallel = n_parallel.clamp(1, n_windows);
     let mut context = Context::new(model, n_ctx, parallel, parallel, n_threads)?;
     let total = n_ctx * n_windows;
     let mut windows: Vec<Vec<Token>> = Vec::with_capacity(n_windows);

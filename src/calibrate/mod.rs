@@ -62,6 +62,8 @@ pub struct Recipe {
     pub seed: u64,
     /// Threads for generating.
     pub n_threads: usize,
+    /// Windows that are generated side by side at most: each has a KV cache.
+    pub n_parallel: usize,
 }
 
 /// Calibration windows: first those to fit on, then those held out.
@@ -90,6 +92,14 @@ impl Windows {
         &self.tokens[windows.start * self.n_ctx..windows.end * self.n_ctx]
     }
 
+    /// About `n_tokens` tokens in windows of `n_ctx`, the beginnings of windows that are spread evenly
+    /// over those to fit on.
+    pub fn sample(&self, n_tokens: usize, n_ctx: usize) -> Vec<Token> {
+        let n = n_tokens.div_ceil(n_ctx).clamp(1, self.n_fit);
+        let start = |i: usize| (2 * i + 1) * self.n_fit / (2 * n);
+        (0..n).flat_map(|i| &self.tokens_of(start(i)..start(i) + 1)[..n_ctx]).copied().collect()
+    }
+
     /// The next token for every position of `windows`; none at the end of a window.
     pub fn targets(&self, windows: Range<usize>) -> Vec<Option<Token>> {
         let tokens = self.tokens_of(windows);
@@ -97,6 +107,19 @@ impl Windows {
             .map(|i| if (i + 1) % self.n_ctx == 0 { None } else { Some(tokens[i + 1]) })
             .collect()
     }
+}
+
+/// The last `n_last` windows spread evenly among the others, so that every part of the list holds both
+/// kinds in proportion.
+fn interleaved(mut windows: Vec<Vec<Token>>, n_last: usize) -> Vec<Vec<Token>> {
+    let last = windows.split_off(windows.len() - n_last.min(windows.len()));
+    let (n, m) = (windows.len(), last.len());
+    let keyed = |list: Vec<Vec<Token>>, len: usize| {
+        list.into_iter().enumerate().map(move |(i, w)| ((2 * i + 1) * (n + m) / len.max(1), w))
+    };
+    let mut all: Vec<_> = keyed(windows, n).chain(keyed(last, m)).collect();
+    all.sort_by_key(|(key, _)| *key);
+    all.into_iter().map(|(_, w)| w).collect()
 }
 
 /// Held-out windows beside `n` windows to fit on.
@@ -120,6 +143,10 @@ pub fn collect(
     assert!(recipe.n_ctx > 1 && recipe.n_windows > 0);
     let share = if recipe.files.is_empty() { 1.0 } else { recipe.self_share };
     let mut n_self = (recipe.n_windows as f64 * share).round() as usize;
+    // Whoever asks for a mixture gets some of each.
+    if share > 0.0 && share < 1.0 {
+        n_self = n_self.clamp(1, (recipe.n_windows - 1).max(1));
+    }
     let (mut fit, mut judge) = (Vec::new(), Vec::new());
     if n_self < recipe.n_windows {
         let wanted = recipe.n_windows - n_self;
@@ -132,14 +159,17 @@ pub fn collect(
         }
     }
     if n_self > 0 {
-        let schedule =
-            Schedule { n_ctx: recipe.n_ctx, n_windows: n_self + held_out(n_self), seed: recipe.seed };
+        let schedule = Schedule {
+            n_ctx: recipe.n_ctx,
+            n_windows: n_self + held_out(n_self),
+            seed: recipe.seed,
+            n_parallel: recipe.n_parallel,
+        };
         let mut own = generate(model, &schedule, recipe.n_threads, &mut progress)?;
         judge.extend(own.split_off(n_self));
         fit.extend(own);
-    } else {
-        n_self = 0;
     }
+    let fit = interleaved(fit, n_self);
     let (n_fit, n_held_out) = (fit.len(), judge.len());
     let tokens = fit.into_iter().chain(judge).flatten().collect();
     Ok(Windows { n_ctx: recipe.n_ctx, tokens, n_fit, n_held_out, n_self })

@@ -9,6 +9,7 @@ pub use resolve::resolve;
 use clap::Parser;
 use putri_gguf::report::{Progress, summary};
 use putri_gguf::{JobError, ggml};
+use std::io::Write;
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -42,13 +43,17 @@ pub fn main() -> ExitCode {
             return ExitCode::FAILURE;
         }
     };
+    if let Err(e) = rayon::ThreadPoolBuilder::new().num_threads(job.settings.n_threads).build_global() {
+        eprintln!("error: cannot start {} threads: {e}", job.settings.n_threads);
+        return ExitCode::FAILURE;
+    }
     let mut progress = Progress::new(quiet, stop);
     let result = putri_gguf::run(&job, &mut progress);
     progress.finish();
     match result {
         Ok(outcome) => {
-            print!("{}", summary(&outcome));
-            println!("{}", job.output.display());
+            // The job is done; that nobody reads the summary does not make it a failure.
+            let _ = writeln!(std::io::stdout(), "{}{}", summary(&outcome), job.output.display());
             ExitCode::SUCCESS
         }
         Err(JobError::Interrupted) => {

@@ -18,8 +18,14 @@ pub fn resolve(args: Args) -> Result<Job> {
         );
     }
     ensure!(args.ctx_size >= 16, "--ctx-size {} is too small; 16 or more", args.ctx_size);
-    ensure!(args.chunks >= 1, "--chunks must be at least 1");
-    ensure!(args.threads != Some(0), "--threads must be at least 1");
+    ensure!(args.ctx_size <= 32768, "--ctx-size {} is too large; at most 32768", args.ctx_size);
+    ensure!((1..=1 << 20).contains(&args.chunks), "--chunks {} is not from 1 to 1048576", args.chunks);
+    let mixed = !args.file.is_empty() && args.self_share.is_none_or(|s| s > 0.0 && s < 1.0);
+    ensure!(
+        !mixed || args.chunks >= 2,
+        "a mixture of text and self-written windows needs --chunks 2 or more"
+    );
+    ensure!(args.threads.is_none_or(|n| (1..=512).contains(&n)), "--threads is not from 1 to 512");
     let n_threads =
         args.threads.unwrap_or_else(|| std::thread::available_parallelism().map_or(1, |n| n.get()));
     let method = match args.method {
@@ -38,6 +44,7 @@ pub fn resolve(args: Args) -> Result<Job> {
             files: args.file,
             seed: args.seed,
             n_threads,
+            n_parallel: 64,
         },
         settings: Settings { sparsity: s, method, n_threads, ..Settings::default() },
     })

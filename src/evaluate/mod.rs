@@ -1,4 +1,5 @@
-//! Judging a file by the runtime that will run it: libllama.
+//! Judging: a file by the runtime that will run it, libllama; several models against each other by our
+//! own forward pass.
 
 mod compare;
 

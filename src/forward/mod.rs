@@ -65,7 +65,7 @@ struct Net {
     ty: Type,
     hparams: Hparams,
     n_ctx: usize,
-    /// Causal mask per query slice, then the frequency factors if the model has any.
+    /// Causal mask, then the frequency factors if the model has any.
     fixed: Resident,
     has_factors: bool,
     positions: Vec<i32>,
@@ -148,7 +148,8 @@ pub fn embed(model: &Model, tokens: &[Token]) -> Result<Vec<f32>, GgufError> {
     let data = model.file.data(t);
     let mut out = vec![0.0; tokens.len() * n_embd];
     for (row, &token) in out.chunks_exact_mut(n_embd).zip(tokens) {
-        let Some(bytes) = data.get(token as usize * row_bytes..).and_then(|d| d.get(..row_bytes)) else {
+        let Some(bytes) = usize::try_from(token).ok().and_then(|i| data.chunks_exact(row_bytes).nth(i))
+        else {
             let problem = format!("has no row for token {token}; the tokenizer does not fit the model");
             return Err(GgufError::BadKey { key: "token_embd.weight".into(), problem });
         };

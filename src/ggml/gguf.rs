@@ -1,5 +1,6 @@
 //! ggml's own GGUF header reader and writer.
 
+use super::system::with_cause;
 use super::{GgmlError, Type};
 use llama_cpp_sys_2 as sys;
 use std::ffi::{CStr, CString, c_char};
@@ -118,9 +119,10 @@ impl RawGguf {
         let params = sys::gguf_init_params { no_alloc: true, ctx: std::ptr::null_mut() };
         // SAFETY: the slice is alive during the call; no pointer into it is kept.
         let ctx = unsafe { sys::gguf_init_from_buffer(file.as_ptr().cast(), file.len(), params) };
-        let reason =
-            "not a readable GGUF header: damaged, cut short, or of a version that llama.cpp does not read";
-        NonNull::new(ctx).map(|ctx| RawGguf { ctx }).ok_or_else(|| GgmlError::Header(reason.into()))
+        NonNull::new(ctx).map(|ctx| RawGguf { ctx }).ok_or_else(|| {
+            let reason = "not a readable GGUF header: damaged, cut short, or of a version that llama.cpp does not read";
+            GgmlError::Header(with_cause(reason.into()))
+        })
     }
 
     /// A header without metadata or tensors.
@@ -147,26 +149,34 @@ impl RawGguf {
     }
 
     /// All metadata in file order.
-    pub fn metadata(&self) -> Vec<(String, RawValue)> {
+    ///
+    /// # Errors
+    /// [`GgmlError::Header`] if a key or a string is not UTF-8, or a key is empty: they could not be
+    /// carried over exactly.
+    pub fn metadata(&self) -> Result<Vec<(String, RawValue)>, GgmlError> {
         // SAFETY: a live context; ids run from 0 to n_kv.
         let n = unsafe { sys::gguf_get_n_kv(self.raw()) };
         (0..n)
             .map(|id| {
                 // SAFETY: a valid id; ggml returns a C string owned by the context.
                 let key = unsafe { CStr::from_ptr(sys::gguf_get_key(self.raw(), id)) };
-                (key.to_string_lossy().into_owned(), self.value(id))
+                match key.to_str() {
+                    Ok(key) if !key.is_empty() => Ok((key.to_string(), self.value(id, key)?)),
+                    _ => Err(GgmlError::Header(format!("metadata key {id} is empty or not UTF-8"))),
+                }
             })
             .collect()
     }
 
-    fn value(&self, id: i64) -> RawValue {
+    fn value(&self, id: i64, key: &str) -> Result<RawValue, GgmlError> {
         let c = self.raw();
         let text = |p: *const c_char| {
             // SAFETY: a C string owned by the context.
-            unsafe { CStr::from_ptr(p) }.to_string_lossy().into_owned()
+            let text = unsafe { CStr::from_ptr(p) }.to_str().map(str::to_string);
+            text.map_err(|_| GgmlError::Header(format!("a string of metadata key {key} is not UTF-8")))
         };
         // SAFETY: a valid id, and each getter is called for the type that ggml reports.
-        unsafe {
+        Ok(unsafe {
             match sys::gguf_get_kv_type(c, id) {
                 sys::GGUF_TYPE_UINT8 => RawValue::U8(sys::gguf_get_val_u8(c, id)),
                 sys::GGUF_TYPE_INT8 => RawValue::I8(sys::gguf_get_val_i8(c, id)),
@@ -179,13 +189,15 @@ impl RawGguf {
                 sys::GGUF_TYPE_FLOAT32 => RawValue::F32(sys::gguf_get_val_f32(c, id)),
                 sys::GGUF_TYPE_FLOAT64 => RawValue::F64(sys::gguf_get_val_f64(c, id)),
                 sys::GGUF_TYPE_BOOL => RawValue::Bool(sys::gguf_get_val_bool(c, id)),
-                sys::GGUF_TYPE_STRING => RawValue::Str(text(sys::gguf_get_val_str(c, id))),
+                sys::GGUF_TYPE_STRING => RawValue::Str(text(sys::gguf_get_val_str(c, id))?),
                 _ => {
                     let (ty, len) = (sys::gguf_get_arr_type(c, id), sys::gguf_get_arr_n(c, id));
                     if ty == sys::GGUF_TYPE_STRING {
-                        return RawValue::StrArray(
-                            (0..len).map(|i| text(sys::gguf_get_arr_str(c, id, i))).collect(),
-                        );
+                        return Ok(RawValue::StrArray(
+                            (0..len)
+                                .map(|i| text(sys::gguf_get_arr_str(c, id, i)))
+                                .collect::<Result<_, _>>()?,
+                        ));
                     }
                     let n_bytes = len * array_element_bytes(ty);
                     let data: *const u8 = sys::gguf_get_arr_data(c, id).cast();
@@ -193,7 +205,7 @@ impl RawGguf {
                     RawValue::Array { ty, bytes: bytes.to_vec(), len }
                 }
             }
-        }
+        })
     }
 
     /// Adds a key at the end, or moves it there with a new value.

@@ -237,7 +237,7 @@ impl<'a> Graph<'a> {
 
     /// The same elements with other sizes.
     pub fn reshape(&mut self, a: T, ne: [usize; 4]) -> T {
-        assert!(self.contiguous(a) && self.ne(a).iter().product::<usize>() == ne.iter().product());
+        assert!(self.contiguous(a) && self.ne(a).iter().product::<usize>() == ne.iter().product::<usize>());
         let [n0, n1, n2, n3] = ne.map(|n| n as i64);
         // SAFETY: contiguous, with as many elements.
         let raw = unsafe { sys::ggml_reshape_4d(self.ctx.as_ptr(), self.raw(a), n0, n1, n2, n3) };

@@ -1,6 +1,7 @@
 //! libllama: the tokenizer, and the runtime that judges our files.
 
 use super::GgmlError;
+use super::system::with_cause;
 use llama_cpp_sys_2 as sys;
 use std::ffi::CString;
 use std::path::Path;
@@ -45,6 +46,7 @@ impl LlamaModel {
 
     fn open(path: &Path, vocab_only: bool) -> Result<LlamaModel, GgmlError> {
         init_once();
+        let _ = with_cause(String::new());
         let text = path
             .to_str()
             .ok_or_else(|| GgmlError::Llama(format!("cannot open {path:?}: not a UTF-8 path")))?;
@@ -60,7 +62,7 @@ impl LlamaModel {
         let what = if vocab_only { "cannot read the vocabulary of" } else { "does not load" };
         NonNull::new(raw)
             .map(|raw| LlamaModel { raw })
-            .ok_or_else(|| GgmlError::Llama(format!("{what} {}", path.display())))
+            .ok_or_else(|| GgmlError::Llama(with_cause(format!("{what} {}", path.display()))))
     }
 
     /// The tokenizer.
@@ -121,6 +123,10 @@ impl Vocab<'_> {
     pub fn tokenize(&self, text: &str) -> Result<Vec<Token>, GgmlError> {
         let len = i32::try_from(text.len())
             .map_err(|_| GgmlError::Llama("cannot tokenise 2 GiB at once".into()))?;
+        // SAFETY: a live vocabulary.
+        if unsafe { sys::llama_vocab_type(self.raw) } == sys::LLAMA_VOCAB_TYPE_NONE {
+            return Err(GgmlError::Llama("finds no tokenizer in the model".into()));
+        }
         let mut tokens: Vec<Token> = vec![0; text.len() / 2 + 16];
         for _ in 0..2 {
             // SAFETY: text and buffer are passed with their lengths.
@@ -215,9 +221,11 @@ impl<'m> Context<'m> {
             params.n_threads = n_threads as i32;
             params.n_threads_batch = n_threads as i32;
             params.no_perf = true;
+            params.op_offload = false;
             let raw =
                 NonNull::new(sys::llama_init_from_model(model.raw.as_ptr(), params)).ok_or_else(|| {
-                    GgmlError::Llama(format!("cannot make a context of {n_seq} x {n_ctx} tokens"))
+                    let message = format!("cannot make a context of {n_seq} x {n_ctx} tokens");
+                    GgmlError::Llama(with_cause(message))
                 })?;
             let batch = sys::llama_batch_init(n_batch as i32, 0, 1);
             Ok(Context { raw, batch, n_batch, n_vocab: model.vocab().n_tokens(), n_last: 0, _model: model })

@@ -2,7 +2,7 @@
 
 use llama_cpp_sys_2 as sys;
 use std::ffi::{CStr, c_char, c_void};
-use std::sync::OnceLock;
+use std::sync::{Mutex, OnceLock};
 
 static ON_ABORT: OnceLock<fn(&str) -> !> = OnceLock::new();
 
@@ -22,14 +22,34 @@ pub fn install_abort_handler(handler: fn(&str) -> !) {
     }
 }
 
-/// Turns off ggml's and libllama's own log lines (they are many, and not for our users).
+/// The first error that the engine logged since it was last asked: the cause, before what followed.
+static FIRST_ERROR: Mutex<String> = Mutex::new(String::new());
+
+/// Keeps ggml's and libllama's own log lines off the terminal (they are many, and not for our users);
+/// what they say of an error becomes part of ours.
 pub fn silence_logs() {
-    unsafe extern "C" fn quiet(_level: sys::ggml_log_level, _text: *const c_char, _user: *mut c_void) {}
-    // SAFETY: a callback that does nothing.
+    unsafe extern "C" fn quiet(level: sys::ggml_log_level, text: *const c_char, _user: *mut c_void) {
+        if level == sys::GGML_LOG_LEVEL_ERROR
+            && let Ok(mut first) = FIRST_ERROR.lock()
+            && first.is_empty()
+        {
+            // SAFETY: the engine passes a C string that lives during the call.
+            *first = unsafe { CStr::from_ptr(text) }.to_string_lossy().trim().to_string();
+        }
+    }
+    // SAFETY: a callback that lives as long as the process.
     unsafe {
         sys::llama_log_set(Some(quiet), std::ptr::null_mut());
         sys::ggml_log_set(Some(quiet), std::ptr::null_mut());
     }
+}
+
+/// `message`, with what the engine logged since it was last asked, if anything.
+pub(super) fn with_cause(message: String) -> String {
+    let logged = FIRST_ERROR.lock().map(|mut l| std::mem::take(&mut *l)).unwrap_or_default();
+    // `function: text`; the function is of no use to a user.
+    let reason = logged.split_once(": ").map_or(logged.as_str(), |(_, rest)| rest);
+    if reason.is_empty() { message } else { format!("{message} ({reason})") }
 }
 
 fn static_text(p: *const c_char) -> &'static str {
@@ -47,14 +67,14 @@ pub fn engine_version() -> &'static str {
 }
 
 /// CPU features that ggml's kernels were compiled for.
-pub fn cpu_features() -> Vec<&'static str> {
-    // SAFETY: returns a static string of `NAME = 0|1 |` items.
-    let info = static_text(unsafe { sys::llama_print_system_info() });
-    let info = info.split_once(':').map_or(info, |(_, rest)| rest);
+pub fn cpu_features() -> Vec<String> {
+    // SAFETY: returns a string of `NAME = 0|1 |` items that the next call rewrites; it is copied first.
+    let info = static_text(unsafe { sys::llama_print_system_info() }).to_string();
+    let info = info.split_once(':').map_or(info.as_str(), |(_, rest)| rest);
     info.split('|')
         .filter_map(|item| item.split_once('='))
         .filter(|(_, on)| on.trim() != "0")
-        .map(|(name, _)| name.trim())
+        .map(|(name, _)| name.trim().to_string())
         .collect()
 }
 

@@ -45,7 +45,6 @@ pub struct GgufFile {
     keys: HashMap<String, usize>,
     tensors: Vec<TensorInfo>,
     by_name: HashMap<String, usize>,
-    alignment: usize,
 }
 
 impl GgufFile {
@@ -70,7 +69,8 @@ impl GgufFile {
         let raw = RawGguf::parse(&map)
             .map_err(|e| GgufError::Header { path: path.into(), reason: e.to_string() })?;
 
-        let metadata = raw.metadata();
+        let metadata =
+            raw.metadata().map_err(|e| GgufError::Header { path: path.into(), reason: e.to_string() })?;
         let keys = metadata.iter().enumerate().map(|(i, (k, _))| (k.clone(), i)).collect();
         let mut tensors = Vec::with_capacity(raw.n_tensors());
         for i in 0..raw.n_tensors() {
@@ -78,8 +78,17 @@ impl GgufFile {
             let Some(ty) = Type::from_raw(ty) else {
                 return Err(GgufError::UnknownType { path: path.into(), name, ty });
             };
-            let (start, len) = extent(ty, ne, offset, raw.data_offset() as u64).unwrap_or((u64::MAX, 0));
+            let Some((start, len)) = extent(ty, ne, offset, raw.data_offset() as u64) else {
+                let reason = format!("tensor {name} of type {ty} has impossible sizes {ne:?}");
+                return Err(GgufError::Header { path: path.into(), reason });
+            };
             let end = start.saturating_add(len);
+            // Blocks hold 16-bit scales, which decoders read in place.
+            if start % 2 != 0 {
+                let reason =
+                    format!("tensor {name} starts at an odd byte (general.alignment is {})", raw.alignment());
+                return Err(GgufError::Header { path: path.into(), reason });
+            }
             if end > map.len() as u64 {
                 return Err(GgufError::Truncated { path: path.into(), name, end, len: map.len() as u64 });
             }
@@ -88,7 +97,7 @@ impl GgufFile {
             tensors.push(TensorInfo { name, ty, ne, start: start as usize, len: len as usize });
         }
         let by_name = tensors.iter().enumerate().map(|(i, t)| (t.name.clone(), i)).collect();
-        Ok(GgufFile { path: path.into(), map, metadata, keys, tensors, by_name, alignment: raw.alignment() })
+        Ok(GgufFile { path: path.into(), map, metadata, keys, tensors, by_name })
     }
 
     /// Where the file was opened.
@@ -99,11 +108,6 @@ impl GgufFile {
     /// The whole file.
     pub fn bytes(&self) -> &[u8] {
         &self.map
-    }
-
-    /// Alignment of tensor data.
-    pub fn alignment(&self) -> usize {
-        self.alignment
     }
 
     /// Metadata in file order.

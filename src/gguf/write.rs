@@ -24,7 +24,12 @@ impl OutTensor<'_> {
     }
 }
 
+/// Alignment of tensor data in what we write: ggml computes offsets with it whatever
+/// `general.alignment` says, since its setters do not look at the key.
+const ALIGNMENT: usize = 32;
+
 /// Writes metadata and tensors, in the order given, to `out`. `path` only names the file in errors.
+/// A `general.alignment` is written as the one that is used.
 ///
 /// # Errors
 /// [`GgufError::Io`] if writing fails, or what a tensor's `data` returns.
@@ -35,24 +40,26 @@ pub fn write_gguf(
     out: &mut impl Write,
     path: &Path,
     metadata: &[(String, Value)],
-    alignment: usize,
     tensors: &[OutTensor],
 ) -> Result<(), GgufError> {
     let io = |source| GgufError::Io { path: path.into(), source };
     let mut header = RawGguf::empty();
     for (key, value) in metadata {
-        header.set(key, value);
+        match key.as_str() {
+            "general.alignment" => header.set(key, &Value::U32(ALIGNMENT as u32)),
+            _ => header.set(key, value),
+        }
     }
     for t in tensors {
         header.add_tensor(&t.name, t.ty, &t.ne);
     }
     out.write_all(&header.to_bytes()).map_err(io)?;
-    let padding = vec![0u8; alignment];
+    let padding = [0u8; ALIGNMENT];
     for t in tensors {
         let bytes = (t.data)()?;
         assert_eq!(bytes.len(), t.n_bytes(), "data of tensor {}", t.name);
         out.write_all(&bytes).map_err(io)?;
-        out.write_all(&padding[..bytes.len().next_multiple_of(alignment) - bytes.len()]).map_err(io)?;
+        out.write_all(&padding[..bytes.len().next_multiple_of(ALIGNMENT) - bytes.len()]).map_err(io)?;
     }
     out.flush().map_err(io)
 }

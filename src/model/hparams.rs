@@ -2,7 +2,7 @@
 
 use super::ModelError;
 use crate::ggml::RopeParams;
-use crate::gguf::{GgufError, GgufFile};
+use crate::gguf::{GgufError, GgufFile, Value};
 
 /// Block structure: which graph a model's blocks are.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -94,10 +94,21 @@ impl Hparams {
         if n_expert > 0 {
             return Err(ModelError::Experts(n_expert));
         }
-        if file.get("split.count").is_some_and(|v| !matches!(v, crate::gguf::Value::U16(0 | 1))) {
+        if file.get("split.count").is_some_and(|v| !matches!(v, Value::U16(0 | 1))) {
             return Err(ModelError::Unusable(
                 "this is one part of a split model; join the parts first with llama-gguf-split --merge"
                     .into(),
+            ));
+        }
+
+        if file.get(&key("attention.causal")).is_some_and(|v| *v == Value::Bool(false)) {
+            return Err(ModelError::Unusable(
+                "attention is not causal: embedding models cannot be pruned".into(),
+            ));
+        }
+        if file.get_u32(&key("nextn_predict_layers"))?.unwrap_or(0) > 0 {
+            return Err(ModelError::Unusable(
+                "the model has blocks for multi-token prediction, which cannot be pruned".into(),
             ));
         }
 
@@ -197,7 +208,11 @@ fn check_block(
             problem: format!("{problem} in block {i}"),
         }))
     };
+    // Far beyond any model, and small enough that no product of sizes overflows.
     let limit = 1 << 20;
+    if b.n_ff > limit * 16 {
+        return bad("feed_forward_length", format!("is {}", b.n_ff));
+    }
     if b.n_head > limit || b.n_ff > limit * 16 {
         return bad(
             "attention.head_count",

@@ -185,6 +185,11 @@ impl Model {
                     format!("tensor {} has type {}, which ggml cannot turn into floats", t.name, t.ty);
                 return Err(ModelError::Unusable(problem));
             }
+            if t.ne.len() == 1 && t.ty.block_size() > 1 {
+                let problem =
+                    format!("tensor {} is a vector of type {}; vectors are never quantised", t.name, t.ty);
+                return Err(ModelError::Unusable(problem));
+            }
         }
         Ok(Model { hparams, blocks, token_embd, output_norm, output, rope_factors, file })
     }

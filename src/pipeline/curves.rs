@@ -24,8 +24,9 @@ impl Run<'_> {
     /// Loss curves of all blocks, on the model with its groups removed and its feed-forwards whole.
     fn loss_curves(&mut self, budgets: &[Budget]) -> Result<Vec<Curve>, PruneError> {
         let n_layer = self.model.hparams.n_layer();
-        let n_windows = (self.settings.curve_tokens / self.windows.n_ctx).clamp(1, self.windows.n_fit);
-        let mut stream = crate::forward::embed(self.model, self.windows.tokens_of(0..n_windows))?;
+        let tokens = self.windows.sample(self.settings.curve_tokens, self.windows.n_ctx);
+        let n_windows = tokens.len() / self.windows.n_ctx;
+        let mut stream = crate::forward::embed(self.model, &tokens)?;
         let n_embd = self.forward.n_embd();
         let mut curves = Vec::with_capacity(n_layer);
         self.observer.stage("widths", n_layer);

@@ -1,7 +1,6 @@
 //! The search for attention groups to remove, over cached residual streams.
 
 use super::{Method, PruneError, Run};
-use crate::calibrate::Windows;
 use crate::forward::{Block, Forward, Head, Wanted, embed};
 use crate::ggml::Token;
 use crate::numeric::log_sum_exp;
@@ -30,7 +29,7 @@ const ROUGH_TOKENS: usize = 256;
 const ROUGH_CTX: usize = 128;
 
 /// Longest window that candidates are compared on: attention costs grow with its length.
-const SEARCH_CTX: usize = 512;
+const SEARCH_CTX: usize = 256;
 
 /// Bytes that the candidates' residual streams may take at a time.
 const STREAM_BYTES: usize = 256 << 20;
@@ -60,6 +59,7 @@ impl Run<'_> {
             let loss = self.settings.head_loss;
             self.observer.stage("heads, first look", 1);
             let scores = Search::new(self, ROUGH_TOKENS, ROUGH_CTX, loss)?.score(&[], &candidates)?;
+            self.observer.step(1, "");
             let rough = candidates.into_iter().zip(scores).collect();
             let mut search = Search::new(self, self.settings.head_tokens, SEARCH_CTX, loss)?;
             search.run.observer.stage("heads", n_remove);
@@ -68,13 +68,6 @@ impl Run<'_> {
         removed.into_iter().for_each(|id| self.plan.remove_group(id));
         Ok(())
     }
-}
-
-/// Tokens `[n_windows · n_ctx]` from the beginnings of windows spread over those to fit on.
-fn pick_windows(w: &Windows, n_tokens: usize, n_ctx: usize) -> Vec<Token> {
-    let n = n_tokens.div_ceil(n_ctx).clamp(1, w.n_fit);
-    let start = |i: usize| i * w.n_fit / n;
-    (0..n).flat_map(|i| &w.tokens_of(start(i)..start(i) + 1)[..n_ctx]).copied().collect()
 }
 
 /// Cached state of the search.
@@ -96,7 +89,7 @@ impl<'r, 'a> Search<'r, 'a> {
     /// Caches the streams of `n_tokens` calibration tokens in windows of at most `max_ctx`.
     fn new(run: &'r mut Run<'a>, n_tokens: usize, max_ctx: usize, loss: Loss) -> Result<Self, PruneError> {
         let n_ctx = max_ctx.min(run.windows.n_ctx);
-        let tokens = pick_windows(run.windows, n_tokens, n_ctx);
+        let tokens = run.windows.sample(n_tokens, n_ctx);
         let n_windows = tokens.len() / n_ctx;
         let s = run.settings;
         let mut forward = Forward::new(run.model, n_ctx, s.n_threads, s.precision)?;
@@ -124,8 +117,8 @@ impl<'r, 'a> Search<'r, 'a> {
         }
         self.removed = removed.len();
         if let Some(block) = dirty {
-            self.run.observer.step(removed.len(), &format!("loss {:.4}", self.base_loss));
             self.sweep(Some(block), &[])?;
+            self.run.observer.step(removed.len(), &format!("loss {:.4}", self.base_loss));
         }
         let per_sweep = (STREAM_BYTES / (self.base[0].len() * 4)).max(1);
         let mut by_block: Vec<usize> = (0..ask.len()).collect();

@@ -168,7 +168,8 @@ pub fn run(
         warnings: Vec::new(),
     };
     let n_groups = groups_to_remove(&budgets, s);
-    let group_params: usize = budgets.iter().map(|b| b.group_params).max().unwrap_or(0);
+    // Where groups differ in size, the paper's order (neurons before heads) has to assume the smallest.
+    let group_params = budgets.iter().filter(|b| b.n_groups > 0).map(|b| b.group_params).min().unwrap_or(0);
     let (dense_ppl, pruned_ppl) = match s.method {
         Method::Putri => {
             run.search_heads(n_groups)?;
@@ -192,7 +193,8 @@ pub fn run(
 /// [`PruneError::Budget`] with what can be had.
 pub fn check_budget(model: &Model, s: &Settings) -> Result<(), PruneError> {
     let budgets = budgets(model);
-    let attention = groups_to_remove(&budgets, s) * budgets.iter().map(|b| b.group_params).min().unwrap_or(0);
+    let attention = groups_to_remove(&budgets, s)
+        * budgets.iter().filter(|b| b.n_groups > 0).map(|b| b.group_params).min().unwrap_or(0);
     prune::ffn_params_to_remove(&budgets, s.sparsity, attention)?;
     Ok(())
 }
@@ -232,7 +234,10 @@ fn ff_step(ty: Type) -> usize {
 /// the power of −`weight`.
 fn token_scales(stream: &[f32], n_embd: usize, weight: f64) -> Vec<f32> {
     let exponent = -0.5 * weight as f32;
-    stream.chunks_exact(n_embd).map(|x| mean_square(x).max(f32::MIN_POSITIVE).powf(exponent)).collect()
+    let squares: Vec<f32> = stream.chunks_exact(n_embd).map(mean_square).collect();
+    // A token whose embedding is zero must not outweigh all others.
+    let floor = (squares.iter().sum::<f32>() / squares.len() as f32 * 1e-6).max(f32::MIN_POSITIVE);
+    squares.iter().map(|s| s.max(floor).powf(exponent)).collect()
 }
 
 fn mean_square(x: &[f32]) -> f32 {

@@ -24,7 +24,7 @@ replaced a cracked pane on the seaward side and read three chapters of a book ab
 cartography. He learned that early maps showed islands which had never existed, copied from one chart \
 to the next for two hundred years, since no captain wanted to be the one who failed to see them. ";
 
-/// libllama's logits `[n_tokens, n_vocab]` for one window, with F32 cache and no flash attention.
+/// libllama's logits `[n_tokens, n_vocab]` for one window, with its default settings.
 pub fn libllama_logits(path: &std::path::Path, tokens: &[i32]) -> Vec<f32> {
     use putri_gguf::ggml::{BatchToken, Context, LlamaModel};
     let model = LlamaModel::load(path).unwrap();

@@ -188,6 +188,6 @@ impl Small {
             })
             .collect();
         let mut file = std::fs::File::create(path).unwrap();
-        write_gguf(&mut file, path, &self.metadata(), 32, &tensors).unwrap();
+        write_gguf(&mut file, path, &self.metadata(), &tensors).unwrap();
     }
 }
