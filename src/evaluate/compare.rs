@@ -31,7 +31,7 @@ pub fn compare(
     n_ctx: usize,
     n_threads: usize,
 ) -> Result<Vec<Comparison>, ForwardError> {
-    assert!(!models.is_empty() && !tokens.is_empty() && tokens.len() % n_ctx == 0);
+    assert!(!models.is_empty() && !tokens.is_empty() && tokens.len().is_multiple_of(n_ctx));
     let mut runs = Vec::new();
     for model in models {
         runs.push(final_stream(model, tokens, n_ctx, n_threads)?);

@@ -19,7 +19,7 @@ use std::path::Path;
 /// # Panics
 /// If `tokens` is not made of whole windows.
 pub fn perplexity(path: &Path, tokens: &[Token], n_ctx: usize, n_threads: usize) -> Result<f64, GgmlError> {
-    assert!(n_ctx > 1 && !tokens.is_empty() && tokens.len() % n_ctx == 0);
+    assert!(n_ctx > 1 && !tokens.is_empty() && tokens.len().is_multiple_of(n_ctx));
     let model = LlamaModel::load(path)?;
     let mut context = Context::new(&model, n_ctx, 1, n_ctx.min(BATCH), n_threads)?;
     let (mut sum, mut n) = (0.0, 0usize);

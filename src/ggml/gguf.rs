@@ -273,7 +273,9 @@ impl RawGguf {
     /// If the name is taken or too long for ggml, or the sizes do not suit the type.
     pub fn add_tensor(&mut self, name: &str, ty: Type, ne: &[usize]) {
         let c_name = c_string(name);
-        assert!(name.len() < MAX_NAME && (1..=4).contains(&ne.len()) && ne[0] % ty.block_size() == 0);
+        assert!(
+            name.len() < MAX_NAME && (1..=4).contains(&ne.len()) && ne[0].is_multiple_of(ty.block_size())
+        );
         // SAFETY: a header-only context for one tensor, freed before returning; ggml copies it.
         unsafe {
             assert!(sys::gguf_find_tensor(self.raw(), c_name.as_ptr()) < 0, "tensor {name} twice");

@@ -186,7 +186,9 @@ impl<'a> Graph<'a> {
     /// frequency factors `[n_rot/2]`.
     pub fn rope(&mut self, a: T, positions: T, factors: Option<T>, p: &RopeParams) -> T {
         let ne = self.ne(a);
-        assert!(p.n_rot % 2 == 0 && p.n_rot <= ne[0] && self.ne(positions)[0] == ne[2] && ne[3] == 1);
+        assert!(
+            p.n_rot.is_multiple_of(2) && p.n_rot <= ne[0] && self.ne(positions)[0] == ne[2] && ne[3] == 1
+        );
         assert!(factors.is_none_or(|f| self.ne(f)[0] >= p.n_rot / 2));
         let factors = factors.map_or(std::ptr::null_mut(), |f| self.raw(f));
         let mode = if p.neox { ROPE_TYPE_NEOX } else { 0 };

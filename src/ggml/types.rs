@@ -98,7 +98,7 @@ impl Type {
     /// If the lengths of `src` and `dst` do not describe the same rows.
     pub fn dequantize(self, src: &[u8], n_per_row: usize, dst: &mut [f32]) -> Result<(), GgmlError> {
         let row_bytes = self.row_bytes(n_per_row);
-        assert!(n_per_row > 0 && dst.len() % n_per_row == 0);
+        assert!(n_per_row > 0 && dst.len().is_multiple_of(n_per_row));
         assert_eq!(src.len(), dst.len() / n_per_row * row_bytes);
         if self == Type::F32 {
             for (d, s) in dst.iter_mut().zip(src.as_chunks::<4>().0) {
@@ -131,7 +131,11 @@ impl Type {
         n_per_row: usize,
         imatrix: Option<&[f32]>,
     ) -> Result<Vec<u8>, GgmlError> {
-        assert!(n_per_row > 0 && n_per_row % self.block_size() == 0 && src.len() % n_per_row == 0);
+        assert!(
+            n_per_row > 0
+                && n_per_row.is_multiple_of(self.block_size())
+                && src.len().is_multiple_of(n_per_row)
+        );
         assert!(imatrix.is_none_or(|m| m.len() == n_per_row));
         if !self.can_quantize() {
             return Err(GgmlError::Type("write", self.name().into()));

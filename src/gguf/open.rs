@@ -213,7 +213,7 @@ fn bad_type(key: &str, found: &Value, wanted: &str) -> GgufError {
 /// Start and length of a tensor's data in the file, or nothing if they do not fit in 64 bits.
 fn extent(ty: Type, ne: [u64; 4], offset: u64, data_offset: u64) -> Option<(u64, u64)> {
     let n = ne.iter().try_fold(1u64, |n, &k| n.checked_mul(k))?;
-    if n == 0 || ne[0] % ty.block_size() as u64 != 0 {
+    if n == 0 || !ne[0].is_multiple_of(ty.block_size() as u64) {
         return None;
     }
     let len = (n / ty.block_size() as u64).checked_mul(ty.row_bytes(ty.block_size()) as u64)?;

@@ -226,7 +226,7 @@ fn check_block(
         _ if b.n_head_kv == 0 => {
             bad("attention.head_count_kv", "is 0 (linear attention is not supported)".into())
         }
-        _ if b.n_head % b.n_head_kv != 0 || b.n_head == 0 => bad(
+        _ if !b.n_head.is_multiple_of(b.n_head_kv) || b.n_head == 0 => bad(
             "attention.head_count",
             format!("is {}, not a multiple of {} KV heads", b.n_head, b.n_head_kv),
         ),

@@ -1,7 +1,6 @@
 //! Widths per block, from what each block loses as it narrows.
 
-use super::{PruneError, Run};
-use super::{mean_square, token_scales};
+use super::{PruneError, Run, mean_square, token_scales};
 use crate::forward::{Collect, Wanted};
 use crate::numeric::Moments;
 use crate::prune::{self, Budget, Curve};
@@ -61,7 +60,7 @@ impl Run<'_> {
 
 /// Median over tokens of the mean of x². The mean over tokens would be that of the few tokens with massive activations.
 fn typical_energy(stream: &[f32], n_embd: usize) -> f64 {
-    let mut energies: Vec<f32> = stream.chunks_exact(n_embd).map(|x| mean_square(x)).collect();
+    let mut energies: Vec<f32> = stream.chunks_exact(n_embd).map(mean_square).collect();
     let middle = energies.len() / 2;
     let (_, median, _) = energies.select_nth_unstable_by(middle, f32::total_cmp);
     f64::from(*median).max(f64::MIN_POSITIVE)

@@ -206,7 +206,8 @@ fn without_each(
         let row = heads.len() / (span.len() / f.n_embd());
         let width = row / n_groups;
         for (out, &c) in outs.iter_mut().zip(columns) {
-            let mut without = heads.clone();
+            // Without its last group a block has no attention at all, and no bias of it.
+            let mut without = if n_groups > 1 { heads.clone() } else { Vec::new() };
             without.chunks_exact_mut(row).for_each(|r| r[c * width..(c + 1) * width].fill(0.0));
             let wanted = Wanted { out: Some(&mut out[span.clone()]), ..Wanted::default() };
             f.from_heads(b, &x[span.clone()], &without, wanted)?;
@@ -233,7 +234,7 @@ impl Judge {
         let n_ctx = forward.n_ctx();
         if loss == Loss::Likelihood {
             let next = |i: usize| {
-                if (i + 1) % n_ctx == 0 { None } else { Some(tokens[i + 1]) }
+                if (i + 1).is_multiple_of(n_ctx) { None } else { Some(tokens[i + 1]) }
             };
             return Ok(Judge::Likelihood((0..tokens.len()).map(next).collect()));
         }

@@ -76,8 +76,12 @@ impl Plan {
         Ok(w)
     }
 
-    /// Removes an attention group; a new attn_output loses its columns.
+    /// Removes an attention group.
+    ///
+    /// # Panics
+    /// If the block has a new attn_output, whose columns belong to the groups as they were.
     pub fn remove_group(&mut self, id: GroupId) {
+        assert!(self.blocks[id.block].attn_output.is_none(), "heads go before attn_output is refitted");
         self.blocks[id.block].groups.retain(|&g| g != id.group);
     }
 

@@ -6,7 +6,7 @@ use crate::ggml::Type;
 use crate::model::{BlockWeights, Matrix};
 use crate::numeric::Moments;
 use crate::prune::{self, Singular};
-use crate::requant::{FeedbackError, Quantised, output_type, quantise, quantise_with_feedback};
+use crate::requant::{FeedbackError, Quantised, quantise, quantise_with_feedback};
 
 /// The two residual streams `[n_tokens, n_embd]` of all windows, at the input of the same block.
 struct Streams {
@@ -157,8 +157,7 @@ impl Run<'_> {
         fit.chain(held_out).collect()
     }
 
-    /// Encodes refitted weights on the inputs `keep`: with error feedback where the type rounds in
-    /// blocks, unless the paper's method is asked for.
+    /// Encodes refitted weights on the inputs `keep`.
     fn requantise(
         &self,
         weights: &Matrix,
@@ -167,7 +166,7 @@ impl Run<'_> {
         ridge: f64,
         ty: Type,
     ) -> Result<Quantised, FeedbackError> {
-        if self.settings.error_feedback && output_type(ty, weights.n_in).is_quantized() {
+        if self.settings.error_feedback {
             return quantise_with_feedback(weights, &moments.gram.select(keep), ridge, ty);
         }
         Ok(quantise(weights, ty, &importance(moments, keep))?)

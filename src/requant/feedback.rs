@@ -8,9 +8,6 @@ use crate::numeric::SymMatrix;
 use crate::prune::{Obs, Singular};
 use faer::Mat;
 
-/// Columns that are rounded together where the type has no blocks.
-const PLAIN_COLUMNS: usize = 32;
-
 /// Why quantising failed.
 #[derive(Debug, thiserror::Error)]
 pub enum FeedbackError {
@@ -25,7 +22,7 @@ pub enum FeedbackError {
 /// Encodes `m` `[n_in, n_out]`, whose inputs have the Gram matrix `gram`, in `wanted` or its fallback,
 /// so that the error of its outputs over the calibration tokens is small. Blocks of columns are
 /// rounded from the last to the first, each by ggml's own quantiser with the curvature of the loss
-/// as importance.
+/// as importance. Types without blocks round so little that they are written plainly.
 ///
 /// # Errors
 /// [`FeedbackError`] if the Gram matrix is degenerate or ggml cannot encode the type.
@@ -36,7 +33,15 @@ pub fn quantise_with_feedback(
     wanted: Type,
 ) -> Result<Quantised, FeedbackError> {
     let ty = output_type(wanted, m.n_in);
-    let width = if ty.block_size() > 1 { ty.block_size() } else { PLAIN_COLUMNS };
+    let width = ty.block_size();
+    if width == 1 {
+        return Ok(Quantised {
+            ty,
+            n_in: m.n_in,
+            n_out: m.n_out,
+            bytes: ty.quantize(&m.data, m.n_in, None)?,
+        });
+    }
     let row_bytes = ty.row_bytes(m.n_in);
     let mut bytes = vec![0u8; row_bytes * m.n_out];
     let mut obs = Obs::new(m, gram, ridge)?;

@@ -32,7 +32,7 @@ impl Quantised {
 /// itself where rows are whole blocks and ggml can encode it, else llama-quantize's fallback
 /// (`tensor_type_fallback` in `src/llama-quant.cpp`), else F16.
 pub fn output_type(wanted: Type, n_per_row: usize) -> Type {
-    let fits = |t: Type| n_per_row % t.block_size() == 0 && t.can_quantize();
+    let fits = |t: Type| n_per_row.is_multiple_of(t.block_size()) && t.can_quantize();
     if fits(wanted) {
         return wanted;
     }

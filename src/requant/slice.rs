@@ -17,7 +17,7 @@ pub fn select_columns(
     run: usize,
     runs: &[usize],
 ) -> Option<Vec<u8>> {
-    if run % ty.block_size() != 0 {
+    if !run.is_multiple_of(ty.block_size()) {
         return None;
     }
     let (row_size, run_size) = (ty.row_bytes(n_per_row), ty.row_bytes(run));

@@ -137,7 +137,11 @@ impl Small {
             } else {
                 rng.vec(n, 1.5 / (ne[0] as f32).sqrt())
             };
-            let ty = if ne.len() == 1 || ne[0] % self.ty.block_size() != 0 { Type::F32 } else { self.ty };
+            let ty = if ne.len() == 1 || !ne[0].is_multiple_of(self.ty.block_size()) {
+                Type::F32
+            } else {
+                self.ty
+            };
             out.push((name, ty, ne.to_vec(), values));
         };
         add("token_embd.weight".into(), &[d, self.n_vocab], false);
