@@ -46,9 +46,7 @@ pub fn quantise_with_feedback(
     let mut bytes = vec![0u8; row_bytes * m.n_out];
     let mut obs = Obs::new(m, gram, ridge)?;
     while obs.alive() > 0 {
-        // Where the type has no blocks, the last columns may be fewer.
-        let k = if obs.alive() % width == 0 { width } else { obs.alive() % width };
-        let start = obs.alive() - k;
+        let (k, start) = (width, obs.alive() - width);
         let tail = obs.tail(k);
         let importance: Vec<f32> = obs.tail_curvature(k).into_iter().map(|c| c as f32).collect();
         let rows: Vec<f32> =
