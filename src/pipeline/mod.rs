@@ -75,7 +75,7 @@ impl Default for Settings {
             n_threads: 1,
             precision: Precision::Auto,
             mixture: 0.5,
-            token_weight: 0.0,
+            token_weight: 1.0,
             ridge_attn: 1e-2,
             ridge_ffn: 1e-3,
             groups: None,
