@@ -163,21 +163,7 @@ fn windows_longer_than_the_model_knows() {
 fn no_tokenizer() {
     let cli = with_model();
     let file = putri_gguf::gguf::GgufFile::open(&cli.path(IN)).unwrap();
-    let metadata: Vec<_> =
-        file.metadata().iter().filter(|(k, _)| !k.starts_with("tokenizer.")).cloned().collect();
-    let path = cli.path("bare.gguf");
-    let tensors: Vec<_> = file
-        .tensors()
-        .iter()
-        .map(|t| putri_gguf::gguf::OutTensor {
-            name: t.name.clone(),
-            ty: t.ty,
-            ne: t.ne.clone(),
-            data: Box::new(|| Ok(std::borrow::Cow::Borrowed(file.data(t)))),
-        })
-        .collect();
-    putri_gguf::gguf::write_gguf(&mut std::fs::File::create(&path).unwrap(), &path, &metadata, &tensors)
-        .unwrap();
+    common::rewrite(&file, &cli.path("bare.gguf"), |k| !k.starts_with("tokenizer."), None);
     cli.fails(&["bare.gguf", "out.gguf", "--sparsity", "0.25", "--quiet", "-c", "64"], 1, &["tokenizer"]);
 }
 

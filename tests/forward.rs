@@ -6,10 +6,7 @@ use common::small::Small;
 use common::{TEXT, compare_logits, libllama_logits, our_logits, smollm2};
 use putri_gguf::forward::Precision;
 use putri_gguf::ggml::{LlamaModel, Type, silence_logs};
-use putri_gguf::gguf::{GgufFile, OutTensor, Value, write_gguf};
-use std::borrow::Cow;
-use std::fs::File;
-use std::io::BufWriter;
+use putri_gguf::gguf::{GgufFile, Value};
 
 fn check_small(name: &str, small: &Small) {
     silence_logs();
@@ -102,22 +99,7 @@ fn smollm2_with_f32_weights_agrees_with_libllama_closely() {
     let source = GgufFile::open(&smollm2()).unwrap();
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("f32.gguf");
-    let tensors: Vec<OutTensor> = source
-        .tensors()
-        .iter()
-        .map(|t| OutTensor {
-            name: t.name.clone(),
-            ty: Type::F32,
-            ne: t.ne.clone(),
-            data: Box::new(|| {
-                let floats = source.floats(t, 0..t.n_rows())?;
-                Ok(Cow::Owned(bytemuck::cast_slice(&floats).to_vec()))
-            }),
-        })
-        .collect();
-    let mut file = BufWriter::new(File::create(&path).unwrap());
-    write_gguf(&mut file, &path, source.metadata(), &tensors).unwrap();
-    drop(file);
+    common::rewrite(&source, &path, |_| true, Some(Type::F32));
 
     let vocab = LlamaModel::load_vocab(&path).unwrap();
     let tokens = vocab.vocab().tokenize(TEXT).unwrap();

@@ -77,14 +77,11 @@ fn final_stream(
 ) -> Result<FinalStream, ForwardError> {
     let mut forward = Forward::new(model, n_ctx, n_threads, Precision::Auto)?;
     let mut stream = embed(model, tokens)?;
+    let mut out = vec![0.0; stream.len()];
     for il in 0..model.hparams.n_layer() {
         let block = forward.upload(&model.block(il)?)?;
-        for chunk in forward.chunks(0..tokens.len() / n_ctx) {
-            let span = forward.span(&chunk);
-            let mut out = vec![0.0; span.len()];
-            forward.block(&block, &stream[span.clone()], None, &mut out)?;
-            stream[span].copy_from_slice(&out);
-        }
+        forward.stream(&block, &stream, &mut out)?;
+        std::mem::swap(&mut stream, &mut out);
     }
     let head = forward.head(model)?;
     Ok((forward, head, stream))

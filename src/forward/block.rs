@@ -144,6 +144,18 @@ impl Forward {
         Ok(())
     }
 
+    /// Whole windows `x` through the block into `y`, chunk by chunk.
+    ///
+    /// # Errors
+    /// [`ForwardError`] if the backend fails.
+    pub fn stream(&mut self, b: &Block, x: &[f32], y: &mut [f32]) -> Result<(), ForwardError> {
+        for chunk in self.chunks(0..x.len() / (self.n_ctx() * self.n_embd())) {
+            let span = self.span(&chunk);
+            self.block(b, &x[span.clone()], None, &mut y[span])?;
+        }
+        Ok(())
+    }
+
     /// The feed-forward half of a block: `mid` in, the residual stream after the block into `out`.
     ///
     /// # Errors

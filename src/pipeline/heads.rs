@@ -100,7 +100,7 @@ impl<'r, 'a> Search<'r, 'a> {
             let block = forward.upload(&plan.block(run.model, il)?)?;
             let x = &base[il];
             let mut y = vec![0.0; x.len()];
-            through_block(&mut forward, &block, x, &mut y, n_windows)?;
+            forward.stream(&block, x, &mut y)?;
             base.push(y);
         }
         let last = &base[base.len() - 1];
@@ -146,7 +146,7 @@ impl<'r, 'a> Search<'r, 'a> {
             for (_, stream) in ids.iter().zip(&mut streams).filter(|(id, _)| id.block < il) {
                 let x = std::mem::take(stream);
                 stream.resize(x.len(), 0.0);
-                through_block(forward, &block, &x, stream, self.n_windows)?;
+                forward.stream(&block, &x, stream)?;
             }
             let here: Vec<usize> = (0..ids.len()).filter(|&i| ids[i].block == il).collect();
             if !here.is_empty() {
@@ -165,7 +165,7 @@ impl<'r, 'a> Search<'r, 'a> {
             }
             if dirty.is_some_and(|d| d <= il) {
                 let (before, after) = self.base.split_at_mut(il + 1);
-                through_block(forward, &block, &before[il], &mut after[0], self.n_windows)?;
+                forward.stream(&block, &before[il], &mut after[0])?;
             }
         }
         let forward = &mut self.forward;
@@ -174,20 +174,6 @@ impl<'r, 'a> Search<'r, 'a> {
         }
         streams.iter().map(|s| self.judge.loss(forward, &self.head, s)).collect()
     }
-}
-
-fn through_block(
-    f: &mut Forward,
-    b: &Block,
-    x: &[f32],
-    y: &mut [f32],
-    n_windows: usize,
-) -> Result<(), PruneError> {
-    for chunk in f.chunks(0..n_windows) {
-        let span = f.span(&chunk);
-        f.block(b, &x[span.clone()], None, &mut y[span])?;
-    }
-    Ok(())
 }
 
 /// Outputs of a block for `x` with the attention of one of its `n_groups` groups left out each time.

@@ -293,19 +293,15 @@ impl Run<'_> {
         let range = w.n_fit..w.n_windows();
         let mut streams = [embed(self.model, w.tokens_of(range.clone()))?, Vec::new()];
         streams[1] = streams[0].clone();
-        let n = range.len();
+        let mut out = vec![0.0; streams[0].len()];
         self.observer.stage("evaluate", self.model.hparams.n_layer());
         for il in 0..self.model.hparams.n_layer() {
             self.checkpoint()?;
             let dense = self.forward.upload(&self.model.block(il)?)?;
             let pruned = self.forward.upload(&self.plan.block(self.model, il)?)?;
             for (stream, block) in streams.iter_mut().zip([&dense, &pruned]) {
-                for chunk in self.forward.chunks(0..n) {
-                    let span = self.forward.span(&chunk);
-                    let mut out = vec![0.0; span.len()];
-                    self.forward.block(block, &stream[span.clone()], None, &mut out)?;
-                    stream[span].copy_from_slice(&out);
-                }
+                self.forward.stream(block, stream, &mut out)?;
+                std::mem::swap(stream, &mut out);
             }
             self.observer.step(il + 1, "");
         }

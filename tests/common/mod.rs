@@ -4,7 +4,12 @@
 pub mod cli;
 pub mod small;
 
-use std::path::PathBuf;
+use putri_gguf::ggml::Type;
+use putri_gguf::gguf::{GgufFile, OutTensor, write_gguf};
+use std::borrow::Cow;
+use std::fs::File;
+use std::io::{BufWriter, Write};
+use std::path::{Path, PathBuf};
 
 /// SmolLM2-135M-Instruct, fetched by `make model`.
 pub fn smollm2() -> PathBuf {
@@ -23,6 +28,29 @@ time, and that the price would follow. Nobody disagreed. In the afternoon the ke
 replaced a cracked pane on the seaward side and read three chapters of a book about the history of \
 cartography. He learned that early maps showed islands which had never existed, copied from one chart \
 to the next for two hundred years, since no captain wanted to be the one who failed to see them. ";
+
+/// Writes `source` anew: with the metadata that `keep` keeps, and the tensors in `ty` if that is given.
+pub fn rewrite(source: &GgufFile, target: &Path, keep: impl Fn(&str) -> bool, ty: Option<Type>) {
+    let metadata: Vec<_> = source.metadata().iter().filter(|(k, _)| keep(k)).cloned().collect();
+    let tensors: Vec<OutTensor> = source
+        .tensors()
+        .iter()
+        .map(|t| OutTensor {
+            name: t.name.clone(),
+            ty: ty.unwrap_or(t.ty),
+            ne: t.ne.clone(),
+            data: Box::new(move || match ty {
+                None => Ok(Cow::Borrowed(source.data(t))),
+                Some(ty) => {
+                    Ok(Cow::Owned(ty.quantize(&source.floats(t, 0..t.n_rows())?, t.ne[0], None).unwrap()))
+                }
+            }),
+        })
+        .collect();
+    let mut file = BufWriter::new(File::create(target).unwrap());
+    write_gguf(&mut file, target, &metadata, &tensors).unwrap();
+    file.flush().unwrap();
+}
 
 /// libllama's logits `[n_tokens, n_vocab]` for one window, with its default settings.
 pub fn libllama_logits(path: &std::path::Path, tokens: &[i32]) -> Vec<f32> {
