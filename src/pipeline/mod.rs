@@ -277,21 +277,24 @@ impl Run<'_> {
         Ok(embed(self.model, &self.windows.tokens)?)
     }
 
-    /// Perplexity on the held-out windows of a final residual stream.
-    fn held_out_ppl(&mut self, stream: &[f32]) -> Result<f64, PruneError> {
+    /// Perplexity of two final residual streams of the held-out windows.
+    fn held_out_ppl(&mut self, streams: [&[f32]; 2]) -> Result<(f64, f64), PruneError> {
         let w = self.windows;
-        let range = w.n_fit..w.n_windows();
         let head = self.forward.head(self.model)?;
-        let span = self.forward.span(&range);
-        let nll = self.forward.nll(&head, &stream[span], &w.targets(range))?;
-        Ok((nll.iter().sum::<f64>() / nll.len() as f64).exp())
+        let targets = w.targets(w.n_fit..w.n_windows());
+        let mut ppl = [0.0; 2];
+        for (p, stream) in ppl.iter_mut().zip(streams) {
+            let nll = self.forward.nll(&head, stream, &targets)?;
+            *p = (nll.iter().sum::<f64>() / nll.len() as f64).exp();
+        }
+        Ok((ppl[0], ppl[1]))
     }
 
     /// Perplexity on the held-out windows of the dense model and of the plan.
     fn evaluate_plan(&mut self) -> Result<(f64, f64), PruneError> {
         let w = self.windows;
         let range = w.n_fit..w.n_windows();
-        let mut streams = [embed(self.model, w.tokens_of(range.clone()))?, Vec::new()];
+        let mut streams = [embed(self.model, w.tokens_of(range))?, Vec::new()];
         streams[1] = streams[0].clone();
         let mut out = vec![0.0; streams[0].len()];
         self.observer.stage("evaluate", self.model.hparams.n_layer());
@@ -305,13 +308,6 @@ impl Run<'_> {
             }
             self.observer.step(il + 1, "");
         }
-        let head = self.forward.head(self.model)?;
-        let targets = w.targets(range);
-        let mut ppl = [0.0; 2];
-        for (p, stream) in ppl.iter_mut().zip(&streams) {
-            let nll = self.forward.nll(&head, stream, &targets)?;
-            *p = (nll.iter().sum::<f64>() / nll.len() as f64).exp();
-        }
-        Ok((ppl[0], ppl[1]))
+        self.held_out_ppl([&streams[0], &streams[1]])
     }
 }

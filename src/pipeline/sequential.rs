@@ -33,7 +33,8 @@ impl Run<'_> {
             let note = self.ffn_step(il, &mut w, width, heads, &mut streams)?;
             self.observer.step(il + 1, &note);
         }
-        Ok((self.held_out_ppl(&streams.dense)?, self.held_out_ppl(&streams.pruned)?))
+        let held_out = self.forward.span(&(self.windows.n_fit..self.windows.n_windows()));
+        self.held_out_ppl([&streams.dense[held_out.clone()], &streams.pruned[held_out]])
     }
 
     /// Moves the dense stream over the whole block, and refits attn_output of `w` on what the pruned
