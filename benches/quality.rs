@@ -3,16 +3,17 @@
 //!     cargo bench --bench quality -- --model M.gguf --calibrate C.txt --judge A.txt --judge B.txt
 //!
 //! Prints a row per method and sparsity: perplexity, KL divergence from the dense model and top-1
-//! agreement on every judging text. Judges are cut into windows of `--judge-ctx` tokens.
+//! agreement on every judging text. Judges are cut into windows of `--judge-ctx` tokens. All rows are
+//! calibrated on the same tokens, and with `--windows FILE` so are all runs that name that file.
 
 use clap::Parser;
-use putri_gguf::calibrate::{Recipe, file_windows};
-use putri_gguf::evaluate::compare;
-use putri_gguf::ggml::{LlamaModel, Token, silence_logs};
+use putri_gguf::calibrate::{Recipe, Windows, file_windows};
+use putri_gguf::evaluate::{Comparison, Judge};
+use putri_gguf::ggml::{LlamaModel, Token, Type, silence_logs};
 use putri_gguf::model::Model;
 use putri_gguf::pipeline::{Loss, Method, Observer, Settings};
-use putri_gguf::{Job, run};
-use std::path::PathBuf;
+use putri_gguf::{Job, calibration, run};
+use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 #[derive(Parser)]
@@ -26,6 +27,9 @@ struct Args {
     /// Share of self-generated windows beside --calibrate.
     #[arg(long, default_value_t = 0.0)]
     self_share: f64,
+    /// File of calibration tokens: read if it is there, else written.
+    #[arg(long)]
+    windows: Option<PathBuf>,
     /// Texts to judge on.
     #[arg(long, required = true)]
     judge: Vec<PathBuf>,
@@ -98,6 +102,9 @@ fn settings(row: &str, sparsity: f64, n_threads: usize) -> Settings {
             "curve_tokens" => s.curve_tokens = number() as usize,
             "nll" => s.head_loss = Loss::Likelihood,
             "plain" => s.error_feedback = false,
+            "attn_output" => s.types.attn_output = Some(Type::from_name(value).expect("type")),
+            "ffn_down" => s.types.ffn_down = Some(Type::from_name(value).expect("type")),
+            "nobias" => s.biases = false,
             "uniform" => s.per_block_widths = false,
             other => panic!("no setting {other}"),
         }
@@ -105,55 +112,84 @@ fn settings(row: &str, sparsity: f64, n_threads: usize) -> Settings {
     s
 }
 
+/// The calibration windows: those in `--windows`, or new ones.
+fn windows(args: &Args, job: &Job) -> Windows {
+    let Some(path) = &args.windows else {
+        return calibration(job, &mut Stages(None)).expect("calibration");
+    };
+    if !path.exists() {
+        let w = calibration(job, &mut Stages(None)).expect("calibration");
+        let numbers = [w.n_ctx, w.n_fit, w.n_held_out, w.n_self].map(|n| n as Token);
+        let bytes: Vec<u8> = numbers.iter().chain(&w.tokens).flat_map(|n| n.to_le_bytes()).collect();
+        std::fs::write(path, bytes).expect("windows");
+    }
+    read_windows(path)
+}
+
+fn read_windows(path: &Path) -> Windows {
+    let bytes = std::fs::read(path).expect("windows");
+    let mut numbers = bytes.as_chunks().0.iter().map(|b| Token::from_le_bytes(*b));
+    let [n_ctx, n_fit, n_held_out, n_self] =
+        std::array::from_fn(|_| numbers.next().expect("four numbers before the tokens") as usize);
+    let tokens: Vec<Token> = numbers.collect();
+    assert_eq!(tokens.len(), n_ctx * (n_fit + n_held_out), "{}", path.display());
+    Windows { n_ctx, tokens, n_fit, n_held_out, n_self }
+}
+
 fn main() {
     silence_logs();
     let args = Args::parse();
     let vocab = LlamaModel::load_vocab(&args.model).expect("model");
     let dense = Model::open(&args.model).expect("model");
-    let judges: Vec<Vec<Token>> = args
+    let mut judges: Vec<Judge> = args
         .judge
         .iter()
         .map(|path| {
-            let windows =
-                file_windows(&vocab, std::slice::from_ref(path), args.judge_ctx, args.judge_windows);
-            windows.expect("judge").concat()
+            let files = std::slice::from_ref(path);
+            let windows = file_windows(&vocab, files, args.judge_ctx, args.judge_windows).expect("judge");
+            Judge::new(&dense, windows.concat(), args.judge_ctx, args.threads).expect("judge")
         })
         .collect();
     let scratch = tempfile::tempdir().expect("temporary folder");
     let folder = args.keep.clone().unwrap_or_else(|| scratch.path().to_path_buf());
+    let mut job = Job {
+        input: args.model.clone(),
+        output: PathBuf::new(),
+        imatrix_out: None,
+        force: true,
+        verify: true,
+        recipe: Recipe {
+            n_ctx: args.ctx,
+            n_windows: args.chunks,
+            files: args.calibrate.clone(),
+            self_share: args.self_share,
+            seed: 1,
+            n_threads: args.threads,
+            n_parallel: 64,
+        },
+        windows: None,
+        settings: Settings::default(),
+    };
+    job.windows = Some(windows(&args, &job));
 
-    println!(
-        "| method | sparsity | reached | bytes | seconds | {} |",
-        args.judge
-            .iter()
-            .map(|j| format!(
-                "ppl {0} | KL {0} | top-1 {0}",
-                j.file_stem().unwrap_or_default().to_string_lossy()
-            ))
-            .collect::<Vec<_>>()
-            .join(" | ")
-    );
+    let columns = |j: &PathBuf| {
+        format!("ppl {0} | KL {0} | top-1 {0}", j.file_stem().unwrap_or_default().to_string_lossy())
+    };
+    let columns: Vec<_> = args.judge.iter().map(columns).collect();
+    println!("| method | sparsity | reached | bytes | seconds | {} |", columns.join(" | "));
     println!("|---|---|---|---|---|{}", "---|---|---|".repeat(judges.len()));
-    let mut first = true;
+    let cells = |results: Vec<Comparison>| {
+        let cell = |r: &Comparison| format!("{:.2} | {:.4} | {:.1} %", r.ppl, r.kl, r.top1 * 100.0);
+        results.iter().map(cell).collect::<Vec<_>>().join(" | ")
+    };
+    let bytes = dense.file.bytes().len();
+    let figures = judges.iter_mut().map(|j| j.dense().expect("evaluation")).collect();
+    println!("| dense | 0 | 0 | {bytes} | | {} |", cells(figures));
     for &sparsity in &args.sparsity {
         for row in &args.row {
             let output = folder.join(format!("{}-{sparsity}.gguf", row.replace([':', '=', ','], "_")));
-            let job = Job {
-                input: args.model.clone(),
-                output: output.clone(),
-                force: true,
-                verify: true,
-                recipe: Recipe {
-                    n_ctx: args.ctx,
-                    n_windows: args.chunks,
-                    files: args.calibrate.clone(),
-                    self_share: args.self_share,
-                    seed: 1,
-                    n_threads: args.threads,
-                    n_parallel: 64,
-                },
-                settings: settings(row, sparsity, args.threads),
-            };
+            job.output.clone_from(&output);
+            job.settings = settings(row, sparsity, args.threads);
             eprintln!("{row} {sparsity}");
             let mut stages = Stages(None);
             let outcome = run(&job, &mut stages);
@@ -166,28 +202,13 @@ fn main() {
                 }
             };
             let pruned = Model::open(&output).expect("our own output");
-            let results: Vec<_> = judges
-                .iter()
-                .map(|tokens| {
-                    compare(&[&dense, &pruned], tokens, args.judge_ctx, args.threads).expect("evaluation")
-                })
-                .collect();
-            let cells = |i: usize| {
-                let cell = |r: &Vec<putri_gguf::evaluate::Comparison>| {
-                    format!("{:.2} | {:.4} | {:.1} %", r[i].ppl, r[i].kl, r[i].top1 * 100.0)
-                };
-                results.iter().map(cell).collect::<Vec<_>>().join(" | ")
-            };
-            if first {
-                println!("| dense | 0 | 0 | {} | | {} |", outcome.before.bytes, cells(0));
-                first = false;
-            }
+            let figures = judges.iter_mut().map(|j| j.compare(&pruned).expect("evaluation")).collect();
             let seconds = outcome.time.as_secs_f64();
             println!(
                 "| {row} | {sparsity} | {:.4} | {} | {seconds:.0} | {} |",
                 outcome.sparsity,
                 outcome.after.bytes,
-                cells(1)
+                cells(figures)
             );
             drop(pruned);
             if args.keep.is_none() {

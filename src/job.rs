@@ -1,7 +1,7 @@
 //! The whole way from a GGUF to a pruned and verified GGUF.
 
-use crate::assemble::{Provenance, assemble};
-use crate::calibrate::{self, CalibrateError, Recipe};
+use crate::assemble::{Provenance, assemble, write_imatrix};
+use crate::calibrate::{self, CalibrateError, Recipe, Windows};
 use crate::evaluate;
 use crate::ggml::{GgmlError, LlamaModel};
 use crate::gguf::GgufError;
@@ -25,12 +25,16 @@ pub struct Job {
     pub input: PathBuf,
     /// Where the pruned model goes.
     pub output: PathBuf,
-    /// Replace an existing output.
+    /// Where the pruned model's importance matrix goes, if anywhere.
+    pub imatrix_out: Option<PathBuf>,
+    /// Replace existing outputs.
     pub force: bool,
     /// Let libllama load and judge the result before it gets its name.
     pub verify: bool,
     /// What to calibrate on.
     pub recipe: Recipe,
+    /// Windows that [`calibration`] collected by `recipe`; without them the job collects its own.
+    pub windows: Option<Windows>,
     /// How to prune.
     pub settings: Settings,
 }
@@ -96,6 +100,8 @@ pub enum JobError {
     Gguf(#[from] GgufError),
     #[error("{} is the input itself; choose another name", .0.display())]
     SameFile(PathBuf),
+    #[error("{} is the output as well as --imatrix-out; choose another name for one", .0.display())]
+    SameOutput(PathBuf),
     #[error("{} exists; --force replaces it", .0.display())]
     Exists(PathBuf),
     #[error("{}: {source}", path.display())]
@@ -117,44 +123,33 @@ pub enum JobError {
 pub fn run(job: &Job, observer: &mut dyn Observer) -> Result<Outcome, JobError> {
     let start = Instant::now();
     check_paths(job)?;
-    let at_input = |source| JobError::Model { path: job.input.clone(), source };
-    let model = Model::open(&job.input).map_err(|e| match e {
-        // These name the file already.
-        ModelError::Gguf(
-            e @ (GgufError::Io { .. }
-            | GgufError::Magic { .. }
-            | GgufError::Header { .. }
-            | GgufError::Truncated { .. }
-            | GgufError::UnknownType { .. }),
-        ) => JobError::Gguf(e),
-        other => at_input(other),
-    })?;
+    let model = open(job)?;
     if job.settings.sparsity == 0.0 {
         return copy_as_is(job, &model, start, observer.interrupted());
     }
-    let budgets = pipeline::budgets(&model);
+    let budgets = pipeline::budgets(&model, &job.settings.types);
     pipeline::check_budget(&model, &job.settings)?;
     let n_ctx_train = model.hparams.n_ctx_train;
     if job.recipe.n_ctx > n_ctx_train {
         let problem =
             format!("was trained for {n_ctx_train} tokens; --ctx-size {} is more", job.recipe.n_ctx);
-        return Err(at_input(ModelError::Unusable(problem)));
+        return Err(JobError::Model { path: job.input.clone(), source: ModelError::Unusable(problem) });
     }
 
-    let (windows, source_sha256) = {
-        let llama = LlamaModel::load(&job.input).map_err(CalibrateError::Llama)?;
-        let mut windows = None;
-        let sha = std::thread::scope(|scope| {
-            let sha = scope.spawn(|| hex(&Sha256::digest(model.file.bytes())));
-            windows = Some(collect(&llama, &model, job, observer));
-            sha.join().expect("hashing does not panic")
-        });
-        (windows.expect("set in the scope")?, sha)
-    };
-    let pruned = pipeline::run(&model, &windows, &job.settings, observer).map_err(|e| match e {
+    let (windows, source_sha256) = std::thread::scope(|scope| {
+        let sha = scope.spawn(|| hex(&Sha256::digest(model.file.bytes())));
+        let windows = match &job.windows {
+            Some(windows) => Ok(windows.clone()),
+            None => collect(&model, job, observer),
+        };
+        (windows, sha.join().expect("hashing does not panic"))
+    });
+    let windows = windows?;
+    let interrupted = |e| match e {
         PruneError::Interrupted => JobError::Interrupted,
         other => other.into(),
-    })?;
+    };
+    let pruned = pipeline::run(&model, &windows, &job.settings, observer).map_err(interrupted)?;
     let sparsity = pruned.plan.sparsity(&budgets);
     let provenance = Provenance {
         source_sha256,
@@ -165,6 +160,19 @@ pub fn run(job: &Job, observer: &mut dyn Observer) -> Result<Outcome, JobError> 
         seed: job.recipe.seed,
     };
 
+    // Beside its name until the model is verified, too.
+    let imatrix = match &job.imatrix_out {
+        None => None,
+        Some(path) => {
+            let squares = pipeline::input_squares(&model, &pruned.plan, &windows, &job.settings, observer)
+                .map_err(interrupted)?;
+            let temp = temporary(path)?;
+            let mut out = BufWriter::new(temp.as_file());
+            write_imatrix(&mut out, path, &model, &squares, &windows, &provenance.calibration)?;
+            drop(out);
+            Some((path, temp))
+        }
+    };
     observer.stage("write and verify", 2);
     let temp = temporary(&job.output)?;
     let mut out = BufWriter::with_capacity(1 << 20, temp.as_file());
@@ -195,7 +203,10 @@ pub fn run(job: &Job, observer: &mut dyn Observer) -> Result<Outcome, JobError> 
     if observer.interrupted() {
         return Err(JobError::Interrupted);
     }
-    let bytes = finish(job, temp)?;
+    if let Some((path, temp)) = imatrix {
+        finish(job, temp, path)?;
+    }
+    let bytes = finish(job, temp, &job.output)?;
     observer.step(2, "");
     let shapes = pruned.plan.shapes(&model);
     let before = size_of(&model);
@@ -208,6 +219,28 @@ pub fn run(job: &Job, observer: &mut dyn Observer) -> Result<Outcome, JobError> 
     let mut warnings = pruned.warnings;
     warnings.extend(advice(sparsity, &quality, carrier));
     Ok(Outcome { before, after, carrier, sparsity, quality: Some(quality), warnings, time: start.elapsed() })
+}
+
+fn open(job: &Job) -> Result<Model, JobError> {
+    Model::open(&job.input).map_err(|e| match e {
+        // These name the file already.
+        ModelError::Gguf(
+            e @ (GgufError::Io { .. }
+            | GgufError::Magic { .. }
+            | GgufError::Header { .. }
+            | GgufError::Truncated { .. }
+            | GgufError::UnknownType { .. }),
+        ) => JobError::Gguf(e),
+        source => JobError::Model { path: job.input.clone(), source },
+    })
+}
+
+/// The calibration windows of `job`, for jobs that shall share them.
+///
+/// # Errors
+/// [`JobError`] if the model cannot be read or there is too little text.
+pub fn calibration(job: &Job, observer: &mut dyn Observer) -> Result<Windows, JobError> {
+    collect(&open(job)?, job, observer)
 }
 
 fn sum((a, b): (usize, usize)) -> usize {
@@ -239,15 +272,11 @@ fn n_parallel(model: &Model, job: &Job) -> usize {
     (KV_BYTES / (per_token * job.recipe.n_ctx).max(1)).clamp(1, job.recipe.n_parallel)
 }
 
-fn collect(
-    llama: &LlamaModel,
-    model: &Model,
-    job: &Job,
-    observer: &mut dyn Observer,
-) -> Result<calibrate::Windows, JobError> {
+fn collect(model: &Model, job: &Job, observer: &mut dyn Observer) -> Result<Windows, JobError> {
+    let llama = LlamaModel::load(&job.input).map_err(CalibrateError::Llama)?;
     let mut begun = false;
     let recipe = Recipe { n_parallel: n_parallel(model, job), ..job.recipe.clone() };
-    let windows = calibrate::collect(llama, &recipe, |done, total| {
+    let windows = calibrate::collect(&llama, &recipe, |done, total| {
         if !begun {
             observer.stage("calibration text", total);
             begun = true;
@@ -272,7 +301,7 @@ fn copy_as_is(job: &Job, model: &Model, start: Instant, interrupted: bool) -> Re
     if interrupted {
         return Err(JobError::Interrupted);
     }
-    finish(job, temp)?;
+    finish(job, temp, &job.output)?;
     let size = size_of(model);
     Ok(Outcome {
         before: size.clone(),
@@ -287,10 +316,25 @@ fn copy_as_is(job: &Job, model: &Model, start: Instant, interrupted: bool) -> Re
 
 /// Refuses what would harm a file or cannot be written, before anything costs time.
 fn check_paths(job: &Job) -> Result<(), JobError> {
-    let output = &job.output;
-    let refused = |kind, text: &str| {
-        Err(JobError::Io { path: output.clone(), source: std::io::Error::new(kind, text) })
+    check_output(job, &job.output)?;
+    if job.verify && job.output.to_str().is_none() {
+        let problem = "is no UTF-8 path, which llama.cpp needs to verify it";
+        let source = std::io::Error::new(std::io::ErrorKind::InvalidInput, problem);
+        return Err(JobError::Io { path: job.output.clone(), source });
+    }
+    let Some(imatrix) = &job.imatrix_out else {
+        return Ok(());
     };
+    if std::path::absolute(imatrix).ok() == std::path::absolute(&job.output).ok() {
+        return Err(JobError::SameOutput(imatrix.clone()));
+    }
+    check_output(job, imatrix)
+}
+
+/// Refuses an output that is a folder, the input, there already, or in a place where none can be made.
+fn check_output(job: &Job, output: &Path) -> Result<(), JobError> {
+    let refused =
+        |kind, text: &str| Err(JobError::Io { path: output.into(), source: std::io::Error::new(kind, text) });
     if output.is_dir()
         || output.file_name().is_none()
         || output.as_os_str().as_encoded_bytes().ends_with(b"/")
@@ -300,20 +344,14 @@ fn check_paths(job: &Job) -> Result<(), JobError> {
     if let (Ok(input), Ok(existing)) = (job.input.canonicalize(), output.canonicalize())
         && same_file(&input, &existing)
     {
-        return Err(JobError::SameFile(output.clone()));
+        return Err(JobError::SameFile(output.into()));
     }
     // A dangling link exists, too.
     if output.symlink_metadata().is_ok() && !job.force {
-        return Err(JobError::Exists(output.clone()));
-    }
-    if job.verify && output.to_str().is_none() {
-        return refused(
-            std::io::ErrorKind::InvalidInput,
-            "is no UTF-8 path, which llama.cpp needs to verify it",
-        );
+        return Err(JobError::Exists(output.into()));
     }
     // Can a file be made there at all? It is gone again at once.
-    temporary(output).map(|_| register_temporary(None))
+    temporary(output).map(|t| unregister_temporary(t.path()))
 }
 
 /// Whether two existing paths are one file, hard links included.
@@ -328,24 +366,24 @@ fn same_file(a: &Path, b: &Path) -> bool {
     a == b
 }
 
-/// The temporary file of the running job, for whoever must end the process without unwinding.
-static TEMPORARY: Mutex<Option<PathBuf>> = Mutex::new(None);
+/// The temporary files of the running job, for whoever must end the process without unwinding.
+static TEMPORARY: Mutex<Vec<PathBuf>> = Mutex::new(Vec::new());
 
-/// Deletes the temporary file of a running job. For handlers that end the process at once; a job that
+/// Deletes the temporary files of a running job. For handlers that end the process at once; a job that
 /// returns cleans up by itself.
 pub fn remove_temporary() {
     // Not `lock`: the thread that is interrupted may hold it.
-    if let Ok(mut path) = TEMPORARY.try_lock()
-        && let Some(path) = path.take()
-    {
-        let _ = std::fs::remove_file(path);
+    if let Ok(mut paths) = TEMPORARY.try_lock() {
+        for path in paths.drain(..) {
+            let _ = std::fs::remove_file(path);
+        }
     }
 }
 
-/// Says which file [`remove_temporary`] would delete.
-fn register_temporary(path: Option<&Path>) {
-    if let Ok(mut slot) = TEMPORARY.lock() {
-        *slot = path.map(Path::to_path_buf);
+/// Takes a file from those that [`remove_temporary`] would delete.
+fn unregister_temporary(path: &Path) {
+    if let Ok(mut paths) = TEMPORARY.lock() {
+        paths.retain(|p| p != path);
     }
 }
 
@@ -358,13 +396,15 @@ fn temporary(output: &Path) -> Result<tempfile::NamedTempFile, JobError> {
         .suffix(".part")
         .tempfile_in(folder)
         .map_err(|source| JobError::Io { path: folder.into(), source })?;
-    register_temporary(Some(temp.path()));
+    if let Ok(mut paths) = TEMPORARY.lock() {
+        paths.push(temp.path().to_path_buf());
+    }
     Ok(temp)
 }
 
-/// Syncs the temporary file and gives it its name. Returns its length.
-fn finish(job: &Job, temp: tempfile::NamedTempFile) -> Result<u64, JobError> {
-    let io = |source| JobError::Io { path: job.output.clone(), source };
+/// Syncs the temporary file and gives it the name `path`. Returns its length.
+fn finish(job: &Job, temp: tempfile::NamedTempFile, path: &Path) -> Result<u64, JobError> {
+    let io = |source| JobError::Io { path: path.into(), source };
     temp.as_file().sync_all().map_err(io)?;
     let bytes = temp.as_file().metadata().map_err(io)?.len();
     // A temporary file is private, an output as readable as its source. Where the file system knows no
@@ -375,8 +415,9 @@ fn finish(job: &Job, temp: tempfile::NamedTempFile) -> Result<u64, JobError> {
         let mode = source.permissions().mode() & 0o644 | 0o600;
         let _ = temp.as_file().set_permissions(std::fs::Permissions::from_mode(mode));
     }
-    let persisted = if job.force { temp.persist(&job.output) } else { temp.persist_noclobber(&job.output) };
-    register_temporary(None);
+    let name = temp.path().to_path_buf();
+    let persisted = if job.force { temp.persist(path) } else { temp.persist_noclobber(path) };
+    unregister_temporary(&name);
     persisted.map_err(|e| io(e.error))?;
     Ok(bytes)
 }
@@ -388,7 +429,7 @@ fn method_name(method: Method) -> &'static str {
     }
 }
 
-fn calibration_text(job: &Job, w: &calibrate::Windows) -> String {
+fn calibration_text(job: &Job, w: &Windows) -> String {
     let files: Vec<_> = job
         .recipe
         .files

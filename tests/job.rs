@@ -95,6 +95,20 @@ fn a_pruned_model_can_be_pruned_again() {
 }
 
 #[test]
+fn changed_tensors_get_the_type_that_was_asked_for() {
+    silence_logs();
+    let cli = Cli::new();
+    Small { ty: Type::Q4_0, blocks: vec![(4, 2, 256); 3], ..Small::default() }.write(&cli.path("in.gguf"));
+    let args = ["in.gguf", "out.gguf", "--sparsity", "0.3", "--tensor-type", "ffn_down=q8_0"];
+    cli.ok(&[&args[..], &QUICK].concat());
+    let out = GgufFile::open(&cli.path("out.gguf")).unwrap();
+    for t in out.tensors().iter().filter(|t| t.name.starts_with("blk.") && t.ne.len() == 2) {
+        let wanted = if t.name.contains("ffn_down") { Type::Q8_0 } else { Type::Q4_0 };
+        assert_eq!(t.ty, wanted, "{}", t.name);
+    }
+}
+
+#[test]
 fn sparsity_zero_is_the_same_bytes() {
     let cli = Cli::new();
     Small { ty: Type::Q8_0, biases: true, ..Small::default() }.write(&cli.path("in.gguf"));
@@ -145,7 +159,13 @@ fn smollm2_is_pruned_with_text_and_its_own() {
         assert_eq!(b.get(k), Some(v), "{k}");
     }
     for t in b.tensors() {
-        assert_eq!(t.ty, a.find(&t.name).unwrap().ty, "{}", t.name);
+        let (block_part, is_new) = (t.name.rsplit('.').nth(1).unwrap(), a.find(&t.name).is_none());
+        if is_new {
+            let biased = ["attn_output", "ffn_down"].contains(&block_part) && t.name.ends_with(".bias");
+            assert!(biased && t.ty == Type::F32, "{} {}", t.name, t.ty);
+        } else {
+            assert_eq!(t.ty, a.find(&t.name).unwrap().ty, "{}", t.name);
+        }
     }
     assert!(b.bytes().len() < a.bytes().len() * 92 / 100);
 }

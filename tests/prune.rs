@@ -5,7 +5,7 @@ mod common;
 use common::small::Rng;
 use putri_gguf::model::Matrix;
 use putri_gguf::numeric::{Moments, SymMatrix};
-use putri_gguf::prune::{Obs, greedy, loss_curve, paper_keep, refit};
+use putri_gguf::prune::{Obs, bias_change, greedy, loss_curve, paper_keep, refit};
 
 /// A least-squares problem with its data: inputs x `[t, n]`, residuals r `[t, m]`, a map W.
 struct Problem {
@@ -43,9 +43,24 @@ impl Problem {
                 (0..n).for_each(|j| mo.gram.data[i * n + j] += self.x[s * n + i] * self.x[s * n + j]);
                 (0..m).for_each(|o| mo.cross[o * n + i] += self.x[s * n + i] * self.r[s * m + o]);
             }
+            let floats = |v: &[f64]| v.iter().map(|v| *v as f32).collect::<Vec<_>>();
+            mo.add_sums(&floats(&self.x[s * n..][..n]), &floats(&self.r[s * m..][..m]), 1.0);
         }
         mo.n_tokens = t;
         mo
+    }
+
+    /// The same problem with every input and residual moved by its mean, and those means.
+    fn centred(&self) -> (Problem, Vec<f64>, Vec<f64>) {
+        let mean = |v: &[f64], n: usize| -> Vec<f64> {
+            (0..n).map(|j| v.iter().skip(j).step_by(n).sum::<f64>() / self.t as f64).collect()
+        };
+        let moved = |v: &[f64], means: &[f64]| -> Vec<f64> {
+            v.iter().zip(means.iter().cycle()).map(|(v, mean)| v - mean).collect()
+        };
+        let (mx, mr) = (mean(&self.x, self.n), mean(&self.r, self.m));
+        let (x, r) = (moved(&self.x, &mx), moved(&self.r, &mr));
+        (Problem { x, r, w: self.w.clone(), ..*self }, mx, mr)
     }
 
     /// Σ ‖x_keep W'ᵀ − (x Wᵀ + μ r)‖² + λ ‖W' − W_keep‖², straight from the data.
@@ -131,6 +146,39 @@ fn refit_is_the_least_squares_solution() {
                 assert!(
                     (f64::from(*a) - b).abs() < 1e-4 * (1.0 + b.abs()),
                     "n {n} mu {mu} ridge {ridge}: {a} {b}"
+                );
+            }
+        }
+    }
+}
+
+#[test]
+fn with_a_bias_only_what_varies_is_fitted() {
+    for (t, n, m, seed) in [(60, 6, 3, 1), (120, 15, 4, 2)] {
+        let mut p = Problem::new(t, n, m, seed);
+        // Inputs and residuals with means that matter.
+        p.x.iter_mut().enumerate().for_each(|(i, x)| *x += (i % n) as f64 / 3.0);
+        p.r.iter_mut().enumerate().for_each(|(i, r)| *r += 1.0 - (i % m) as f64);
+        let mut moments = p.moments();
+        moments.centre();
+        let (around_means, mean_x, mean_r) = p.centred();
+        let keep: Vec<usize> = (0..n).filter(|j| j % 3 != 1).collect();
+        for (mu, ridge) in [(0.0, 0.0), (0.5, 1e-3)] {
+            let got = refit(&p.w, &moments, mu, &keep, ridge).unwrap();
+            let lambda = ridge * around_means.moments().gram.mean_diagonal();
+            let exact = around_means.naive_refit(&keep, mu, lambda);
+            for (a, b) in got.weights.data.iter().zip(&exact) {
+                assert!((f64::from(*a) - b).abs() < 1e-4 * (1.0 + b.abs()), "n {n} mu {mu}: {a} {b}");
+            }
+            let bias = bias_change(&p.w, &got.weights, &keep, &moments, mu);
+            for (o, bias) in bias.iter().enumerate() {
+                let k = keep.len();
+                let old: f64 = (0..n).map(|j| f64::from(p.w.data[o * n + j]) * mean_x[j]).sum();
+                let new: f64 = (0..k).map(|a| exact[o * k + a] * mean_x[keep[a]]).sum();
+                let expected = old + mu * mean_r[o] - new;
+                assert!(
+                    (f64::from(*bias) - expected).abs() < 1e-3 * (1.0 + expected.abs()),
+                    "{bias} {expected}"
                 );
             }
         }

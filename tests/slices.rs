@@ -3,8 +3,9 @@
 mod common;
 
 use common::small::Small;
-use common::{compare_logits, libllama_logits};
+use common::{compare_logits, libllama_logits, our_logits};
 use putri_gguf::assemble::{Provenance, assemble};
+use putri_gguf::forward::Precision;
 use putri_gguf::ggml::{Type, silence_logs};
 use putri_gguf::gguf::{GgufFile, Value};
 use putri_gguf::model::{Carrier, Model};
@@ -112,6 +113,39 @@ fn deci_with_everything_kept_gives_the_sources_logits() {
         let (a, b) = (libllama_logits(&source, &tokens), libllama_logits(&target, &tokens));
         let (max, _) = compare_logits(&a, &b, small.n_vocab);
         assert_eq!(max, 0.0, "the same weights in the other architecture");
+    }
+}
+
+#[test]
+fn new_biases_are_written_and_used() {
+    silence_logs();
+    let dir = tempfile::tempdir().unwrap();
+    let (source, target) = (dir.path().join("a.gguf"), dir.path().join("b.gguf"));
+    let tokens: Vec<i32> = (0..150).map(|i| 3 + (i * 31) % 250).collect();
+    for biases in [false, true] {
+        let small = Small { biases, ..Small::default() };
+        small.write(&source);
+        let model = Model::open(&source).unwrap();
+        let n_embd = model.hparams.n_embd;
+        let mut plan = Plan::whole(&model);
+        let values = |scale: f32| Some((0..n_embd).map(|i| scale * (i as f32 - 20.0)).collect::<Vec<_>>());
+        plan.blocks[0].attn_output_bias = values(0.01);
+        plan.blocks[1].ffn_down_bias = values(0.02);
+        plan.blocks[2].groups.clear();
+        plan.blocks[2].attn_output_bias = values(1.0);
+        write(&model, &plan, &target);
+        let written = Model::open(&target).unwrap();
+        let (b0, b1) = (written.block(0).unwrap(), written.block(1).unwrap());
+        assert_eq!(b0.attn_output_bias, values(0.01));
+        assert_eq!(b1.ffn_down_bias, values(0.02));
+        assert_eq!(b1.attn_output_bias.is_some(), biases, "only the biases of the plan are new");
+        // llama.cpp adds no bias in a block without attention, so the file has none.
+        assert_eq!(written.block(2).unwrap().attn_output_bias, None);
+        let theirs = libllama_logits(&target, &tokens);
+        let (max, _) = compare_logits(&theirs, &our_logits(&target, &tokens, Precision::F32), small.n_vocab);
+        assert!(max < 0.01, "largest difference of a logit {max}");
+        let (felt, _) = compare_logits(&theirs, &libllama_logits(&source, &tokens), small.n_vocab);
+        assert!(felt > 0.1, "the biases change nothing: {felt}");
     }
 }
 

@@ -1,8 +1,10 @@
 //! From a plan to a GGUF in the carrier architecture.
 
+mod imatrix;
 mod metadata;
 mod tensors;
 
+pub use imatrix::write_imatrix;
 pub use metadata::Provenance;
 
 use crate::gguf::{GgufError, write_gguf};

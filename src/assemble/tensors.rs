@@ -16,6 +16,8 @@ enum Action<'p> {
     /// These runs of columns of this length.
     Columns(usize, &'p [usize]),
     Replace(&'p Quantised),
+    /// A vector of these values.
+    Values(&'p [f32]),
 }
 
 /// Tensors of the pruned model; data is produced as it is written.
@@ -27,8 +29,36 @@ pub(super) fn tensors<'m>(model: &'m Model, plan: &'m Plan) -> Result<Vec<OutTen
     for il in 0..plan.blocks.len() {
         plan_block(model, plan, il, &mut actions);
     }
-    let tensors = model.file.tensors().iter().zip(actions);
-    tensors.filter_map(|(t, action)| output(model, t, action).transpose()).collect()
+    let mut out = Vec::new();
+    for (t, action) in model.file.tensors().iter().zip(actions) {
+        if let Some(tensor) = output(model, t, action)? {
+            out.push(tensor);
+            out.extend(new_bias(model, plan, t));
+        }
+    }
+    Ok(out)
+}
+
+/// The bias that goes with the weight `t`, where the source has none.
+fn new_bias<'m>(model: &'m Model, plan: &'m Plan, t: &TensorInfo) -> Option<OutTensor<'m>> {
+    let belongs = |s: Option<&Segment>| s.is_some_and(|s| std::ptr::eq(model.tensor(s), t));
+    let bias = model.blocks.iter().zip(&plan.blocks).find_map(|(b, p)| {
+        if belongs(b.attn_output.as_ref()) && b.attn_output_bias.is_none() {
+            p.attn_output_bias.as_ref()
+        } else if belongs(Some(&b.ffn_down)) && b.ffn_down_bias.is_none() {
+            p.ffn_down_bias.as_ref()
+        } else {
+            None
+        }
+    })?;
+    let name = t.name.replace(".weight", ".bias");
+    Some(values(name, bias))
+}
+
+/// A vector of floats.
+fn values(name: String, data: &[f32]) -> OutTensor<'_> {
+    let bytes = move || Ok(Cow::Borrowed(bytemuck::cast_slice(data)));
+    OutTensor { name, ty: Type::F32, ne: vec![data.len()], data: Box::new(bytes) }
 }
 
 fn plan_block<'p>(model: &Model, plan: &'p Plan, il: usize, actions: &mut [Action<'p>]) {
@@ -57,6 +87,9 @@ fn plan_block<'p>(model: &Model, plan: &'p Plan, il: usize, actions: &mut [Actio
         if let Some(q) = &p.attn_output {
             set(t.attn_output.as_ref(), Action::Replace(q));
         }
+        if let Some(b) = &p.attn_output_bias {
+            set(t.attn_output_bias.as_ref(), Action::Values(b));
+        }
     }
     if p.neurons.iter().copied().ne(0..shape.n_ff) {
         for s in [Some(&t.ffn_gate), Some(&t.ffn_up), t.ffn_gate_bias.as_ref(), t.ffn_up_bias.as_ref()] {
@@ -65,6 +98,9 @@ fn plan_block<'p>(model: &Model, plan: &'p Plan, il: usize, actions: &mut [Actio
     }
     if let Some(q) = &p.ffn_down {
         set(Some(&t.ffn_down), Action::Replace(q));
+    }
+    if let Some(b) = &p.ffn_down_bias {
+        set(t.ffn_down_bias.as_ref(), Action::Values(b));
     }
 }
 
@@ -88,6 +124,7 @@ fn output<'m>(
 ) -> Result<Option<OutTensor<'m>>, GgufError> {
     let (ty, ne, data): (Type, Vec<usize>, Box<dyn Fn() -> _ + 'm>) = match action {
         Action::Drop => return Ok(None),
+        Action::Values(data) => return Ok(Some(values(t.name.clone(), data))),
         Action::Copy => (t.ty, t.ne.clone(), Box::new(|| Ok(Cow::Borrowed(model.file.data(t))))),
         Action::Replace(q) => (q.ty, vec![q.n_in, q.n_out], Box::new(|| Ok(Cow::Borrowed(&q.bytes[..])))),
         Action::Rows(rows) => {

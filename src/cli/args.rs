@@ -20,7 +20,13 @@ pub struct Args {
     /// How to prune: our way, or the paper's as its authors' code does it
     #[arg(long, value_enum, default_value_t = MethodArg::Putri)]
     pub method: MethodArg,
-    /// Replace an existing output
+    /// Write attn_output or ffn_down in another type, as in ffn_down=q8_0; may be given for both
+    #[arg(long, value_name = "TENSOR=TYPE")]
+    pub tensor_type: Vec<String>,
+    /// Also write the pruned model's importance matrix, for llama-quantize --imatrix
+    #[arg(long, value_name = "FILE")]
+    pub imatrix_out: Option<PathBuf>,
+    /// Replace existing outputs
     #[arg(long)]
     pub force: bool,
     /// Do not load and judge the result with llama.cpp before it gets its name

@@ -1,10 +1,11 @@
 //! From what was typed to a job that can run.
 
 use super::args::{Args, MethodArg};
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use putri_gguf::Job;
 use putri_gguf::calibrate::Recipe;
-use putri_gguf::pipeline::{Method, Settings};
+use putri_gguf::ggml::Type;
+use putri_gguf::pipeline::{Method, Settings, TensorTypes};
 
 /// Checks values that only make sense together, and fills in what depends on the machine.
 pub fn resolve(args: Args) -> Result<Job> {
@@ -17,6 +18,10 @@ pub fn resolve(args: Args) -> Result<Job> {
             "--self-share {share} leaves a part to text files, but there is no --file"
         );
     }
+    ensure!(
+        s > 0.0 || args.imatrix_out.is_none(),
+        "--imatrix-out needs a pruned model; --sparsity 0 only copies"
+    );
     ensure!(args.ctx_size >= 16, "--ctx-size {} is too small; 16 or more", args.ctx_size);
     ensure!(args.ctx_size <= 32768, "--ctx-size {} is too large; at most 32768", args.ctx_size);
     ensure!((1..=1 << 20).contains(&args.chunks), "--chunks {} is not from 1 to 1048576", args.chunks);
@@ -35,6 +40,7 @@ pub fn resolve(args: Args) -> Result<Job> {
     Ok(Job {
         input: args.input,
         output: args.output,
+        imatrix_out: args.imatrix_out,
         force: args.force,
         verify: !args.no_verify,
         recipe: Recipe {
@@ -46,8 +52,36 @@ pub fn resolve(args: Args) -> Result<Job> {
             n_threads,
             n_parallel: 64,
         },
-        settings: Settings { sparsity: s, method, n_threads, ..Settings::default() },
+        windows: None,
+        settings: Settings {
+            sparsity: s,
+            method,
+            n_threads,
+            types: tensor_types(&args.tensor_type)?,
+            ..Settings::default()
+        },
     })
+}
+
+/// Reads `--tensor-type` arguments; the last one counts.
+fn tensor_types(given: &[String]) -> Result<TensorTypes> {
+    let mut types = TensorTypes::default();
+    for text in given {
+        let (tensor, name) = text
+            .split_once('=')
+            .with_context(|| format!("--tensor-type {text} is not TENSOR=TYPE, as in ffn_down=q8_0"))?;
+        let ty = Type::from_name(name).filter(|t| t.can_quantize());
+        let ty =
+            ty.with_context(|| format!("--tensor-type {text}: llama.cpp writes no tensors of type {name}"))?;
+        match tensor {
+            "attn_output" => types.attn_output = Some(ty),
+            "ffn_down" => types.ffn_down = Some(ty),
+            _ => bail!(
+                "--tensor-type {text}: only attn_output and ffn_down get new values; the others keep their bytes"
+            ),
+        }
+    }
+    Ok(types)
 }
 
 #[cfg(test)]
@@ -71,6 +105,12 @@ mod tests {
     }
 
     #[test]
+    fn tensor_types_are_named_as_in_llama_quantize() {
+        let types = job(&["--sparsity", "0.2", "--tensor-type", "ffn_down=Q8_0"]).unwrap().settings.types;
+        assert_eq!((types.ffn_down, types.attn_output), (Some(Type::Q8_0), None));
+    }
+
+    #[test]
     fn nonsense_is_refused() {
         for bad in [
             &["--sparsity", "1.0"][..],
@@ -82,6 +122,11 @@ mod tests {
             &["--sparsity", "0.2", "--ctx-size", "4"],
             &["--sparsity", "0.2", "--chunks", "0"],
             &["--sparsity", "0.2", "--threads", "0"],
+            &["--sparsity", "0", "--imatrix-out", "i.gguf"],
+            &["--sparsity", "0.2", "--tensor-type", "q8_0"],
+            &["--sparsity", "0.2", "--tensor-type", "ffn_down=q99"],
+            &["--sparsity", "0.2", "--tensor-type", "ffn_down=i32"],
+            &["--sparsity", "0.2", "--tensor-type", "attn_q=q8_0"],
             &[],
         ] {
             assert!(job(bad).is_err(), "{bad:?}");

@@ -1,70 +1,103 @@
-//! Several models against the first on the same text, by our own forward pass.
+//! Models against the dense one on a text, by our own forward pass.
 
 use crate::forward::{Forward, ForwardError, Head, Precision, embed};
 use crate::ggml::Token;
 use crate::model::Model;
 use crate::numeric::log_sum_exp;
 use rayon::prelude::*;
+use std::ops::Range;
 
-/// How a model does on a text, and how far its predictions are from the first model's.
+/// How a model does on a text, and how far its predictions are from the dense model's.
 #[derive(Clone, Copy, Debug)]
 pub struct Comparison {
     /// Perplexity over all positions but the last of each window.
     pub ppl: f64,
-    /// Mean KL divergence of its predictions from the first model's, in nats.
+    /// Mean KL divergence of its predictions from the dense model's, in nats.
     pub kl: f64,
     /// Share of positions where both think the same token likeliest.
     pub top1: f64,
 }
 
-/// Compares `models`, which share a tokenizer, on windows of `n_ctx` tokens. The first is compared
-/// with itself.
-///
-/// # Errors
-/// [`ForwardError`] if a model cannot be read or the engine fails.
-///
-/// # Panics
-/// If `tokens` is not made of whole windows or there is no model.
-pub fn compare(
-    models: &[&Model],
-    tokens: &[Token],
+/// A text that models are compared on, with what the dense model makes of it.
+pub struct Judge {
+    tokens: Vec<Token>,
     n_ctx: usize,
     n_threads: usize,
-) -> Result<Vec<Comparison>, ForwardError> {
-    assert!(!models.is_empty() && !tokens.is_empty() && tokens.len().is_multiple_of(n_ctx));
-    let mut runs = Vec::new();
-    for model in models {
-        runs.push(final_stream(model, tokens, n_ctx, n_threads)?);
+    forward: Forward,
+    head: Head,
+    /// The dense model's last residual stream `[n_tokens, n_embd]`.
+    dense: Vec<f32>,
+}
+
+impl Judge {
+    /// Judges by windows of `n_ctx` tokens.
+    ///
+    /// # Errors
+    /// [`ForwardError`] if the model cannot be read or the engine fails.
+    ///
+    /// # Panics
+    /// If `tokens` is not made of whole windows.
+    pub fn new(
+        dense: &Model,
+        tokens: Vec<Token>,
+        n_ctx: usize,
+        n_threads: usize,
+    ) -> Result<Judge, ForwardError> {
+        assert!(n_ctx > 1 && !tokens.is_empty() && tokens.len().is_multiple_of(n_ctx));
+        let (forward, head, stream) = final_stream(dense, &tokens, n_ctx, n_threads)?;
+        Ok(Judge { tokens, n_ctx, n_threads, forward, head, dense: stream })
     }
-    let n_embd = models[0].hparams.n_embd;
-    let mut totals = vec![[0.0f64; 3]; runs.len()];
-    let mut scored = 0;
-    // A window's logits of the dense model and one other are in memory at a time.
-    for (i, window) in tokens.chunks_exact(n_ctx).enumerate() {
-        let span = i * n_ctx * n_embd..((i + 1) * n_ctx - 1) * n_embd;
-        let mut base = Vec::new();
-        for (run, total) in runs.iter_mut().zip(&mut totals) {
-            let (forward, head, stream) = run;
-            let n_vocab = head.n_vocab();
-            let mut own = Vec::with_capacity(window.len() * n_vocab);
-            forward.logits(head, &stream[span.clone()], |_, rows| own.extend_from_slice(rows))?;
-            if base.is_empty() {
-                base.clone_from(&own);
-            }
-            let rows = own.par_chunks(n_vocab).zip(base.par_chunks(n_vocab)).zip(&window[1..]);
-            let parts: Vec<[f64; 3]> =
-                rows.map(|((own, base), &next)| compare_row(own, base, next)).collect();
+
+    /// Compares `model`, which has the dense model's tokenizer, with the dense model.
+    ///
+    /// # Errors
+    /// [`ForwardError`] if the model cannot be read or the engine fails.
+    pub fn compare(&mut self, model: &Model) -> Result<Comparison, ForwardError> {
+        let (mut forward, head, stream) = final_stream(model, &self.tokens, self.n_ctx, self.n_threads)?;
+        self.score(|own, span| forward.logits(&head, &stream[span], |_, rows| own.extend_from_slice(rows)))
+    }
+
+    /// The dense model's own figures.
+    ///
+    /// # Errors
+    /// [`ForwardError`] if the engine fails.
+    pub fn dense(&mut self) -> Result<Comparison, ForwardError> {
+        self.score(|_, _| Ok(()))
+    }
+
+    /// Scores the logits that `own` writes for a span of positions in the stream; those of the dense
+    /// model where it writes none.
+    fn score(
+        &mut self,
+        mut own: impl FnMut(&mut Vec<f32>, Range<usize>) -> Result<(), ForwardError>,
+    ) -> Result<Comparison, ForwardError> {
+        let n_embd = self.forward.n_embd();
+        let mut totals = [0.0f64; 3];
+        let mut scored = 0;
+        // A window's logits of both models are in memory at a time.
+        let (mut base, mut ours) = (Vec::new(), Vec::new());
+        for (i, window) in self.tokens.chunks_exact(self.n_ctx).enumerate() {
+            let span = i * self.n_ctx * n_embd..((i + 1) * self.n_ctx - 1) * n_embd;
+            base.clear();
+            ours.clear();
+            let dense = &self.dense[span.clone()];
+            self.forward.logits(&self.head, dense, |_, rows| base.extend_from_slice(rows))?;
+            own(&mut ours, span)?;
+            let n_vocab = self.head.n_vocab();
+            let rows = if ours.is_empty() { &base } else { &ours }.par_chunks(n_vocab);
+            let parts: Vec<[f64; 3]> = rows
+                .zip(base.par_chunks(n_vocab))
+                .zip(&window[1..])
+                .map(|((own, base), &next)| compare_row(own, base, next))
+                .collect();
             for part in parts {
-                total.iter_mut().zip(part).for_each(|(t, p)| *t += p);
+                totals.iter_mut().zip(part).for_each(|(t, p)| *t += p);
             }
+            scored += window.len() - 1;
         }
-        scored += window.len() - 1;
+        let [nll, kl, top1] = totals.map(|t| t / scored as f64);
+        Ok(Comparison { ppl: nll.exp(), kl, top1 })
     }
-    let n = scored as f64;
-    Ok(totals
-        .into_iter()
-        .map(|[nll, kl, top1]| Comparison { ppl: (nll / n).exp(), kl: kl / n, top1: top1 / n })
-        .collect())
 }
 
 type FinalStream = (Forward, Head, Vec<f32>);

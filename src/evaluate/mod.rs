@@ -1,9 +1,9 @@
-//! Judging: a file by the runtime that will run it, libllama; several models against each other by our
-//! own forward pass.
+//! Judging: a file by the runtime that will run it, libllama; a pruned model against the dense one by
+//! our own forward pass.
 
 mod compare;
 
-pub use compare::{Comparison, compare};
+pub use compare::{Comparison, Judge};
 
 use crate::ggml::{BatchToken, Context, GgmlError, LlamaModel, Token};
 use crate::numeric::log_sum_exp;

@@ -189,10 +189,20 @@ impl Net {
 
     /// The input of ffn_down: `[n_ff, n_tokens]`.
     pub(super) fn neurons<'a>(&'a self, g: &mut Graph<'a>, b: &'a Block, mid: T) -> T {
-        let h = self.norm(g, b, b.roles.ffn_norm, mid);
+        let h = self.ffn_input(g, b, mid);
         let gate = linear(g, b, b.roles.ffn_gate, b.roles.ffn_gate_bias, h);
         let up = linear(g, b, b.roles.ffn_up, b.roles.ffn_up_bias, h);
         g.swiglu(gate, up)
+    }
+
+    /// The input of attn_q, attn_k and attn_v: `[n_embd, n_tokens]`.
+    pub(super) fn attn_input<'a>(&'a self, g: &mut Graph<'a>, b: &'a Block, x: T) -> T {
+        self.norm(g, b, b.roles.attn_norm, x)
+    }
+
+    /// The input of ffn_gate and ffn_up: `[n_embd, n_tokens]`.
+    pub(super) fn ffn_input<'a>(&'a self, g: &mut Graph<'a>, b: &'a Block, mid: T) -> T {
+        self.norm(g, b, b.roles.ffn_norm, mid)
     }
 
     fn norm<'a>(&'a self, g: &mut Graph<'a>, b: &'a Block, weight: Option<usize>, x: T) -> T {
@@ -207,7 +217,7 @@ impl Net {
         let (n_head, n_kv) = (b.shape.n_head, b.shape.n_head_kv);
         let n_tokens = g.ne(x)[1];
         let n_seq = n_tokens / t;
-        let h = self.norm(g, b, b.roles.attn_norm, x);
+        let h = self.attn_input(g, b, x);
         let positions = g.input_i32(&self.positions[..n_tokens]);
         let factors = self.has_factors.then(|| g.resident(&self.fixed, 1));
         let [q, k, v] = std::array::from_fn(|i| {

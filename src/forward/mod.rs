@@ -10,7 +10,7 @@ mod stats;
 
 pub use block::Block;
 pub use head::Head;
-pub use stats::{Collect, Wanted};
+pub use stats::{Collect, InputSquares, Wanted};
 
 use crate::ggml::{Engine, GgmlError, Resident, TensorSpec, Token, Type, fast_bf16};
 use crate::gguf::GgufError;

@@ -13,6 +13,9 @@ const PANELS: usize = 6;
 struct Sums {
     panels: Vec<(usize, T)>,
     cross: Option<T>,
+    x: T,
+    r: Option<T>,
+    weight: f64,
     n_tokens: usize,
 }
 
@@ -24,6 +27,8 @@ impl Sums {
         if let Some(cross) = self.cross {
             moments.add_cross(&done.to_vec(cross));
         }
+        let r = self.r.map(|r| done.to_vec(r)).unwrap_or_default();
+        moments.add_sums(&done.to_vec(self.x), &r, self.weight);
         moments.n_tokens += self.n_tokens;
     }
 }
@@ -49,7 +54,56 @@ pub struct Wanted<'a> {
     pub moments: Option<Collect<'a>>,
 }
 
+/// Sums over tokens of the squared inputs of a block's matrices: what llama.cpp's importance matrices
+/// hold.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct InputSquares {
+    /// Of attn_q, attn_k and attn_v: `[n_embd]`; empty in a block without attention.
+    pub qkv: Vec<f64>,
+    /// Of attn_output: `[n_head·head_dim]`.
+    pub attn_output: Vec<f64>,
+    /// Of ffn_gate and ffn_up: `[n_embd]`.
+    pub ffn: Vec<f64>,
+    /// Of ffn_down: `[n_ff]`.
+    pub ffn_down: Vec<f64>,
+}
+
 impl Forward {
+    /// A chunk through the whole block: `x` in, the stream after the block into `out`, and the squares of
+    /// what its matrices see added to `squares`.
+    ///
+    /// # Errors
+    /// [`ForwardError`] if the backend fails.
+    pub fn block_squares(
+        &mut self,
+        b: &Block,
+        x: &[f32],
+        out: &mut [f32],
+        squares: &mut InputSquares,
+    ) -> Result<(), ForwardError> {
+        let mut g = Graph::new(MAX_NODES);
+        let x = g.input_f32([self.n_embd(), x.len() / self.n_embd()], x);
+        let attention =
+            b.has_attention().then(|| (self.net.attn_input(&mut g, b, x), self.net.heads(&mut g, b, x)));
+        let mid = self.net.attention_residual(&mut g, b, x, attention.map(|(_, a)| a));
+        let ffn = self.net.ffn_input(&mut g, b, mid);
+        let h = self.net.neurons(&mut g, b, mid);
+        let y = self.net.ffn_residual(&mut g, b, mid, h);
+        let inputs = [attention.map(|a| a.0), attention.map(|a| a.1), Some(ffn), Some(h)];
+        let into = [&mut squares.qkv, &mut squares.attn_output, &mut squares.ffn, &mut squares.ffn_down];
+        inputs.into_iter().flatten().chain([y]).for_each(|t| g.output(t));
+        let widths = inputs.map(|t| t.map_or(0, |t| g.ne(t)[0]));
+        let done = g.compute(&mut self.engine)?;
+        for ((t, n), sums) in inputs.into_iter().zip(widths).zip(into) {
+            sums.resize(n, 0.0);
+            for row in t.map(|t| done.to_vec(t)).unwrap_or_default().chunks_exact(n.max(1)) {
+                sums.iter_mut().zip(row).for_each(|(s, v)| *s += f64::from(*v).powi(2));
+            }
+        }
+        done.read(y, out);
+        Ok(())
+    }
+
     /// The first half of attention: the input of attn_output, `[n_tokens, n_head·head_dim]`, for the
     /// chunk `x`; empty in a block without attention. Moments are those at attn_output, with the
     /// residual target − (x + attention).
@@ -133,9 +187,11 @@ impl Forward {
 
 impl Net {
     /// Products over tokens of `x` `[n, n_tokens]` with itself and with `residual` `[m, n_tokens]`, both
-    /// multiplied by `scales` `[n_tokens]`.
+    /// multiplied by `scales` `[n_tokens]`, and their sums with the square of that weight.
     fn sums<'a>(&self, g: &mut Graph<'a>, x: T, residual: Option<T>, scales: &'a [f32]) -> Sums {
         let [n, n_tokens, ..] = g.ne(x);
+        let weight = scales.iter().map(|s| f64::from(*s).powi(2)).sum();
+        let column = g.input_f32([n_tokens, 1], scales);
         let scales = g.input_f32([1, n_tokens], scales);
         let x = g.mul(x, scales);
         let residual = residual.map(|r| g.mul(r, scales));
@@ -151,13 +207,20 @@ impl Net {
                 (start, product)
             })
             .collect();
-        let cross = residual.map(|r| {
-            let rt = self.transposed(g, r);
-            let product = g.mul_mat(xt, rt);
+        let rt = residual.map(|r| self.transposed(g, r));
+        let mut product = |a: T, b: T| {
+            let product = g.mul_mat(a, b);
             g.output(product);
             product
-        });
-        Sums { panels, cross, n_tokens }
+        };
+        Sums {
+            panels,
+            cross: rt.map(|rt| product(xt, rt)),
+            x: product(xt, column),
+            r: rt.map(|rt| product(rt, column)),
+            weight,
+            n_tokens,
+        }
     }
 
     /// The transpose in the type of matrix products: tokens become ne\[0\].

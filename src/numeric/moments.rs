@@ -32,7 +32,8 @@ impl SymMatrix {
     }
 }
 
-/// Sums over tokens of what a linear map sees: inputs x `[n]`, residuals r `[m]`.
+/// Sums over tokens of what a linear map sees: inputs x `[n]`, residuals r `[m]`, each token with a weight
+/// of its own.
 #[derive(Clone, Debug)]
 pub struct Moments {
     /// Σ x xᵀ `[n, n]`; the lower triangle until [`Moments::finish`].
@@ -41,12 +42,25 @@ pub struct Moments {
     pub cross: Vec<f64>,
     /// Tokens summed over.
     pub n_tokens: usize,
+    /// Σ x `[n]`; their mean once [`Moments::centre`] was called.
+    pub x: Vec<f64>,
+    /// Σ r `[m]`; their mean once [`Moments::centre`] was called.
+    pub r: Vec<f64>,
+    /// Weight of all tokens.
+    pub weight: f64,
 }
 
 impl Moments {
     /// No tokens yet.
     pub fn new(n: usize, m: usize) -> Moments {
-        Moments { gram: SymMatrix::zero(n), cross: vec![0.0; n * m], n_tokens: 0 }
+        Moments {
+            gram: SymMatrix::zero(n),
+            cross: vec![0.0; n * m],
+            n_tokens: 0,
+            x: vec![0.0; n],
+            r: vec![0.0; m],
+            weight: 0.0,
+        }
     }
 
     /// Adds a panel of the Gram matrix: columns `start .. start + width` of the rows from `start` on,
@@ -69,8 +83,30 @@ impl Moments {
     /// # Panics
     /// If `values` has another size.
     pub fn add_cross(&mut self, values: &[f32]) {
-        assert_eq!(values.len(), self.cross.len());
-        self.cross.iter_mut().zip(values).for_each(|(d, v)| *d += f64::from(*v));
+        add(&mut self.cross, values);
+    }
+
+    /// Adds to the sums of the inputs and of the residuals, and to the weight.
+    ///
+    /// # Panics
+    /// If there are not as many as inputs or residuals.
+    pub fn add_sums(&mut self, x: &[f32], r: &[f32], weight: f64) {
+        add(&mut self.x, x);
+        add(&mut self.r, r);
+        self.weight += weight;
+    }
+
+    /// From moments about zero to moments about the mean: what is left for a linear map to explain
+    /// once its bias takes care of the means. After [`Moments::finish`].
+    pub fn centre(&mut self) {
+        let n = self.gram.n;
+        let weight = self.weight.max(f64::MIN_POSITIVE);
+        self.x.iter_mut().chain(&mut self.r).for_each(|sum| *sum /= weight);
+        let rows = self.gram.data.chunks_exact_mut(n).zip(&self.x);
+        let cross = self.cross.chunks_exact_mut(n).zip(&self.r);
+        for (row, mean) in rows.chain(cross) {
+            row.iter_mut().zip(&self.x).for_each(|(v, x)| *v -= weight * mean * x);
+        }
     }
 
     /// Fills in the upper triangle once all chunks are in.
@@ -82,4 +118,9 @@ impl Moments {
             }
         }
     }
+}
+
+fn add(sums: &mut [f64], values: &[f32]) {
+    assert_eq!(sums.len(), values.len());
+    sums.iter_mut().zip(values).for_each(|(s, v)| *s += f64::from(*v));
 }

@@ -14,7 +14,7 @@ pub use heads::Loss;
 pub use plan::{BlockPlan, Plan};
 
 use crate::calibrate::Windows;
-use crate::forward::{Forward, ForwardError, Precision, embed};
+use crate::forward::{Forward, ForwardError, InputSquares, Precision, embed};
 use crate::ggml::{GgmlError, Type};
 use crate::gguf::GgufError;
 use crate::model::Model;
@@ -65,6 +65,19 @@ pub struct Settings {
     pub error_feedback: bool,
     /// Every block gets its own width.
     pub per_block_widths: bool,
+    /// Biases take over the mean of what was removed.
+    pub biases: bool,
+    /// Types of the tensors that get new values.
+    pub types: TensorTypes,
+}
+
+/// Types in which tensors with new values are written; those of the source where none is given.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct TensorTypes {
+    /// Of attn_output.
+    pub attn_output: Option<Type>,
+    /// Of ffn_down, whose block size is also the step of the widths.
+    pub ffn_down: Option<Type>,
 }
 
 impl Default for Settings {
@@ -84,6 +97,8 @@ impl Default for Settings {
             curve_tokens: 4096,
             error_feedback: true,
             per_block_widths: true,
+            biases: true,
+            types: TensorTypes::default(),
         }
     }
 }
@@ -152,11 +167,11 @@ pub fn run(
     s: &Settings,
     observer: &mut dyn Observer,
 ) -> Result<Outcome, PruneError> {
-    let budgets = budgets(model);
+    let budgets = budgets(model, &s.types);
     let s = &match s.method {
         Method::Putri => s.clone(),
         // The authors' code counts all errors alike and knows no quantisation.
-        Method::Paper => Settings { error_feedback: false, token_weight: 0.0, ..s.clone() },
+        Method::Paper => Settings { error_feedback: false, token_weight: 0.0, biases: false, ..s.clone() },
     };
     let mut run = Run {
         forward: Forward::new(model, windows.n_ctx, s.n_threads, s.precision)?,
@@ -192,11 +207,43 @@ pub fn run(
 /// # Errors
 /// [`PruneError::Budget`] with what can be had.
 pub fn check_budget(model: &Model, s: &Settings) -> Result<(), PruneError> {
-    let budgets = budgets(model);
+    let budgets = budgets(model, &s.types);
     let attention = groups_to_remove(&budgets, s)
         * budgets.iter().filter(|b| b.n_groups > 0).map(|b| b.group_params).min().unwrap_or(0);
     prune::ffn_params_to_remove(&budgets, s.sparsity, attention)?;
     Ok(())
+}
+
+/// What the matrices of the pruned model see of the windows that it was fitted on, block by block.
+///
+/// # Errors
+/// [`PruneError`] if the engine fails or the observer interrupts.
+pub fn input_squares(
+    model: &Model,
+    plan: &Plan,
+    windows: &Windows,
+    s: &Settings,
+    observer: &mut dyn Observer,
+) -> Result<Vec<InputSquares>, PruneError> {
+    let mut forward = Forward::new(model, windows.n_ctx, s.n_threads, s.precision)?;
+    let mut stream = embed(model, windows.tokens_of(0..windows.n_fit))?;
+    let n_layer = model.hparams.n_layer();
+    observer.stage("importance matrix", n_layer);
+    let mut all = vec![InputSquares::default(); n_layer];
+    for (il, squares) in all.iter_mut().enumerate() {
+        if observer.interrupted() {
+            return Err(PruneError::Interrupted);
+        }
+        let block = forward.upload(&plan.block(model, il)?)?;
+        for chunk in forward.chunks(0..windows.n_fit) {
+            let x = &mut stream[forward.span(&chunk)];
+            let mut out = vec![0.0; x.len()];
+            forward.block_squares(&block, x, &mut out, squares)?;
+            x.copy_from_slice(&out);
+        }
+        observer.step(il + 1, "");
+    }
+    Ok(all)
 }
 
 /// Groups to remove, capped by the budget and by what may go (the first block keeps one).
@@ -209,8 +256,8 @@ fn groups_to_remove(budgets: &[Budget], s: &Settings) -> usize {
     wanted.min(available)
 }
 
-/// What every block can give up.
-pub fn budgets(model: &Model) -> Vec<Budget> {
+/// What every block can give up if changed tensors are written in `types`.
+pub fn budgets(model: &Model, types: &TensorTypes) -> Vec<Budget> {
     let h = &model.hparams;
     h.blocks
         .iter()
@@ -220,7 +267,7 @@ pub fn budgets(model: &Model) -> Vec<Budget> {
             group_params: h.group_params(b),
             n_ff: b.n_ff,
             neuron_params: h.neuron_params(),
-            ff_step: ff_step(model.tensor(&t.ffn_down).ty),
+            ff_step: ff_step(types.ffn_down.unwrap_or(model.tensor(&t.ffn_down).ty)),
         })
         .collect()
 }

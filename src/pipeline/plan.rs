@@ -14,8 +14,12 @@ pub struct BlockPlan {
     pub neurons: Vec<usize>,
     /// New attn_output, if its values changed; its columns belong to `groups`.
     pub attn_output: Option<Quantised>,
+    /// New bias of attn_output.
+    pub attn_output_bias: Option<Vec<f32>>,
     /// New ffn_down, if its values changed; its columns belong to `neurons`.
     pub ffn_down: Option<Quantised>,
+    /// New bias of ffn_down.
+    pub ffn_down_bias: Option<Vec<f32>>,
 }
 
 /// What stays of a model.
@@ -32,7 +36,9 @@ impl Plan {
             groups: (0..b.n_head_kv).collect(),
             neurons: (0..b.n_ff).collect(),
             attn_output: None,
+            attn_output_bias: None,
             ffn_down: None,
+            ffn_down_bias: None,
         };
         Plan { blocks: model.hparams.blocks.iter().map(whole).collect() }
     }
@@ -72,6 +78,13 @@ impl Plan {
         }
         if let Some(q) = &plan.ffn_down {
             w.ffn_down = read(q, "ffn_down")?;
+        }
+        for (bias, new) in
+            [(&mut w.attn_output_bias, &plan.attn_output_bias), (&mut w.ffn_down_bias, &plan.ffn_down_bias)]
+        {
+            if new.is_some() {
+                bias.clone_from(new);
+            }
         }
         Ok(w)
     }

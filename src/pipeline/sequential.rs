@@ -67,7 +67,7 @@ impl Run<'_> {
             heads.push(self.forward.heads(&block, &streams.pruned[span], collect)?);
         }
         if refits {
-            moments.finish();
+            self.finish(&mut moments);
             let keep: Vec<usize> = (0..w.attn_output.n_in).collect();
             let s = self.settings;
             let failed = at_block(il, "attn_output");
@@ -76,9 +76,14 @@ impl Run<'_> {
             self.report_ridge(il, "attn_output", refit.ridge, s.ridge_attn);
             let segment =
                 self.model.blocks[il].attn_output.as_ref().expect("a block with attention has attn_output");
-            let ty = self.model.tensor(segment).ty;
+            let ty = s.types.attn_output.unwrap_or(self.model.tensor(segment).ty);
             let q = self.requantise(&refit.weights, &moments, &keep, s.ridge_attn, ty).map_err(failed)?;
-            w.attn_output = q.to_matrix()?;
+            let old = std::mem::replace(&mut w.attn_output, q.to_matrix()?);
+            if s.biases {
+                let change = prune::bias_change(&old, &w.attn_output, &keep, &moments, s.mixture);
+                add_bias(&mut w.attn_output_bias, change);
+                self.plan.blocks[il].attn_output_bias.clone_from(&w.attn_output_bias);
+            }
             self.plan.blocks[il].attn_output = Some(q);
         }
         Ok(heads)
@@ -107,17 +112,24 @@ impl Run<'_> {
             self.forward.from_heads(&block, &streams.pruned[span.clone()], &a, wanted)?;
             streams.pruned[span].copy_from_slice(&mid);
         }
-        moments.finish();
+        self.finish(&mut moments);
         let failed = at_block(il, "ffn_down");
         let (keep, refit) =
             self.choose_neurons(&w.ffn_down, &moments, width).map_err(|e| failed(e.into()))?;
         let wanted_ridge = if self.settings.method == Method::Putri { self.settings.ridge_ffn } else { 0.0 };
         self.report_ridge(il, "ffn_down", refit.ridge, wanted_ridge);
-        let ty = self.model.tensor(&self.model.blocks[il].ffn_down).ty;
+        let source = self.model.tensor(&self.model.blocks[il].ffn_down).ty;
+        let ty = self.settings.types.ffn_down.unwrap_or(source);
         let q =
             self.requantise(&refit.weights, &moments, &keep, self.settings.ridge_ffn, ty).map_err(failed)?;
+        let new = q.to_matrix()?;
+        if self.settings.biases {
+            let change = prune::bias_change(&w.ffn_down, &new, &keep, &moments, self.settings.mixture);
+            add_bias(&mut w.ffn_down_bias, change);
+            self.plan.blocks[il].ffn_down_bias.clone_from(&w.ffn_down_bias);
+        }
         w.keep_neurons(&keep);
-        w.ffn_down = q.to_matrix()?;
+        w.ffn_down = new;
         self.plan.blocks[il].neurons = keep;
         self.plan.blocks[il].ffn_down = Some(q);
 
@@ -129,6 +141,14 @@ impl Run<'_> {
             streams.pruned[span].copy_from_slice(&out);
         }
         Ok(format!("{} groups, {width} neurons", w.shape.n_head_kv))
+    }
+
+    /// Ends the collecting of moments.
+    fn finish(&self, moments: &mut Moments) {
+        moments.finish();
+        if self.settings.biases {
+            moments.centre();
+        }
     }
 
     fn choose_neurons(
@@ -186,6 +206,13 @@ fn at_block(block: usize, part: &'static str) -> impl Fn(FeedbackError) -> Prune
     move |e| match e {
         FeedbackError::Singular(source) => PruneError::Singular { block, part, source },
         FeedbackError::Ggml(source) => PruneError::Ggml(source),
+    }
+}
+
+fn add_bias(bias: &mut Option<Vec<f32>>, change: Vec<f32>) {
+    match bias {
+        Some(b) => b.iter_mut().zip(change).for_each(|(b, c)| *b += c),
+        None => *bias = Some(change),
     }
 }
 

@@ -13,7 +13,7 @@ mod widths;
 pub use budget::{Budget, BudgetError, ffn_params_to_remove, head_groups_paper};
 pub use heads::{GroupId, lazy_greedy, rounds};
 pub use obs::Obs;
-pub use refit::{Refit, refit};
+pub use refit::{Refit, bias_change, refit};
 pub use select::{greedy, loss_curve, paper_keep};
 pub use widths::{Curve, allocate, possible_widths, uniform};
 

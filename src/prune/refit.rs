@@ -54,6 +54,21 @@ pub fn refit(w: &Matrix, moments: &Moments, mu: f64, keep: &[usize], ridge: f64)
     if weights.data.iter().all(|v| v.is_finite()) { Ok(Refit { weights, ridge }) } else { Err(Singular) }
 }
 
+/// What the bias of a map must grow by once `new` on the inputs `keep` takes the place of `old`, for the
+/// mean of its outputs to be what it was plus `mu` times the mean residual. `moments` are centred.
+pub fn bias_change(old: &Matrix, new: &Matrix, keep: &[usize], moments: &Moments, mu: f64) -> Vec<f32> {
+    let dot = |row: &[f32], x: &mut dyn Iterator<Item = f64>| -> f64 {
+        row.iter().zip(x).map(|(w, x)| f64::from(*w) * x).sum()
+    };
+    (0..old.n_out)
+        .map(|i| {
+            let before = dot(&old.data[i * old.n_in..][..old.n_in], &mut moments.x.iter().copied());
+            let after = dot(&new.data[i * new.n_in..][..new.n_in], &mut keep.iter().map(|&j| moments.x[j]));
+            (mu * moments.r.get(i).copied().unwrap_or(0.0) + before - after) as f32
+        })
+        .collect()
+}
+
 /// Cholesky factor of H + ridge · scale · I, with the ridge raised until it exists.
 pub(super) fn factor(
     h: &SymMatrix,

@@ -1,0 +1,64 @@
+//! An importance matrix of the pruned model, in llama.cpp's format (`common/imatrix-loader.cpp`).
+
+use crate::calibrate::Windows;
+use crate::forward::InputSquares;
+use crate::ggml::Type;
+use crate::gguf::{GgufError, OutTensor, Value, write_gguf};
+use crate::model::{Model, Segment};
+use std::borrow::Cow;
+use std::collections::BTreeMap;
+use std::io::Write;
+use std::path::Path;
+
+/// Writes what `llama-quantize --imatrix` reads: per matrix the sums of its squared inputs, `squares`
+/// block by block over the fitted `windows`, and the number of tokens. `dataset` says what they are;
+/// `path` only names the file in errors. The output head has no entry, as in llama-imatrix.
+///
+/// # Errors
+/// [`GgufError`] if the output cannot be written.
+pub fn write_imatrix(
+    out: &mut impl Write,
+    path: &Path,
+    model: &Model,
+    squares: &[InputSquares],
+    windows: &Windows,
+    dataset: &str,
+) -> Result<(), GgufError> {
+    let metadata = [
+        ("general.type", Value::Str("imatrix".into())),
+        ("imatrix.datasets", Value::StrArray(vec![dataset.into()])),
+        ("imatrix.chunk_count", Value::U32(windows.n_fit as u32)),
+        ("imatrix.chunk_size", Value::U32(windows.n_ctx as u32)),
+    ]
+    .map(|(k, v)| (k.to_string(), v));
+    let n_tokens = (windows.n_fit * windows.n_ctx) as f64;
+    let mut tensors = Vec::new();
+    for (name, sums) in entries(model, squares) {
+        tensors.push(floats(format!("{name}.in_sum2"), vec![sums.len(), 1], sums));
+        tensors.push(floats(format!("{name}.counts"), vec![1, 1], &[n_tokens]));
+    }
+    write_gguf(out, path, &metadata, &tensors)
+}
+
+/// The sums that belong to each matrix, by its name in the model; a matrix without inputs has none.
+fn entries<'m>(model: &'m Model, squares: &'m [InputSquares]) -> BTreeMap<&'m str, &'m [f64]> {
+    let mut entries = BTreeMap::new();
+    for (t, s) in model.blocks.iter().zip(squares) {
+        let qkv = t.qkv.iter().flatten().map(|segment| (segment, &s.qkv));
+        let rest: [(Option<&Segment>, &Vec<f64>); 4] = [
+            (t.attn_output.as_ref(), &s.attn_output),
+            (Some(&t.ffn_gate), &s.ffn),
+            (Some(&t.ffn_up), &s.ffn),
+            (Some(&t.ffn_down), &s.ffn_down),
+        ];
+        let rest = rest.into_iter().filter_map(|(segment, sums)| Some((segment?, sums)));
+        let with_inputs = qkv.chain(rest).filter(|(_, sums)| !sums.is_empty());
+        entries.extend(with_inputs.map(|(s, sums)| (model.tensor(s).name.as_str(), sums.as_slice())));
+    }
+    entries
+}
+
+fn floats<'a>(name: String, ne: Vec<usize>, values: &[f64]) -> OutTensor<'a> {
+    let bytes: Vec<u8> = values.iter().flat_map(|v| (*v as f32).to_ne_bytes()).collect();
+    OutTensor { name, ty: Type::F32, ne, data: Box::new(move || Ok(Cow::Owned(bytes.clone()))) }
+}
