@@ -1,0 +1,125 @@
+//! What rounding ffn_down costs per type, plainly and with error feedback.
+//!
+//!     cargo bench --bench requant -- --model M.gguf --text T.txt
+//!
+//! The activations are the dense model's; the weights are those of the best neurons, two thirds of them,
+//! refitted to its outputs: the source's own lie on the grid of the type that they were quantised to.
+//! Refit, importance and feedback come from the windows that are fitted on; the loss is that of the
+//! outputs on windows that are not, relative to the outputs' variance and averaged over the blocks.
+
+use clap::Parser;
+use putri_gguf::calibrate::file_windows;
+use putri_gguf::forward::{Collect, Forward, Precision, Wanted, embed};
+use putri_gguf::ggml::{LlamaModel, Type, silence_logs};
+use putri_gguf::model::{Matrix, Model};
+use putri_gguf::numeric::{Moments, SymMatrix};
+use putri_gguf::prune::{greedy, refit};
+use putri_gguf::requant::{Quantised, quantise, quantise_with_feedback};
+use std::path::PathBuf;
+
+#[derive(Parser)]
+struct Args {
+    /// Model.
+    #[arg(long)]
+    model: PathBuf,
+    /// Text to run through it.
+    #[arg(long)]
+    text: Vec<PathBuf>,
+    /// Tokens per window.
+    #[arg(long, default_value_t = 512)]
+    ctx: usize,
+    /// Windows to fit on; half as many more judge.
+    #[arg(long, default_value_t = 16)]
+    chunks: usize,
+    /// Every how many blocks one is measured.
+    #[arg(long, default_value_t = 5)]
+    every: usize,
+    /// Types.
+    #[arg(long, value_delimiter = ',', default_value = "q2_K,q4_0,q4_1,iq4_nl,q4_K,q5_K,q6_K,q8_0")]
+    types: Vec<String>,
+    /// Threads.
+    #[arg(long, default_value_t = 2)]
+    threads: usize,
+    /// What `cargo bench` adds.
+    #[arg(long, hide = true)]
+    bench: bool,
+}
+
+/// tr((Q − W) H (Q − W)ᵀ) / tr(W H Wᵀ).
+fn relative_loss(w: &Matrix, q: &Quantised, h: &SymMatrix) -> f64 {
+    let curvature = faer::Mat::from_fn(h.n, h.n, |i, j| h.data[i * h.n + j]);
+    let form = |d: &[f32]| {
+        let d = faer::Mat::from_fn(w.n_out, w.n_in, |i, j| f64::from(d[i * w.n_in + j]));
+        let product = &d * &curvature;
+        (0..w.n_in).map(|j| (0..w.n_out).map(|i| product[(i, j)] * d[(i, j)]).sum::<f64>()).sum::<f64>()
+    };
+    let back = q.to_matrix().expect("ggml reads what it wrote");
+    let error: Vec<f32> = back.data.iter().zip(&w.data).map(|(a, b)| a - b).collect();
+    form(&error) / form(&w.data)
+}
+
+fn main() {
+    silence_logs();
+    let args = Args::parse();
+    let model = Model::open(&args.model).expect("model");
+    let vocab = LlamaModel::load_vocab(&args.model).expect("model");
+    let n_judge = args.chunks.div_ceil(2);
+    let windows = file_windows(&vocab, &args.text, args.ctx, args.chunks + n_judge).expect("text");
+    assert_eq!(windows.len(), args.chunks + n_judge, "the text is too short");
+    // Every third window judges, so that both kinds come from all over the text.
+    let judges = |i: usize| i % 3 == 2;
+    let mut forward = Forward::new(&model, args.ctx, args.threads, Precision::Auto).expect("engine");
+    let mut stream = embed(&model, &windows.concat()).expect("embeddings");
+    let types: Vec<Type> = args
+        .types
+        .iter()
+        .map(|name| Type::from_name(name).unwrap_or_else(|| panic!("no type {name}")))
+        .collect();
+    let mut losses = vec![Vec::new(); types.len()];
+    for il in 0..model.hparams.n_layer() {
+        let w = model.block(il).expect("block");
+        let block = forward.upload(&w).expect("engine");
+        let mut moments = [Moments::new(w.ffn_down.n_in, 0), Moments::new(w.ffn_down.n_in, 0)];
+        for (i, x) in stream.chunks_exact_mut(args.ctx * forward.n_embd()).enumerate() {
+            let heads = forward.heads(&block, x, None).expect("engine");
+            let mut out = vec![0.0; x.len()];
+            let scales = vec![1.0; args.ctx];
+            let collect =
+                Collect { target: None, scales: &scales, into: &mut moments[usize::from(judges(i))] };
+            let moments = (il % args.every == 0).then_some(collect);
+            let wanted = Wanted { out: Some(&mut out), moments, mid: None };
+            forward.from_heads(&block, x, &heads, wanted).expect("engine");
+            x.copy_from_slice(&out);
+        }
+        if il % args.every != 0 {
+            continue;
+        }
+        moments.iter_mut().for_each(|m| {
+            m.finish();
+            m.centre();
+        });
+        let [fit, judge] = &moments;
+        let width = (w.ffn_down.n_in * 2 / 3).next_multiple_of(256).min(w.ffn_down.n_in);
+        let keep = greedy(&w.ffn_down, &fit.gram, 1e-3, width).expect("a regular Gram matrix");
+        let refitted = refit(&w.ffn_down, fit, 0.0, &keep, 1e-3).expect("a regular Gram matrix").weights;
+        let (fit_gram, judge_gram) = (fit.gram.select(&keep), judge.gram.select(&keep));
+        let importance: Vec<f32> =
+            fit_gram.diagonal().iter().map(|v| (*v / fit.n_tokens as f64) as f32).collect();
+        for (ty, losses) in types.iter().zip(&mut losses) {
+            let plain = quantise(&refitted, *ty, &importance).expect("ggml writes the type");
+            let fed = quantise_with_feedback(&refitted, &fit_gram, 1e-3, *ty).expect("a regular Gram matrix");
+            assert_eq!(plain.ty, fed.ty);
+            let of = |q: &Quantised| relative_loss(&refitted, q, &judge_gram);
+            losses.push((plain.ty, of(&plain), of(&fed)));
+        }
+        eprintln!("block {il}");
+    }
+    println!("| type | written as | plain | with feedback | ratio |");
+    println!("|---|---|---|---|---|");
+    for (ty, losses) in types.iter().zip(&losses) {
+        let mean =
+            |f: &dyn Fn(&(Type, f64, f64)) -> f64| losses.iter().map(f).sum::<f64>() / losses.len() as f64;
+        let (plain, fed) = (mean(&|l| l.1), mean(&|l| l.2));
+        println!("| {ty} | {} | {plain:.2e} | {fed:.2e} | {:.2} |", losses[0].0, fed / plain);
+    }
+}
