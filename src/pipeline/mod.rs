@@ -278,13 +278,15 @@ fn ff_step(ty: Type) -> usize {
 }
 
 /// Factor of each token of `stream` `[n_tokens, n_embd]` in least-squares sums: its root mean square to
-/// the power of −`weight`.
+/// the power of −`weight`. Rounded to BF16, so that products in that type take them for what they are:
+/// moments about a mean that is a little off need not be positive definite.
 fn token_scales(stream: &[f32], n_embd: usize, weight: f64) -> Vec<f32> {
     let exponent = -0.5 * weight as f32;
     let squares: Vec<f32> = stream.chunks_exact(n_embd).map(mean_square).collect();
     // A token whose embedding is zero must not outweigh all others.
     let floor = (squares.iter().sum::<f32>() / squares.len() as f32 * 1e-6).max(f32::MIN_POSITIVE);
-    squares.iter().map(|s| s.max(floor).powf(exponent)).collect()
+    let scale = |s: &f32| half::bf16::from_f32(s.max(floor).powf(exponent)).to_f32();
+    squares.iter().map(scale).collect()
 }
 
 fn mean_square(x: &[f32]) -> f32 {
@@ -356,5 +358,21 @@ impl Run<'_> {
             self.observer.step(il + 1, "");
         }
         self.held_out_ppl([&streams[0], &streams[1]])
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn token_scales_are_what_matrix_products_see() {
+        let stream: Vec<f32> = (0..600).map(|i| 0.1 + (i * 37 % 101) as f32 / 7.0).collect();
+        for (scale, token) in token_scales(&stream, 6, 1.0).iter().zip(stream.chunks_exact(6)) {
+            assert_eq!(half::bf16::from_f32(*scale).to_f32(), *scale);
+            let rms = mean_square(token).sqrt();
+            assert!((scale * rms - 1.0).abs() < 0.004, "{scale} {rms}");
+        }
+        assert_eq!(token_scales(&stream, 6, 0.0), [1.0; 100]);
     }
 }
