@@ -114,16 +114,16 @@ fn settings(row: &str, sparsity: f64, n_threads: usize) -> Settings {
 
 /// The calibration windows: those in `--windows`, or new ones.
 fn windows(args: &Args, job: &Job) -> Windows {
-    let Some(path) = &args.windows else {
-        return calibration(job, &mut Stages(None)).expect("calibration");
-    };
-    if !path.exists() {
-        let w = calibration(job, &mut Stages(None)).expect("calibration");
+    if let Some(path) = args.windows.as_ref().filter(|p| p.exists()) {
+        return read_windows(path);
+    }
+    let w = calibration(job, &mut Stages(None)).expect("calibration");
+    if let Some(path) = &args.windows {
         let numbers = [w.n_ctx, w.n_fit, w.n_held_out, w.n_self].map(|n| n as Token);
         let bytes: Vec<u8> = numbers.iter().chain(&w.tokens).flat_map(|n| n.to_le_bytes()).collect();
         std::fs::write(path, bytes).expect("windows");
     }
-    read_windows(path)
+    w
 }
 
 fn read_windows(path: &Path) -> Windows {

@@ -26,33 +26,16 @@ enum Action<'p> {
 /// [`GgufError`] if a tensor cannot be converted.
 pub(super) fn tensors<'m>(model: &'m Model, plan: &'m Plan) -> Result<Vec<OutTensor<'m>>, GgufError> {
     let mut actions: Vec<Action> = model.file.tensors().iter().map(|_| Action::Copy).collect();
+    let mut biases: Vec<Option<&[f32]>> = vec![None; actions.len()];
     for il in 0..plan.blocks.len() {
-        plan_block(model, plan, il, &mut actions);
+        plan_block(model, plan, il, &mut actions, &mut biases);
     }
     let mut out = Vec::new();
-    for (t, action) in model.file.tensors().iter().zip(actions) {
-        if let Some(tensor) = output(model, t, action)? {
-            out.push(tensor);
-            out.extend(new_bias(model, plan, t));
-        }
+    for ((t, action), bias) in model.file.tensors().iter().zip(actions).zip(biases) {
+        out.extend(output(model, t, action)?);
+        out.extend(bias.map(|data| values(t.name.replace(".weight", ".bias"), data)));
     }
     Ok(out)
-}
-
-/// The bias that goes with the weight `t`, where the source has none.
-fn new_bias<'m>(model: &'m Model, plan: &'m Plan, t: &TensorInfo) -> Option<OutTensor<'m>> {
-    let belongs = |s: Option<&Segment>| s.is_some_and(|s| std::ptr::eq(model.tensor(s), t));
-    let bias = model.blocks.iter().zip(&plan.blocks).find_map(|(b, p)| {
-        if belongs(b.attn_output.as_ref()) && b.attn_output_bias.is_none() {
-            p.attn_output_bias.as_ref()
-        } else if belongs(Some(&b.ffn_down)) && b.ffn_down_bias.is_none() {
-            p.ffn_down_bias.as_ref()
-        } else {
-            None
-        }
-    })?;
-    let name = t.name.replace(".weight", ".bias");
-    Some(values(name, bias))
 }
 
 /// A vector of floats.
@@ -61,7 +44,15 @@ fn values(name: String, data: &[f32]) -> OutTensor<'_> {
     OutTensor { name, ty: Type::F32, ne: vec![data.len()], data: Box::new(bytes) }
 }
 
-fn plan_block<'p>(model: &Model, plan: &'p Plan, il: usize, actions: &mut [Action<'p>]) {
+/// What becomes of the tensors of block `il`; `biases` are those that the source does not have, at the
+/// tensor that they follow.
+fn plan_block<'p>(
+    model: &Model,
+    plan: &'p Plan,
+    il: usize,
+    actions: &mut [Action<'p>],
+    biases: &mut [Option<&'p [f32]>],
+) {
     let (t, p, shape) = (&model.blocks[il], &plan.blocks[il], &model.hparams.blocks[il]);
     let head_dim = model.hparams.head_dim;
     let heads = shape.heads_per_group() * head_dim;
@@ -87,9 +78,6 @@ fn plan_block<'p>(model: &Model, plan: &'p Plan, il: usize, actions: &mut [Actio
         if let Some(q) = &p.attn_output {
             set(t.attn_output.as_ref(), Action::Replace(q));
         }
-        if let Some(b) = &p.attn_output_bias {
-            set(t.attn_output_bias.as_ref(), Action::Values(b));
-        }
     }
     if p.neurons.iter().copied().ne(0..shape.n_ff) {
         for s in [Some(&t.ffn_gate), Some(&t.ffn_up), t.ffn_gate_bias.as_ref(), t.ffn_up_bias.as_ref()] {
@@ -99,8 +87,15 @@ fn plan_block<'p>(model: &Model, plan: &'p Plan, il: usize, actions: &mut [Actio
     if let Some(q) = &p.ffn_down {
         set(Some(&t.ffn_down), Action::Replace(q));
     }
-    if let Some(b) = &p.ffn_down_bias {
-        set(t.ffn_down_bias.as_ref(), Action::Values(b));
+    for (weight, old, new) in [
+        (t.attn_output.as_ref(), t.attn_output_bias.as_ref(), p.attn_output_bias.as_deref()),
+        (Some(&t.ffn_down), t.ffn_down_bias.as_ref(), p.ffn_down_bias.as_deref()),
+    ] {
+        match (weight, old, new) {
+            (_, Some(old), Some(new)) => actions[old.tensor] = Action::Values(new),
+            (Some(weight), None, Some(_)) => biases[weight.tensor] = new,
+            _ => {}
+        }
     }
 }
 

@@ -45,10 +45,7 @@ impl Run<'_> {
                 self.forward.from_heads(&block, x, &heads, wanted)?;
                 stream[span].copy_from_slice(&out);
             }
-            moments.finish();
-            if self.settings.biases {
-                moments.centre();
-            }
+            self.finish(&mut moments);
             let widths = prune::possible_widths(budget.n_ff, budget.ff_step);
             let losses = prune::loss_curve(&w.ffn_down, &moments.gram, self.settings.ridge_ffn, &widths)
                 .map_err(|source| PruneError::Singular { block: il, part: "ffn_down", source })?;

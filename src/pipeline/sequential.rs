@@ -79,11 +79,8 @@ impl Run<'_> {
             let ty = s.types.attn_output.unwrap_or(self.model.tensor(segment).ty);
             let q = self.requantise(&refit.weights, &moments, &keep, s.ridge_attn, ty).map_err(failed)?;
             let old = std::mem::replace(&mut w.attn_output, q.to_matrix()?);
-            if s.biases {
-                let change = prune::bias_change(&old, &w.attn_output, &keep, &moments, s.mixture);
-                add_bias(&mut w.attn_output_bias, change);
-                self.plan.blocks[il].attn_output_bias.clone_from(&w.attn_output_bias);
-            }
+            let bias = self.adapted_bias(&mut w.attn_output_bias, [&old, &w.attn_output], &keep, &moments);
+            self.plan.blocks[il].attn_output_bias = bias;
             self.plan.blocks[il].attn_output = Some(q);
         }
         Ok(heads)
@@ -123,11 +120,8 @@ impl Run<'_> {
         let q =
             self.requantise(&refit.weights, &moments, &keep, self.settings.ridge_ffn, ty).map_err(failed)?;
         let new = q.to_matrix()?;
-        if self.settings.biases {
-            let change = prune::bias_change(&w.ffn_down, &new, &keep, &moments, self.settings.mixture);
-            add_bias(&mut w.ffn_down_bias, change);
-            self.plan.blocks[il].ffn_down_bias.clone_from(&w.ffn_down_bias);
-        }
+        let bias = self.adapted_bias(&mut w.ffn_down_bias, [&w.ffn_down, &new], &keep, &moments);
+        self.plan.blocks[il].ffn_down_bias = bias;
         w.keep_neurons(&keep);
         w.ffn_down = new;
         self.plan.blocks[il].neurons = keep;
@@ -143,12 +137,22 @@ impl Run<'_> {
         Ok(format!("{} groups, {width} neurons", w.shape.n_head_kv))
     }
 
-    /// Ends the collecting of moments.
-    fn finish(&self, moments: &mut Moments) {
-        moments.finish();
-        if self.settings.biases {
-            moments.centre();
+    /// Adapts the bias of a map that changes from `old` to `new` on the inputs `keep`. Returns what the
+    /// plan has to hold: nothing if biases are to stay as they are.
+    fn adapted_bias(
+        &self,
+        bias: &mut Option<Vec<f32>>,
+        [old, new]: [&Matrix; 2],
+        keep: &[usize],
+        moments: &Moments,
+    ) -> Option<Vec<f32>> {
+        if !self.settings.biases {
+            return None;
         }
+        let change = prune::bias_change(old, new, keep, moments, self.settings.mixture);
+        let bias = bias.get_or_insert_with(|| vec![0.0; change.len()]);
+        bias.iter_mut().zip(change).for_each(|(b, c)| *b += c);
+        Some(bias.clone())
     }
 
     fn choose_neurons(
@@ -206,13 +210,6 @@ fn at_block(block: usize, part: &'static str) -> impl Fn(FeedbackError) -> Prune
     move |e| match e {
         FeedbackError::Singular(source) => PruneError::Singular { block, part, source },
         FeedbackError::Ggml(source) => PruneError::Ggml(source),
-    }
-}
-
-fn add_bias(bias: &mut Option<Vec<f32>>, change: Vec<f32>) {
-    match bias {
-        Some(b) => b.iter_mut().zip(change).for_each(|(b, c)| *b += c),
-        None => *bias = Some(change),
     }
 }
 
