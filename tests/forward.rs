@@ -9,11 +9,15 @@ use putri_gguf::ggml::{LlamaModel, Type, silence_logs};
 use putri_gguf::gguf::{GgufFile, Value};
 
 fn check_small(name: &str, small: &Small) {
+    check_window(name, small, 200);
+}
+
+fn check_window(name: &str, small: &Small, n_tokens: i32) {
     silence_logs();
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("small.gguf");
     small.write(&path);
-    let tokens: Vec<i32> = (0..200).map(|i| 3 + (i * 7919) % 250).collect();
+    let tokens: Vec<i32> = (0..n_tokens).map(|i| 3 + (i * 7919) % 250).collect();
     let ours = our_logits(&path, &tokens, Precision::F32);
     let theirs = libllama_logits(&path, &tokens);
     let (max, kl) = compare_logits(&theirs, &ours, small.n_vocab);
@@ -53,6 +57,40 @@ fn rope_scaling_agrees_with_libllama() {
 fn blocks_of_different_shapes_agree_with_libllama() {
     let blocks = vec![(4, 2, 96), (2, 1, 64), (0, 0, 32), (6, 3, 160), (0, 0, 64)];
     check_small("deci", &Small { arch: "deci", blocks, ..Small::default() });
+}
+
+#[test]
+fn gemma3_agrees_with_libllama() {
+    let gemma = Small::gemma3();
+    let with = |change: Vec<(&'static str, Value)>| Small {
+        extra: [gemma.extra.clone(), change].concat(),
+        ..gemma.clone()
+    };
+    check_small("gemma3", &gemma);
+    // Longer than a slice of queries, with keys that no query of the last slice sees.
+    check_window("long", &gemma, 700);
+    check_small("untied", &Small { tied: false, ..gemma.clone() });
+    check_small("no window, no cap", &Small { extra: Vec::new(), ..gemma.clone() });
+    check_small("biases", &Small { biases: true, ..gemma.clone() });
+    check_small(
+        "head_dim",
+        &Small { head_dim: 32, n_embd: 64, blocks: vec![(3, 1, 64); 7], ..gemma.clone() },
+    );
+    let pattern = "attention.sliding_window_pattern";
+    check_small(
+        "pattern 2",
+        &with(vec![(pattern, Value::U32(2)), ("rope.freq_base_swa", Value::F32(500.0))]),
+    );
+    check_small("every block slides", &with(vec![(pattern, Value::U32(0))]));
+    // GGUF type 7 is bool.
+    let each = Value::Array { ty: 7, bytes: vec![0, 1, 1, 0, 0, 1, 0], len: 7 };
+    check_small("pattern per block", &with(vec![(pattern, each)]));
+    let stretched =
+        [("rope.scaling.type", Value::Str("linear".into())), ("rope.scaling.factor", Value::F32(8.0))];
+    check_small("stretched where it does not slide", &with(stretched.to_vec()));
+    let yarn = [("rope.scaling.type", Value::Str("yarn".into())), ("rope.scaling.factor", Value::F32(4.0))];
+    check_small("yarn", &with(yarn.to_vec()));
+    check_small("scale by width", &Small { n_embd: 32, blocks: vec![(4, 2, 32); 62], ..gemma.clone() });
 }
 
 #[test]

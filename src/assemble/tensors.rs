@@ -62,9 +62,10 @@ fn plan_block<'p>(
         }
     };
     if p.groups.is_empty() {
-        let single = [&t.attn_norm, &t.attn_output, &t.attn_output_bias].into_iter().flatten();
+        let single = [&t.attn_norm, &t.attn_output, &t.attn_output_bias, &t.attn_post_norm];
         let triple = [&t.qkv, &t.qkv_bias].into_iter().flatten().flatten();
-        single.chain(triple).for_each(|s| set(Some(s), Action::Drop));
+        let pair = t.qk_norm.iter().flatten();
+        single.into_iter().flatten().chain(triple).chain(pair).for_each(|s| set(Some(s), Action::Drop));
     } else {
         if p.groups.len() < shape.n_head_kv {
             let kept = [heads, head_dim, head_dim].map(|n| group_rows(&p.groups, n));

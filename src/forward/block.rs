@@ -1,22 +1,27 @@
-//! One block: its weights on the backend, and the graph of `src/models/llama.cpp` and
-//! `src/models/deci.cpp` of llama.cpp in the pieces that pruning needs.
+//! One block: its weights on the backend, and the graph of `src/models/llama.cpp`, `deci.cpp` and
+//! `gemma3.cpp` of llama.cpp in the pieces that pruning needs.
 
 use super::{Forward, ForwardError, Net};
 use crate::ggml::{Graph, Resident, T, TensorSpec, Type};
-use crate::model::{BlockShape, BlockWeights, Matrix};
+use crate::model::{Activation, BlockShape, BlockWeights, Matrix};
 use std::borrow::Cow;
 
 /// Graph nodes of a block are about forty, and twenty more per slice of queries.
 pub(super) const MAX_NODES: usize = 1024;
 
-/// Queries that are attended in one call: keys after a slice's last query are left out, which
-/// saves up to half of the work of causal attention.
+/// Queries that are attended in one call: keys that none of them sees are left out, which saves up to
+/// half of the work of causal attention.
 const QUERY_SLICE: usize = 512;
+
+/// Share of a post norm's mean squared weight that outputs with smaller weights are damped by when errors are
+/// carried back through it: they would have to change by more than they are worth.
+const POST_NORM_RIDGE: f32 = 1e-2;
 
 /// A block's weights on the backend.
 pub struct Block {
     set: Resident,
     shape: BlockShape,
+    sliding: bool,
     roles: Roles,
 }
 
@@ -24,6 +29,13 @@ impl Block {
     /// Whether the block has attention heads.
     pub fn has_attention(&self) -> bool {
         self.roles.attn_output.is_some()
+    }
+
+    fn post_norm(&self, half: Half) -> Option<PostNorm> {
+        match half {
+            Half::Attention => self.roles.attn_post_norm,
+            Half::FeedForward => self.roles.ffn_post_norm,
+        }
     }
 }
 
@@ -33,8 +45,10 @@ struct Roles {
     attn_norm: Option<usize>,
     qkv: [Option<usize>; 3],
     qkv_bias: [Option<usize>; 3],
+    qk_norm: [Option<usize>; 2],
     attn_output: Option<usize>,
     attn_output_bias: Option<usize>,
+    attn_post_norm: Option<PostNorm>,
     ffn_norm: Option<usize>,
     ffn_gate: Option<usize>,
     ffn_gate_bias: Option<usize>,
@@ -42,6 +56,23 @@ struct Roles {
     ffn_up_bias: Option<usize>,
     ffn_down: Option<usize>,
     ffn_down_bias: Option<usize>,
+    ffn_post_norm: Option<PostNorm>,
+}
+
+/// The norm between a half of a block and the stream, out = x + g ⊙ y / rms(y).
+#[derive(Clone, Copy)]
+pub(super) struct PostNorm {
+    /// g `[n_embd]`.
+    weight: usize,
+    /// g / (g² + δ), which takes a difference in the stream back to y / rms(y).
+    inverse: usize,
+}
+
+/// Half of a block, which ends in a map back to the stream.
+#[derive(Clone, Copy)]
+pub(super) enum Half {
+    Attention,
+    FeedForward,
 }
 
 /// Collects tensors for an upload.
@@ -66,6 +97,16 @@ impl<'w> Uploads<'w> {
         }
         self.list.push((Type::F32, [v.len(), 1], Cow::Borrowed(bytemuck::cast_slice(v))));
         Some(self.list.len() - 1)
+    }
+
+    fn post_norm(&mut self, v: &'w Option<Vec<f32>>) -> Option<PostNorm> {
+        let g = v.as_ref()?;
+        let ridge = POST_NORM_RIDGE * g.iter().map(|g| g * g).sum::<f32>() / g.len() as f32;
+        let inverse = g.iter().flat_map(|g| (g / (g * g + ridge.max(f32::MIN_POSITIVE))).to_ne_bytes());
+        let inverse = (Type::F32, [g.len(), 1], Cow::Owned(inverse.collect()));
+        let weight = self.vector(g)?;
+        self.list.push(inverse);
+        Some(PostNorm { weight, inverse: self.list.len() - 1 })
     }
 
     fn optional(&mut self, v: &'w Option<Vec<f32>>) -> Option<usize> {
@@ -95,12 +136,15 @@ impl Forward {
         let mut up = Uploads { ty: self.net.ty, list: Vec::new() };
         let [q, k, v] = &w.qkv;
         let bias = |i: usize| w.qkv_bias.as_ref().map_or(&[][..], |b| &b[i]);
+        let norm = |i: usize| w.qk_norm.as_ref().map_or(&[][..], |n| &n[i]);
         let roles = Roles {
             attn_norm: up.vector(&w.attn_norm),
             qkv: [up.matrix(q), up.matrix(k), up.matrix(v)],
             qkv_bias: [up.vector(bias(0)), up.vector(bias(1)), up.vector(bias(2))],
+            qk_norm: [up.vector(norm(0)), up.vector(norm(1))],
             attn_output: up.matrix(&w.attn_output),
             attn_output_bias: up.optional(&w.attn_output_bias),
+            attn_post_norm: up.post_norm(&w.attn_post_norm),
             ffn_norm: up.vector(&w.ffn_norm),
             ffn_gate: up.matrix(&w.ffn_gate),
             ffn_gate_bias: up.optional(&w.ffn_gate_bias),
@@ -108,10 +152,12 @@ impl Forward {
             ffn_up_bias: up.optional(&w.ffn_up_bias),
             ffn_down: up.matrix(&w.ffn_down),
             ffn_down_bias: up.optional(&w.ffn_down_bias),
+            ffn_post_norm: up.post_norm(&w.ffn_post_norm),
         };
         let specs: Vec<_> =
             up.list.iter().map(|(ty, ne, bytes)| TensorSpec { ty: *ty, ne: *ne, bytes }).collect();
-        Ok(Block { set: Resident::upload(&self.engine, &specs)?, shape: w.shape, roles })
+        let set = Resident::upload(&self.engine, &specs)?;
+        Ok(Block { set, shape: w.shape, sliding: w.sliding, roles })
     }
 
     /// A chunk through the whole block: `x` `[n_tokens, n_embd]` in, the residual stream after the
@@ -172,19 +218,48 @@ impl Forward {
 }
 
 impl Net {
-    /// x + attn_output · a + bias. Stock llama.cpp adds no bias in a block without heads.
+    /// The stream after attention. Stock llama.cpp adds no bias in a block without heads.
     pub(super) fn attention_residual<'a>(&'a self, g: &mut Graph<'a>, b: &'a Block, x: T, a: Option<T>) -> T {
-        let (Some(a), Some(w)) = (a, b.roles.attn_output) else {
+        let Some(a) = a.filter(|_| b.has_attention()) else {
             return x;
         };
-        let y = linear(g, b, Some(w), b.roles.attn_output_bias, a);
+        let y = self.map(g, b, Half::Attention, a);
+        self.join(g, b, Half::Attention, x, y)
+    }
+
+    /// The stream after the feed-forward.
+    pub(super) fn ffn_residual<'a>(&'a self, g: &mut Graph<'a>, b: &'a Block, mid: T, h: T) -> T {
+        let y = self.map(g, b, Half::FeedForward, h);
+        self.join(g, b, Half::FeedForward, mid, y)
+    }
+
+    /// attn_output · a + bias, or ffn_down · h + bias: `[n_embd, n_tokens]`.
+    pub(super) fn map<'a>(&'a self, g: &mut Graph<'a>, b: &'a Block, half: Half, inputs: T) -> T {
+        let (weight, bias) = match half {
+            Half::Attention => (b.roles.attn_output, b.roles.attn_output_bias),
+            Half::FeedForward => (b.roles.ffn_down, b.roles.ffn_down_bias),
+        };
+        linear(g, b, weight, bias, inputs)
+    }
+
+    /// The stream `x` with what [`Net::map`] gave added to it.
+    pub(super) fn join<'a>(&'a self, g: &mut Graph<'a>, b: &'a Block, half: Half, x: T, y: T) -> T {
+        let y = match b.post_norm(half) {
+            Some(post) => self.norm(g, b, Some(post.weight), y),
+            None => y,
+        };
         g.add(y, x)
     }
 
-    /// mid + ffn_down · h + bias.
-    pub(super) fn ffn_residual<'a>(&'a self, g: &mut Graph<'a>, b: &'a Block, mid: T, h: T) -> T {
-        let y = linear(g, b, b.roles.ffn_down, b.roles.ffn_down_bias, h);
-        g.add(y, mid)
+    /// What an error of 1 in [`Net::map`]'s output `y` is divided by on its way to the stream, per token
+    /// `[1, n_tokens]`, and the factors `[n_embd]` that take a difference in the stream back; nothing where
+    /// `y` is added as it is.
+    pub(super) fn back<'a>(&'a self, g: &mut Graph<'a>, b: &'a Block, half: Half, y: T) -> Option<(T, T)> {
+        let post = b.post_norm(half)?;
+        let squares = g.mul(y, y);
+        let mean = g.mean(squares);
+        let mean = g.scale(mean, 1.0, self.hparams.rms_eps);
+        Some((g.sqrt(mean), g.resident(&b.set, post.inverse)))
     }
 
     /// The input of ffn_down: `[n_ff, n_tokens]`.
@@ -192,7 +267,10 @@ impl Net {
         let h = self.ffn_input(g, b, mid);
         let gate = linear(g, b, b.roles.ffn_gate, b.roles.ffn_gate_bias, h);
         let up = linear(g, b, b.roles.ffn_up, b.roles.ffn_up_bias, h);
-        g.swiglu(gate, up)
+        match self.hparams.family.traits().activation {
+            Activation::SwiGlu => g.swiglu(gate, up),
+            Activation::GeGlu => g.geglu(gate, up),
+        }
     }
 
     /// The input of attn_q, attn_k and attn_v: `[n_embd, n_tokens]`.
@@ -219,30 +297,38 @@ impl Net {
         let n_seq = n_tokens / t;
         let h = self.attn_input(g, b, x);
         let positions = g.input_i32(&self.positions[..n_tokens]);
-        let factors = self.has_factors.then(|| g.resident(&self.fixed, 1));
+        let factors = self.factors.map(|i| g.resident(&self.fixed, i));
+        let sliding = self.hparams.sliding.as_ref().filter(|_| b.sliding);
+        let rope = sliding.map_or(&self.hparams.rope, |s| &s.rope);
         let [q, k, v] = std::array::from_fn(|i| {
             let y = linear(g, b, b.roles.qkv[i], b.roles.qkv_bias[i], h);
             let heads = if i == 0 { n_head } else { n_kv };
             let y = g.reshape(y, [d, heads, n_tokens, 1]);
-            // Values are not rotated.
-            let y = if i == 2 { y } else { g.rope(y, positions, factors, &self.hparams.rope) };
+            // Values are neither normed nor rotated.
+            let y = match b.roles.qk_norm.get(i) {
+                Some(Some(norm)) => self.norm(g, b, Some(*norm), y),
+                _ => y,
+            };
+            let y = if i == 2 { y } else { g.rope(y, positions, factors, rope) };
             let y = g.reshape(y, [d, heads, t, n_seq]);
             g.permute(y, [0, 2, 1, 3])
         });
         // The tiled kernel reads K and V many times: F16 halves that traffic, and is what
         // llama.cpp's KV cache holds by default.
         let (k, v) = if self.ty == Type::F32 { (k, v) } else { (g.cast(k, Type::F16), g.cast(v, Type::F16)) };
-        let mask = g.resident(&self.fixed, 0);
-        let scale = 1.0 / (d as f32).sqrt();
+        let mask = g.resident(&self.fixed, if b.sliding { self.sliding_mask } else { 0 });
+        let n_seen = sliding.map_or(t, |s| s.n_swa);
         let mut joined = None;
         for start in (0..t).step_by(QUERY_SLICE) {
             let n = QUERY_SLICE.min(t - start);
+            let first = (start + 1).saturating_sub(n_seen);
+            let n_keys = start + n - first;
             let q = g.slice(q, 1, start, n);
-            let (k, v) = (g.slice(k, 1, 0, start + n), g.slice(v, 1, 0, start + n));
+            let (k, v) = (g.slice(k, 1, first, n_keys), g.slice(v, 1, first, n_keys));
             let mask = g.slice(mask, 1, start, n);
-            let mask = g.slice(mask, 0, 0, start + n);
+            let mask = g.slice(mask, 0, first, n_keys);
             let mask = if t > QUERY_SLICE { g.cont(mask) } else { mask };
-            let y = g.flash_attn(q, k, v, mask, scale);
+            let y = g.flash_attn(q, k, v, mask, self.attention_scale);
             joined = Some(joined.map_or(y, |j| g.concat(j, y, 2)));
         }
         g.reshape(joined.expect("windows are not empty"), [d * n_head, n_tokens, 1, 1])

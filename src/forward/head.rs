@@ -59,7 +59,12 @@ impl Forward {
             let w = g.resident(&head.set, 0);
             let h = g.mul(h, w);
             let w = g.resident(&head.set, 1);
-            let y = g.mul_mat(w, h);
+            let mut y = g.mul_mat(w, h);
+            if let Some(cap) = self.net.hparams.softcap {
+                y = g.scale(y, 1.0 / cap, 0.0);
+                y = g.tanh(y);
+                y = g.scale(y, cap, 0.0);
+            }
             g.output(y);
             buffer.resize(rows.len() / n_embd * head.n_vocab, 0.0);
             g.compute(&mut self.engine)?.read(y, &mut buffer);

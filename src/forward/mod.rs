@@ -65,9 +65,14 @@ struct Net {
     ty: Type,
     hparams: Hparams,
     n_ctx: usize,
-    /// Causal mask, then the frequency factors if the model has any.
+    /// The causal mask, and what the two below point at.
     fixed: Resident,
-    has_factors: bool,
+    /// Mask of blocks that attend to a sliding window; the causal one where windows are no longer than that.
+    sliding_mask: usize,
+    /// Frequency factors.
+    factors: Option<usize>,
+    /// Factor of the products of queries and keys.
+    attention_scale: f32,
     positions: Vec<i32>,
 }
 
@@ -85,18 +90,30 @@ impl Forward {
         assert!(n_ctx > 0);
         let engine = Engine::cpu(n_threads)?;
         let factors = model.rope_factors(n_ctx)?;
-        let mask = causal_mask(n_ctx);
-        let mut specs =
-            vec![TensorSpec { ty: Type::F16, ne: [n_ctx, n_ctx], bytes: bytemuck::cast_slice(&mask) }];
-        if let Some(f) = &factors {
-            specs.push(TensorSpec { ty: Type::F32, ne: [f.len(), 1], bytes: bytemuck::cast_slice(f) });
+        let hparams = model.hparams.clone();
+        let causal = mask(n_ctx, n_ctx);
+        let sliding = hparams.sliding.as_ref().filter(|s| s.n_swa < n_ctx).map(|s| mask(n_ctx, s.n_swa));
+        let mut specs = Vec::new();
+        for mask in [Some(&causal), sliding.as_ref()].into_iter().flatten() {
+            specs.push(TensorSpec { ty: Type::F16, ne: [n_ctx, n_ctx], bytes: bytemuck::cast_slice(mask) });
         }
+        let sliding_mask = specs.len() - 1;
+        let factors_at = factors.as_ref().map(|f| {
+            specs.push(TensorSpec { ty: Type::F32, ne: [f.len(), 1], bytes: bytemuck::cast_slice(f) });
+            specs.len() - 1
+        });
         let fixed = Resident::upload(&engine, &specs)?;
         let windows = chunk_windows(n_ctx);
-        let positions = (0..windows * n_ctx).map(|i| (i % n_ctx) as i32).collect();
-        let hparams = model.hparams.clone();
-        let has_factors = factors.is_some();
-        let net = Net { ty: precision.weight_type(), hparams, n_ctx, fixed, has_factors, positions };
+        let net = Net {
+            ty: precision.weight_type(),
+            n_ctx,
+            fixed,
+            sliding_mask,
+            factors: factors_at,
+            attention_scale: hparams.attention_scale(hparams.blocks[0].n_head),
+            positions: (0..windows * n_ctx).map(|i| (i % n_ctx) as i32).collect(),
+            hparams,
+        };
         Ok(Forward { engine, net })
     }
 
@@ -132,13 +149,15 @@ fn chunk_windows(n_ctx: usize) -> usize {
     (CHUNK_TOKENS / n_ctx).max(1)
 }
 
-/// `[n_ctx, n_ctx]` in halves: 0 where the key is not after the query, else -∞.
-fn causal_mask(n_ctx: usize) -> Vec<u16> {
+/// `[n_ctx, n_ctx]` in halves: 0 where the key is the query's own or one of the `n_seen` − 1 before it,
+/// else -∞.
+fn mask(n_ctx: usize, n_seen: usize) -> Vec<u16> {
     let (zero, minus_inf) = (half::f16::ZERO.to_bits(), half::f16::NEG_INFINITY.to_bits());
-    (0..n_ctx * n_ctx).map(|i| if i % n_ctx > i / n_ctx { minus_inf } else { zero }).collect()
+    let seen = |query: usize, key: usize| key <= query && query - key < n_seen;
+    (0..n_ctx * n_ctx).map(|i| if seen(i / n_ctx, i % n_ctx) { zero } else { minus_inf }).collect()
 }
 
-/// Embeddings `[n_tokens, n_embd]` of `tokens`.
+/// Embeddings `[n_tokens, n_embd]` of `tokens`, as they enter the first block.
 ///
 /// # Errors
 /// [`GgufError`] if a row cannot be decoded, or a token is not in the vocabulary.
@@ -155,6 +174,9 @@ pub fn embed(model: &Model, tokens: &[Token]) -> Result<Vec<f32>, GgufError> {
         };
         t.ty.dequantize(bytes, n_embd, row)
             .map_err(|source| GgufError::Tensor { name: t.name.clone(), source })?;
+    }
+    if model.hparams.embd_scale != 1.0 {
+        out.iter_mut().for_each(|v| *v *= model.hparams.embd_scale);
     }
     Ok(out)
 }

@@ -1,6 +1,6 @@
 //! Second moments of activations inside a block: Gram matrices and cross products.
 
-use super::block::MAX_NODES;
+use super::block::{Half, MAX_NODES};
 use super::{Block, Forward, ForwardError, Net};
 use crate::ggml::{Computed, Graph, T, Type};
 use crate::numeric::Moments;
@@ -15,7 +15,8 @@ struct Sums {
     cross: Option<T>,
     x: T,
     r: Option<T>,
-    weight: f64,
+    /// Factor of each token.
+    scales: T,
     n_tokens: usize,
 }
 
@@ -28,12 +29,15 @@ impl Sums {
             moments.add_cross(&done.to_vec(cross));
         }
         let r = self.r.map(|r| done.to_vec(r)).unwrap_or_default();
-        moments.add_sums(&done.to_vec(self.x), &r, self.weight);
+        let weight = done.to_vec(self.scales).iter().map(|s| f64::from(*s).powi(2)).sum();
+        moments.add_sums(&done.to_vec(self.x), &r, weight);
         moments.n_tokens += self.n_tokens;
     }
 }
 
-/// Moments to be collected over a chunk.
+/// Moments to be collected over a chunk. Where a norm lies between the map and the stream, they are those of
+/// the map all the same: residuals are taken back through the norm, and what it divides a token's outputs by
+/// divides the token's factor, so that errors count by what they do to the stream.
 pub struct Collect<'a> {
     /// What the residual stream should be at that point; without it only the Gram matrix is collected.
     pub target: Option<&'a [f32]>,
@@ -125,12 +129,9 @@ impl Forward {
         let a = self.net.heads(&mut g, b, x);
         g.output(a);
         let collect = moments.map(|c| {
-            let residual = c.target.map(|target| {
-                let own = self.net.attention_residual(&mut g, b, x, Some(a));
-                let target = g.input_f32(ne, target);
-                g.sub(target, own)
-            });
-            (self.net.sums(&mut g, a, residual, c.scales), c.into)
+            let y = self.net.map(&mut g, b, Half::Attention, a);
+            let own = self.net.join(&mut g, b, Half::Attention, x, y);
+            (self.net.collect(&mut g, b, Half::Attention, [a, y, own], c.target, c.scales), c.into)
         });
         let done = g.compute(&mut self.engine)?;
         if let Some((sums, into)) = collect {
@@ -157,7 +158,8 @@ impl Forward {
         let a = (!a.is_empty()).then(|| g.input_f32([a.len() / n, n], a));
         let mid = self.net.attention_residual(&mut g, b, x, a);
         let h = self.net.neurons(&mut g, b, mid);
-        let own = self.net.ffn_residual(&mut g, b, mid, h);
+        let y = self.net.map(&mut g, b, Half::FeedForward, h);
+        let own = self.net.join(&mut g, b, Half::FeedForward, mid, y);
         if wanted.mid.is_some() {
             g.output(mid);
         }
@@ -165,11 +167,7 @@ impl Forward {
             g.output(own);
         }
         let collect = wanted.moments.map(|c| {
-            let residual = c.target.map(|target| {
-                let target = g.input_f32(ne, target);
-                g.sub(target, own)
-            });
-            (self.net.sums(&mut g, h, residual, c.scales), c.into)
+            (self.net.collect(&mut g, b, Half::FeedForward, [h, y, own], c.target, c.scales), c.into)
         });
         let done = g.compute(&mut self.engine)?;
         if let Some((sums, into)) = collect {
@@ -186,13 +184,42 @@ impl Forward {
 }
 
 impl Net {
+    /// Sums at the map that ends `half`: its inputs, its outputs, and the stream after it; what that stream
+    /// should be, and the factor of each token.
+    fn collect<'a>(
+        &'a self,
+        g: &mut Graph<'a>,
+        b: &'a Block,
+        half: Half,
+        [inputs, y, own]: [T; 3],
+        target: Option<&'a [f32]>,
+        scales: &'a [f32],
+    ) -> Sums {
+        let mut scales = g.input_f32([1, scales.len()], scales);
+        let mut residual = target.map(|target| {
+            let [n_embd, n_tokens, ..] = g.ne(own);
+            let target = g.input_f32([n_embd, n_tokens], target);
+            g.sub(target, own)
+        });
+        if let Some((rms, inverse)) = self.back(g, b, half, y) {
+            residual = residual.map(|r| {
+                let r = g.mul(r, inverse);
+                g.mul(r, rms)
+            });
+            // As the caller's were: products and sums must see the same numbers (`transposed`).
+            let divided = g.div(scales, rms);
+            let rounded = g.cast(divided, Type::BF16);
+            scales = g.cast(rounded, Type::F32);
+        }
+        self.sums(g, inputs, residual, scales)
+    }
+
     /// Products over tokens of `x` `[n, n_tokens]` with itself and with `residual` `[m, n_tokens]`, both
-    /// multiplied by `scales` `[n_tokens]`, and their sums with the square of that weight.
-    fn sums<'a>(&self, g: &mut Graph<'a>, x: T, residual: Option<T>, scales: &'a [f32]) -> Sums {
+    /// multiplied by `scales` `[1, n_tokens]`, and their sums with the square of that weight.
+    fn sums<'a>(&self, g: &mut Graph<'a>, x: T, residual: Option<T>, scales: T) -> Sums {
         let [n, n_tokens, ..] = g.ne(x);
-        let weight = scales.iter().map(|s| f64::from(*s).powi(2)).sum();
-        let column = g.input_f32([n_tokens, 1], scales);
-        let scales = g.input_f32([1, n_tokens], scales);
+        g.output(scales);
+        let column = g.reshape(scales, [n_tokens, 1, 1, 1]);
         let x = g.mul(x, scales);
         let residual = residual.map(|r| g.mul(r, scales));
         let xt = self.transposed(g, x);
@@ -218,7 +245,7 @@ impl Net {
             cross: rt.map(|rt| product(xt, rt)),
             x: product(xt, column),
             r: rt.map(|rt| product(rt, column)),
-            weight,
+            scales,
             n_tokens,
         }
     }

@@ -54,7 +54,7 @@ impl RawValue {
         }
     }
 
-    /// The elements of an integer array (8 to 64 bits), if it is one and none is negative.
+    /// The elements of an integer (8 to 64 bits) or boolean array, if it is one and none is negative.
     pub fn as_unsigned_array(&self) -> Option<Vec<u64>> {
         let RawValue::Array { ty, bytes, .. } = self else {
             return None;
@@ -63,7 +63,7 @@ impl RawValue {
             bytes.as_chunks::<N>().0.iter().map(|b| f(*b)).collect()
         }
         match *ty {
-            sys::GGUF_TYPE_UINT8 => each(bytes, |b: [u8; 1]| Some(b[0].into())),
+            sys::GGUF_TYPE_UINT8 | sys::GGUF_TYPE_BOOL => each(bytes, |b: [u8; 1]| Some(b[0].into())),
             sys::GGUF_TYPE_INT8 => each(bytes, |b| i8::from_ne_bytes(b).try_into().ok()),
             sys::GGUF_TYPE_UINT16 => each(bytes, |b| Some(u16::from_ne_bytes(b).into())),
             sys::GGUF_TYPE_INT16 => each(bytes, |b| i16::from_ne_bytes(b).try_into().ok()),

@@ -165,6 +165,44 @@ impl<'a> Graph<'a> {
         self.push(raw)
     }
 
+    /// `a / b` element by element, with `b` repeated to the shape of `a`.
+    pub fn div(&mut self, a: T, b: T) -> T {
+        self.assert_repeats(a, b, "div");
+        // SAFETY: b can be repeated to a.
+        let raw = unsafe { sys::ggml_div(self.ctx.as_ptr(), self.raw(a), self.raw(b)) };
+        self.push(raw)
+    }
+
+    /// `factor · a + offset`.
+    pub fn scale(&mut self, a: T, factor: f32, offset: f32) -> T {
+        assert!(self.contiguous(a));
+        // SAFETY: contiguous, as ggml_scale_bias wants it.
+        let raw = unsafe { sys::ggml_scale_bias(self.ctx.as_ptr(), self.raw(a), factor, offset) };
+        self.push(raw)
+    }
+
+    /// Hyperbolic tangent of each element.
+    pub fn tanh(&mut self, a: T) -> T {
+        assert!(self.contiguous(a));
+        // SAFETY: contiguous, as ggml's unary operations want it.
+        let raw = unsafe { sys::ggml_tanh(self.ctx.as_ptr(), self.raw(a)) };
+        self.push(raw)
+    }
+
+    /// Square root of each element.
+    pub fn sqrt(&mut self, a: T) -> T {
+        // SAFETY: any float tensor will do.
+        let raw = unsafe { sys::ggml_sqrt(self.ctx.as_ptr(), self.raw(a)) };
+        self.push(raw)
+    }
+
+    /// Means of the rows: ne\[0\] becomes 1.
+    pub fn mean(&mut self, a: T) -> T {
+        // SAFETY: any float tensor will do.
+        let raw = unsafe { sys::ggml_mean(self.ctx.as_ptr(), self.raw(a)) };
+        self.push(raw)
+    }
+
     /// Rows divided by their root mean square.
     pub fn rms_norm(&mut self, a: T, eps: f32) -> T {
         assert!(eps >= 0.0);
@@ -179,6 +217,15 @@ impl<'a> Graph<'a> {
         assert!(self.contiguous(gate) && self.contiguous(up));
         // SAFETY: same shape, both contiguous.
         let raw = unsafe { sys::ggml_swiglu_split(self.ctx.as_ptr(), self.raw(gate), self.raw(up)) };
+        self.push(raw)
+    }
+
+    /// `gelu(gate) · up`, with ggml's tanh approximation.
+    pub fn geglu(&mut self, gate: T, up: T) -> T {
+        assert_eq!(self.ne(gate), self.ne(up));
+        assert!(self.contiguous(gate) && self.contiguous(up));
+        // SAFETY: same shape, both contiguous.
+        let raw = unsafe { sys::ggml_geglu_split(self.ctx.as_ptr(), self.raw(gate), self.raw(up)) };
         self.push(raw)
     }
 

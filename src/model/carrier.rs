@@ -23,7 +23,37 @@ impl Carrier {
 
 /// The carrier for blocks of these shapes (`src/models/llama.cpp` of llama.cpp uses block 0's sizes
 /// for all blocks, `src/models/deci.cpp` each block's own).
+///
+/// # Panics
+/// If blocks differ in size and no architecture takes blocks of that family so
+/// ([`Traits::per_block`](super::Traits::per_block)).
 pub fn carrier_for(family: Family, shapes: &[BlockShape]) -> Carrier {
-    let uniform = shapes.iter().all(|s| *s == shapes[0]);
-    if uniform { Carrier::Same(family) } else { Carrier::Deci }
+    if shapes.iter().all(|s| *s == shapes[0]) {
+        return Carrier::Same(family);
+    }
+    assert_eq!(family.traits().uneven, Some(Family::Deci), "blocks of {} must be equal", family.name());
+    Carrier::Deci
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const WIDE: BlockShape = BlockShape { n_head: 4, n_head_kv: 2, n_ff: 96 };
+    const NARROW: BlockShape = BlockShape { n_ff: 64, ..WIDE };
+
+    #[test]
+    fn equal_blocks_stay_what_they_are_and_others_become_deci() {
+        for &family in Family::ALL {
+            assert_eq!(carrier_for(family, &[WIDE; 3]), Carrier::Same(family));
+        }
+        assert_eq!(carrier_for(Family::Llama, &[WIDE, NARROW]), Carrier::Deci);
+        assert_eq!(carrier_for(Family::Deci, &[WIDE, NARROW]), Carrier::Deci);
+    }
+
+    #[test]
+    #[should_panic(expected = "blocks of gemma3 must be equal")]
+    fn gemma3_has_no_carrier_for_uneven_blocks() {
+        carrier_for(Family::Gemma3, &[WIDE, NARROW]);
+    }
 }

@@ -1,39 +1,9 @@
 //! Hyper-parameters from metadata, with llama.cpp's defaults (`llama_model_base::load_hparams`).
 
-use super::ModelError;
+use super::rope::{SlidingWindow, read_rope, read_sliding};
+use super::{Family, ModelError};
 use crate::ggml::RopeParams;
 use crate::gguf::{GgufError, GgufFile, Value};
-
-/// Block structure: which graph a model's blocks are.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Family {
-    /// `llama`: Llama 1 to 3.x, Mistral, SmolLM, TinyLlama and others with the same blocks.
-    Llama,
-    /// `deci`: the same blocks with their own head counts and widths each.
-    Deci,
-}
-
-impl Family {
-    /// Architecture names that are supported.
-    pub const NAMES: &'static [&'static str] = &["llama", "deci"];
-
-    /// The family of `general.architecture`.
-    pub fn from_name(name: &str) -> Option<Family> {
-        match name {
-            "llama" => Some(Family::Llama),
-            "deci" => Some(Family::Deci),
-            _ => None,
-        }
-    }
-
-    /// The prefix of its metadata keys.
-    pub fn name(self) -> &'static str {
-        match self {
-            Family::Llama => "llama",
-            Family::Deci => "deci",
-        }
-    }
-}
 
 /// Sizes of one block.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -72,6 +42,12 @@ pub struct Hparams {
     pub rope: RopeParams,
     /// Frequency factors are chosen by context length (`rope_factors_long`, `rope_factors_short`).
     pub longrope: bool,
+    /// Attention to a window in some of the blocks.
+    pub sliding: Option<SlidingWindow>,
+    /// Factor of the token embeddings.
+    pub embd_scale: f32,
+    /// Logits are c · tanh(logits / c).
+    pub softcap: Option<f32>,
     /// Sizes per block.
     pub blocks: Vec<BlockShape>,
 }
@@ -87,6 +63,7 @@ impl Hparams {
             |key: &str, problem: String| ModelError::Gguf(GgufError::BadKey { key: key.into(), problem });
         let arch = file.get_str("general.architecture")?.ok_or_else(|| missing("general.architecture"))?;
         let family = Family::from_name(arch).ok_or_else(|| ModelError::Unsupported(arch.into()))?;
+        let traits = family.traits();
         let key = |suffix: &str| format!("{arch}.{suffix}");
         let required = |suffix: &str| file.get_u32(&key(suffix))?.ok_or_else(|| missing(&key(suffix)));
 
@@ -165,12 +142,47 @@ impl Hparams {
         if !(0.0..1.0).contains(&rms_eps) {
             return Err(bad(&rms_key, format!("is {rms_eps}")));
         }
-        let (rope, longrope) = read_rope(file, &key, n_rot, n_ctx_train)?;
+        let (rope, longrope) = read_rope(file, &key, traits, n_rot, n_ctx_train)?;
+        let sliding = read_sliding(file, &key, traits, n_layer, &rope)?;
+        let softcap = if traits.softcap { file.get_f32(&key("final_logit_softcapping"))? } else { None };
+        let softcap = softcap.filter(|c| *c != 0.0);
+        let embd_scale = if traits.scaled_embedding { (n_embd as f32).sqrt() } else { 1.0 };
         let embd = file
             .find("token_embd.weight")
             .ok_or_else(|| GgufError::MissingTensor("token_embd.weight".into()))?;
         let n_vocab = embd.ne.get(1).copied().unwrap_or(1);
-        Ok(Hparams { family, n_embd, n_vocab, n_ctx_train, head_dim, rms_eps, rope, longrope, blocks })
+        let h = Hparams {
+            family,
+            n_embd,
+            n_vocab,
+            n_ctx_train,
+            head_dim,
+            rms_eps,
+            rope,
+            longrope,
+            sliding,
+            embd_scale,
+            softcap,
+            blocks,
+        };
+        if !h.attention_scale(n_head[0]).is_finite() {
+            let problem = format!("is {}, more than embedding_length", n_head[0]);
+            return Err(bad(&key("attention.head_count"), problem));
+        }
+        Ok(h)
+    }
+
+    /// Whether block `il` attends to a sliding window only.
+    pub fn slides(&self, il: usize) -> bool {
+        self.sliding.as_ref().is_some_and(|s| s.blocks[il])
+    }
+
+    /// Factor of the products of queries and keys where the first block has `n_head` heads
+    /// (`f_attention_scale` of llama.cpp, which for one model depends on them).
+    pub fn attention_scale(&self, n_head: usize) -> f32 {
+        let by_width = self.family.traits().width_scaled == Some(self.n_layer());
+        let width = if by_width { self.n_embd / n_head } else { self.head_dim };
+        1.0 / (width as f32).sqrt()
     }
 
     /// Number of blocks.
@@ -219,63 +231,18 @@ fn check_block(
             format!("or width is absurd ({} heads, {} neurons)", b.n_head, b.n_ff),
         );
     }
-    match family {
-        Family::Llama if *b != first => bad("attention.head_count", "or width differs".into()),
-        _ if b.n_ff == 0 => bad("feed_forward_length", "is 0 (such blocks are not supported)".into()),
-        _ if b.n_head == 0 && b.n_head_kv == 0 => Ok(()),
-        _ if b.n_head_kv == 0 => {
-            bad("attention.head_count_kv", "is 0 (linear attention is not supported)".into())
+    if *b != first && family.traits().uneven != Some(family) {
+        return bad("attention.head_count", "or width differs".into());
+    }
+    if b.n_ff == 0 {
+        return bad("feed_forward_length", "is 0 (such blocks are not supported)".into());
+    }
+    match (b.n_head, b.n_head_kv) {
+        (0, 0) => Ok(()),
+        (_, 0) => bad("attention.head_count_kv", "is 0 (linear attention is not supported)".into()),
+        (n, kv) if n == 0 || !n.is_multiple_of(kv) => {
+            bad("attention.head_count", format!("is {n}, not a multiple of {kv} KV heads"))
         }
-        _ if !b.n_head.is_multiple_of(b.n_head_kv) || b.n_head == 0 => bad(
-            "attention.head_count",
-            format!("is {}, not a multiple of {} KV heads", b.n_head, b.n_head_kv),
-        ),
         _ => Ok(()),
     }
-}
-
-/// Rope parameters as llama.cpp derives them (`load_hparams`, `llama_context` constructor).
-fn read_rope(
-    file: &GgufFile,
-    key: &impl Fn(&str) -> String,
-    n_rot: usize,
-    n_ctx_train: usize,
-) -> Result<(RopeParams, bool), ModelError> {
-    let f32_or =
-        |suffix: &str, default: f32| Ok::<f32, GgufError>(file.get_f32(&key(suffix))?.unwrap_or(default));
-    let scaling = file.get_str(&key("rope.scaling.type"))?.unwrap_or("linear");
-    if !["none", "linear", "yarn", "longrope"].contains(&scaling) {
-        let problem = format!("is {scaling:?}, which llama.cpp does not know");
-        return Err(GgufError::BadKey { key: key("rope.scaling.type"), problem }.into());
-    }
-    let mut factor = f32_or("rope.scaling.factor", 0.0)?;
-    if file.get(&key("rope.scaling.factor")).is_none() {
-        factor = f32_or("rope.scale_linear", 0.0)?;
-    }
-    let freq_scale = if factor == 0.0 || scaling == "none" { 1.0 } else { 1.0 / factor };
-    // With YaRN, llama.cpp multiplies by mscale and cancels the same factor that ggml applies again.
-    let yarn = scaling == "yarn";
-    let rope = RopeParams {
-        n_rot,
-        neox: false,
-        n_ctx_orig: file.get_u32(&key("rope.scaling.original_context_length"))?.unwrap_or(n_ctx_train),
-        freq_base: f32_or("rope.freq_base", 10000.0)?,
-        freq_scale,
-        ext_factor: if yarn { 1.0 } else { 0.0 },
-        attn_factor: yarn_magnitude(yarn, freq_scale) * f32_or("rope.scaling.attn_factor", 1.0)?,
-        beta_fast: 32.0,
-        beta_slow: 1.0,
-    };
-    Ok((rope, scaling == "longrope"))
-}
-
-/// `yarn_attn_factor` of llama.cpp before the model's own factor: mscale(factor) divided by what
-/// ggml's YaRN multiplies by.
-fn yarn_magnitude(yarn: bool, freq_scale: f32) -> f32 {
-    if !yarn {
-        return 1.0;
-    }
-    let factor = 1.0 / freq_scale;
-    let mscale = if factor <= 1.0 { 1.0 } else { 0.1 * factor.ln() + 1.0 };
-    mscale / (1.0 + 0.1 * factor.ln())
 }

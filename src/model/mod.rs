@@ -2,11 +2,15 @@
 //! once it is pruned.
 
 mod carrier;
+mod family;
 mod hparams;
+mod rope;
 mod weights;
 
 pub use carrier::{Carrier, carrier_for};
-pub use hparams::{BlockShape, Family, Hparams};
+pub use family::{Activation, Family, Traits};
+pub use hparams::{BlockShape, Hparams};
+pub use rope::SlidingWindow;
 pub(crate) use weights::group_rows;
 pub use weights::{BlockTensors, BlockWeights, Matrix, Model, Segment};
 
@@ -19,7 +23,7 @@ pub enum ModelError {
     #[error(transparent)]
     Gguf(#[from] GgufError),
     /// The architecture is not supported.
-    #[error("architecture {0:?} is not supported; supported: {list}", list = Family::NAMES.join(", "))]
+    #[error("architecture {0:?} is not supported; supported: {list}", list = Family::names())]
     Unsupported(String),
     /// A mixture of experts.
     #[error("this is a mixture of experts ({0} experts): only dense models can be pruned")]

@@ -57,8 +57,12 @@ pub struct BlockTensors {
     pub qkv: Option<[Segment; 3]>,
     /// Q, K and V biases, all or none.
     pub qkv_bias: Option<[Segment; 3]>,
+    /// Norms of queries and keys per head.
+    pub qk_norm: Option<[Segment; 2]>,
     pub attn_output: Option<Segment>,
     pub attn_output_bias: Option<Segment>,
+    /// Norm of what attention puts out.
+    pub attn_post_norm: Option<Segment>,
     pub ffn_norm: Segment,
     pub ffn_gate: Segment,
     pub ffn_up: Segment,
@@ -66,6 +70,8 @@ pub struct BlockTensors {
     pub ffn_gate_bias: Option<Segment>,
     pub ffn_up_bias: Option<Segment>,
     pub ffn_down_bias: Option<Segment>,
+    /// Norm of what the feed-forward puts out.
+    pub ffn_post_norm: Option<Segment>,
 }
 
 /// A block's weights as floats.
@@ -73,13 +79,18 @@ pub struct BlockTensors {
 #[allow(missing_docs)]
 pub struct BlockWeights {
     pub shape: BlockShape,
+    /// Attention sees a sliding window only.
+    pub sliding: bool,
     pub attn_norm: Vec<f32>,
     /// `[n_embd, n_head·head_dim]`, `[n_embd, n_head_kv·head_dim]` twice.
     pub qkv: [Matrix; 3],
     pub qkv_bias: Option<[Vec<f32>; 3]>,
+    /// `[head_dim]` twice: of queries and of keys.
+    pub qk_norm: Option<[Vec<f32>; 2]>,
     /// `[n_head·head_dim, n_embd]`.
     pub attn_output: Matrix,
     pub attn_output_bias: Option<Vec<f32>>,
+    pub attn_post_norm: Option<Vec<f32>>,
     pub ffn_norm: Vec<f32>,
     /// `[n_embd, n_ff]`.
     pub ffn_gate: Matrix,
@@ -90,6 +101,7 @@ pub struct BlockWeights {
     pub ffn_gate_bias: Option<Vec<f32>>,
     pub ffn_up_bias: Option<Vec<f32>>,
     pub ffn_down_bias: Option<Vec<f32>>,
+    pub ffn_post_norm: Option<Vec<f32>>,
 }
 
 impl BlockWeights {
@@ -166,7 +178,9 @@ impl Model {
         let output_norm = finder.required("output_norm.weight", &[n_embd])?;
         let output = finder.optional("output.weight", &[n_embd, n_vocab])?.unwrap_or(token_embd);
         let n_freqs = [hparams.rope.n_rot / 2];
-        let rope_factors = if hparams.longrope {
+        let rope_factors = if !hparams.family.traits().rope_factors {
+            [Ok(None), Ok(None)]
+        } else if hparams.longrope {
             ["rope_factors_long.weight", "rope_factors_short.weight"].map(|n| finder.optional(n, &n_freqs))
         } else {
             [finder.optional("rope_freqs.weight", &n_freqs), Ok(None)]
@@ -241,13 +255,20 @@ impl Model {
             Some([q, k, v]) => Some([self.vector(q)?, self.vector(k)?, self.vector(v)?]),
             None => None,
         };
+        let qk_norm = match &t.qk_norm {
+            Some([q, k]) => Some([self.vector(q)?, self.vector(k)?]),
+            None => None,
+        };
         Ok(BlockWeights {
             shape: self.hparams.blocks[il],
+            sliding: self.hparams.slides(il),
             attn_norm: vector(&t.attn_norm)?.unwrap_or_default(),
             qkv: [matrix(part(0))?, matrix(part(1))?, matrix(part(2))?],
             qkv_bias,
+            qk_norm,
             attn_output: matrix(t.attn_output.as_ref())?,
             attn_output_bias: vector(&t.attn_output_bias)?,
+            attn_post_norm: vector(&t.attn_post_norm)?,
             ffn_norm: self.vector(&t.ffn_norm)?,
             ffn_gate: self.matrix(&t.ffn_gate)?,
             ffn_up: self.matrix(&t.ffn_up)?,
@@ -255,6 +276,7 @@ impl Model {
             ffn_gate_bias: vector(&t.ffn_gate_bias)?,
             ffn_up_bias: vector(&t.ffn_up_bias)?,
             ffn_down_bias: vector(&t.ffn_down_bias)?,
+            ffn_post_norm: vector(&t.ffn_post_norm)?,
         })
     }
 }
@@ -315,9 +337,11 @@ impl Finder<'_> {
     }
 
     fn block(&mut self, il: usize, h: &Hparams, b: &BlockShape) -> Result<BlockTensors, GgufError> {
+        let traits = h.family.traits();
         let name = |role: &str| format!("blk.{il}.{role}");
         let (d, q_rows, kv_rows) = (h.n_embd, b.n_head * h.head_dim, b.n_head_kv * h.head_dim);
         let (mut attn_norm, mut qkv, mut qkv_bias, mut attn_output) = (None, None, None, None);
+        let (mut qk_norm, mut attn_post_norm) = (None, None);
         if b.n_head_kv > 0 {
             let rows = [q_rows, kv_rows, kv_rows];
             attn_norm = Some(self.required(&name("attn_norm.weight"), &[d])?);
@@ -327,20 +351,41 @@ impl Finder<'_> {
             if qkv.is_none() {
                 return Err(GgufError::MissingTensor(name("attn_q.weight")));
             }
+            if traits.qk_norm {
+                let [q, k] = ["attn_q_norm.weight", "attn_k_norm.weight"].map(name);
+                qk_norm = Some([self.required(&q, &[h.head_dim])?, self.required(&k, &[h.head_dim])?]);
+            }
+            attn_post_norm = self.vector_if(traits.post_norms, &name("post_attention_norm.weight"), d)?;
         }
+        let ffn_post_norm = self.vector_if(traits.post_norms, &name("post_ffw_norm.weight"), d)?;
+        let mut bias = |role: &str, n: usize| {
+            if traits.output_biases { self.optional(&name(role), &[n]) } else { Ok(None) }
+        };
+        let attn_output_bias = bias("attn_output.bias", d)?;
+        let ffn_gate_bias = bias("ffn_gate.bias", b.n_ff)?;
+        let ffn_up_bias = bias("ffn_up.bias", b.n_ff)?;
+        let ffn_down_bias = bias("ffn_down.bias", d)?;
         Ok(BlockTensors {
             attn_norm,
             qkv,
             qkv_bias,
+            qk_norm,
             attn_output,
-            attn_output_bias: self.optional(&name("attn_output.bias"), &[d])?,
+            attn_output_bias,
+            attn_post_norm,
             ffn_norm: self.required(&name("ffn_norm.weight"), &[d])?,
             ffn_gate: self.required(&name("ffn_gate.weight"), &[d, b.n_ff])?,
             ffn_up: self.required(&name("ffn_up.weight"), &[d, b.n_ff])?,
             ffn_down: self.required(&name("ffn_down.weight"), &[b.n_ff, d])?,
-            ffn_gate_bias: self.optional(&name("ffn_gate.bias"), &[b.n_ff])?,
-            ffn_up_bias: self.optional(&name("ffn_up.bias"), &[b.n_ff])?,
-            ffn_down_bias: self.optional(&name("ffn_down.bias"), &[d])?,
+            ffn_gate_bias,
+            ffn_up_bias,
+            ffn_down_bias,
+            ffn_post_norm,
         })
+    }
+
+    /// A vector that the family has, or has not.
+    fn vector_if(&mut self, has: bool, name: &str, n: usize) -> Result<Option<Segment>, GgufError> {
+        if has { self.required(name, &[n]).map(Some) } else { Ok(None) }
     }
 }

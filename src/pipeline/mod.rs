@@ -169,6 +169,7 @@ pub fn run(
     observer: &mut dyn Observer,
 ) -> Result<Outcome, PruneError> {
     let budgets = budgets(model, &s.types);
+    let s = &within_family(model, s);
     let s = &match s.method {
         Method::Putri => s.clone(),
         // The authors' code counts all errors alike and knows no quantisation.
@@ -209,6 +210,7 @@ pub fn run(
 /// [`PruneError::Budget`] with what can be had.
 pub fn check_budget(model: &Model, s: &Settings) -> Result<(), PruneError> {
     let budgets = budgets(model, &s.types);
+    let s = &within_family(model, s);
     let attention = groups_to_remove(&budgets, s)
         * budgets.iter().filter(|b| b.n_groups > 0).map(|b| b.group_params).min().unwrap_or(0);
     prune::ffn_params_to_remove(&budgets, s.sparsity, attention)?;
@@ -247,6 +249,17 @@ pub fn input_squares(
     Ok(all)
 }
 
+/// The settings as far as the architecture of `model` can hold what comes of them.
+fn within_family(model: &Model, s: &Settings) -> Settings {
+    let t = model.hparams.family.traits();
+    Settings {
+        groups: if t.per_block() { s.groups } else { Some(0) },
+        per_block_widths: s.per_block_widths && t.per_block(),
+        biases: s.biases && t.output_biases,
+        ..s.clone()
+    }
+}
+
 /// Groups to remove, capped by the budget and by what may go (the first block keeps one).
 fn groups_to_remove(budgets: &[Budget], s: &Settings) -> usize {
     let total: usize = budgets.iter().map(Budget::params).sum();
@@ -260,7 +273,8 @@ fn groups_to_remove(budgets: &[Budget], s: &Settings) -> usize {
 /// What every block can give up if changed tensors are written in `types`.
 pub fn budgets(model: &Model, types: &TensorTypes) -> Vec<Budget> {
     let h = &model.hparams;
-    h.blocks
+    let mut budgets: Vec<Budget> = h
+        .blocks
         .iter()
         .zip(&model.blocks)
         .map(|(b, t)| Budget {
@@ -270,7 +284,13 @@ pub fn budgets(model: &Model, types: &TensorTypes) -> Vec<Budget> {
             neuron_params: h.neuron_params(),
             ff_step: ff_step(types.ffn_down.unwrap_or(model.tensor(&t.ffn_down).ty)),
         })
-        .collect()
+        .collect();
+    if !h.family.traits().per_block() {
+        // All take the widest step, so that all can take the same widths.
+        let widest = budgets.iter().map(|b| b.ff_step).max().unwrap_or(1);
+        budgets.iter_mut().for_each(|b| b.ff_step = widest);
+    }
+    budgets
 }
 
 /// Widths change in steps that keep ffn_down in its type, and rows long enough for vector kernels.
@@ -318,11 +338,16 @@ impl Run<'_> {
         }
     }
 
-    /// Widths that are the same for all blocks, as nearly as steps allow.
+    /// Widths that are the same for all blocks, or as nearly as steps allow if they may differ.
     fn equal_widths(&self, budgets: &[Budget], attention_removed: usize) -> Result<Vec<usize>, PruneError> {
         let n_remove = self.neurons_to_remove(budgets, attention_removed)?;
         let widths: Vec<_> = budgets.iter().map(|b| prune::possible_widths(b.n_ff, b.ff_step)).collect();
-        Ok(prune::uniform(&widths, n_remove))
+        let mut widths = prune::uniform(&widths, n_remove);
+        if !self.model.hparams.family.traits().per_block() {
+            let narrowest = widths.iter().copied().min().unwrap_or(0);
+            widths.fill(narrowest);
+        }
+        Ok(widths)
     }
 
     fn neurons_to_remove(&self, budgets: &[Budget], attention_removed: usize) -> Result<usize, PruneError> {

@@ -25,6 +25,15 @@ pub struct Small {
     pub seed: u64,
 }
 
+impl Small {
+    /// A Gemma 3 of seven blocks, so that with the usual pattern one of them sees all tokens.
+    pub fn gemma3() -> Small {
+        let extra =
+            vec![("attention.sliding_window", Value::U32(24)), ("final_logit_softcapping", Value::F32(8.0))];
+        Small { arch: "gemma3", n_embd: 48, blocks: vec![(4, 2, 96); 7], extra, ..Small::default() }
+    }
+}
+
 impl Default for Small {
     fn default() -> Small {
         Small {
@@ -144,6 +153,7 @@ impl Small {
             };
             out.push((name, ty, ne.to_vec(), values));
         };
+        let gemma3 = self.arch == "gemma3";
         add("token_embd.weight".into(), &[d, self.n_vocab], false);
         add("output_norm.weight".into(), &[d], true);
         if !self.tied {
@@ -165,15 +175,23 @@ impl Small {
                         blk(&format!("{name}.bias"), &[*n], false);
                     }
                 }
+                if gemma3 {
+                    blk("attn_q_norm.weight", &[self.head_dim], true);
+                    blk("attn_k_norm.weight", &[self.head_dim], true);
+                    blk("post_attention_norm.weight", &[d], true);
+                }
                 blk("attn_output.weight", &[q, d], false);
-                if self.biases {
+                if self.biases && !gemma3 {
                     blk("attn_output.bias", &[d], false);
                 }
             }
             blk("ffn_norm.weight", &[d], true);
+            if gemma3 {
+                blk("post_ffw_norm.weight", &[d], true);
+            }
             for (name, ne) in [("ffn_gate", [d, ff]), ("ffn_up", [d, ff]), ("ffn_down", [ff, d])] {
                 blk(&format!("{name}.weight"), &ne, false);
-                if self.biases {
+                if self.biases && !gemma3 {
                     blk(&format!("{name}.bias"), &ne[1..], false);
                 }
             }

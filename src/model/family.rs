@@ -1,0 +1,123 @@
+//! What tells one family of models from another: a row of a table each.
+
+/// Block structure: which graph a model's blocks are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Family {
+    /// `llama`: Llama 1 to 3.x, Mistral, SmolLM, TinyLlama and others with the same blocks.
+    Llama,
+    /// `deci`: the same blocks with their own head counts and widths each.
+    Deci,
+    /// `gemma3`: Gemma 3, the text model.
+    Gemma3,
+}
+
+/// How gate and up become the input of ffn_down.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Activation {
+    /// silu(gate) · up.
+    SwiGlu,
+    /// gelu(gate) · up, with ggml's tanh approximation.
+    GeGlu,
+}
+
+/// What tells a family from the others, as llama.cpp's loader and graph for it have it
+/// (`src/models/<name>.cpp`).
+#[derive(Clone, Copy, Debug)]
+pub struct Traits {
+    /// Value of `general.architecture` and prefix of the metadata keys.
+    pub name: &'static str,
+    /// The stock architecture that computes the same blocks and reads head counts and widths per block,
+    /// if there is one; else all blocks keep equal sizes.
+    pub uneven: Option<Family>,
+    /// Rotary embedding of pairs (j, j + n_rot/2) instead of (2j, 2j+1).
+    pub rope_neox: bool,
+    /// `rope_freqs` and the like are read.
+    pub rope_factors: bool,
+    /// Activation of the feed-forward.
+    pub activation: Activation,
+    /// Queries and keys pass through an RMS norm per head before they are rotated.
+    pub qk_norm: bool,
+    /// What attention and feed-forward put out passes through an RMS norm before it is added to the stream.
+    pub post_norms: bool,
+    /// attn_output and the feed-forward may have biases. Those of Q, K and V may be there in any family.
+    pub output_biases: bool,
+    /// Embeddings are multiplied by sqrt(n_embd).
+    pub scaled_embedding: bool,
+    /// `final_logit_softcapping` is read: logits are c · tanh(logits / c).
+    pub softcap: bool,
+    /// `attention.sliding_window` is read: of so many blocks in a row the last sees all tokens, the others a
+    /// window, unless the metadata has a pattern of its own.
+    pub sliding_pattern: Option<usize>,
+    /// The number of blocks of the one model that scales attention by 1/sqrt(n_embd / n_head) instead of
+    /// 1/sqrt(head_dim).
+    pub width_scaled: Option<usize>,
+}
+
+const LLAMA: Traits = Traits {
+    name: "llama",
+    uneven: Some(Family::Deci),
+    rope_neox: false,
+    rope_factors: true,
+    activation: Activation::SwiGlu,
+    qk_norm: false,
+    post_norms: false,
+    output_biases: true,
+    scaled_embedding: false,
+    softcap: false,
+    sliding_pattern: None,
+    width_scaled: None,
+};
+
+const DECI: Traits = Traits { name: "deci", ..LLAMA };
+
+const GEMMA3: Traits = Traits {
+    name: "gemma3",
+    uneven: None,
+    rope_neox: true,
+    rope_factors: false,
+    activation: Activation::GeGlu,
+    qk_norm: true,
+    post_norms: true,
+    output_biases: false,
+    scaled_embedding: true,
+    softcap: true,
+    sliding_pattern: Some(6),
+    // The 27B model.
+    width_scaled: Some(62),
+};
+
+impl Traits {
+    /// Whether blocks of a pruned model may differ in size.
+    pub fn per_block(&self) -> bool {
+        self.uneven.is_some()
+    }
+}
+
+impl Family {
+    /// All that are supported.
+    pub const ALL: &'static [Family] = &[Family::Llama, Family::Deci, Family::Gemma3];
+
+    /// What tells it from the others.
+    pub fn traits(self) -> &'static Traits {
+        match self {
+            Family::Llama => &LLAMA,
+            Family::Deci => &DECI,
+            Family::Gemma3 => &GEMMA3,
+        }
+    }
+
+    /// The family of `general.architecture`.
+    pub fn from_name(name: &str) -> Option<Family> {
+        Family::ALL.iter().copied().find(|f| f.name() == name)
+    }
+
+    /// The prefix of its metadata keys.
+    pub fn name(self) -> &'static str {
+        self.traits().name
+    }
+
+    /// Names of all that are supported, for messages.
+    pub(super) fn names() -> String {
+        Family::ALL.iter().map(|f| f.name()).collect::<Vec<_>>().join(", ")
+    }
+}
