@@ -84,6 +84,26 @@ fn keys_that_cannot_be() {
 }
 
 #[test]
+fn gemma3_that_cannot_be() {
+    let gemma = Small::gemma3();
+    for (key, value, part) in [
+        ("attention.sliding_window_pattern", Value::u32_array(&[1, 0]), "2 elements for 7 blocks"),
+        ("attention.key_length_swa", Value::U32(32), "attention.key_length_swa"),
+        ("rope.freq_base_swa", Value::Str("ten".into()), "float32"),
+        ("feed_forward_length", Value::u32_array(&[96, 96, 96, 96, 96, 96, 64]), "differs in block 6"),
+    ] {
+        let cli = Cli::new();
+        let extra = [gemma.extra.clone(), vec![(key, value)]].concat();
+        Small { extra, ..gemma.clone() }.write(&cli.path(IN));
+        prune(&cli, &[], 1, &[IN, part]);
+    }
+    // Its graph has no frequency factors, so its loader refuses them.
+    let cli = Cli::new();
+    Small { rope_freqs: true, ..gemma }.write(&cli.path(IN));
+    prune(&cli, &[], 1, &["rope_freqs.weight", "not known in architecture gemma3"]);
+}
+
+#[test]
 fn tensors_that_do_not_fit() {
     let cli = Cli::new();
     // The metadata promises wider blocks than there are.

@@ -71,6 +71,40 @@ fn small_models_are_pruned_and_run() {
 }
 
 #[test]
+fn gemma3_is_pruned_to_equal_blocks() {
+    silence_logs();
+    let cli = Cli::new();
+    let gemma = Small { blocks: vec![(4, 2, 256); 7], ..Small::gemma3() };
+    let variants = [
+        ("f32", gemma.clone()),
+        ("q4_0", Small { ty: Type::Q4_0, n_embd: 64, tied: false, biases: true, ..gemma }),
+    ];
+    for (name, small) in variants {
+        small.write(&cli.path("in.gguf"));
+        for (method, sparsity) in [("putri", "0.25"), ("putri", "0.5"), ("paper", "0.25")] {
+            let out = format!("{name}-{method}-{sparsity}.gguf");
+            let args = ["in.gguf", &out, "--sparsity", sparsity, "--method", method];
+            let text = cli.ok(&[&args[..], &QUICK].concat());
+            println!("{text}");
+            let path = cli.path(&out);
+            opens_everywhere(&path, "gemma3");
+            let model = Model::open(&path).unwrap();
+            let first = model.hparams.blocks[0];
+            assert!(first.n_head == 4 && first.n_ff < 256, "{first:?}");
+            assert!(model.hparams.blocks.iter().all(|b| *b == first), "{name}: {:?}", model.hparams.blocks);
+            assert!(model.file.tensors().iter().all(|t| !t.name.ends_with("attn_output.bias")));
+            let Some(Value::F32(reached)) = model.file.get("putri.sparsity_reached") else {
+                panic!("no provenance")
+            };
+            assert!(*reached >= sparsity.parse::<f32>().unwrap() - 1e-6, "{name}: {reached} for {sparsity}");
+        }
+    }
+    // Attention keeps all it has, so less is within reach.
+    let args = [&["in.gguf", "out.gguf", "--sparsity", "0.8"][..], &QUICK].concat();
+    cli.fails(&args, 1, &["0.8", "at most"]);
+}
+
+#[test]
 fn the_papers_method_gives_equal_widths() {
     silence_logs();
     let cli = Cli::new();

@@ -117,6 +117,34 @@ fn deci_with_everything_kept_gives_the_sources_logits() {
 }
 
 #[test]
+fn gemma3_computes_the_same_with_fewer_heads() {
+    silence_logs();
+    let dir = tempfile::tempdir().unwrap();
+    let (source, target) = (dir.path().join("a.gguf"), dir.path().join("b.gguf"));
+    let tokens: Vec<i32> = (0..100).map(|i| 3 + (i * 31) % 250).collect();
+    // With 62 blocks, llama.cpp derives the scale of attention from the number of heads.
+    for n_blocks in [7, 62] {
+        let small = Small { n_embd: 32, blocks: vec![(4, 2, 64); n_blocks], ..Small::gemma3() };
+        small.write(&source);
+        let model = Model::open(&source).unwrap();
+        let mut plan = Plan::whole(&model);
+        plan.blocks.iter_mut().for_each(|b| b.groups = vec![1]);
+        assert_eq!(write(&model, &plan, &target).name(), "gemma3");
+        let out = GgufFile::open(&target).unwrap();
+        assert_eq!(out.get("gemma3.attention.head_count"), Some(&Value::U32(2)));
+        for (name, copied) in [("attn_q_norm", n_blocks == 7), ("attn_k_norm", true), ("post_ffw_norm", true)]
+        {
+            let name = format!("blk.3.{name}.weight");
+            assert_eq!(rows(&out, &name) == rows(&model.file, &name), copied, "{name}");
+        }
+        let planned = common::logits(&model, &tokens, Precision::F32, |il| plan.block(&model, il).unwrap());
+        let (max, kl) = compare_logits(&libllama_logits(&target, &tokens), &planned, small.n_vocab);
+        println!("{n_blocks} blocks: largest difference {max:.2e}, KL divergence {kl:.2e}");
+        assert!(max < 0.06 && kl < 2e-5, "{n_blocks} blocks: largest difference {max}, KL divergence {kl}");
+    }
+}
+
+#[test]
 fn new_biases_are_written_and_used() {
     silence_logs();
     let dir = tempfile::tempdir().unwrap();

@@ -18,6 +18,8 @@ enum Action<'p> {
     Replace(&'p Quantised),
     /// A vector of these values.
     Values(&'p [f32]),
+    /// A vector's values times this.
+    Scaled(f32),
 }
 
 /// Tensors of the pruned model; data is produced as it is written.
@@ -27,6 +29,13 @@ enum Action<'p> {
 pub(super) fn tensors<'m>(model: &'m Model, plan: &'m Plan) -> Result<Vec<OutTensor<'m>>, GgufError> {
     let mut actions: Vec<Action> = model.file.tensors().iter().map(|_| Action::Copy).collect();
     let mut biases: Vec<Option<&[f32]>> = vec![None; actions.len()];
+    let query_scale = query_scale(model, plan);
+    if query_scale != 1.0 {
+        // Only families with a norm of queries have such a factor.
+        for [q, _] in model.blocks.iter().filter_map(|t| t.qk_norm) {
+            actions[q.tensor] = Action::Scaled(query_scale);
+        }
+    }
     for il in 0..plan.blocks.len() {
         plan_block(model, plan, il, &mut actions, &mut biases);
     }
@@ -36,6 +45,15 @@ pub(super) fn tensors<'m>(model: &'m Model, plan: &'m Plan) -> Result<Vec<OutTen
         out.extend(bias.map(|data| values(t.name.replace(".weight", ".bias"), data)));
     }
     Ok(out)
+}
+
+/// What queries have to be multiplied by for the products of queries and keys to stay what they are, where
+/// the factor that llama.cpp gives them depends on how many heads the first block has.
+fn query_scale(model: &Model, plan: &Plan) -> f32 {
+    let h = &model.hparams;
+    let now = plan.shapes(model)[0].n_head;
+    // The first block keeps a group.
+    h.attention_scale(h.blocks[0].n_head) / h.attention_scale(now)
 }
 
 /// A vector of floats.
@@ -121,6 +139,12 @@ fn output<'m>(
     let (ty, ne, data): (Type, Vec<usize>, Box<dyn Fn() -> _ + 'm>) = match action {
         Action::Drop => return Ok(None),
         Action::Values(data) => return Ok(Some(values(t.name.clone(), data))),
+        Action::Scaled(factor) => {
+            let mut floats = model.file.floats(t, 0..1)?;
+            floats.iter_mut().for_each(|v| *v *= factor);
+            let bytes = bytemuck::cast_slice(&floats).to_vec();
+            (Type::F32, t.ne.clone(), Box::new(move || Ok(Cow::Owned(bytes.clone()))))
+        }
         Action::Copy => (t.ty, t.ne.clone(), Box::new(|| Ok(Cow::Borrowed(model.file.data(t))))),
         Action::Replace(q) => (q.ty, vec![q.n_in, q.n_out], Box::new(|| Ok(Cow::Borrowed(&q.bytes[..])))),
         Action::Rows(rows) => {

@@ -69,17 +69,27 @@ pub fn our_logits(
     tokens: &[i32],
     precision: putri_gguf::forward::Precision,
 ) -> Vec<f32> {
-    use putri_gguf::forward::{Forward, embed};
     let model = putri_gguf::model::Model::open(path).unwrap();
-    let mut forward = Forward::new(&model, tokens.len(), 1, precision).unwrap();
-    let mut x = embed(&model, tokens).unwrap();
+    logits(&model, tokens, precision, |il| model.block(il).unwrap())
+}
+
+/// Our logits of `model` with the blocks that `block` gives.
+pub fn logits(
+    model: &putri_gguf::model::Model,
+    tokens: &[i32],
+    precision: putri_gguf::forward::Precision,
+    block: impl Fn(usize) -> putri_gguf::model::BlockWeights,
+) -> Vec<f32> {
+    use putri_gguf::forward::{Forward, embed};
+    let mut forward = Forward::new(model, tokens.len(), 1, precision).unwrap();
+    let mut x = embed(model, tokens).unwrap();
     let mut y = vec![0.0; x.len()];
     for il in 0..model.hparams.n_layer() {
-        let block = forward.upload(&model.block(il).unwrap()).unwrap();
+        let block = forward.upload(&block(il)).unwrap();
         forward.block(&block, &x, None, &mut y).unwrap();
         std::mem::swap(&mut x, &mut y);
     }
-    let head = forward.head(&model).unwrap();
+    let head = forward.head(model).unwrap();
     let mut logits = Vec::new();
     forward.logits(&head, &x, |_, rows| logits.extend_from_slice(rows)).unwrap();
     logits
