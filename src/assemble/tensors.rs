@@ -106,8 +106,10 @@ fn plan_block<'p>(
     if let Some(q) = &p.ffn_down {
         set(Some(&t.ffn_down), Action::Replace(q));
     }
+    // Stock llama.cpp adds no bias in a block without attention.
+    let attn_output_bias = p.attn_output_bias.as_deref().filter(|_| !p.groups.is_empty());
     for (weight, old, new) in [
-        (t.attn_output.as_ref(), t.attn_output_bias.as_ref(), p.attn_output_bias.as_deref()),
+        (t.attn_output.as_ref(), t.attn_output_bias.as_ref(), attn_output_bias),
         (Some(&t.ffn_down), t.ffn_down_bias.as_ref(), p.ffn_down_bias.as_deref()),
     ] {
         match (weight, old, new) {
