@@ -90,8 +90,8 @@ fn moments_are_those_of_the_map() {
         let size = expected.iter().map(|v| v * v).sum::<f64>().sqrt();
         let off = found.iter().zip(expected).map(|(a, b)| (a - b).powi(2)).sum::<f64>().sqrt();
         println!("{name}: {:.1e} of {size:.3}", off / size);
-        // A factor that lies between two BF16 numbers may be rounded either way.
-        assert!(off < 1e-3 * size, "{name} is off by {off} of {size}");
+        // A factor near the middle of two BF16 numbers may go either way; unrounded, gram is off by 1e-3.
+        assert!(off < 5e-4 * size, "{name} is off by {off} of {size}");
     };
     close("gram", &found.gram.data, &expected.gram.data);
     close("cross", &found.cross, &expected.cross);

@@ -63,7 +63,7 @@ fn yarn_magnitude(yarn: bool, freq_scale: f32) -> f32 {
 }
 
 /// The sliding window, if the family has one and the metadata gives its length. `rope` is that of the other
-/// blocks (`load_swa_pattern`, `set_swa_pattern`, `get_rope_freq_base` and `get_rope_freq_scale` of llama.cpp).
+/// blocks (llama.cpp: `load_swa_pattern`, `set_swa_pattern`, `get_rope_freq_base`, `get_rope_freq_scale`).
 pub(super) fn read_sliding(
     file: &GgufFile,
     key: &impl Fn(&str) -> String,
