@@ -27,6 +27,9 @@ struct Args {
     /// Share of self-generated windows beside --calibrate.
     #[arg(long, default_value_t = 0.0)]
     self_share: f64,
+    /// Share of the self-generated windows that are conversations.
+    #[arg(long, default_value_t = 0.0)]
+    chat_share: f64,
     /// File of calibration tokens: read if it is there, else written.
     #[arg(long)]
     windows: Option<PathBuf>,
@@ -163,6 +166,7 @@ fn main() {
             n_windows: args.chunks,
             files: args.calibrate.clone(),
             self_share: args.self_share,
+            chat_share: args.chat_share,
             seed: 1,
             n_threads: args.threads,
             n_parallel: 64,

@@ -8,7 +8,16 @@ use putri_gguf::calibrate::{CalibrateError, Recipe, Schedule, collect, generate}
 use putri_gguf::ggml::{LlamaModel, silence_logs};
 
 fn recipe(n_ctx: usize, n_windows: usize, self_share: f64) -> Recipe {
-    Recipe { n_ctx, n_windows, files: Vec::new(), self_share, seed: 3, n_threads: 1, n_parallel: 64 }
+    Recipe {
+        n_ctx,
+        n_windows,
+        files: Vec::new(),
+        self_share,
+        chat_share: 0.0,
+        seed: 3,
+        n_threads: 1,
+        n_parallel: 64,
+    }
 }
 
 #[test]
@@ -16,8 +25,13 @@ fn generation_is_seeded_and_each_window_stands_alone() {
     silence_logs();
     let model = LlamaModel::load(&smollm2()).unwrap();
     let write = |n_windows: usize, seed: u64| {
-        generate(&model, &Schedule { n_ctx: 24, n_windows, seed, n_parallel: 64 }, 1, &mut |_, _| true)
-            .unwrap()
+        generate(
+            &model,
+            &Schedule { n_ctx: 24, n_windows, seed, chat_share: 0.0, n_parallel: 64 },
+            1,
+            &mut |_, _| true,
+        )
+        .unwrap()
     };
     let a = write(4, 5);
     assert_eq!(a, write(4, 5));
@@ -27,15 +41,48 @@ fn generation_is_seeded_and_each_window_stands_alone() {
 }
 
 #[test]
+fn chats_follow_the_models_template() {
+    silence_logs();
+    let model = LlamaModel::load(&smollm2()).unwrap();
+    let schedule = Schedule { n_ctx: 200, n_windows: 6, seed: 2, chat_share: 0.5, n_parallel: 64 };
+    let windows = generate(&model, &schedule, 1, &mut |_, _| true).unwrap();
+    let texts: Vec<String> = windows.iter().map(|w| model.vocab().detokenize(w)).collect();
+    let prompt = model.chat_prompt("hello").unwrap();
+    let (before, after) = prompt.split_once("hello").unwrap();
+    let chats: Vec<&String> = texts.iter().filter(|t| t.starts_with(before)).collect();
+    assert_eq!(chats.len(), 3, "{texts:?}");
+    // The message ends, the reply begins, and what is given is given once.
+    let replied: Vec<_> = chats.iter().filter(|t| t.contains(after)).collect();
+    assert!(!replied.is_empty(), "{chats:?}");
+    for text in replied {
+        let message = &text[before.len()..text.find(after).unwrap()];
+        assert!(!message.trim().is_empty() && !message.contains("<|im_end|>"), "{message}");
+    }
+    // A model without a template writes as it always does.
+    let dir = tempfile::tempdir().unwrap();
+    Small::default().write(&dir.path().join("m.gguf"));
+    let plain = LlamaModel::load(&dir.path().join("m.gguf")).unwrap();
+    assert_eq!(plain.chat_prompt("hello"), None);
+    let write = |chat_share| {
+        generate(&plain, &Schedule { n_ctx: 24, chat_share, ..schedule }, 1, &mut |_, _| true).unwrap()
+    };
+    assert_eq!(write(1.0), write(0.0));
+}
+
+#[test]
 fn a_likely_continuation_is_likely() {
     // Sampled text must be far likelier to the model than random tokens are.
     silence_logs();
     let path = smollm2();
     let model = LlamaModel::load(&path).unwrap();
-    let own =
-        generate(&model, &Schedule { n_ctx: 64, n_windows: 8, seed: 1, n_parallel: 3 }, 1, &mut |_, _| true)
-            .unwrap()
-            .concat();
+    let own = generate(
+        &model,
+        &Schedule { n_ctx: 64, n_windows: 8, seed: 1, chat_share: 0.0, n_parallel: 3 },
+        1,
+        &mut |_, _| true,
+    )
+    .unwrap()
+    .concat();
     let ppl = putri_gguf::evaluate::perplexity(&path, &own, 64, 1).unwrap();
     println!("perplexity of self-generated text: {ppl:.1}");
     assert!(ppl < 1000.0, "{ppl}");

@@ -118,7 +118,7 @@ fn smollm2_agrees_with_libllama() {
     silence_logs();
     let path = smollm2();
     let vocab = LlamaModel::load_vocab(&path).unwrap();
-    let tokens = vocab.vocab().tokenize(TEXT).unwrap();
+    let tokens = vocab.vocab().tokenize(TEXT, false).unwrap();
     let theirs = libllama_logits(&path, &tokens);
     for precision in [Precision::F32, Precision::Bf16] {
         let ours = our_logits(&path, &tokens, precision);
@@ -140,7 +140,7 @@ fn smollm2_with_f32_weights_agrees_with_libllama_closely() {
     common::rewrite(&source, &path, |_| true, Some(Type::F32));
 
     let vocab = LlamaModel::load_vocab(&path).unwrap();
-    let tokens = vocab.vocab().tokenize(TEXT).unwrap();
+    let tokens = vocab.vocab().tokenize(TEXT, false).unwrap();
     let ours = our_logits(&path, &tokens, Precision::F32);
     let (max, kl) = compare_logits(&libllama_logits(&path, &tokens), &ours, vocab.vocab().n_tokens());
     println!("SmolLM2 in F32: largest difference {max:.4}, KL divergence {kl:.2e}");

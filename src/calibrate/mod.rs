@@ -58,6 +58,8 @@ pub struct Recipe {
     pub files: Vec<PathBuf>,
     /// Share of the windows that the model writes itself, 0 to 1.
     pub self_share: f64,
+    /// Share of those that are conversations in the model's chat template, where it has one.
+    pub chat_share: f64,
     /// Seed of the sampling.
     pub seed: u64,
     /// Threads for generating.
@@ -163,6 +165,7 @@ pub fn collect(
             n_ctx: recipe.n_ctx,
             n_windows: n_self + held_out(n_self),
             seed: recipe.seed,
+            chat_share: recipe.chat_share,
             n_parallel: recipe.n_parallel,
         };
         let mut own = generate(model, &schedule, recipe.n_threads, &mut progress)?;

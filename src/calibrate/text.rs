@@ -20,7 +20,7 @@ pub fn file_windows(
     for path in files {
         let bytes =
             std::fs::read(path).map_err(|source| CalibrateError::Io { path: path.clone(), source })?;
-        tokens.extend(vocab.tokenize(&String::from_utf8_lossy(&bytes))?);
+        tokens.extend(vocab.tokenize(&String::from_utf8_lossy(&bytes), false)?);
     }
     let bos = vocab.bos().filter(|_| vocab.add_bos());
     let body = n_ctx - usize::from(bos.is_some());

@@ -39,6 +39,9 @@ pub struct Args {
     /// Share of the calibration that the model writes itself, 0 to 1 [default: 0.5 with --file, else 1]
     #[arg(long, value_name = "SHARE", help_heading = "Calibration")]
     pub self_share: Option<f64>,
+    /// Share of that which is conversations in the model's chat template, 0 to 1
+    #[arg(long, value_name = "SHARE", default_value_t = DEFAULT_CHAT_SHARE, help_heading = "Calibration")]
+    pub chat_share: f64,
     /// Tokens per calibration window
     #[arg(short, long, value_name = "N", default_value_t = DEFAULT_CTX, help_heading = "Calibration")]
     pub ctx_size: usize,
@@ -59,6 +62,8 @@ pub struct Args {
 
 /// Tokens per calibration window by default.
 pub const DEFAULT_CTX: usize = 512;
+/// Share of conversations in the self-written text by default.
+pub const DEFAULT_CHAT_SHARE: f64 = 0.0;
 /// Calibration windows by default.
 pub const DEFAULT_CHUNKS: usize = 32;
 

@@ -18,6 +18,8 @@ pub fn resolve(args: Args) -> Result<Job> {
             "--self-share {share} leaves a part to text files, but there is no --file"
         );
     }
+    let share = args.chat_share;
+    ensure!((0.0..=1.0).contains(&share), "--chat-share {share} is not a share from 0 to 1");
     ensure!(
         s > 0.0 || args.imatrix_out.is_none(),
         "--imatrix-out needs a pruned model; --sparsity 0 only copies"
@@ -48,6 +50,7 @@ pub fn resolve(args: Args) -> Result<Job> {
             n_windows: args.chunks,
             self_share: args.self_share.unwrap_or(if args.file.is_empty() { 1.0 } else { 0.5 }),
             files: args.file,
+            chat_share: args.chat_share,
             seed: args.seed,
             n_threads,
             n_parallel: 64,
@@ -123,6 +126,7 @@ mod tests {
             &["--sparsity", "0.2", "--chunks", "0"],
             &["--sparsity", "0.2", "--threads", "0"],
             &["--sparsity", "0", "--imatrix-out", "i.gguf"],
+            &["--sparsity", "0.2", "--chat-share", "2"],
             &["--sparsity", "0.2", "--tensor-type", "q8_0"],
             &["--sparsity", "0.2", "--tensor-type", "ffn_down=q99"],
             &["--sparsity", "0.2", "--tensor-type", "ffn_down=i32"],

@@ -65,6 +65,40 @@ impl LlamaModel {
             .ok_or_else(|| GgmlError::Llama(with_cause(format!("{what} {}", path.display()))))
     }
 
+    /// `content` as a user's message in the model's own chat template, up to where the reply begins.
+    /// Nothing if the model has no template or libllama does not know it (it knows the common ones by
+    /// heart and runs no Jinja).
+    pub fn chat_prompt(&self, content: &str) -> Option<String> {
+        let content = CString::new(content).ok()?;
+        let message = sys::llama_chat_message { role: c"user".as_ptr(), content: content.as_ptr() };
+        let mut text = vec![0u8; 2 * content.as_bytes().len() + 1024];
+        // SAFETY: the template is owned by a live model; message and buffer outlive the calls, and the
+        // buffer is passed with its length.
+        unsafe {
+            let template = sys::llama_model_chat_template(self.raw.as_ptr(), std::ptr::null());
+            if template.is_null() {
+                return None;
+            }
+            for _ in 0..2 {
+                let n = sys::llama_chat_apply_template(
+                    template,
+                    &message,
+                    1,
+                    true,
+                    text.as_mut_ptr().cast(),
+                    text.len() as i32,
+                );
+                let n = usize::try_from(n).ok()?;
+                if n <= text.len() {
+                    text.truncate(n);
+                    return String::from_utf8(text).ok();
+                }
+                text.resize(n, 0);
+            }
+        }
+        None
+    }
+
     /// The tokenizer.
     pub fn vocab(&self) -> Vocab<'_> {
         // SAFETY: a live model; the vocabulary lives as long as it.
@@ -116,11 +150,12 @@ impl Vocab<'_> {
         unsafe { sys::llama_vocab_is_eog(self.raw, token) }
     }
 
-    /// Tokens of `text`, without special tokens added or parsed.
+    /// Tokens of `text`, without special tokens added. With `parse_special`, text such as `<|im_end|>`
+    /// becomes the special token that it names: for chat templates, not for a user's text.
     ///
     /// # Errors
     /// [`GgmlError::Llama`] if the text is too long for one call (2 GiB) or the tokenizer fails.
-    pub fn tokenize(&self, text: &str) -> Result<Vec<Token>, GgmlError> {
+    pub fn tokenize(&self, text: &str, parse_special: bool) -> Result<Vec<Token>, GgmlError> {
         let len = i32::try_from(text.len())
             .map_err(|_| GgmlError::Llama("cannot tokenise 2 GiB at once".into()))?;
         // SAFETY: a live vocabulary.
@@ -138,7 +173,7 @@ impl Vocab<'_> {
                     tokens.as_mut_ptr(),
                     tokens.len() as i32,
                     false,
-                    false,
+                    parse_special,
                 )
             };
             if n >= 0 {
