@@ -159,6 +159,7 @@ fn main() {
         input: args.model.clone(),
         output: PathBuf::new(),
         imatrix_out: None,
+        quantise: None,
         force: true,
         verify: true,
         recipe: Recipe {

@@ -21,4 +21,4 @@ pub mod prune;
 pub mod report;
 pub mod requant;
 
-pub use job::{Job, JobError, Outcome, Quality, Size, calibration, remove_temporary, run};
+pub use job::{Job, JobError, Outcome, Quality, Quantise, Size, calibration, remove_temporary, run};

@@ -40,6 +40,14 @@ pub fn write_imatrix(
     write_gguf(out, path, &metadata, &tensors)
 }
 
+/// What libllama's quantiser takes: the mean squares of the inputs of each matrix, by its name, from
+/// `squares` over the fitted `windows`.
+pub fn importance(model: &Model, squares: &[InputSquares], windows: &Windows) -> Vec<(String, Vec<f32>)> {
+    let n_tokens = (windows.n_fit * windows.n_ctx) as f64;
+    let mean = |sums: &[f64]| sums.iter().map(|s| (s / n_tokens) as f32).collect();
+    entries(model, squares).into_iter().map(|(name, sums)| (name.to_string(), mean(sums))).collect()
+}
+
 /// The sums that belong to each matrix, by its name in the model; a matrix without inputs has none.
 fn entries<'m>(model: &'m Model, squares: &'m [InputSquares]) -> BTreeMap<&'m str, &'m [f64]> {
     let mut entries = BTreeMap::new();

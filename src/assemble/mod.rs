@@ -4,7 +4,7 @@ mod imatrix;
 mod metadata;
 mod tensors;
 
-pub use imatrix::write_imatrix;
+pub use imatrix::{importance, write_imatrix};
 pub use metadata::Provenance;
 
 use crate::gguf::{GgufError, write_gguf};

@@ -20,6 +20,12 @@ pub struct Args {
     /// How to prune: our way, or the paper's as its authors' code does it
     #[arg(long, value_enum, default_value_t = MethodArg::Putri)]
     pub method: MethodArg,
+    /// Write the whole model in another mix of types, as llama-quantize would, such as Q4_K_M
+    #[arg(long = "type", value_name = "TYPE")]
+    pub to: Option<String>,
+    /// Let --type round again what is quantised already; costs quality
+    #[arg(long)]
+    pub allow_requantize: bool,
     /// Write attn_output or ffn_down in another type, as in ffn_down=q8_0; may be given for both
     #[arg(long, value_name = "TENSOR=TYPE")]
     pub tensor_type: Vec<String>,

@@ -2,10 +2,10 @@
 
 use super::args::{Args, MethodArg};
 use anyhow::{Context, Result, bail, ensure};
-use putri_gguf::Job;
 use putri_gguf::calibrate::Recipe;
-use putri_gguf::ggml::Type;
+use putri_gguf::ggml::{FileType, Type};
 use putri_gguf::pipeline::{Method, Settings, TensorTypes};
+use putri_gguf::{Job, Quantise};
 
 /// Checks values that only make sense together, and fills in what depends on the machine.
 pub fn resolve(args: Args) -> Result<Job> {
@@ -24,6 +24,7 @@ pub fn resolve(args: Args) -> Result<Job> {
         s > 0.0 || args.imatrix_out.is_none(),
         "--imatrix-out needs a pruned model; --sparsity 0 only copies"
     );
+    ensure!(s > 0.0 || args.to.is_none(), "--type only goes with pruning; llama-quantize does the rest");
     ensure!(args.ctx_size >= 16, "--ctx-size {} is too small; 16 or more", args.ctx_size);
     ensure!(args.ctx_size <= 32768, "--ctx-size {} is too large; at most 32768", args.ctx_size);
     ensure!((1..=1 << 20).contains(&args.chunks), "--chunks {} is not from 1 to 1048576", args.chunks);
@@ -43,6 +44,7 @@ pub fn resolve(args: Args) -> Result<Job> {
         input: args.input,
         output: args.output,
         imatrix_out: args.imatrix_out,
+        quantise: args.to.map(|name| quantise(&name, args.allow_requantize)).transpose()?,
         force: args.force,
         verify: !args.no_verify,
         recipe: Recipe {
@@ -64,6 +66,15 @@ pub fn resolve(args: Args) -> Result<Job> {
             ..Settings::default()
         },
     })
+}
+
+/// Reads `--type`.
+fn quantise(name: &str, again: bool) -> Result<Quantise> {
+    let to = FileType::from_name(name).with_context(|| {
+        let names: Vec<_> = FileType::names().collect();
+        format!("--type {name} is not one of llama-quantize's: {}", names.join(", "))
+    })?;
+    Ok(Quantise { to, again })
 }
 
 /// Reads `--tensor-type` arguments; the last one counts.
@@ -114,6 +125,19 @@ mod tests {
     }
 
     #[test]
+    fn types_are_named_as_in_llama_quantize() {
+        let quantise = |name| job(&["--sparsity", "0.2", "--type", name]).unwrap().quantise.unwrap();
+        assert_eq!((quantise("q4_k_m").to.name(), quantise("Q4_K").again), ("Q4_K_M", false));
+        assert!(
+            job(&["--sparsity", "0.2", "--type", "q8_0", "--allow-requantize"])
+                .unwrap()
+                .quantise
+                .unwrap()
+                .again
+        );
+    }
+
+    #[test]
     fn nonsense_is_refused() {
         for bad in [
             &["--sparsity", "1.0"][..],
@@ -127,6 +151,8 @@ mod tests {
             &["--sparsity", "0.2", "--threads", "0"],
             &["--sparsity", "0", "--imatrix-out", "i.gguf"],
             &["--sparsity", "0.2", "--chat-share", "2"],
+            &["--sparsity", "0.2", "--type", "q99"],
+            &["--sparsity", "0", "--type", "q8_0"],
             &["--sparsity", "0.2", "--tensor-type", "q8_0"],
             &["--sparsity", "0.2", "--tensor-type", "ffn_down=q99"],
             &["--sparsity", "0.2", "--tensor-type", "ffn_down=i32"],

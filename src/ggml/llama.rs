@@ -11,10 +11,17 @@ use std::sync::Once;
 /// A token id.
 pub type Token = i32;
 
-fn init_once() {
+pub(super) fn init_once() {
     static INIT: Once = Once::new();
     // SAFETY: called once, before any other libllama function.
     INIT.call_once(|| unsafe { sys::llama_backend_init() });
+}
+
+/// `path` as libllama takes it.
+pub(super) fn c_path(path: &Path) -> Result<CString, GgmlError> {
+    let text =
+        path.to_str().ok_or_else(|| GgmlError::Llama(format!("cannot open {path:?}: not a UTF-8 path")))?;
+    CString::new(text).map_err(|_| GgmlError::Llama(format!("cannot open {path:?}: NUL in path")))
 }
 
 /// A model (or only its vocabulary) loaded by libllama.
@@ -47,11 +54,7 @@ impl LlamaModel {
     fn open(path: &Path, vocab_only: bool) -> Result<LlamaModel, GgmlError> {
         init_once();
         let _ = with_cause(String::new());
-        let text = path
-            .to_str()
-            .ok_or_else(|| GgmlError::Llama(format!("cannot open {path:?}: not a UTF-8 path")))?;
-        let c_path =
-            CString::new(text).map_err(|_| GgmlError::Llama(format!("cannot open {path:?}: NUL in path")))?;
+        let c_path = c_path(path)?;
         // SAFETY: a valid C string; null is checked.
         let raw = unsafe {
             let mut params = sys::llama_model_default_params();

@@ -158,12 +158,15 @@ pub struct Outcome {
     pub warnings: Vec<String>,
 }
 
-/// Plans the pruning of `model` on the calibration `windows`.
+/// Plans the pruning of `model` on the calibration `windows`. `reference` is the same model before it was
+/// quantised, or `model` itself: what the result is fitted to, and where attn_output and ffn_down, which
+/// get new values anyway, come from.
 ///
 /// # Errors
 /// [`PruneError`] if the sparsity cannot be reached, the engine fails, or the observer interrupts.
 pub fn run(
     model: &Model,
+    reference: &Model,
     windows: &Windows,
     s: &Settings,
     observer: &mut dyn Observer,
@@ -178,6 +181,7 @@ pub fn run(
     let mut run = Run {
         forward: Forward::new(model, windows.n_ctx, s.n_threads, s.precision)?,
         model,
+        reference,
         windows,
         settings: s,
         observer,
@@ -317,6 +321,8 @@ fn mean_square(x: &[f32]) -> f32 {
 /// State of one run.
 struct Run<'a> {
     model: &'a Model,
+    /// What the result is fitted to.
+    reference: &'a Model,
     windows: &'a Windows,
     settings: &'a Settings,
     observer: &'a mut dyn Observer,
@@ -363,11 +369,11 @@ impl Run<'_> {
     /// Perplexity of two final residual streams of the held-out windows.
     fn held_out_ppl(&mut self, streams: [&[f32]; 2]) -> Result<(f64, f64), PruneError> {
         let w = self.windows;
-        let head = self.forward.head(self.model)?;
+        let heads = [self.forward.head(self.reference)?, self.forward.head(self.model)?];
         let targets = w.targets(w.n_fit..w.n_windows());
         let mut ppl = [0.0; 2];
-        for (p, stream) in ppl.iter_mut().zip(streams) {
-            let nll = self.forward.nll(&head, stream, &targets)?;
+        for ((p, stream), head) in ppl.iter_mut().zip(streams).zip(&heads) {
+            let nll = self.forward.nll(head, stream, &targets)?;
             *p = (nll.iter().sum::<f64>() / nll.len() as f64).exp();
         }
         Ok((ppl[0], ppl[1]))
@@ -383,7 +389,7 @@ impl Run<'_> {
         self.observer.stage("evaluate", self.model.hparams.n_layer());
         for il in 0..self.model.hparams.n_layer() {
             self.checkpoint()?;
-            let dense = self.forward.upload(&self.model.block(il)?)?;
+            let dense = self.forward.upload(&self.reference.block(il)?)?;
             let pruned = self.forward.upload(&self.plan.block(self.model, il)?)?;
             for (stream, block) in streams.iter_mut().zip([&dense, &pruned]) {
                 self.forward.stream(block, stream, &mut out)?;

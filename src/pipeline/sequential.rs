@@ -23,8 +23,13 @@ impl Run<'_> {
         self.observer.stage("blocks", widths.len());
         for (il, &width) in widths.iter().enumerate() {
             self.checkpoint()?;
-            let whole = self.model.block(il)?;
+            let whole = self.reference.block(il)?;
             let mut w = whole.clone();
+            if !std::ptr::eq(self.model, self.reference) {
+                w = self.model.block(il)?;
+                w.attn_output.clone_from(&whole.attn_output);
+                w.ffn_down.clone_from(&whole.ffn_down);
+            }
             let groups = &self.plan.blocks[il].groups;
             if groups.len() < whole.shape.n_head_kv {
                 w.keep_groups(groups, self.model.hparams.head_dim);

@@ -1,16 +1,20 @@
 //! The whole way from a GGUF to a pruned and verified GGUF.
 
-use crate::assemble::{Provenance, assemble, write_imatrix};
+mod output;
+
+pub use output::remove_temporary;
+
+use crate::assemble::{Provenance, assemble, importance, write_imatrix};
 use crate::calibrate::{self, CalibrateError, Recipe, Windows};
 use crate::evaluate;
-use crate::ggml::{GgmlError, LlamaModel};
+use crate::ggml::{FileType, GgmlError, LlamaModel, Type, quantize_file};
 use crate::gguf::GgufError;
 use crate::model::{BlockShape, Carrier, Model, ModelError};
-use crate::pipeline::{self, Method, Observer, PruneError, Settings};
+use crate::pipeline::{self, Method, Observer, Plan, PruneError, Settings};
+use output::{check_paths, finish, temporary};
 use sha2::{Digest, Sha256};
 use std::io::{BufWriter, Write};
-use std::path::{Path, PathBuf};
-use std::sync::Mutex;
+use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 /// How far libllama's perplexity of the written file may lie from our own forward of the pruned
@@ -27,6 +31,8 @@ pub struct Job {
     pub output: PathBuf,
     /// Where the pruned model's importance matrix goes, if anywhere.
     pub imatrix_out: Option<PathBuf>,
+    /// The mix of types that the result is written in, instead of the source's types.
+    pub quantise: Option<Quantise>,
     /// Replace existing outputs.
     pub force: bool,
     /// Let libllama load and judge the result before it gets its name.
@@ -37,6 +43,15 @@ pub struct Job {
     pub windows: Option<Windows>,
     /// How to prune.
     pub settings: Settings,
+}
+
+/// How to quantise a whole model.
+#[derive(Clone, Copy, Debug)]
+pub struct Quantise {
+    /// The mix of types.
+    pub to: FileType,
+    /// Also quantise what is quantised already.
+    pub again: bool,
 }
 
 /// Sizes of a model.
@@ -95,9 +110,15 @@ pub enum JobError {
     #[error("calibration: {0}")]
     Calibrate(#[from] CalibrateError),
     #[error(transparent)]
-    Prune(#[from] PruneError),
+    Prune(PruneError),
     #[error(transparent)]
     Gguf(#[from] GgufError),
+    #[error(
+        "{}: tensor {tensor} is {ty} already, and --type would round it again; take an F16 source, or say --allow-requantize", path.display()
+    )]
+    Quantised { path: PathBuf, tensor: String, ty: Type },
+    #[error("--type: {0}")]
+    Quantise(GgmlError),
     #[error("{} is the input itself; choose another name", .0.display())]
     SameFile(PathBuf),
     #[error("{} is the output as well as --imatrix-out; choose another name for one", .0.display())]
@@ -116,6 +137,15 @@ pub enum JobError {
     Interrupted,
 }
 
+impl From<PruneError> for JobError {
+    fn from(e: PruneError) -> JobError {
+        match e {
+            PruneError::Interrupted => JobError::Interrupted,
+            other => JobError::Prune(other),
+        }
+    }
+}
+
 /// Runs `job`.
 ///
 /// # Errors
@@ -123,13 +153,13 @@ pub enum JobError {
 pub fn run(job: &Job, observer: &mut dyn Observer) -> Result<Outcome, JobError> {
     let start = Instant::now();
     check_paths(job)?;
-    let model = open(job)?;
+    let source = open(job)?;
     if job.settings.sparsity == 0.0 {
-        return copy_as_is(job, &model, start, observer.interrupted());
+        return copy_as_is(job, &source, start, observer.interrupted());
     }
-    let budgets = pipeline::budgets(&model, &job.settings.types);
-    pipeline::check_budget(&model, &job.settings)?;
-    let n_ctx_train = model.hparams.n_ctx_train;
+    pipeline::check_budget(&source, &job.settings)?;
+    check_types(job, &source)?;
+    let n_ctx_train = source.hparams.n_ctx_train;
     if job.recipe.n_ctx > n_ctx_train {
         let problem =
             format!("was trained for {n_ctx_train} tokens; --ctx-size {} is more", job.recipe.n_ctx);
@@ -137,19 +167,18 @@ pub fn run(job: &Job, observer: &mut dyn Observer) -> Result<Outcome, JobError> 
     }
 
     let (windows, source_sha256) = std::thread::scope(|scope| {
-        let sha = scope.spawn(|| hex(&Sha256::digest(model.file.bytes())));
+        let sha = scope.spawn(|| hex(&Sha256::digest(source.file.bytes())));
         let windows = match &job.windows {
             Some(windows) => Ok(windows.clone()),
-            None => collect(&model, job, observer),
+            None => collect(&source, job, observer),
         };
         (windows, sha.join().expect("hashing does not panic"))
     });
     let windows = windows?;
-    let interrupted = |e| match e {
-        PruneError::Interrupted => JobError::Interrupted,
-        other => other.into(),
-    };
-    let pruned = pipeline::run(&model, &windows, &job.settings, observer).map_err(interrupted)?;
+    let quantised = job.quantise.map(|q| quantise(job, q, &source, &windows, observer)).transpose()?;
+    let model = quantised.as_ref().map_or(&source, |(_, model)| model);
+    let budgets = pipeline::budgets(model, &job.settings.types);
+    let pruned = pipeline::run(model, &source, &windows, &job.settings, observer)?;
     let sparsity = pruned.plan.sparsity(&budgets);
     let provenance = Provenance {
         source_sha256,
@@ -164,11 +193,10 @@ pub fn run(job: &Job, observer: &mut dyn Observer) -> Result<Outcome, JobError> 
     let imatrix = match &job.imatrix_out {
         None => None,
         Some(path) => {
-            let squares = pipeline::input_squares(&model, &pruned.plan, &windows, &job.settings, observer)
-                .map_err(interrupted)?;
+            let squares = pipeline::input_squares(model, &pruned.plan, &windows, &job.settings, observer)?;
             let temp = temporary(path)?;
             let mut out = BufWriter::new(temp.as_file());
-            write_imatrix(&mut out, path, &model, &squares, &windows, &provenance.calibration)?;
+            write_imatrix(&mut out, path, model, &squares, &windows, &provenance.calibration)?;
             drop(out);
             Some((path, temp))
         }
@@ -176,7 +204,7 @@ pub fn run(job: &Job, observer: &mut dyn Observer) -> Result<Outcome, JobError> 
     observer.stage("write and verify", 2);
     let temp = temporary(&job.output)?;
     let mut out = BufWriter::with_capacity(1 << 20, temp.as_file());
-    let carrier = assemble(&model, &pruned.plan, &provenance, &mut out, &job.output)?;
+    let carrier = assemble(model, &pruned.plan, &provenance, &mut out, &job.output)?;
     out.flush().map_err(|source| JobError::Io { path: job.output.clone(), source })?;
     drop(out);
     observer.step(1, "");
@@ -208,11 +236,11 @@ pub fn run(job: &Job, observer: &mut dyn Observer) -> Result<Outcome, JobError> 
     }
     let bytes = finish(job, temp, &job.output)?;
     observer.step(2, "");
-    let shapes = pruned.plan.shapes(&model);
-    let before = size_of(&model);
+    let shapes = pruned.plan.shapes(model);
+    let before = size_of(&source);
     let after = Size {
         bytes,
-        params: before.params - removed_params(&model, &shapes),
+        params: before.params - removed_params(model, &shapes),
         block_params: shapes.iter().map(|b| sum(model.hparams.block_params(b))).sum(),
         blocks: shapes,
     };
@@ -233,6 +261,42 @@ fn open(job: &Job) -> Result<Model, JobError> {
         ) => JobError::Gguf(e),
         source => JobError::Model { path: job.input.clone(), source },
     })
+}
+
+/// Refuses to quantise what is quantised already, unless it was asked for.
+fn check_types(job: &Job, source: &Model) -> Result<(), JobError> {
+    let quantised = source.file.tensors().iter().find(|t| t.ty.is_quantized());
+    match (job.quantise, quantised) {
+        (Some(q), Some(t)) if !q.again => {
+            Err(JobError::Quantised { path: job.input.clone(), tensor: t.name.clone(), ty: t.ty })
+        }
+        _ => Ok(()),
+    }
+}
+
+/// The whole source in another mix of types, in a temporary file: by libllama's quantiser, with the
+/// importance matrix of `windows`. What is cut out of it afterwards needs no second rounding, for types
+/// round along rows.
+fn quantise(
+    job: &Job,
+    q: Quantise,
+    source: &Model,
+    windows: &Windows,
+    observer: &mut dyn Observer,
+) -> Result<(tempfile::NamedTempFile, Model), JobError> {
+    let whole = Plan::whole(source);
+    let squares = pipeline::input_squares(source, &whole, windows, &job.settings, observer)?;
+    let importance = importance(source, &squares, windows);
+    observer.stage("quantise", 1);
+    let temp = temporary(&job.output)?;
+    let n_threads = job.settings.n_threads;
+    quantize_file(&job.input, temp.path(), q.to, &importance, q.again, n_threads)
+        .map_err(JobError::Quantise)?;
+    observer.step(1, "");
+    let model =
+        Model::open(temp.path()).map_err(|source| JobError::Model { path: temp.path().into(), source })?;
+    pipeline::check_budget(&model, &job.settings)?;
+    Ok((temp, model))
 }
 
 /// The calibration windows of `job`, for jobs that shall share them.
@@ -312,114 +376,6 @@ fn copy_as_is(job: &Job, model: &Model, start: Instant, interrupted: bool) -> Re
         warnings: Vec::new(),
         time: start.elapsed(),
     })
-}
-
-/// Refuses what would harm a file or cannot be written, before anything costs time.
-fn check_paths(job: &Job) -> Result<(), JobError> {
-    check_output(job, &job.output)?;
-    if job.verify && job.output.to_str().is_none() {
-        let problem = "is no UTF-8 path, which llama.cpp needs to verify it";
-        let source = std::io::Error::new(std::io::ErrorKind::InvalidInput, problem);
-        return Err(JobError::Io { path: job.output.clone(), source });
-    }
-    let Some(imatrix) = &job.imatrix_out else {
-        return Ok(());
-    };
-    if std::path::absolute(imatrix).ok() == std::path::absolute(&job.output).ok() {
-        return Err(JobError::SameOutput(imatrix.clone()));
-    }
-    check_output(job, imatrix)
-}
-
-/// Refuses an output that is a folder, the input, there already, or in a place where none can be made.
-fn check_output(job: &Job, output: &Path) -> Result<(), JobError> {
-    let refused =
-        |kind, text: &str| Err(JobError::Io { path: output.into(), source: std::io::Error::new(kind, text) });
-    if output.is_dir()
-        || output.file_name().is_none()
-        || output.as_os_str().as_encoded_bytes().ends_with(b"/")
-    {
-        return refused(std::io::ErrorKind::IsADirectory, "is a folder; name a file for the output");
-    }
-    if let (Ok(input), Ok(existing)) = (job.input.canonicalize(), output.canonicalize())
-        && same_file(&input, &existing)
-    {
-        return Err(JobError::SameFile(output.into()));
-    }
-    // A dangling link exists, too.
-    if output.symlink_metadata().is_ok() && !job.force {
-        return Err(JobError::Exists(output.into()));
-    }
-    // Can a file be made there at all? It is gone again at once.
-    temporary(output).map(|t| unregister_temporary(t.path()))
-}
-
-/// Whether two existing paths are one file, hard links included.
-fn same_file(a: &Path, b: &Path) -> bool {
-    #[cfg(unix)]
-    {
-        use std::os::unix::fs::MetadataExt;
-        if let (Ok(a), Ok(b)) = (a.metadata(), b.metadata()) {
-            return (a.dev(), a.ino()) == (b.dev(), b.ino());
-        }
-    }
-    a == b
-}
-
-/// The temporary files of the running job, for whoever must end the process without unwinding.
-static TEMPORARY: Mutex<Vec<PathBuf>> = Mutex::new(Vec::new());
-
-/// Deletes the temporary files of a running job. For handlers that end the process at once; a job that
-/// returns cleans up by itself.
-pub fn remove_temporary() {
-    // Not `lock`: the thread that is interrupted may hold it.
-    if let Ok(mut paths) = TEMPORARY.try_lock() {
-        for path in paths.drain(..) {
-            let _ = std::fs::remove_file(path);
-        }
-    }
-}
-
-/// Takes a file from those that [`remove_temporary`] would delete.
-fn unregister_temporary(path: &Path) {
-    if let Ok(mut paths) = TEMPORARY.lock() {
-        paths.retain(|p| p != path);
-    }
-}
-
-/// A temporary file beside the output, so that the final rename stays on one file system.
-fn temporary(output: &Path) -> Result<tempfile::NamedTempFile, JobError> {
-    let folder = output.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
-    let name = output.file_name().unwrap_or_default().to_string_lossy();
-    let temp = tempfile::Builder::new()
-        .prefix(&format!(".{name}."))
-        .suffix(".part")
-        .tempfile_in(folder)
-        .map_err(|source| JobError::Io { path: folder.into(), source })?;
-    if let Ok(mut paths) = TEMPORARY.lock() {
-        paths.push(temp.path().to_path_buf());
-    }
-    Ok(temp)
-}
-
-/// Syncs the temporary file and gives it the name `path`. Returns its length.
-fn finish(job: &Job, temp: tempfile::NamedTempFile, path: &Path) -> Result<u64, JobError> {
-    let io = |source| JobError::Io { path: path.into(), source };
-    temp.as_file().sync_all().map_err(io)?;
-    let bytes = temp.as_file().metadata().map_err(io)?.len();
-    // A temporary file is private, an output as readable as its source. Where the file system knows no
-    // such thing, it stays as it is.
-    #[cfg(unix)]
-    if let Ok(source) = job.input.metadata() {
-        use std::os::unix::fs::PermissionsExt;
-        let mode = source.permissions().mode() & 0o644 | 0o600;
-        let _ = temp.as_file().set_permissions(std::fs::Permissions::from_mode(mode));
-    }
-    let name = temp.path().to_path_buf();
-    let persisted = if job.force { temp.persist(path) } else { temp.persist_noclobber(path) };
-    unregister_temporary(&name);
-    persisted.map_err(|e| io(e.error))?;
-    Ok(bytes)
 }
 
 fn method_name(method: Method) -> &'static str {

@@ -1,0 +1,115 @@
+//! llama-quantize's way from one file to another, by libllama's own quantiser.
+
+use super::GgmlError;
+use super::llama::{c_path, init_once};
+use super::system::with_cause;
+use llama_cpp_sys_2 as sys;
+use std::ffi::CString;
+use std::path::Path;
+
+/// A mix of types for a whole model, by the name that llama-quantize gives it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct FileType {
+    name: &'static str,
+    raw: sys::llama_ftype,
+}
+
+/// Names and mixes (`QUANT_OPTIONS` in llama-quantize), but for those of mixtures of experts.
+const FILE_TYPES: &[FileType] = &[
+    FileType { name: "F32", raw: sys::LLAMA_FTYPE_ALL_F32 },
+    FileType { name: "F16", raw: sys::LLAMA_FTYPE_MOSTLY_F16 },
+    FileType { name: "BF16", raw: sys::LLAMA_FTYPE_MOSTLY_BF16 },
+    FileType { name: "Q8_0", raw: sys::LLAMA_FTYPE_MOSTLY_Q8_0 },
+    FileType { name: "Q6_K", raw: sys::LLAMA_FTYPE_MOSTLY_Q6_K },
+    FileType { name: "Q5_K_M", raw: sys::LLAMA_FTYPE_MOSTLY_Q5_K_M },
+    FileType { name: "Q5_K", raw: sys::LLAMA_FTYPE_MOSTLY_Q5_K_M },
+    FileType { name: "Q5_K_S", raw: sys::LLAMA_FTYPE_MOSTLY_Q5_K_S },
+    FileType { name: "Q5_1", raw: sys::LLAMA_FTYPE_MOSTLY_Q5_1 },
+    FileType { name: "Q5_0", raw: sys::LLAMA_FTYPE_MOSTLY_Q5_0 },
+    FileType { name: "Q4_K_M", raw: sys::LLAMA_FTYPE_MOSTLY_Q4_K_M },
+    FileType { name: "Q4_K", raw: sys::LLAMA_FTYPE_MOSTLY_Q4_K_M },
+    FileType { name: "Q4_K_S", raw: sys::LLAMA_FTYPE_MOSTLY_Q4_K_S },
+    FileType { name: "Q4_1", raw: sys::LLAMA_FTYPE_MOSTLY_Q4_1 },
+    FileType { name: "Q4_0", raw: sys::LLAMA_FTYPE_MOSTLY_Q4_0 },
+    FileType { name: "IQ4_NL", raw: sys::LLAMA_FTYPE_MOSTLY_IQ4_NL },
+    FileType { name: "IQ4_XS", raw: sys::LLAMA_FTYPE_MOSTLY_IQ4_XS },
+    FileType { name: "Q3_K_L", raw: sys::LLAMA_FTYPE_MOSTLY_Q3_K_L },
+    FileType { name: "Q3_K_M", raw: sys::LLAMA_FTYPE_MOSTLY_Q3_K_M },
+    FileType { name: "Q3_K", raw: sys::LLAMA_FTYPE_MOSTLY_Q3_K_M },
+    FileType { name: "Q3_K_S", raw: sys::LLAMA_FTYPE_MOSTLY_Q3_K_S },
+    FileType { name: "IQ3_M", raw: sys::LLAMA_FTYPE_MOSTLY_IQ3_M },
+    FileType { name: "IQ3_S", raw: sys::LLAMA_FTYPE_MOSTLY_IQ3_S },
+    FileType { name: "IQ3_XS", raw: sys::LLAMA_FTYPE_MOSTLY_IQ3_XS },
+    FileType { name: "IQ3_XXS", raw: sys::LLAMA_FTYPE_MOSTLY_IQ3_XXS },
+    FileType { name: "Q2_K", raw: sys::LLAMA_FTYPE_MOSTLY_Q2_K },
+    FileType { name: "Q2_K_S", raw: sys::LLAMA_FTYPE_MOSTLY_Q2_K_S },
+    FileType { name: "IQ2_M", raw: sys::LLAMA_FTYPE_MOSTLY_IQ2_M },
+    FileType { name: "IQ2_S", raw: sys::LLAMA_FTYPE_MOSTLY_IQ2_S },
+    FileType { name: "IQ2_XS", raw: sys::LLAMA_FTYPE_MOSTLY_IQ2_XS },
+    FileType { name: "IQ2_XXS", raw: sys::LLAMA_FTYPE_MOSTLY_IQ2_XXS },
+    FileType { name: "IQ1_M", raw: sys::LLAMA_FTYPE_MOSTLY_IQ1_M },
+    FileType { name: "IQ1_S", raw: sys::LLAMA_FTYPE_MOSTLY_IQ1_S },
+    FileType { name: "TQ2_0", raw: sys::LLAMA_FTYPE_MOSTLY_TQ2_0 },
+    FileType { name: "TQ1_0", raw: sys::LLAMA_FTYPE_MOSTLY_TQ1_0 },
+];
+
+impl FileType {
+    /// The mix of that name, in upper or lower case.
+    pub fn from_name(name: &str) -> Option<FileType> {
+        FILE_TYPES.iter().copied().find(|t| t.name.eq_ignore_ascii_case(name))
+    }
+
+    /// All names.
+    pub fn names() -> impl Iterator<Item = &'static str> {
+        FILE_TYPES.iter().map(|t| t.name)
+    }
+
+    /// Its name.
+    pub fn name(self) -> &'static str {
+        self.name
+    }
+}
+
+/// Writes the model at `input` to `output` in the mix `to`, as llama-quantize does. `importance` holds
+/// the mean squares of the inputs of matrices, by the matrices' names. Tensors that are quantised
+/// already are refused unless `requantise`.
+///
+/// # Errors
+/// [`GgmlError::Llama`] if libllama refuses.
+pub fn quantize_file(
+    input: &Path,
+    output: &Path,
+    to: FileType,
+    importance: &[(String, Vec<f32>)],
+    requantise: bool,
+    n_threads: usize,
+) -> Result<(), GgmlError> {
+    init_once();
+    let _ = with_cause(String::new());
+    let (from, into) = (c_path(input)?, c_path(output)?);
+    let names: Vec<CString> = importance
+        .iter()
+        .map(|(name, _)| CString::new(name.as_str()))
+        .collect::<Result<_, _>>()
+        .map_err(|_| GgmlError::Llama("cannot quantise a tensor with NUL in its name".into()))?;
+    let entry = |(name, (_, values)): (&CString, &(String, Vec<f32>))| sys::llama_model_imatrix_data {
+        name: name.as_ptr(),
+        data: values.as_ptr(),
+        size: values.len(),
+    };
+    let end = sys::llama_model_imatrix_data { name: std::ptr::null(), data: std::ptr::null(), size: 0 };
+    let entries: Vec<_> = names.iter().zip(importance).map(entry).chain([end]).collect();
+    // SAFETY: paths, names and values outlive the call, and a null name ends the entries.
+    let status = unsafe {
+        let mut params = sys::llama_model_quantize_default_params();
+        params.ftype = to.raw;
+        params.nthread = n_threads as i32;
+        params.allow_requantize = requantise;
+        params.imatrix = if importance.is_empty() { std::ptr::null() } else { entries.as_ptr() };
+        sys::llama_model_quantize(from.as_ptr(), into.as_ptr(), &params)
+    };
+    if status == 0 {
+        return Ok(());
+    }
+    Err(GgmlError::Llama(with_cause(format!("cannot write {} as {}", input.display(), to.name))))
+}
