@@ -5,7 +5,7 @@ mod common;
 use common::small::Rng;
 use putri_gguf::model::Matrix;
 use putri_gguf::numeric::{Moments, SymMatrix};
-use putri_gguf::prune::{Obs, bias_change, greedy, loss_curve, paper_keep, refit};
+use putri_gguf::prune::{Obs, bias_change, greedy, narrow, paper_keep, refit};
 
 /// A least-squares problem with its data: inputs x `[t, n]`, residuals r `[t, m]`, a map W.
 struct Problem {
@@ -263,7 +263,7 @@ fn greedy_is_near_the_best_of_all_subsets() {
 fn curves_rise_and_end_where_greedy_ends() {
     let p = Problem::new(300, 48, 6, 5);
     let gram = p.moments().gram;
-    let curve = loss_curve(&p.w, &gram, 1e-3, &[48, 32, 16]).unwrap();
+    let curve = narrow(&p.w, &gram, 1e-3, &[48, 32, 16], 32).unwrap().losses;
     assert_eq!(curve[0], 0.0);
     assert!(curve[1] > 0.0 && curve[2] > curve[1], "{curve:?}");
     let keep = greedy(&p.w, &gram, 1e-3, 16).unwrap();
@@ -272,6 +272,23 @@ fn curves_rise_and_end_where_greedy_ends() {
         obs.remove_least(1);
     });
     assert_eq!(keep, obs.kept());
+}
+
+#[test]
+fn the_layer_at_the_probe_is_what_a_refit_would_give() {
+    for (t, n, m) in [(90, 24, 3), (300, 48, 6)] {
+        let p = Problem::new(t, n, m, 7);
+        let moments = p.moments();
+        let lambda = 1e-3 * moments.gram.mean_diagonal();
+        let probed = narrow(&p.w, &moments.gram, 1e-3, &[n, n / 2, n / 4], n / 2).unwrap();
+        assert_eq!(probed.kept, greedy(&p.w, &moments.gram, 1e-3, n / 2).unwrap());
+        // From the minimum of a loss with curvature H + λI, what is left moves to
+        // (H + λI)_KK⁻¹ (H + λI)_K: Wᵀ; on the kept inputs λI adds λ W_K.
+        let w = p.naive_refit(&probed.kept, 0.0, lambda);
+        for (a, b) in probed.weights.data.iter().zip(&w) {
+            assert!((f64::from(*a) - b).abs() < 1e-4 * (0.1 + b.abs()), "n {n}: {a} {b}");
+        }
+    }
 }
 
 #[test]

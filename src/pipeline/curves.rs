@@ -1,9 +1,14 @@
 //! Widths per block, from what each block loses as it narrows.
 
-use super::{PruneError, Run, mean_square, token_scales};
+use super::judge::{Judge, Loss};
+use super::{PruneError, Run, token_scales};
 use crate::forward::{Collect, Wanted};
+use crate::model::{BlockWeights, Matrix};
 use crate::numeric::Moments;
 use crate::prune::{self, Budget, Curve};
+
+/// Tokens on which the model's predictions are judged with one block narrowed.
+const PROBE_TOKENS: usize = 512;
 
 impl Run<'_> {
     /// Width per block such that the sparsity is reached.
@@ -20,19 +25,31 @@ impl Run<'_> {
         Ok(prune::allocate(&curves, n_remove))
     }
 
-    /// Loss curves of all blocks, on the model with its groups removed and its feed-forwards whole.
+    /// Loss curves of all blocks, on the model with its groups removed and its feed-forwards whole. A block's
+    /// loss is that of its own output; what the model's predictions lose (in nats of KL divergence) while
+    /// this block alone is narrowed makes the losses of different blocks comparable.
     fn loss_curves(&mut self, budgets: &[Budget]) -> Result<Vec<Curve>, PruneError> {
         let n_layer = self.model.hparams.n_layer();
-        let tokens = self.windows.sample(self.settings.curve_tokens, self.windows.n_ctx);
-        let n_windows = tokens.len() / self.windows.n_ctx;
+        let (n_ctx, n_embd) = (self.windows.n_ctx, self.forward.n_embd());
+        let tokens = self.windows.sample(self.settings.curve_tokens, n_ctx);
+        let n_windows = tokens.len() / n_ctx;
         let mut stream = crate::forward::embed(self.model, &tokens)?;
-        let n_embd = self.forward.n_embd();
-        let mut curves = Vec::with_capacity(n_layer);
+        let probe = self.forward.span(&(0..PROBE_TOKENS.div_ceil(n_ctx).min(n_windows)));
+        // The stream behind each block when only that block is narrowed.
+        let mut narrowed: Vec<Vec<f32>> = Vec::with_capacity(n_layer);
+        let mut curves: Vec<Curve> = Vec::with_capacity(n_layer);
+        let mut losses_probed = Vec::with_capacity(n_layer);
         self.observer.stage("widths", n_layer);
         for (il, budget) in budgets.iter().enumerate() {
             self.checkpoint()?;
             let w = self.plan.block(self.model, il)?;
             let block = self.forward.upload(&w)?;
+            let mut next = vec![0.0; probe.len()];
+            for other in &mut narrowed {
+                self.forward.stream(&block, other, &mut next)?;
+                std::mem::swap(other, &mut next);
+            }
+            let before = stream[probe.clone()].to_vec();
             let mut moments = Moments::new(w.shape.n_ff, 0);
             for chunk in self.forward.chunks(0..n_windows) {
                 let span = self.forward.span(&chunk);
@@ -47,21 +64,42 @@ impl Run<'_> {
             }
             self.finish(&mut moments);
             let widths = prune::possible_widths(budget.n_ff, budget.ff_step);
-            let losses = prune::loss_curve(&w.ffn_down, &moments.gram, self.settings.ridge_ffn, &widths)
+            let at = self.probe_at(&widths);
+            let n = prune::narrow(&w.ffn_down, &moments.gram, self.settings.ridge_ffn, &widths, widths[at])
                 .map_err(|source| PruneError::Singular { block: il, part: "ffn_down", source })?;
-            // What the tokens' weights have not taken care of.
-            let energy = typical_energy(&stream, n_embd).powf(1.0 - self.settings.token_weight);
+            losses_probed.push(n.losses[at]);
+            let less = self.forward.upload(&self.narrowed(w, n.kept, n.weights, &moments))?;
+            self.forward.stream(&less, &before, &mut next)?;
+            narrowed.push(next);
+            curves.push(Curve { widths, losses: n.losses, unit: 1.0 });
             self.observer.step(il + 1, "");
-            curves.push(Curve { widths, losses, energy });
+        }
+        let head = self.forward.head(self.model)?;
+        let tokens = &tokens[..probe.len() / n_embd];
+        let judge = Judge::new(&mut self.forward, &head, tokens, &stream[probe], Loss::Divergence)?;
+        for ((curve, stream), loss) in curves.iter_mut().zip(&narrowed).zip(losses_probed) {
+            let divergence = judge.loss(&mut self.forward, &head, stream)?;
+            // A block that cannot be narrowed has neither.
+            if loss > 0.0 && divergence > 0.0 {
+                curve.unit = loss / divergence;
+            }
         }
         Ok(curves)
     }
-}
 
-/// Median over tokens of the mean of x². The mean over tokens would be that of the few tokens with massive activations.
-fn typical_energy(stream: &[f32], n_embd: usize) -> f64 {
-    let mut energies: Vec<f32> = stream.chunks_exact(n_embd).map(mean_square).collect();
-    let middle = energies.len() / 2;
-    let (_, median, _) = energies.select_nth_unstable_by(middle, f32::total_cmp);
-    f64::from(*median).max(f64::MIN_POSITIVE)
+    /// Block `w` with the neurons `kept` and the map `weights` on them.
+    fn narrowed(&self, mut w: BlockWeights, kept: Vec<usize>, weights: Matrix, m: &Moments) -> BlockWeights {
+        let maps = [&w.ffn_down, &weights];
+        w.ffn_down_bias = self.adapted_bias(w.ffn_down_bias.clone(), maps, &kept, m, 0.0);
+        w.keep_neurons(&kept);
+        w.ffn_down = weights;
+        w
+    }
+
+    /// Index of the width at which a block is probed: about what will stay of it.
+    fn probe_at(&self, widths: &[usize]) -> usize {
+        let goal = widths[0] as f64 * (1.0 - self.settings.sparsity);
+        let at = widths.iter().position(|&w| w as f64 <= goal).unwrap_or(widths.len() - 1);
+        at.max(1).min(widths.len() - 1)
+    }
 }

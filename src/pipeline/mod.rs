@@ -7,10 +7,11 @@
 
 mod curves;
 mod heads;
+mod judge;
 mod plan;
 mod sequential;
 
-pub use heads::Loss;
+pub use judge::Loss;
 pub use plan::{BlockPlan, Plan};
 
 use crate::calibrate::Windows;

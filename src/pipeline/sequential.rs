@@ -84,8 +84,10 @@ impl Run<'_> {
             let ty = s.types.attn_output.unwrap_or(self.model.tensor(segment).ty);
             let q = self.requantise(&refit.weights, &moments, &keep, s.ridge_attn, ty).map_err(failed)?;
             let old = std::mem::replace(&mut w.attn_output, q.to_matrix()?);
-            let bias = self.adapted_bias(&mut w.attn_output_bias, [&old, &w.attn_output], &keep, &moments);
-            self.plan.blocks[il].attn_output_bias = bias;
+            let maps = [&old, &w.attn_output];
+            w.attn_output_bias =
+                self.adapted_bias(w.attn_output_bias.take(), maps, &keep, &moments, s.mixture);
+            self.plan.blocks[il].attn_output_bias.clone_from(&w.attn_output_bias);
             self.plan.blocks[il].attn_output = Some(q);
         }
         Ok(heads)
@@ -125,8 +127,9 @@ impl Run<'_> {
         let q =
             self.requantise(&refit.weights, &moments, &keep, self.settings.ridge_ffn, ty).map_err(failed)?;
         let new = q.to_matrix()?;
-        let bias = self.adapted_bias(&mut w.ffn_down_bias, [&w.ffn_down, &new], &keep, &moments);
-        self.plan.blocks[il].ffn_down_bias = bias;
+        let (maps, mixture) = ([&w.ffn_down, &new], self.settings.mixture);
+        w.ffn_down_bias = self.adapted_bias(w.ffn_down_bias.take(), maps, &keep, &moments, mixture);
+        self.plan.blocks[il].ffn_down_bias.clone_from(&w.ffn_down_bias);
         w.keep_neurons(&keep);
         w.ffn_down = new;
         self.plan.blocks[il].neurons = keep;
@@ -142,22 +145,24 @@ impl Run<'_> {
         Ok(format!("{} groups, {width} neurons", w.shape.n_head_kv))
     }
 
-    /// Adapts the bias of a map that changes from `old` to `new` on the inputs `keep`. Returns what the
-    /// plan has to hold: nothing if biases are to stay as they are.
-    fn adapted_bias(
+    /// What becomes of the bias of a map that changes from `old` to `new` on the inputs `keep`, fitted with
+    /// `mixture`: nothing if biases are to stay as they are.
+    pub(super) fn adapted_bias(
         &self,
-        bias: &mut Option<Vec<f32>>,
+        bias: Option<Vec<f32>>,
         [old, new]: [&Matrix; 2],
         keep: &[usize],
         moments: &Moments,
+        mixture: f64,
     ) -> Option<Vec<f32>> {
         if !self.settings.biases {
-            return None;
+            return bias;
         }
-        let change = prune::bias_change(old, new, keep, moments, self.settings.mixture);
-        let bias = bias.get_or_insert_with(|| vec![0.0; change.len()]);
-        bias.iter_mut().zip(change).for_each(|(b, c)| *b += c);
-        Some(bias.clone())
+        let change = prune::bias_change(old, new, keep, moments, mixture);
+        Some(match bias {
+            Some(bias) => bias.iter().zip(change).map(|(b, c)| b + c).collect(),
+            None => change,
+        })
     }
 
     fn choose_neurons(

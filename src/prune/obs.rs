@@ -48,6 +48,14 @@ impl Obs {
         kept
     }
 
+    /// The map on the inputs [`Obs::kept`], in that order.
+    pub fn weights(&self) -> Matrix {
+        let mut columns: Vec<usize> = (0..self.alive).collect();
+        columns.sort_unstable_by_key(|&c| self.order[c]);
+        let row = |i: usize| columns.iter().map(move |&c| self.w[(i, c)] as f32);
+        Matrix::new(self.alive, self.w.nrows(), (0..self.w.nrows()).flat_map(row).collect())
+    }
+
     /// What the loss grows by if input at column `j` goes alone: Σ_i W_ij² / [H⁻¹]_jj.
     fn saliency(&self, j: usize) -> f64 {
         let energy: f64 = self.w.col(j).iter().map(|v| v * v).sum();

@@ -24,20 +24,42 @@ pub fn greedy(w: &Matrix, h: &SymMatrix, ridge: f64, n_keep: usize) -> Result<Ve
     Ok(obs.kept())
 }
 
-/// Loss of the greedy selection at each of the falling `widths`, the first of which is all of them.
+/// What the greedy selection makes of a layer as it narrows.
+pub struct Narrowing {
+    /// Loss at each width that was asked for.
+    pub losses: Vec<f64>,
+    /// The neurons that are left at the probe width, ascending.
+    pub kept: Vec<usize>,
+    /// The map on them.
+    pub weights: Matrix,
+}
+
+/// Loss of the greedy selection at each of the falling `widths`, the first of which is all of them, and
+/// the layer as it is at the width `probe`, which is one of them.
 ///
 /// # Errors
 /// [`Singular`] if `h` cannot be factored.
-pub fn loss_curve(w: &Matrix, h: &SymMatrix, ridge: f64, widths: &[usize]) -> Result<Vec<f64>, Singular> {
+pub fn narrow(
+    w: &Matrix,
+    h: &SymMatrix,
+    ridge: f64,
+    widths: &[usize],
+    probe: usize,
+) -> Result<Narrowing, Singular> {
     let mut obs = Obs::new(w, h, ridge)?;
     let mut loss = 0.0;
-    let mut at = |goal: usize| {
-        while obs.alive() > goal {
-            loss += obs.remove_least(step(w.n_in, obs.alive()).min(obs.alive() - goal));
+    let (mut losses, mut at_probe) = (Vec::with_capacity(widths.len()), None);
+    for &width in widths {
+        while obs.alive() > width {
+            loss += obs.remove_least(step(w.n_in, obs.alive()).min(obs.alive() - width));
         }
-        loss
-    };
-    Ok(widths.iter().map(|&n| at(n)).collect())
+        losses.push(loss);
+        if width == probe {
+            at_probe = Some((obs.kept(), obs.weights()));
+        }
+    }
+    let (kept, weights) = at_probe.expect("the probe is one of the widths");
+    Ok(Narrowing { losses, kept, weights })
 }
 
 /// Neurons that go together when `alive` of `n_ff` are left: few enough that they hardly depend on

@@ -7,8 +7,8 @@ pub struct Curve {
     pub widths: Vec<usize>,
     /// Loss at each width.
     pub losses: Vec<f64>,
-    /// Typical energy of the residual stream after the block, which makes losses comparable.
-    pub energy: f64,
+    /// What losses are divided by to be comparable with those of other blocks.
+    pub unit: f64,
 }
 
 /// Widths for a feed-forward of `n_ff` neurons: itself, then the multiples of `step` below it.
@@ -18,7 +18,7 @@ pub fn possible_widths(n_ff: usize, step: usize) -> Vec<usize> {
 }
 
 /// Width per block once at least `n_remove` neurons have gone in all, each step taken from the block
-/// where it costs least per neuron, against the energy of its residual stream.
+/// where it costs least per neuron.
 ///
 /// # Panics
 /// If the blocks cannot give that many.
@@ -27,7 +27,7 @@ pub fn allocate(curves: &[Curve], n_remove: usize) -> Vec<usize> {
     let mut removed = 0;
     let cost = |c: &Curve, i: usize| {
         let (width, loss) = (c.widths.get(i + 1)?, c.losses.get(i + 1)?);
-        Some((loss - c.losses[i]).max(0.0) / c.energy / (c.widths[i] - width) as f64)
+        Some((loss - c.losses[i]).max(0.0) / c.unit / (c.widths[i] - width) as f64)
     };
     while removed < n_remove {
         let best = (0..curves.len())
@@ -65,10 +65,10 @@ mod tests {
 
     #[test]
     fn cheap_blocks_give_first() {
-        let steep = Curve { widths: vec![96, 64, 32], losses: vec![0.0, 10.0, 30.0], energy: 1.0 };
-        let flat = Curve { widths: vec![128, 96, 64, 32], losses: vec![0.0, 1.0, 3.0, 20.0], energy: 1.0 };
+        let steep = Curve { widths: vec![96, 64, 32], losses: vec![0.0, 10.0, 30.0], unit: 1.0 };
+        let flat = Curve { widths: vec![128, 96, 64, 32], losses: vec![0.0, 1.0, 3.0, 20.0], unit: 1.0 };
         assert_eq!(allocate(&[steep.clone(), flat.clone()], 96), [64, 64]);
-        let heavy = Curve { energy: 100.0, ..steep };
+        let heavy = Curve { unit: 100.0, ..steep };
         assert_eq!(allocate(&[heavy, flat], 96), [32, 96]);
     }
 
