@@ -51,7 +51,8 @@ struct Args {
     /// Sparsities.
     #[arg(long, value_delimiter = ',', default_value = "0.5")]
     sparsity: Vec<f64>,
-    /// Rows: putri, paper, or putri with settings changed as in `putri:mixture=0.3,uniform`.
+    /// Rows: putri, paper, 2ssp, or one of them with settings changed as in `putri:mixture=0.3,uniform`; or
+    /// a pruned file, to judge it as it is.
     #[arg(long, default_values_t = ["paper".to_string(), "putri".to_string()])]
     row: Vec<String>,
     /// Threads.
@@ -90,6 +91,7 @@ fn settings(row: &str, sparsity: f64, n_threads: usize) -> Settings {
     s.method = match method {
         "putri" => Method::Putri,
         "paper" => Method::Paper,
+        "2ssp" => Method::TwoStage,
         other => panic!("no method {other}"),
     };
     for change in changes.split(',').filter(|c| !c.is_empty()) {
@@ -98,6 +100,7 @@ fn settings(row: &str, sparsity: f64, n_threads: usize) -> Settings {
         match key {
             "mixture" => s.mixture = number(),
             "token_weight" => s.token_weight = number(),
+            "rescored" => s.rescored = Some(number() as usize),
             "ridge_attn" => s.ridge_attn = number(),
             "ridge_ffn" => s.ridge_ffn = number(),
             "groups" => s.groups = Some(number() as usize),
@@ -190,8 +193,16 @@ fn main() {
     let bytes = dense.file.bytes().len();
     let figures = judges.iter_mut().map(|j| j.dense().expect("evaluation")).collect();
     println!("| dense | 0 | 0 | {bytes} | | {} |", cells(figures));
+    let mut compare = |model: &Model| -> Vec<Comparison> {
+        judges.iter_mut().map(|j| j.compare(model).expect("evaluation")).collect()
+    };
     for &sparsity in &args.sparsity {
         for row in &args.row {
+            if row.ends_with(".gguf") {
+                let model = Model::open(row.as_ref()).expect("a pruned model");
+                println!("| {row} | | | {} | | {} |", model.file.bytes().len(), cells(compare(&model)));
+                continue;
+            }
             let output = folder.join(format!("{}-{sparsity}.gguf", row.replace([':', '=', ','], "_")));
             job.output.clone_from(&output);
             job.settings = settings(row, sparsity, args.threads);
@@ -207,7 +218,7 @@ fn main() {
                 }
             };
             let pruned = Model::open(&output).expect("our own output");
-            let figures = judges.iter_mut().map(|j| j.compare(&pruned).expect("evaluation")).collect();
+            let figures = compare(&pruned);
             let seconds = outcome.time.as_secs_f64();
             println!(
                 "| {row} | {sparsity} | {:.4} | {} | {seconds:.0} | {} |",

@@ -90,7 +90,7 @@ fn gemma3_is_pruned_to_equal_blocks() {
             opens_everywhere(&path, "gemma3");
             let model = Model::open(&path).unwrap();
             let first = model.hparams.blocks[0];
-            assert!(first.n_head == 4 && first.n_ff < 256, "{first:?}");
+            assert!(first.n_head <= 4 && first.n_ff < 256, "{first:?}");
             assert!(model.hparams.blocks.iter().all(|b| *b == first), "{name}: {:?}", model.hparams.blocks);
             assert!(model.file.tensors().iter().all(|t| !t.name.ends_with("attn_output.bias")));
             let Some(Value::F32(reached)) = model.file.get("putri.sparsity_reached") else {
@@ -99,9 +99,9 @@ fn gemma3_is_pruned_to_equal_blocks() {
             assert!(*reached >= sparsity.parse::<f32>().unwrap() - 1e-6, "{name}: {reached} for {sparsity}");
         }
     }
-    // Attention keeps all it has, so less is within reach.
-    let args = [&["in.gguf", "out.gguf", "--sparsity", "0.8"][..], &QUICK].concat();
-    cli.fails(&args, 1, &["0.8", "at most"]);
+    // Every block keeps a group, so less is within reach.
+    let args = [&["in.gguf", "out.gguf", "--sparsity", "0.9"][..], &QUICK].concat();
+    cli.fails(&args, 1, &["0.9", "at most"]);
 }
 
 #[test]

@@ -5,7 +5,7 @@ mod common;
 use common::small::Rng;
 use putri_gguf::model::Matrix;
 use putri_gguf::numeric::{Moments, SymMatrix};
-use putri_gguf::prune::{Obs, bias_change, greedy, narrow, paper_keep, refit};
+use putri_gguf::prune::{Obs, bias_change, greedy, loudest, narrow, paper_keep, refit};
 
 /// A least-squares problem with its data: inputs x `[t, n]`, residuals r `[t, m]`, a map W.
 struct Problem {
@@ -288,6 +288,18 @@ fn the_layer_at_the_probe_is_what_a_refit_would_give() {
         for (a, b) in probed.weights.data.iter().zip(&w) {
             assert!((f64::from(*a) - b).abs() < 1e-4 * (0.1 + b.abs()), "n {n}: {a} {b}");
         }
+    }
+}
+
+#[test]
+fn the_loudest_inputs_have_the_largest_norms() {
+    for (t, n) in [(20, 7), (100, 33)] {
+        let p = Problem::new(t, n, 2, 4);
+        let energy = |j: usize| (0..t).map(|s| p.x[s * n + j].powi(2)).sum::<f64>();
+        let kept = loudest(&p.moments().gram, n / 3);
+        assert!(kept.windows(2).all(|w| w[0] < w[1]) && kept.len() == n / 3);
+        let quietest = kept.iter().map(|&j| energy(j)).fold(f64::INFINITY, f64::min);
+        assert!((0..n).filter(|j| !kept.contains(j)).all(|j| energy(j) <= quietest));
     }
 }
 

@@ -382,6 +382,7 @@ fn method_name(method: Method) -> &'static str {
     match method {
         Method::Putri => "putri",
         Method::Paper => "paper",
+        Method::TwoStage => "2ssp",
     }
 }
 

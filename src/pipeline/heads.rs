@@ -3,7 +3,8 @@
 use super::judge::{Judge, Loss};
 use super::{Method, Plan, PruneError, Run};
 use crate::forward::{Block, Forward, Head, Wanted, embed};
-use crate::prune::{GroupId, lazy_greedy, rounds};
+use crate::model::Model;
+use crate::prune::{Budget, GroupId, lazy_greedy, rounds};
 
 /// Tokens of the one sequence that the paper's search judges by.
 const PAPER_TOKENS: usize = 2048;
@@ -20,44 +21,99 @@ const STREAM_BYTES: usize = 256 << 20;
 
 impl Run<'_> {
     /// Takes `n_remove` groups out of the plan.
-    pub(super) fn search_heads(&mut self, n_remove: usize) -> Result<(), PruneError> {
+    pub(super) fn search_heads(&mut self, budgets: &[Budget], n_remove: usize) -> Result<(), PruneError> {
         if n_remove == 0 {
             return Ok(());
         }
-        let candidates: Vec<GroupId> = (0..self.plan.blocks.len())
-            .flat_map(|block| {
-                self.plan.blocks[block].groups.iter().map(move |&group| GroupId { block, group })
-            })
-            .collect();
-        let in_first = self.plan.blocks[0].groups.len();
-        // Stock llama.cpp reads head_dim only if the first block has heads.
+        let limits = group_limits(self.model, budgets, n_remove);
         let may_remove = |removed: &[GroupId], c: GroupId| {
-            c.block != 0 || removed.iter().filter(|r| r.block == 0).count() + 1 < in_first
+            removed.iter().filter(|r| r.block == c.block).count() < limits[c.block]
         };
-        let n_kv = self.model.hparams.blocks[0].n_head_kv.max(1);
-        let removed = if self.settings.method == Method::Paper {
-            let mut search = Search::new(self, PAPER_TOKENS, PAPER_TOKENS, Loss::Likelihood)?;
-            search.run.observer.stage("heads", n_remove);
-            rounds(&candidates, n_remove, n_kv, may_remove, |removed, ask| search.score(removed, ask))?
-        } else {
-            let loss = self.settings.head_loss;
-            self.observer.stage("heads, first look", 1);
-            let scores = Search::new(self, ROUGH_TOKENS, ROUGH_CTX, loss)?.score(&[], &candidates)?;
-            self.observer.step(1, "");
-            let rough = candidates.into_iter().zip(scores).collect();
-            let mut search = Search::new(self, self.settings.head_tokens, SEARCH_CTX, loss)?;
-            search.run.observer.stage("heads", n_remove);
-            lazy_greedy(rough, n_remove, may_remove, |removed, ask| search.score(removed, ask))?
+        let groups =
+            |b: usize| self.plan.blocks[b].groups.iter().map(move |&group| GroupId { block: b, group });
+        let candidates: Vec<GroupId> = (0..self.plan.blocks.len()).flat_map(groups).collect();
+        let rescored = self.settings.rescored;
+        let removed = match self.settings.method {
+            Method::Paper => {
+                let n_kv = self.model.hparams.blocks[0].n_head_kv.max(1);
+                let mut search =
+                    Search::new(self, PAPER_TOKENS, PAPER_TOKENS, Loss::Likelihood, Unit::Group)?;
+                search.run.observer.stage("heads", n_remove);
+                rounds(&candidates, n_remove, n_kv, rescored, may_remove, |removed, ask| {
+                    search.score(removed, ask)
+                })?
+            }
+            Method::TwoStage => {
+                // A block's whole attention goes at once, under the name of its first group.
+                let whole: Vec<GroupId> = candidates
+                    .iter()
+                    .copied()
+                    .filter(|c| {
+                        self.plan.blocks[c.block].groups[0] == c.group
+                            && limits[c.block] == budgets[c.block].n_groups
+                    })
+                    .collect();
+                let n_kv = self.model.hparams.blocks[0].n_head_kv.max(1);
+                let n_tokens = self.settings.head_tokens;
+                let mut search =
+                    Search::new(self, n_tokens, PAPER_TOKENS, Loss::Likelihood, Unit::Attention)?;
+                search.run.observer.stage("heads", n_remove / n_kv);
+                rounds(
+                    &whole,
+                    n_remove / n_kv,
+                    1,
+                    rescored,
+                    |_, _| true,
+                    |removed, ask| search.score(removed, ask),
+                )?
+                .into_iter()
+                .flat_map(|id| candidates.iter().copied().filter(move |c| c.block == id.block))
+                .collect()
+            }
+            Method::Putri => {
+                let loss = self.settings.head_loss;
+                self.observer.stage("heads, first look", 1);
+                let scores =
+                    Search::new(self, ROUGH_TOKENS, ROUGH_CTX, loss, Unit::Group)?.score(&[], &candidates)?;
+                self.observer.step(1, "");
+                let rough = candidates.into_iter().zip(scores).collect();
+                let mut search = Search::new(self, self.settings.head_tokens, SEARCH_CTX, loss, Unit::Group)?;
+                search.run.observer.stage("heads", n_remove);
+                lazy_greedy(rough, n_remove, may_remove, |removed, ask| search.score(removed, ask))?
+            }
         };
         removed.into_iter().for_each(|id| self.plan.remove_group(id));
         Ok(())
     }
 }
 
+/// How many groups may go from each block so that stock llama.cpp can run what is left.
+fn group_limits(model: &Model, budgets: &[Budget], n_remove: usize) -> Vec<usize> {
+    if !model.hparams.family.traits().per_block() {
+        return vec![n_remove / budgets.len(); budgets.len()];
+    }
+    // It reads head_dim only if the first block has heads.
+    budgets
+        .iter()
+        .enumerate()
+        .map(|(il, b)| if il == 0 { b.n_groups.saturating_sub(1) } else { b.n_groups })
+        .collect()
+}
+
+/// What goes at a time.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Unit {
+    /// A group.
+    Group,
+    /// All groups of the block in which the group is.
+    Attention,
+}
+
 /// Cached state of the search.
 struct Search<'r, 'a> {
     run: &'r mut Run<'a>,
     forward: Forward,
+    unit: Unit,
     /// Plan with the groups removed so far.
     plan: Plan,
     removed: usize,
@@ -71,7 +127,13 @@ struct Search<'r, 'a> {
 
 impl<'r, 'a> Search<'r, 'a> {
     /// Caches the streams of `n_tokens` calibration tokens in windows of at most `max_ctx`.
-    fn new(run: &'r mut Run<'a>, n_tokens: usize, max_ctx: usize, loss: Loss) -> Result<Self, PruneError> {
+    fn new(
+        run: &'r mut Run<'a>,
+        n_tokens: usize,
+        max_ctx: usize,
+        loss: Loss,
+        unit: Unit,
+    ) -> Result<Self, PruneError> {
         let n_ctx = max_ctx.min(run.windows.n_ctx);
         let tokens = run.windows.sample(n_tokens, n_ctx);
         let n_windows = tokens.len() / n_ctx;
@@ -90,14 +152,17 @@ impl<'r, 'a> Search<'r, 'a> {
         let last = &base[base.len() - 1];
         let judge = Judge::new(&mut forward, &head, &tokens, last, loss)?;
         let base_loss = judge.loss(&mut forward, &head, last)?;
-        Ok(Search { run, forward, plan, removed: 0, head, judge, n_windows, base, base_loss })
+        Ok(Search { run, forward, unit, plan, removed: 0, head, judge, n_windows, base, base_loss })
     }
 
     /// What the loss grows by without each of `ask`, once `removed` are gone.
     fn score(&mut self, removed: &[GroupId], ask: &[GroupId]) -> Result<Vec<f64>, PruneError> {
         let dirty = removed[self.removed..].iter().map(|r| r.block).min();
         for &id in &removed[self.removed..] {
-            self.plan.remove_group(id);
+            match self.unit {
+                Unit::Group => self.plan.remove_group(id),
+                Unit::Attention => self.plan.blocks[id.block].groups.clear(),
+            }
         }
         self.removed = removed.len();
         if let Some(block) = dirty {
@@ -135,12 +200,12 @@ impl<'r, 'a> Search<'r, 'a> {
             let here: Vec<usize> = (0..ids.len()).filter(|&i| ids[i].block == il).collect();
             if !here.is_empty() {
                 let groups = &self.plan.blocks[il].groups;
-                let columns: Vec<usize> = here
-                    .iter()
-                    .map(|&i| {
-                        groups.iter().position(|&g| g == ids[i].group).expect("a candidate is still there")
-                    })
-                    .collect();
+                let column = |i: usize| {
+                    groups.iter().position(|&g| g == ids[i].group).expect("a candidate is still there")
+                };
+                // Without its last group a block has no attention at all, and no bias of it.
+                let left_out = |i: usize| (self.unit == Unit::Group && groups.len() > 1).then(|| column(i));
+                let columns: Vec<_> = here.iter().map(|&i| left_out(i)).collect();
                 let outs =
                     without_each(forward, &block, &self.base[il], groups.len(), &columns, self.n_windows)?;
                 for (i, out) in here.into_iter().zip(outs) {
@@ -160,13 +225,14 @@ impl<'r, 'a> Search<'r, 'a> {
     }
 }
 
-/// Outputs of a block for `x` with the attention of one of its `n_groups` groups left out each time.
+/// Outputs of a block for `x` with the attention of one of its `n_groups` groups left out each time, or
+/// with none at all.
 fn without_each(
     f: &mut Forward,
     b: &Block,
     x: &[f32],
     n_groups: usize,
-    columns: &[usize],
+    columns: &[Option<usize>],
     n_windows: usize,
 ) -> Result<Vec<Vec<f32>>, PruneError> {
     let mut outs = vec![vec![0.0; x.len()]; columns.len()];
@@ -176,9 +242,10 @@ fn without_each(
         let row = heads.len() / (span.len() / f.n_embd());
         let width = row / n_groups;
         for (out, &c) in outs.iter_mut().zip(columns) {
-            // Without its last group a block has no attention at all, and no bias of it.
-            let mut without = if n_groups > 1 { heads.clone() } else { Vec::new() };
-            without.chunks_exact_mut(row).for_each(|r| r[c * width..(c + 1) * width].fill(0.0));
+            let mut without = if c.is_some() { heads.clone() } else { Vec::new() };
+            if let Some(c) = c {
+                without.chunks_exact_mut(row).for_each(|r| r[c * width..(c + 1) * width].fill(0.0));
+            }
             let wanted = Wanted { out: Some(&mut out[span.clone()]), ..Wanted::default() };
             f.from_heads(b, &x[span.clone()], &without, wanted)?;
         }

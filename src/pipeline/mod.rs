@@ -32,6 +32,9 @@ pub enum Method {
     /// The paper's method as its authors' code does it: neurons first by its score with equal widths,
     /// refit to the block's own output, then heads in rounds by perplexity on one sequence.
     Paper,
+    /// A simpler rival, after 2SSP (arXiv 2501.17771): neurons by the norm of their activations with equal
+    /// widths and no refit, then whole blocks' attention by perplexity.
+    TwoStage,
 }
 
 /// Settings of the passes.
@@ -59,6 +62,8 @@ pub struct Settings {
     pub groups: Option<usize>,
     /// Tokens that heads are judged on.
     pub head_tokens: usize,
+    /// Candidates that the paper's rounds score again after the first round, instead of all.
+    pub rescored: Option<usize>,
     /// What heads are judged by.
     pub head_loss: Loss,
     /// Tokens that the widths' loss curves are measured on.
@@ -95,6 +100,7 @@ impl Default for Settings {
             ridge_ffn: 1e-3,
             groups: None,
             head_tokens: 512,
+            rescored: None,
             head_loss: Loss::Divergence,
             curve_tokens: 4096,
             error_feedback: true,
@@ -177,7 +183,9 @@ pub fn run(
     let s = &match s.method {
         Method::Putri => s.clone(),
         // The authors' code counts all errors alike and knows no quantisation.
-        Method::Paper => Settings { error_feedback: false, token_weight: 0.0, biases: false, ..s.clone() },
+        Method::Paper | Method::TwoStage => {
+            Settings { error_feedback: false, token_weight: 0.0, biases: false, ..s.clone() }
+        }
     };
     let mut run = Run {
         forward: Forward::new(model, windows.n_ctx, s.n_threads, s.precision)?,
@@ -189,20 +197,20 @@ pub fn run(
         plan: Plan::whole(model),
         warnings: Vec::new(),
     };
-    let n_groups = groups_to_remove(&budgets, s);
+    let n_groups = groups_to_remove(model, &budgets, s);
     // Where groups differ in size, the paper's order (neurons before heads) has to assume the smallest.
     let group_params = budgets.iter().filter(|b| b.n_groups > 0).map(|b| b.group_params).min().unwrap_or(0);
     let (dense_ppl, pruned_ppl) = match s.method {
         Method::Putri => {
-            run.search_heads(n_groups)?;
+            run.search_heads(&budgets, n_groups)?;
             let removed = run.plan.attention_params_removed(&budgets);
             let widths = run.choose_widths(&budgets, removed)?;
             run.sequential_pass(&widths)?
         }
-        Method::Paper => {
+        Method::Paper | Method::TwoStage => {
             let widths = run.equal_widths(&budgets, n_groups * group_params)?;
             run.sequential_pass(&widths)?;
-            run.search_heads(n_groups)?;
+            run.search_heads(&budgets, n_groups)?;
             run.evaluate_plan()?
         }
     };
@@ -216,7 +224,7 @@ pub fn run(
 pub fn check_budget(model: &Model, s: &Settings) -> Result<(), PruneError> {
     let budgets = budgets(model, &s.types);
     let s = &within_family(model, s);
-    let attention = groups_to_remove(&budgets, s)
+    let attention = groups_to_remove(model, &budgets, s)
         * budgets.iter().filter(|b| b.n_groups > 0).map(|b| b.group_params).min().unwrap_or(0);
     prune::ffn_params_to_remove(&budgets, s.sparsity, attention)?;
     Ok(())
@@ -258,19 +266,27 @@ pub fn input_squares(
 fn within_family(model: &Model, s: &Settings) -> Settings {
     let t = model.hparams.family.traits();
     Settings {
-        groups: if t.per_block() { s.groups } else { Some(0) },
         per_block_widths: s.per_block_widths && t.per_block(),
         biases: s.biases && t.output_biases,
         ..s.clone()
     }
 }
 
-/// Groups to remove, capped by the budget and by what may go (the first block keeps one).
-fn groups_to_remove(budgets: &[Budget], s: &Settings) -> usize {
+/// Groups to remove, capped by the budget and by what may go: the first block keeps one, and where all
+/// blocks must stay equal every block keeps as many.
+fn groups_to_remove(model: &Model, budgets: &[Budget], s: &Settings) -> usize {
     let total: usize = budgets.iter().map(Budget::params).sum();
     let largest = budgets.iter().map(|b| b.group_params).max().unwrap_or(0).max(1);
     let affordable = (total as f64 * s.sparsity) as usize / largest;
     let wanted = s.groups.unwrap_or_else(|| prune::head_groups_paper(budgets, s.sparsity)).min(affordable);
+    if !model.hparams.family.traits().per_block() {
+        if s.method == Method::TwoStage {
+            return 0;
+        }
+        let per_block = (wanted as f64 / budgets.len() as f64).round() as usize;
+        let per_block = per_block.min(affordable / budgets.len()).min(budgets[0].n_groups.saturating_sub(1));
+        return per_block * budgets.len();
+    }
     let available = budgets.iter().map(|b| b.n_groups).sum::<usize>() - usize::from(budgets[0].n_groups > 0);
     wanted.min(available)
 }

@@ -177,6 +177,10 @@ impl Run<'_> {
             let refit = prune::refit(ffn_down, moments, 0.0, &keep, 0.0)?;
             return Ok((keep, refit));
         }
+        if s.method == Method::TwoStage {
+            let keep = prune::loudest(&moments.gram, width);
+            return Ok((keep.clone(), prune::Refit { weights: ffn_down.select_cols(&keep), ridge: 0.0 }));
+        }
         let all: Vec<usize> = (0..ffn_down.n_in).collect();
         let at_minimum = prune::refit(ffn_down, moments, s.mixture, &all, s.ridge_ffn)?;
         let keep = prune::greedy(&at_minimum.weights, &moments.gram, s.ridge_ffn, width)?;

@@ -57,7 +57,8 @@ pub fn lazy_greedy<E>(
 }
 
 /// The paper's search: in every round all candidates are scored, and the `per_round` best of that
-/// same list go at once.
+/// same list go at once. With `rescored`, rounds after the first score only so many of the candidates, those
+/// that were best the round before: nearly always the same outcome at a fraction of the cost.
 ///
 /// # Errors
 /// What `score` returns.
@@ -65,17 +66,23 @@ pub fn rounds<E>(
     candidates: &[GroupId],
     n_remove: usize,
     per_round: usize,
+    rescored: Option<usize>,
     may_remove: impl Fn(&[GroupId], GroupId) -> bool,
     mut score: impl FnMut(&[GroupId], &[GroupId]) -> Result<Vec<f64>, E>,
 ) -> Result<Vec<GroupId>, E> {
     let mut removed: Vec<GroupId> = Vec::new();
+    let mut left: Vec<GroupId> = candidates.to_vec();
     while removed.len() < n_remove {
-        let left: Vec<GroupId> =
-            candidates.iter().copied().filter(|c| !removed.contains(c) && may_remove(&removed, *c)).collect();
-        let mut scored: Vec<(f64, GroupId)> = score(&removed, &left)?.into_iter().zip(left).collect();
+        left.retain(|c| !removed.contains(c) && may_remove(&removed, *c));
+        let ask = match rescored {
+            Some(n) if !removed.is_empty() => &left[..n.max(per_round).min(left.len())],
+            _ => &left[..],
+        };
+        let mut scored: Vec<(f64, GroupId)> =
+            score(&removed, ask)?.into_iter().zip(ask.iter().copied()).collect();
         scored.sort_by(|a, b| a.0.total_cmp(&b.0).then(a.1.cmp(&b.1)));
         let before = removed.len();
-        for (_, id) in scored {
+        for &(_, id) in &scored {
             if removed.len() < n_remove.min(before + per_round) && may_remove(&removed, id) {
                 removed.push(id);
             }
@@ -83,6 +90,8 @@ pub fn rounds<E>(
         if removed.len() == before {
             break;
         }
+        // The best first; those that were not scored keep their places behind.
+        left.splice(..scored.len(), scored.into_iter().map(|s| s.1));
     }
     Ok(removed)
 }
@@ -130,6 +139,29 @@ mod tests {
     }
 
     #[test]
+    fn rounds_score_fewer_where_they_may() {
+        let all = ids(30);
+        let run = |rescored| {
+            let mut calls = 0;
+            let removed = rounds(
+                &all,
+                12,
+                3,
+                rescored,
+                |_, _| true,
+                |removed, ask| {
+                    calls += ask.len();
+                    Ok::<_, Infallible>(ask.iter().map(|&c| cost(removed, c)).collect())
+                },
+            );
+            (removed.unwrap(), calls)
+        };
+        assert_eq!(run(None).1, 30 + 27 + 24 + 21);
+        assert_eq!(run(Some(10)).1, 30 + 3 * 10);
+        assert_eq!(run(None).0, run(Some(10)).0);
+    }
+
+    #[test]
     fn what_may_not_go_stays() {
         let all = ids(9);
         // Block 0 keeps one group.
@@ -140,7 +172,9 @@ mod tests {
             Ok::<_, Infallible>(ask.iter().map(|c| c.block as f64).collect())
         };
         let rough = all.iter().map(|&c| (c, 0.0)).collect();
-        for removed in [lazy_greedy(rough, 9, may, score).unwrap(), rounds(&all, 9, 3, may, score).unwrap()] {
+        for removed in
+            [lazy_greedy(rough, 9, may, score).unwrap(), rounds(&all, 9, 3, None, may, score).unwrap()]
+        {
             assert_eq!(removed.len(), 8);
             assert_eq!(removed.iter().filter(|r| r.block == 0).count(), 2);
         }

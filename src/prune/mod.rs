@@ -14,7 +14,7 @@ pub use budget::{Budget, BudgetError, ffn_params_to_remove, head_groups_paper};
 pub use heads::{GroupId, lazy_greedy, rounds};
 pub use obs::Obs;
 pub use refit::{Refit, bias_change, refit};
-pub use select::{Narrowing, greedy, narrow, paper_keep};
+pub use select::{Narrowing, greedy, loudest, narrow, paper_keep};
 pub use widths::{Curve, allocate, possible_widths, uniform};
 
 /// The matrix could not be factored, whatever the ridge.

@@ -97,6 +97,16 @@ pub fn paper_keep(w: &Matrix, h: &SymMatrix, n_tokens: usize, n_keep: usize) -> 
     Ok(keep)
 }
 
+/// The `n_keep` inputs with the largest norm over the tokens (2SSP's first stage), ascending.
+pub fn loudest(h: &SymMatrix, n_keep: usize) -> Vec<usize> {
+    let energies = h.diagonal();
+    let mut order: Vec<usize> = (0..h.n).collect();
+    order.sort_by(|&a, &b| energies[b].total_cmp(&energies[a]).then(a.cmp(&b)));
+    order.truncate(n_keep);
+    order.sort_unstable();
+    order
+}
+
 /// E\[y_i²\] of every output: the diagonal of W H Wᵀ / T.
 fn output_energies(w: &Matrix, h: &SymMatrix, n_tokens: usize) -> Vec<f64> {
     let n = w.n_in;
