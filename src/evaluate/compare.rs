@@ -3,7 +3,7 @@
 use crate::forward::{Forward, ForwardError, Head, Precision, embed};
 use crate::ggml::Token;
 use crate::model::Model;
-use crate::numeric::log_sum_exp;
+use crate::numeric::{exp_neg, log_sum_exp};
 use rayon::prelude::*;
 use std::ops::Range;
 
@@ -124,14 +124,39 @@ fn final_stream(
 /// the same.
 fn compare_row(own: &[f32], base: &[f32], next: Token) -> [f64; 3] {
     let (lse, lse_base) = (log_sum_exp(own), log_sum_exp(base));
-    let kl: f64 = own
-        .iter()
-        .zip(base)
-        .map(|(&o, &b)| {
-            let log_p = f64::from(b) - lse_base;
-            log_p.exp() * (log_p - (f64::from(o) - lse))
-        })
-        .sum();
+    // Σ p (log p − log q), with p as exact as its own sum.
+    let (mut mass, mut excess) = (0.0f64, 0.0f64);
+    for (b, o) in base.iter().zip(own) {
+        let p = exp_neg(b - lse_base as f32);
+        mass += f64::from(p);
+        excess += f64::from(p * (b - o));
+    }
+    let kl = excess / mass - (lse_base - lse);
     let top = |row: &[f32]| row.iter().enumerate().max_by(|a, b| a.1.total_cmp(b.1)).map(|(i, _)| i);
     [lse - f64::from(own[next as usize]), kl, f64::from(u8::from(top(own) == top(base)))]
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn rows_are_compared_as_the_formulas_say() {
+        for n in [3usize, 40, 5000] {
+            let base: Vec<f32> = (0..n).map(|i| (i * 7919 % 613) as f32 / 30.0 - 10.0).collect();
+            let own: Vec<f32> =
+                base.iter().enumerate().map(|(i, b)| b + (i * 31 % 17) as f32 / 9.0).collect();
+            let softmax = |row: &[f32]| -> Vec<f64> {
+                let sum: f64 = row.iter().map(|v| f64::from(*v).exp()).sum();
+                row.iter().map(|v| f64::from(*v).exp() / sum).collect()
+            };
+            let (p, q) = (softmax(&base), softmax(&own));
+            let kl: f64 = p.iter().zip(&q).map(|(p, q)| p * (p / q).ln()).sum();
+            let [nll, mine, top] = compare_row(&own, &base, 2);
+            assert!((nll + q[2].ln()).abs() < 1e-5 && (mine - kl).abs() < 1e-5, "n {n}: {mine} {kl}");
+            let first = |v: &[f64]| (0..n).rev().max_by(|&a, &b| v[a].total_cmp(&v[b])).unwrap();
+            assert_eq!(top == 1.0, p[first(&p)] == p[first(&q)], "n {n}");
+        }
+        assert_eq!(compare_row(&[1.0, 2.0], &[1.0, 2.0], 0)[1..], [0.0, 1.0]);
+    }
 }

@@ -1,12 +1,28 @@
 //! Exponentials over whole rows of logits, fast enough to do for every position.
 
+/// Numbers that are worked on side by side: one sum or maximum after the other would wait for each addition.
+const LANES: usize = 16;
+
 /// log Σ exp(row), computed in a way that the compiler turns into vector code.
 pub fn log_sum_exp(row: &[f32]) -> f64 {
-    let max = row.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+    let (blocks, rest) = row.as_chunks::<LANES>();
+    let mut max = [f32::NEG_INFINITY; LANES];
+    for block in blocks {
+        max.iter_mut().zip(block).for_each(|(m, v)| *m = if *v > *m { *v } else { *m });
+    }
+    let max = max.iter().chain(rest).copied().fold(f32::NEG_INFINITY, f32::max);
     if !max.is_finite() {
         return f64::from(max);
     }
-    let sum: f64 = row.chunks(256).map(|c| f64::from(c.iter().map(|v| exp_neg(v - max)).sum::<f32>())).sum();
+    let mut sum: f64 = rest.iter().map(|v| f64::from(exp_neg(v - max))).sum();
+    // Short runs, so that the lanes stay exact.
+    for run in blocks.chunks(16) {
+        let mut lanes = [0.0f32; LANES];
+        for block in run {
+            lanes.iter_mut().zip(block).for_each(|(s, v)| *s += exp_neg(v - max));
+        }
+        sum += f64::from(lanes.iter().sum::<f32>());
+    }
     f64::from(max) + sum.ln()
 }
 
