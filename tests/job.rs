@@ -5,9 +5,12 @@ mod common;
 use common::cli::{Cli, arg};
 use common::small::Small;
 use common::{TEXT, smollm2};
+use putri_gguf::Job;
+use putri_gguf::calibrate::Recipe;
 use putri_gguf::ggml::{LlamaModel, Type, silence_logs};
 use putri_gguf::gguf::{GgufFile, Value};
 use putri_gguf::model::Model;
+use putri_gguf::pipeline::{Method, Observer, Settings};
 use std::path::Path;
 
 // One thread each: tests run side by side, and ggml's threads wait for each other by spinning.
@@ -114,6 +117,48 @@ fn the_papers_method_gives_equal_widths() {
     let widths: Vec<usize> = model.hparams.blocks.iter().map(|b| b.n_ff).collect();
     assert!(widths.iter().max().unwrap() - widths.iter().min().unwrap() <= 32, "{widths:?}");
     opens_everywhere(&cli.path("out.gguf"), model.hparams.family.name());
+}
+
+#[test]
+fn the_two_stage_baseline_takes_whole_attentions_and_equal_widths() {
+    struct Silent;
+    impl Observer for Silent {
+        fn stage(&mut self, _: &str, _: usize) {}
+        fn step(&mut self, _: usize, _: &str) {}
+    }
+    silence_logs();
+    let cli = Cli::new();
+    Small { blocks: vec![(4, 2, 256); 6], ..Small::default() }.write(&cli.path("in.gguf"));
+    let recipe = Recipe {
+        n_ctx: 64,
+        n_windows: 8,
+        files: Vec::new(),
+        self_share: 1.0,
+        chat_share: 0.0,
+        seed: 1,
+        n_threads: 1,
+        n_parallel: 8,
+    };
+    let settings = Settings { sparsity: 0.6, method: Method::TwoStage, ..Settings::default() };
+    let job = Job {
+        input: cli.path("in.gguf"),
+        output: cli.path("out.gguf"),
+        imatrix_out: None,
+        quantise: None,
+        force: false,
+        verify: true,
+        recipe,
+        windows: None,
+        settings,
+    };
+    let outcome = putri_gguf::run(&job, &mut Silent).unwrap();
+    let blocks = &outcome.after.blocks;
+    assert!(blocks.iter().all(|b| b.n_head_kv == 0 || b.n_head_kv == 2), "{blocks:?}");
+    assert!(blocks.iter().any(|b| b.n_head_kv == 0) && blocks[0].n_head_kv == 2, "{blocks:?}");
+    let widths: Vec<usize> = blocks.iter().map(|b| b.n_ff).collect();
+    assert!(widths.iter().max().unwrap() - widths.iter().min().unwrap() <= 32, "{widths:?}");
+    assert!(outcome.sparsity >= 0.6 - 1e-6);
+    opens_everywhere(&cli.path("out.gguf"), "deci");
 }
 
 #[test]

@@ -32,58 +32,60 @@ impl Run<'_> {
         let groups =
             |b: usize| self.plan.blocks[b].groups.iter().map(move |&group| GroupId { block: b, group });
         let candidates: Vec<GroupId> = (0..self.plan.blocks.len()).flat_map(groups).collect();
-        let rescored = self.settings.rescored;
         let removed = match self.settings.method {
+            Method::Putri => self.least_divergent(candidates, n_remove, may_remove)?,
             Method::Paper => {
                 let n_kv = self.model.hparams.blocks[0].n_head_kv.max(1);
+                let rescored = self.settings.rescored;
                 let mut search =
                     Search::new(self, PAPER_TOKENS, PAPER_TOKENS, Loss::Likelihood, Unit::Group)?;
                 search.run.observer.stage("heads", n_remove);
-                rounds(&candidates, n_remove, n_kv, rescored, may_remove, |removed, ask| {
-                    search.score(removed, ask)
-                })?
+                let score = |removed: &[GroupId], ask: &[GroupId]| search.score(removed, ask);
+                rounds(&candidates, n_remove, n_kv, rescored, may_remove, score)?
             }
             Method::TwoStage => {
-                // A block's whole attention goes at once, under the name of its first group.
-                let whole: Vec<GroupId> = candidates
-                    .iter()
-                    .copied()
-                    .filter(|c| {
-                        self.plan.blocks[c.block].groups[0] == c.group
-                            && limits[c.block] == budgets[c.block].n_groups
-                    })
-                    .collect();
-                let n_kv = self.model.hparams.blocks[0].n_head_kv.max(1);
-                let n_tokens = self.settings.head_tokens;
-                let mut search =
-                    Search::new(self, n_tokens, PAPER_TOKENS, Loss::Likelihood, Unit::Attention)?;
-                search.run.observer.stage("heads", n_remove / n_kv);
-                rounds(
-                    &whole,
-                    n_remove / n_kv,
-                    1,
-                    rescored,
-                    |_, _| true,
-                    |removed, ask| search.score(removed, ask),
-                )?
-                .into_iter()
-                .flat_map(|id| candidates.iter().copied().filter(move |c| c.block == id.block))
-                .collect()
-            }
-            Method::Putri => {
-                let loss = self.settings.head_loss;
-                self.observer.stage("heads, first look", 1);
-                let scores =
-                    Search::new(self, ROUGH_TOKENS, ROUGH_CTX, loss, Unit::Group)?.score(&[], &candidates)?;
-                self.observer.step(1, "");
-                let rough = candidates.into_iter().zip(scores).collect();
-                let mut search = Search::new(self, self.settings.head_tokens, SEARCH_CTX, loss, Unit::Group)?;
-                search.run.observer.stage("heads", n_remove);
-                lazy_greedy(rough, n_remove, may_remove, |removed, ask| search.score(removed, ask))?
+                let may_go_whole = |b: usize| limits[b] == budgets[b].n_groups;
+                self.whole_attentions(&candidates, n_remove, may_go_whole)?
             }
         };
         removed.into_iter().for_each(|id| self.plan.remove_group(id));
         Ok(())
+    }
+
+    /// Our search: one group at a time, ordered by a rough first look.
+    fn least_divergent(
+        &mut self,
+        candidates: Vec<GroupId>,
+        n_remove: usize,
+        may_remove: impl Fn(&[GroupId], GroupId) -> bool,
+    ) -> Result<Vec<GroupId>, PruneError> {
+        let (loss, n_tokens) = (self.settings.head_loss, self.settings.head_tokens);
+        self.observer.stage("heads, first look", 1);
+        let mut search = Search::new(self, ROUGH_TOKENS, ROUGH_CTX, loss, Unit::Group)?;
+        let scores = search.score(&[], &candidates)?;
+        self.observer.step(1, "");
+        let rough = candidates.into_iter().zip(scores).collect();
+        let mut search = Search::new(self, n_tokens, SEARCH_CTX, loss, Unit::Group)?;
+        search.run.observer.stage("heads", n_remove);
+        lazy_greedy(rough, n_remove, may_remove, |removed, ask| search.score(removed, ask))
+    }
+
+    /// 2SSP's search: the whole attention of one block at a time, under the name of its first group.
+    fn whole_attentions(
+        &mut self,
+        candidates: &[GroupId],
+        n_remove: usize,
+        may_go: impl Fn(usize) -> bool,
+    ) -> Result<Vec<GroupId>, PruneError> {
+        let first = |c: &&GroupId| self.plan.blocks[c.block].groups[0] == c.group && may_go(c.block);
+        let whole: Vec<GroupId> = candidates.iter().filter(first).copied().collect();
+        let n_blocks = n_remove / self.model.hparams.blocks[0].n_head_kv.max(1);
+        let (rescored, n_tokens) = (self.settings.rescored, self.settings.head_tokens);
+        let mut search = Search::new(self, n_tokens, PAPER_TOKENS, Loss::Likelihood, Unit::Attention)?;
+        search.run.observer.stage("heads", n_blocks);
+        let score = |removed: &[GroupId], ask: &[GroupId]| search.score(removed, ask);
+        let removed = rounds(&whole, n_blocks, 1, rescored, |_, _| true, score)?;
+        Ok(candidates.iter().copied().filter(|c| removed.iter().any(|r| r.block == c.block)).collect())
     }
 }
 
