@@ -94,7 +94,7 @@ impl Default for Settings {
             method: Method::Putri,
             n_threads: 1,
             precision: Precision::Auto,
-            mixture: 0.5,
+            mixture: 0.35,
             token_weight: 1.0,
             ridge_attn: 1e-2,
             ridge_ffn: 1e-3,
