@@ -58,15 +58,12 @@ fn chats_follow_the_models_template() {
         let message = &text[before.len()..text.find(after).unwrap()];
         assert!(!message.trim().is_empty() && !message.contains("<|im_end|>"), "{message}");
     }
-    // A model without a template writes as it always does.
+    // A model without a template cannot.
     let dir = tempfile::tempdir().unwrap();
     Small::default().write(&dir.path().join("m.gguf"));
     let plain = LlamaModel::load(&dir.path().join("m.gguf")).unwrap();
-    assert_eq!(plain.chat_prompt("hello"), None);
-    let write = |chat_share| {
-        generate(&plain, &Schedule { n_ctx: 24, chat_share, ..schedule }, 1, &mut |_, _| true).unwrap()
-    };
-    assert_eq!(write(1.0), write(0.0));
+    let refused = generate(&plain, &schedule, 1, &mut |_, _| true);
+    assert!(matches!(refused, Err(CalibrateError::NoTemplate)));
 }
 
 #[test]

@@ -7,7 +7,7 @@
 //! template has opened it (the idea of Magpie, arXiv 2406.08464), all at a temperature of 1.
 
 use super::CalibrateError;
-use crate::ggml::{BatchToken, Context, GgmlError, LlamaModel, Token};
+use crate::ggml::{BatchToken, Context, LlamaModel, Token};
 use crate::numeric::exp_neg;
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
@@ -28,7 +28,7 @@ pub struct Schedule {
     pub n_windows: usize,
     /// Seed; window i depends on seed and i only.
     pub seed: u64,
-    /// Share of the windows that are conversations, where the model has a chat template.
+    /// Share of the windows that are conversations in the model's chat template.
     pub chat_share: f64,
     /// Windows that are generated side by side at most.
     pub n_parallel: usize,
@@ -49,24 +49,17 @@ impl Frame {
         Frame { pieces: vec![vec![start]] }
     }
 
-    /// What the model's chat template puts before and after a user's message. Nothing if it has none
-    /// that libllama knows.
-    fn chat(model: &LlamaModel) -> Result<Option<Frame>, GgmlError> {
-        let Some(prompt) = model.chat_prompt(MESSAGE) else {
-            return Ok(None);
-        };
-        let Some((before, after)) = prompt.split_once(MESSAGE) else {
-            return Ok(None);
-        };
+    /// What the model's chat template puts before and after a user's message.
+    fn chat(model: &LlamaModel) -> Result<Frame, CalibrateError> {
+        let prompt = model.chat_prompt(MESSAGE).ok_or(CalibrateError::NoTemplate)?;
+        let (before, after) = prompt.split_once(MESSAGE).ok_or(CalibrateError::NoTemplate)?;
         let vocab = model.vocab();
         let bos = vocab.bos().filter(|_| vocab.add_bos());
         let before = vocab.tokenize(before, true)?;
         // Some templates spell the start token out.
         let bos = bos.filter(|b| before.first() != Some(b));
-        let before: Vec<Token> = bos.into_iter().chain(before).collect();
-        let after = vocab.tokenize(after, true)?;
-        let usable = !before.is_empty() && !after.is_empty();
-        Ok(usable.then(|| Frame { pieces: vec![before, after] }))
+        let pieces = vec![bos.into_iter().chain(before).collect(), vocab.tokenize(after, true)?];
+        if pieces.iter().any(Vec::is_empty) { Err(CalibrateError::NoTemplate) } else { Ok(Frame { pieces }) }
     }
 }
 
@@ -74,7 +67,8 @@ impl Frame {
 /// and returns whether to go on.
 ///
 /// # Errors
-/// [`CalibrateError::NoStart`] if there is no start token, or what libllama failed on.
+/// [`CalibrateError::NoStart`] if there is no start token, [`CalibrateError::NoTemplate`] if there shall be
+/// conversations and libllama knows no template for them, or what libllama failed on.
 pub fn generate(
     model: &LlamaModel,
     schedule: &Schedule,
@@ -84,7 +78,7 @@ pub fn generate(
     let vocab = model.vocab();
     let start = vocab.bos().or(vocab.eos()).ok_or(CalibrateError::NoStart)?;
     let plain = Frame::plain(start);
-    let chat = if schedule.chat_share > 0.0 { Frame::chat(model)? } else { None };
+    let chat = if schedule.chat_share > 0.0 { Some(Frame::chat(model)?) } else { None };
     let chats = |i: usize| (i as f64 * schedule.chat_share).floor();
     let frame = |i: usize| chat.as_ref().filter(|_| chats(i + 1) > chats(i)).unwrap_or(&plain);
     let Schedule { n_ctx, n_windows, seed, n_parallel, .. } = *schedule;

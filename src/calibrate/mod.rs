@@ -39,6 +39,9 @@ pub enum CalibrateError {
     /// The model has neither a BOS nor an EOS token to begin with.
     #[error("the model names no BOS or EOS token to start its own text from; give a text with --file")]
     NoStart,
+    /// Conversations were asked for, and there is no template for them.
+    #[error("the model has no chat template that llama.cpp's core knows; leave out --chat-share")]
+    NoTemplate,
     /// The progress callback asked to stop.
     #[error("interrupted")]
     Interrupted,
@@ -58,7 +61,7 @@ pub struct Recipe {
     pub files: Vec<PathBuf>,
     /// Share of the windows that the model writes itself, 0 to 1.
     pub self_share: f64,
-    /// Share of those that are conversations in the model's chat template, where it has one.
+    /// Share of those that are conversations in the model's chat template.
     pub chat_share: f64,
     /// Seed of the sampling.
     pub seed: u64,
