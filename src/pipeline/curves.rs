@@ -2,13 +2,18 @@
 
 use super::judge::{Judge, Loss};
 use super::{PruneError, Run, token_scales};
-use crate::forward::{Collect, Wanted};
+use crate::forward::{Collect, Forward, Wanted, embed};
 use crate::model::{BlockWeights, Matrix};
 use crate::numeric::Moments;
 use crate::prune::{self, Budget, Curve};
 
-/// Tokens on which the model's predictions are judged with one block narrowed.
+/// Tokens on which the model's predictions are judged with one block narrowed, and the length of their
+/// windows: short, so that they come from many places and a stream per block takes little memory.
 const PROBE_TOKENS: usize = 512;
+const PROBE_CTX: usize = 128;
+
+/// The least divergence in nats that is told from none.
+const MIN_DIVERGENCE: f64 = 1e-9;
 
 impl Run<'_> {
     /// Width per block such that the sparsity is reached.
@@ -33,8 +38,12 @@ impl Run<'_> {
         let (n_ctx, n_embd) = (self.windows.n_ctx, self.forward.n_embd());
         let tokens = self.windows.sample(self.settings.curve_tokens, n_ctx);
         let n_windows = tokens.len() / n_ctx;
-        let mut stream = crate::forward::embed(self.model, &tokens)?;
-        let probe = self.forward.span(&(0..PROBE_TOKENS.div_ceil(n_ctx).min(n_windows)));
+        let mut stream = embed(self.model, &tokens)?;
+        let s = self.settings;
+        let mut probe = Forward::new(self.model, PROBE_CTX.min(n_ctx), s.n_threads, s.precision)?;
+        let probe_tokens = self.windows.sample(PROBE_TOKENS, probe.n_ctx());
+        let mut base = embed(self.model, &probe_tokens)?;
+        let mut next = vec![0.0; base.len()];
         // The stream behind each block when only that block is narrowed.
         let mut narrowed: Vec<Vec<f32>> = Vec::with_capacity(n_layer);
         let mut curves: Vec<Curve> = Vec::with_capacity(n_layer);
@@ -44,12 +53,11 @@ impl Run<'_> {
             self.checkpoint()?;
             let w = self.plan.block(self.model, il)?;
             let block = self.forward.upload(&w)?;
-            let mut next = vec![0.0; probe.len()];
+            let probe_block = probe.upload(&w)?;
             for other in &mut narrowed {
-                self.forward.stream(&block, other, &mut next)?;
+                probe.stream(&probe_block, other, &mut next)?;
                 std::mem::swap(other, &mut next);
             }
-            let before = stream[probe.clone()].to_vec();
             let mut moments = Moments::new(w.shape.n_ff, 0);
             for chunk in self.forward.chunks(0..n_windows) {
                 let span = self.forward.span(&chunk);
@@ -68,20 +76,21 @@ impl Run<'_> {
             let n = prune::narrow(&w.ffn_down, &moments.gram, self.settings.ridge_ffn, &widths, widths[at])
                 .map_err(|source| PruneError::Singular { block: il, part: "ffn_down", source })?;
             losses_probed.push(n.losses[at]);
-            let less = self.forward.upload(&self.narrowed(w, n.kept, n.weights, &moments))?;
-            self.forward.stream(&less, &before, &mut next)?;
-            narrowed.push(next);
+            let less = probe.upload(&self.narrowed(w, n.kept, n.weights, &moments))?;
+            let mut without = vec![0.0; base.len()];
+            probe.stream(&less, &base, &mut without)?;
+            narrowed.push(without);
+            probe.stream(&probe_block, &base, &mut next)?;
+            std::mem::swap(&mut base, &mut next);
             curves.push(Curve { widths, losses: n.losses, unit: 1.0 });
             self.observer.step(il + 1, "");
         }
-        let head = self.forward.head(self.model)?;
-        let tokens = &tokens[..probe.len() / n_embd];
-        let judge = Judge::new(&mut self.forward, &head, tokens, &stream[probe], Loss::Divergence)?;
+        let head = probe.head(self.model)?;
+        let judge = Judge::new(&mut probe, &head, &probe_tokens, &base, Loss::Divergence)?;
         for ((curve, stream), loss) in curves.iter_mut().zip(&narrowed).zip(losses_probed) {
-            let divergence = judge.loss(&mut self.forward, &head, stream)?;
-            // A block that cannot be narrowed has neither.
-            if loss > 0.0 && divergence > 0.0 {
-                curve.unit = loss / divergence;
+            // A block that cannot be narrowed loses nothing. Rounding may leave no divergence where there is some.
+            if loss > 0.0 {
+                curve.unit = loss / judge.loss(&mut probe, &head, stream)?.max(MIN_DIVERGENCE);
             }
         }
         Ok(curves)
