@@ -60,6 +60,20 @@ fn in_f32_it_is_the_pruned_model_itself() {
 }
 
 #[test]
+fn what_it_is_compared_with_is_the_source() {
+    // The perplexity before is the source's, however coarse the types of the result.
+    silence_logs();
+    let cli = Cli::new();
+    small(Type::F16).write(&cli.path("in.gguf"));
+    let before = |more: &[&str]| {
+        let text = cli.ok(&[&["in.gguf", "out.gguf", "--force"][..], more, &QUICK].concat());
+        let line = text.lines().find(|l| l.starts_with("perplexity")).expect("a row of the table");
+        line.split_whitespace().find_map(|word| word.parse::<f64>().ok()).expect("a number")
+    };
+    assert_eq!(before(&[]), before(&["--type", "Q2_K"]));
+}
+
+#[test]
 fn what_is_quantised_already_is_refused_unless_asked_for() {
     silence_logs();
     let cli = Cli::new();

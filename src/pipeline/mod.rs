@@ -217,7 +217,7 @@ pub fn run(
     Ok(Outcome { plan: run.plan, dense_ppl, pruned_ppl, warnings: run.warnings })
 }
 
-/// Checks that the sparsity can be reached, before anything costs time.
+/// Checks that the sparsity can be reached in the types that `model` has.
 ///
 /// # Errors
 /// [`PruneError::Budget`] with what can be had.
@@ -279,8 +279,9 @@ fn groups_to_remove(model: &Model, budgets: &[Budget], s: &Settings) -> usize {
     let largest = budgets.iter().map(|b| b.group_params).max().unwrap_or(0).max(1);
     let affordable = (total as f64 * s.sparsity) as usize / largest;
     let wanted = s.groups.unwrap_or_else(|| prune::head_groups_paper(budgets, s.sparsity)).min(affordable);
+    let whole_blocks = s.method == Method::TwoStage;
     if !model.hparams.family.traits().per_block() {
-        if s.method == Method::TwoStage {
+        if whole_blocks {
             return 0;
         }
         let per_block = (wanted as f64 / budgets.len() as f64).round() as usize;
@@ -288,7 +289,8 @@ fn groups_to_remove(model: &Model, budgets: &[Budget], s: &Settings) -> usize {
         return per_block * budgets.len();
     }
     let available = budgets.iter().map(|b| b.n_groups).sum::<usize>() - usize::from(budgets[0].n_groups > 0);
-    wanted.min(available)
+    let wanted = wanted.min(available);
+    if whole_blocks { wanted - wanted % budgets[0].n_groups.max(1) } else { wanted }
 }
 
 /// What every block can give up if changed tensors are written in `types`.
@@ -378,11 +380,6 @@ impl Run<'_> {
         Ok(params.div_ceil(budgets[0].neuron_params))
     }
 
-    /// The embedded calibration windows `[n_tokens, n_embd]`.
-    fn embedded(&self) -> Result<Vec<f32>, PruneError> {
-        Ok(embed(self.model, &self.windows.tokens)?)
-    }
-
     /// Perplexity of two final residual streams of the held-out windows.
     fn held_out_ppl(&mut self, streams: [&[f32]; 2]) -> Result<(f64, f64), PruneError> {
         let w = self.windows;
@@ -400,8 +397,8 @@ impl Run<'_> {
     fn evaluate_plan(&mut self) -> Result<(f64, f64), PruneError> {
         let w = self.windows;
         let range = w.n_fit..w.n_windows();
-        let mut streams = [embed(self.model, w.tokens_of(range))?, Vec::new()];
-        streams[1] = streams[0].clone();
+        let tokens = w.tokens_of(range);
+        let mut streams = [embed(self.reference, tokens)?, embed(self.model, tokens)?];
         let mut out = vec![0.0; streams[0].len()];
         self.observer.stage("evaluate", self.model.hparams.n_layer());
         for il in 0..self.model.hparams.n_layer() {

@@ -1,7 +1,7 @@
 //! One pass over the blocks that refits, selects and requantises.
 
 use super::{Method, PruneError, Run, token_scales};
-use crate::forward::{Collect, Wanted};
+use crate::forward::{Collect, Wanted, embed};
 use crate::ggml::Type;
 use crate::model::{BlockWeights, Matrix};
 use crate::numeric::Moments;
@@ -18,17 +18,22 @@ impl Run<'_> {
     /// Narrows every block to its width. Returns the perplexity on the held-out windows, dense and
     /// pruned.
     pub(super) fn sequential_pass(&mut self, widths: &[usize]) -> Result<(f64, f64), PruneError> {
-        let dense = self.embedded()?;
-        let mut streams = Streams { pruned: dense.clone(), dense };
+        let tokens = &self.windows.tokens;
+        let mut streams =
+            Streams { dense: embed(self.reference, tokens)?, pruned: embed(self.model, tokens)? };
         self.observer.stage("blocks", widths.len());
         for (il, &width) in widths.iter().enumerate() {
             self.checkpoint()?;
             let whole = self.reference.block(il)?;
-            let mut w = whole.clone();
-            if !std::ptr::eq(self.model, self.reference) {
-                w = self.model.block(il)?;
+            let mut w = if std::ptr::eq(self.model, self.reference) {
+                whole.clone()
+            } else {
+                self.model.block(il)?
+            };
+            // What gets new values starts from the source's.
+            w.ffn_down.clone_from(&whole.ffn_down);
+            if self.settings.method == Method::Putri {
                 w.attn_output.clone_from(&whole.attn_output);
-                w.ffn_down.clone_from(&whole.ffn_down);
             }
             let groups = &self.plan.blocks[il].groups;
             if groups.len() < whole.shape.n_head_kv {
