@@ -24,7 +24,7 @@ pub struct Args {
     #[arg(long = "type", value_name = "TYPE")]
     pub to: Option<String>,
     /// Let --type round again what is quantised already; costs quality
-    #[arg(long)]
+    #[arg(long, requires = "to")]
     pub allow_requantize: bool,
     /// Write attn_output or ffn_down in another type, as in ffn_down=q8_0; may be given for both
     #[arg(long, value_name = "TENSOR=TYPE")]

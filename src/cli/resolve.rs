@@ -21,6 +21,10 @@ pub fn resolve(args: Args) -> Result<Job> {
     let share = args.chat_share;
     ensure!((0.0..=1.0).contains(&share), "--chat-share {share} is not a share from 0 to 1");
     ensure!(
+        share == 0.0 || args.self_share != Some(0.0),
+        "--chat-share {share} is a share of the self-written text, of which --self-share 0 leaves none"
+    );
+    ensure!(
         s > 0.0 || args.imatrix_out.is_none(),
         "--imatrix-out needs a pruned model; --sparsity 0 only copies"
     );
@@ -151,6 +155,8 @@ mod tests {
             &["--sparsity", "0.2", "--threads", "0"],
             &["--sparsity", "0", "--imatrix-out", "i.gguf"],
             &["--sparsity", "0.2", "--chat-share", "2"],
+            &["--sparsity", "0.2", "--chat-share", "0.5", "-f", "a.txt", "--self-share", "0"],
+            &["--sparsity", "0.2", "--allow-requantize"],
             &["--sparsity", "0.2", "--type", "q99"],
             &["--sparsity", "0", "--type", "q8_0"],
             &["--sparsity", "0.2", "--tensor-type", "q8_0"],

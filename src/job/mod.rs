@@ -176,7 +176,7 @@ pub fn run(job: &Job, observer: &mut dyn Observer) -> Result<Outcome, JobError> 
     });
     let windows = windows?;
     let quantised = job.quantise.map(|q| quantise(job, q, &source, &windows, observer)).transpose()?;
-    let model = quantised.as_ref().map_or(&source, |(_, model)| model);
+    let model = quantised.as_ref().map_or(&source, |(model, _)| model);
     let budgets = pipeline::budgets(model, &job.settings.types);
     let pruned = pipeline::run(model, &source, &windows, &job.settings, observer)?;
     let sparsity = pruned.plan.sparsity(&budgets);
@@ -283,7 +283,7 @@ fn quantise(
     source: &Model,
     windows: &Windows,
     observer: &mut dyn Observer,
-) -> Result<(tempfile::NamedTempFile, Model), JobError> {
+) -> Result<(Model, tempfile::NamedTempFile), JobError> {
     let whole = Plan::whole(source);
     let squares = pipeline::input_squares(source, &whole, windows, &job.settings, observer)?;
     let importance = importance(source, &squares, windows);
@@ -296,7 +296,8 @@ fn quantise(
     let model =
         Model::open(temp.path()).map_err(|source| JobError::Model { path: temp.path().into(), source })?;
     pipeline::check_budget(&model, &job.settings)?;
-    Ok((temp, model))
+    // The map goes before the file.
+    Ok((model, temp))
 }
 
 /// The calibration windows of `job`, for jobs that shall share them.
@@ -393,7 +394,10 @@ fn calibration_text(job: &Job, w: &Windows) -> String {
         .iter()
         .map(|f| f.file_name().unwrap_or_default().to_string_lossy().into_owned())
         .collect();
-    let own = format!("{} of {} windows of {} tokens self-generated", w.n_self, w.n_fit, w.n_ctx);
+    let mut own = format!("{} of {} windows of {} tokens self-generated", w.n_self, w.n_fit, w.n_ctx);
+    if w.n_self > 0 && job.recipe.chat_share > 0.0 {
+        own += &format!(", {:.0} % of them in the chat template", job.recipe.chat_share * 100.0);
+    }
     if files.is_empty() { own } else { format!("{own}, the rest from {}", files.join(", ")) }
 }
 

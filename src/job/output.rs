@@ -87,6 +87,8 @@ pub(super) fn temporary(output: &Path) -> Result<tempfile::NamedTempFile, JobErr
         .tempfile_in(folder)
         .map_err(|source| JobError::Io { path: folder.into(), source })?;
     if let Ok(mut paths) = TEMPORARY.lock() {
+        // Those that went with their handle.
+        paths.retain(|p| p.exists());
         paths.push(temp.path().to_path_buf());
     }
     Ok(temp)
