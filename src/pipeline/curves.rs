@@ -7,9 +7,8 @@ use crate::model::{BlockWeights, Matrix};
 use crate::numeric::Moments;
 use crate::prune::{self, Budget, Curve};
 
-/// Tokens on which the model's predictions are judged with one block narrowed, and the length of their
-/// windows: short, so that they come from many places and a stream per block takes little memory.
-const PROBE_TOKENS: usize = 512;
+/// Length of the windows on which the model's predictions are judged with one block narrowed: short, so that
+/// they come from many places and a stream per block takes little memory.
 const PROBE_CTX: usize = 128;
 
 /// The least divergence in nats that is told from none.
@@ -41,7 +40,7 @@ impl Run<'_> {
         let mut stream = embed(self.model, &tokens)?;
         let s = self.settings;
         let mut probe = Forward::new(self.model, PROBE_CTX.min(n_ctx), s.n_threads, s.precision)?;
-        let probe_tokens = self.windows.sample(PROBE_TOKENS, probe.n_ctx());
+        let probe_tokens = self.windows.sample(s.probe_tokens, probe.n_ctx());
         let mut base = embed(self.model, &probe_tokens)?;
         let mut next = vec![0.0; base.len()];
         // The stream behind each block when only that block is narrowed.

@@ -54,10 +54,13 @@ pub struct Settings {
     /// 0 counts all errors alike, so that the few tokens with massive activations decide; 1 counts
     /// relative errors.
     pub token_weight: f64,
-    /// Ridge of the attn_output refit, relative to the mean of its Gram matrix's diagonal.
-    pub ridge_attn: f64,
-    /// Ridge of the ffn_down refit.
+    /// Ridge of a map's correction towards the dense model's stream, relative to the mean of its Gram
+    /// matrix's diagonal.
+    pub ridge_stream: f64,
+    /// Ridge of what makes up for neurons that went, and for the rounding of ffn_down.
     pub ridge_ffn: f64,
+    /// Ridge of what makes up for the rounding of attn_output.
+    pub ridge_attn: f64,
     /// Attention groups to remove, instead of the paper's formula.
     pub groups: Option<usize>,
     /// Tokens that heads are judged on.
@@ -68,6 +71,8 @@ pub struct Settings {
     pub head_loss: Loss,
     /// Tokens that the widths' loss curves are measured on.
     pub curve_tokens: usize,
+    /// Tokens that the model's predictions are judged on with one block narrowed.
+    pub probe_tokens: usize,
     /// Columns that are still to be rounded make up for the rounding of those before.
     pub error_feedback: bool,
     /// Every block gets its own width.
@@ -96,13 +101,15 @@ impl Default for Settings {
             precision: Precision::Auto,
             mixture: 0.35,
             token_weight: 1.0,
-            ridge_attn: 1e-2,
+            ridge_stream: 0.1,
             ridge_ffn: 1e-3,
+            ridge_attn: 1e-2,
             groups: None,
             head_tokens: 512,
             rescored: None,
             head_loss: Loss::Divergence,
             curve_tokens: 4096,
+            probe_tokens: 512,
             error_feedback: true,
             per_block_widths: true,
             biases: true,

@@ -81,9 +81,9 @@ impl Run<'_> {
             let keep: Vec<usize> = (0..w.attn_output.n_in).collect();
             let s = self.settings;
             let failed = at_block(il, "attn_output");
-            let refit = prune::refit(&w.attn_output, &moments, s.mixture, &keep, s.ridge_attn);
+            let refit = prune::refit(&w.attn_output, &moments, s.mixture, &keep, s.ridge_stream);
             let refit = refit.map_err(|e| failed(e.into()))?;
-            self.report_ridge(il, "attn_output", refit.ridge, s.ridge_attn);
+            self.report_ridge(il, "attn_output", refit.ridge, s.ridge_stream);
             let segment =
                 self.model.blocks[il].attn_output.as_ref().expect("a block with attention has attn_output");
             let ty = s.types.attn_output.unwrap_or(self.model.tensor(segment).ty);
@@ -187,9 +187,11 @@ impl Run<'_> {
             return Ok((keep.clone(), prune::Refit { weights: ffn_down.select_cols(&keep), ridge: 0.0 }));
         }
         let all: Vec<usize> = (0..ffn_down.n_in).collect();
-        let at_minimum = prune::refit(ffn_down, moments, s.mixture, &all, s.ridge_ffn)?;
-        let keep = prune::greedy(&at_minimum.weights, &moments.gram, s.ridge_ffn, width)?;
-        let refit = prune::refit(ffn_down, moments, s.mixture, &keep, s.ridge_ffn)?;
+        // What neurons that go leave undone is mostly a matter of those that stay; what other blocks did
+        // wrong is mostly not, and fitting it closely fits this text alone.
+        let corrected = prune::refit(ffn_down, moments, s.mixture, &all, s.ridge_stream)?;
+        let keep = prune::greedy(&corrected.weights, &moments.gram, s.ridge_ffn, width)?;
+        let refit = prune::refit(&corrected.weights, moments, 0.0, &keep, s.ridge_ffn)?;
         Ok((keep, refit))
     }
 
