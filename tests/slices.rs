@@ -8,7 +8,7 @@ use putri_gguf::assemble::{Provenance, assemble};
 use putri_gguf::forward::Precision;
 use putri_gguf::ggml::{Type, silence_logs};
 use putri_gguf::gguf::{GgufFile, Value};
-use putri_gguf::model::{Carrier, Model};
+use putri_gguf::model::{BlockVector, Carrier, Model};
 use putri_gguf::pipeline::Plan;
 use std::path::Path;
 
@@ -145,7 +145,7 @@ fn gemma3_computes_the_same_with_fewer_heads() {
 }
 
 #[test]
-fn new_biases_are_written_and_used() {
+fn new_biases_and_norms_are_written_and_used() {
     silence_logs();
     let dir = tempfile::tempdir().unwrap();
     let (source, target) = (dir.path().join("a.gguf"), dir.path().join("b.gguf"));
@@ -157,10 +157,14 @@ fn new_biases_are_written_and_used() {
         let n_embd = model.hparams.n_embd;
         let mut plan = Plan::whole(&model);
         let values = |scale: f32| Some((0..n_embd).map(|i| scale * (i as f32 - 20.0)).collect::<Vec<_>>());
-        plan.blocks[0].attn_output_bias = values(0.01);
-        plan.blocks[1].ffn_down_bias = values(0.02);
+        plan.blocks[0].set_vector(BlockVector::AttnOutputBias, values(0.01));
+        plan.blocks[1].set_vector(BlockVector::FfnDownBias, values(0.02));
         plan.blocks[2].groups.clear();
-        plan.blocks[2].attn_output_bias = values(1.0);
+        plan.blocks[2].set_vector(BlockVector::AttnOutputBias, values(1.0));
+        for block in 0..3 {
+            plan.blocks[block].set_vector(BlockVector::AttnNorm, values(0.03));
+            plan.blocks[block].set_vector(BlockVector::FfnNorm, values(0.04));
+        }
         write(&model, &plan, &target);
         let written = Model::open(&target).unwrap();
         let (b0, b1) = (written.block(0).unwrap(), written.block(1).unwrap());
@@ -169,11 +173,14 @@ fn new_biases_are_written_and_used() {
         assert_eq!(b1.attn_output_bias.is_some(), biases, "only the biases of the plan are new");
         // llama.cpp adds no bias in a block without attention, so the file has none.
         assert_eq!(written.block(2).unwrap().attn_output_bias, None);
+        assert_eq!((Some(&b0.attn_norm), Some(&b0.ffn_norm)), (values(0.03).as_ref(), values(0.04).as_ref()));
+        assert!(written.blocks[2].attn_norm.is_none(), "a block without attention has no norm before it");
+        assert_eq!(Some(written.block(2).unwrap().ffn_norm), values(0.04));
         let theirs = libllama_logits(&target, &tokens);
         let (max, _) = compare_logits(&theirs, &our_logits(&target, &tokens, Precision::F32), small.n_vocab);
         assert!(max < 0.01, "largest difference of a logit {max}");
         let (felt, _) = compare_logits(&theirs, &libllama_logits(&source, &tokens), small.n_vocab);
-        assert!(felt > 0.1, "the biases change nothing: {felt}");
+        assert!(felt > 0.1, "the new values change nothing: {felt}");
     }
 }
 

@@ -2,7 +2,7 @@
 
 use crate::ggml::Type;
 use crate::gguf::{GgufError, OutTensor, TensorInfo};
-use crate::model::{Model, Segment, group_rows};
+use crate::model::{BlockVector, Model, Segment, group_rows};
 use crate::pipeline::Plan;
 use crate::requant::{Quantised, output_type, quantise, select_columns, select_rows};
 use std::borrow::Cow;
@@ -106,16 +106,18 @@ fn plan_block<'p>(
     if let Some(q) = &p.ffn_down {
         set(Some(&t.ffn_down), Action::Replace(q));
     }
-    // Stock llama.cpp adds no bias in a block without attention.
-    let attn_output_bias = p.attn_output_bias.as_deref().filter(|_| !p.groups.is_empty());
-    for (weight, old, new) in [
-        (t.attn_output.as_ref(), t.attn_output_bias.as_ref(), attn_output_bias),
-        (Some(&t.ffn_down), t.ffn_down_bias.as_ref(), p.ffn_down_bias.as_deref()),
-    ] {
-        match (weight, old, new) {
-            (_, Some(old), Some(new)) => actions[old.tensor] = Action::Values(new),
-            (Some(weight), None, Some(_)) => biases[weight.tensor] = new,
-            _ => {}
+    for (v, new) in BlockVector::ALL.into_iter().zip(&p.vectors) {
+        // Stock llama.cpp adds no bias in a block without attention.
+        let Some(new) = new.as_deref().filter(|_| !v.of_attention() || !p.groups.is_empty()) else {
+            continue;
+        };
+        match (t.vector(v), v) {
+            (Some(old), _) => actions[old.tensor] = Action::Values(new),
+            (None, BlockVector::FfnDownBias) => biases[t.ffn_down.tensor] = Some(new),
+            (None, _) => {
+                let weight = t.attn_output.expect("a block with attention has attn_output");
+                biases[weight.tensor] = Some(new);
+            }
         }
     }
 }

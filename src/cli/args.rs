@@ -32,6 +32,9 @@ pub struct Args {
     /// Also write the pruned model's importance matrix, for llama-quantize --imatrix
     #[arg(long, value_name = "FILE")]
     pub imatrix_out: Option<PathBuf>,
+    /// Times to go over the calibration adjusting norms and biases; 0 saves time [default: 1]
+    #[arg(long, value_name = "N")]
+    pub tune: Option<usize>,
     /// Replace existing outputs
     #[arg(long)]
     pub force: bool,

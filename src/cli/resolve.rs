@@ -44,6 +44,12 @@ pub fn resolve(args: Args) -> Result<Job> {
         MethodArg::Putri => Method::Putri,
         MethodArg::Paper => Method::Paper,
     };
+    let tune = match (method, args.tune) {
+        (Method::Putri, tune) => tune.unwrap_or(Settings::default().tune),
+        (_, None | Some(0)) => 0,
+        (_, Some(_)) => bail!("--tune goes with --method putri; the paper's method has no such step"),
+    };
+    ensure!(tune <= 1000, "--tune {tune} is not from 0 to 1000");
     Ok(Job {
         input: args.input,
         output: args.output,
@@ -66,6 +72,7 @@ pub fn resolve(args: Args) -> Result<Job> {
             sparsity: s,
             method,
             n_threads,
+            tune,
             types: tensor_types(&args.tensor_type)?,
             ..Settings::default()
         },

@@ -2,8 +2,8 @@
 //! `gemma3.cpp` of llama.cpp in the pieces that pruning needs.
 
 use super::{Forward, ForwardError, Net};
-use crate::ggml::{Graph, Resident, T, TensorSpec, Type};
-use crate::model::{Activation, BlockShape, BlockWeights, Matrix};
+use crate::ggml::{Graph, Resident, RopeParams, T, TensorSpec, Type};
+use crate::model::{Activation, BlockShape, BlockWeights, Matrix, SlidingWindow};
 use std::borrow::Cow;
 
 /// Graph nodes of a block are about forty, and twenty more per slice of queries.
@@ -19,10 +19,10 @@ const POST_NORM_RIDGE: f32 = 1e-2;
 
 /// A block's weights on the backend.
 pub struct Block {
-    set: Resident,
-    shape: BlockShape,
-    sliding: bool,
-    roles: Roles,
+    pub(super) set: Resident,
+    pub(super) shape: BlockShape,
+    pub(super) sliding: bool,
+    pub(super) roles: Roles,
 }
 
 impl Block {
@@ -31,7 +31,7 @@ impl Block {
         self.roles.attn_output.is_some()
     }
 
-    fn post_norm(&self, half: Half) -> Option<PostNorm> {
+    pub(super) fn post_norm(&self, half: Half) -> Option<PostNorm> {
         match half {
             Half::Attention => self.roles.attn_post_norm,
             Half::FeedForward => self.roles.ffn_post_norm,
@@ -41,29 +41,29 @@ impl Block {
 
 /// Index of each weight in the resident set.
 #[derive(Default)]
-struct Roles {
-    attn_norm: Option<usize>,
-    qkv: [Option<usize>; 3],
-    qkv_bias: [Option<usize>; 3],
-    qk_norm: [Option<usize>; 2],
-    attn_output: Option<usize>,
-    attn_output_bias: Option<usize>,
-    attn_post_norm: Option<PostNorm>,
-    ffn_norm: Option<usize>,
-    ffn_gate: Option<usize>,
-    ffn_gate_bias: Option<usize>,
-    ffn_up: Option<usize>,
-    ffn_up_bias: Option<usize>,
-    ffn_down: Option<usize>,
-    ffn_down_bias: Option<usize>,
-    ffn_post_norm: Option<PostNorm>,
+pub(super) struct Roles {
+    pub(super) attn_norm: Option<usize>,
+    pub(super) qkv: [Option<usize>; 3],
+    pub(super) qkv_bias: [Option<usize>; 3],
+    pub(super) qk_norm: [Option<usize>; 2],
+    pub(super) attn_output: Option<usize>,
+    pub(super) attn_output_bias: Option<usize>,
+    pub(super) attn_post_norm: Option<PostNorm>,
+    pub(super) ffn_norm: Option<usize>,
+    pub(super) ffn_gate: Option<usize>,
+    pub(super) ffn_gate_bias: Option<usize>,
+    pub(super) ffn_up: Option<usize>,
+    pub(super) ffn_up_bias: Option<usize>,
+    pub(super) ffn_down: Option<usize>,
+    pub(super) ffn_down_bias: Option<usize>,
+    pub(super) ffn_post_norm: Option<PostNorm>,
 }
 
 /// The norm between a half of a block and the stream, out = x + g ⊙ y / rms(y).
 #[derive(Clone, Copy)]
 pub(super) struct PostNorm {
     /// g `[n_embd]`.
-    weight: usize,
+    pub(super) weight: usize,
     /// g / (g² + δ), which takes a difference in the stream back to y / rms(y).
     inverse: usize,
 }
@@ -283,10 +283,19 @@ impl Net {
         self.norm(g, b, b.roles.ffn_norm, mid)
     }
 
-    fn norm<'a>(&'a self, g: &mut Graph<'a>, b: &'a Block, weight: Option<usize>, x: T) -> T {
+    pub(super) fn norm<'a>(&'a self, g: &mut Graph<'a>, b: &'a Block, weight: Option<usize>, x: T) -> T {
         let h = g.rms_norm(x, self.hparams.rms_eps);
         let w = g.resident(&b.set, weight.expect("a block has its norms"));
         g.mul(h, w)
+    }
+
+    fn sliding_of(&self, b: &Block) -> Option<&SlidingWindow> {
+        self.hparams.sliding.as_ref().filter(|_| b.sliding)
+    }
+
+    /// How the block rotates queries and keys.
+    pub(super) fn rope_of(&self, b: &Block) -> &RopeParams {
+        self.sliding_of(b).map_or(&self.hparams.rope, |s| &s.rope)
     }
 
     /// The input of attn_output: `[n_head·head_dim, n_tokens]`.
@@ -298,8 +307,7 @@ impl Net {
         let h = self.attn_input(g, b, x);
         let positions = g.input_i32(&self.positions[..n_tokens]);
         let factors = self.factors.map(|i| g.resident(&self.fixed, i));
-        let sliding = self.hparams.sliding.as_ref().filter(|_| b.sliding);
-        let rope = sliding.map_or(&self.hparams.rope, |s| &s.rope);
+        let rope = self.rope_of(b);
         let [q, k, v] = std::array::from_fn(|i| {
             let y = linear(g, b, b.roles.qkv[i], b.roles.qkv_bias[i], h);
             let heads = if i == 0 { n_head } else { n_kv };
@@ -317,7 +325,7 @@ impl Net {
         // llama.cpp's KV cache holds by default.
         let (k, v) = if self.ty == Type::F32 { (k, v) } else { (g.cast(k, Type::F16), g.cast(v, Type::F16)) };
         let mask = g.resident(&self.fixed, if b.sliding { self.sliding_mask } else { 0 });
-        let n_seen = sliding.map_or(t, |s| s.n_swa);
+        let n_seen = self.sliding_of(b).map_or(t, |s| s.n_swa);
         let mut joined = None;
         for start in (0..t).step_by(QUERY_SLICE) {
             let n = QUERY_SLICE.min(t - start);
@@ -336,7 +344,13 @@ impl Net {
 }
 
 /// W x + bias.
-fn linear<'a>(g: &mut Graph<'a>, b: &'a Block, weight: Option<usize>, bias: Option<usize>, x: T) -> T {
+pub(super) fn linear<'a>(
+    g: &mut Graph<'a>,
+    b: &'a Block,
+    weight: Option<usize>,
+    bias: Option<usize>,
+    x: T,
+) -> T {
     let w = g.resident(&b.set, weight.expect("the role exists in this block"));
     let y = g.mul_mat(w, x);
     match bias {

@@ -1,8 +1,8 @@
 //! The output head: logits, and what is computed from them without keeping them.
 
 use super::block::{MAX_NODES, encode};
-use super::{Forward, ForwardError};
-use crate::ggml::{Graph, Resident, TensorSpec, Token, Type};
+use super::{Forward, ForwardError, Net};
+use crate::ggml::{Graph, Resident, T, TensorSpec, Token, Type};
 use crate::model::Model;
 use crate::numeric::log_sum_exp;
 use rayon::prelude::*;
@@ -12,7 +12,7 @@ const LOGIT_ROWS: usize = 128;
 
 /// The last norm and the output matrix on the backend.
 pub struct Head {
-    set: Resident,
+    pub(super) set: Resident,
     n_vocab: usize,
 }
 
@@ -56,15 +56,7 @@ impl Forward {
             let mut g = Graph::new(MAX_NODES);
             let h = g.input_f32([n_embd, rows.len() / n_embd], rows);
             let h = g.rms_norm(h, self.net.hparams.rms_eps);
-            let w = g.resident(&head.set, 0);
-            let h = g.mul(h, w);
-            let w = g.resident(&head.set, 1);
-            let mut y = g.mul_mat(w, h);
-            if let Some(cap) = self.net.hparams.softcap {
-                y = g.scale(y, 1.0 / cap, 0.0);
-                y = g.tanh(y);
-                y = g.scale(y, cap, 0.0);
-            }
+            let y = self.net.logits(&mut g, head, h);
             g.output(y);
             buffer.resize(rows.len() / n_embd * head.n_vocab, 0.0);
             g.compute(&mut self.engine)?.read(y, &mut buffer);
@@ -95,5 +87,21 @@ impl Forward {
             out.extend(chunk);
         })?;
         Ok(out)
+    }
+}
+
+impl Net {
+    /// Logits of the normed stream `h`.
+    pub(super) fn logits<'a>(&self, g: &mut Graph<'a>, head: &'a Head, h: T) -> T {
+        let w = g.resident(&head.set, 0);
+        let h = g.mul(h, w);
+        let w = g.resident(&head.set, 1);
+        let mut y = g.mul_mat(w, h);
+        if let Some(cap) = self.hparams.softcap {
+            y = g.scale(y, 1.0 / cap, 0.0);
+            y = g.tanh(y);
+            y = g.scale(y, cap, 0.0);
+        }
+        y
     }
 }

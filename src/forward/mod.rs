@@ -5,10 +5,12 @@
 //! windows that all have the same length, and pass through a block a chunk of windows at a time.
 
 mod block;
+mod gradient;
 mod head;
 mod stats;
 
 pub use block::Block;
+pub use gradient::{BlockGradient, LossHead};
 pub use head::Head;
 pub use stats::{Collect, InputSquares, Wanted};
 

@@ -43,6 +43,23 @@ pub struct RopeParams {
 /// GGML_ROPE_TYPE_NEOX.
 const ROPE_TYPE_NEOX: i32 = 2;
 
+/// ggml_rope_ext or ggml_rope_ext_back.
+type RopeOp = unsafe extern "C" fn(
+    *mut sys::ggml_context,
+    *mut sys::ggml_tensor,
+    *mut sys::ggml_tensor,
+    *mut sys::ggml_tensor,
+    i32,
+    i32,
+    i32,
+    f32,
+    f32,
+    f32,
+    f32,
+    f32,
+    f32,
+) -> *mut sys::ggml_tensor;
+
 static NEXT_GRAPH: AtomicU32 = AtomicU32::new(0);
 
 /// A compute graph being described. `'a` is the life of the inputs and weights it refers to.
@@ -232,6 +249,15 @@ impl<'a> Graph<'a> {
     /// Rotary embedding of `[head_dim, n_head, n_tokens]`, one position per token, with optional
     /// frequency factors `[n_rot/2]`.
     pub fn rope(&mut self, a: T, positions: T, factors: Option<T>, p: &RopeParams) -> T {
+        self.rotate(sys::ggml_rope_ext, a, positions, factors, p)
+    }
+
+    /// What a gradient of [`Graph::rope`]'s result is before it: rotated the other way.
+    pub fn rope_back(&mut self, a: T, positions: T, factors: Option<T>, p: &RopeParams) -> T {
+        self.rotate(sys::ggml_rope_ext_back, a, positions, factors, p)
+    }
+
+    fn rotate(&mut self, op: RopeOp, a: T, positions: T, factors: Option<T>, p: &RopeParams) -> T {
         let ne = self.ne(a);
         assert!(
             p.n_rot.is_multiple_of(2) && p.n_rot <= ne[0] && self.ne(positions)[0] == ne[2] && ne[3] == 1
@@ -241,7 +267,7 @@ impl<'a> Graph<'a> {
         let mode = if p.neox { ROPE_TYPE_NEOX } else { 0 };
         // SAFETY: shapes as ggml_rope_ext demands, asserted above.
         let raw = unsafe {
-            sys::ggml_rope_ext(
+            op(
                 self.ctx.as_ptr(),
                 self.raw(a),
                 self.raw(positions),
@@ -257,6 +283,51 @@ impl<'a> Graph<'a> {
                 p.beta_slow,
             )
         };
+        self.push(raw)
+    }
+
+    /// softmax(scale · a + mask) over ne\[0\]; a `[n_kv, n_tokens, n_head, n_seq]`, mask F16 `[n_kv, n_tokens]`.
+    pub fn soft_max(&mut self, a: T, mask: Option<T>, scale: f32) -> T {
+        let ne = self.ne(a);
+        assert!(self.contiguous(a));
+        assert!(mask.is_none_or(|m| self.contiguous(m) && self.ne(m)[..2] == ne[..2]));
+        let mask = mask.map_or(std::ptr::null_mut(), |m| self.raw(m));
+        // SAFETY: contiguous, with a mask of the same rows.
+        let raw = unsafe { sys::ggml_soft_max_ext(self.ctx.as_ptr(), self.raw(a), mask, scale, 0.0) };
+        self.push(raw)
+    }
+
+    /// The gradient before a [`Graph::soft_max`] that gave `y`, from the gradient `grad` behind it.
+    pub fn soft_max_back(&mut self, grad: T, y: T, scale: f32) -> T {
+        assert!(self.ne(grad) == self.ne(y) && self.contiguous(grad) && self.contiguous(y));
+        // SAFETY: same shape, both contiguous.
+        let raw = unsafe {
+            sys::ggml_soft_max_ext_back(self.ctx.as_ptr(), self.raw(grad), self.raw(y), scale, 0.0)
+        };
+        self.push(raw)
+    }
+
+    /// The gradient before a [`Graph::rms_norm`] of `x`, from the gradient `grad` behind it.
+    pub fn rms_norm_back(&mut self, grad: T, x: T, eps: f32) -> T {
+        assert!(self.ne(grad) == self.ne(x) && eps >= 0.0);
+        // SAFETY: same shape.
+        let raw = unsafe { sys::ggml_rms_norm_back(self.ctx.as_ptr(), self.raw(grad), self.raw(x), eps) };
+        self.push(raw)
+    }
+
+    /// `x · sigmoid(x)` of each element.
+    pub fn silu(&mut self, x: T) -> T {
+        assert!(self.contiguous(x));
+        // SAFETY: contiguous, as ggml's unary operations want it.
+        let raw = unsafe { sys::ggml_silu(self.ctx.as_ptr(), self.raw(x)) };
+        self.push(raw)
+    }
+
+    /// The gradient before [`Graph::silu`] of `x`, from the gradient `grad` behind it.
+    pub fn silu_back(&mut self, grad: T, x: T) -> T {
+        assert!(self.ne(grad) == self.ne(x) && self.contiguous(grad) && self.contiguous(x));
+        // SAFETY: same shape, both contiguous.
+        let raw = unsafe { sys::ggml_silu_back(self.ctx.as_ptr(), self.raw(grad), self.raw(x)) };
         self.push(raw)
     }
 

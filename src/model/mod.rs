@@ -12,7 +12,7 @@ pub use family::{Activation, Family, Traits};
 pub use hparams::{BlockShape, Hparams};
 pub use rope::SlidingWindow;
 pub(crate) use weights::group_rows;
-pub use weights::{BlockTensors, BlockWeights, Matrix, Model, Segment};
+pub use weights::{BlockTensors, BlockVector, BlockWeights, Matrix, Model, Segment};
 
 use crate::gguf::GgufError;
 

@@ -74,6 +74,55 @@ pub struct BlockTensors {
     pub ffn_post_norm: Option<Segment>,
 }
 
+/// A vector of a block that may get new values while the matrices stay what they are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[allow(missing_docs)]
+pub enum BlockVector {
+    AttnNorm,
+    AttnOutputBias,
+    AttnPostNorm,
+    FfnNorm,
+    FfnDownBias,
+    FfnPostNorm,
+}
+
+impl BlockVector {
+    /// All of them, each at the index that it is as a number.
+    pub const ALL: [BlockVector; 6] = [
+        BlockVector::AttnNorm,
+        BlockVector::AttnOutputBias,
+        BlockVector::AttnPostNorm,
+        BlockVector::FfnNorm,
+        BlockVector::FfnDownBias,
+        BlockVector::FfnPostNorm,
+    ];
+
+    /// Whether it belongs to the attention.
+    pub fn of_attention(self) -> bool {
+        use BlockVector::{AttnNorm, AttnOutputBias, AttnPostNorm};
+        matches!(self, AttnNorm | AttnOutputBias | AttnPostNorm)
+    }
+
+    /// Whether it is a bias.
+    pub fn is_bias(self) -> bool {
+        matches!(self, BlockVector::AttnOutputBias | BlockVector::FfnDownBias)
+    }
+}
+
+impl BlockTensors {
+    /// Where the vector lies, if there is one.
+    pub fn vector(&self, v: BlockVector) -> Option<Segment> {
+        match v {
+            BlockVector::AttnNorm => self.attn_norm,
+            BlockVector::AttnOutputBias => self.attn_output_bias,
+            BlockVector::AttnPostNorm => self.attn_post_norm,
+            BlockVector::FfnNorm => Some(self.ffn_norm),
+            BlockVector::FfnDownBias => self.ffn_down_bias,
+            BlockVector::FfnPostNorm => self.ffn_post_norm,
+        }
+    }
+}
+
 /// A block's weights as floats.
 #[derive(Clone, Debug)]
 #[allow(missing_docs)]
@@ -121,6 +170,31 @@ impl BlockWeights {
         self.attn_output = self.attn_output.select_cols(&q_rows);
         self.shape.n_head = groups.len() * per_group;
         self.shape.n_head_kv = groups.len();
+    }
+
+    /// The vector's values, if there are any.
+    pub fn vector(&self, v: BlockVector) -> Option<&[f32]> {
+        let vector = match v {
+            BlockVector::AttnNorm => Some(&self.attn_norm),
+            BlockVector::AttnOutputBias => self.attn_output_bias.as_ref(),
+            BlockVector::AttnPostNorm => self.attn_post_norm.as_ref(),
+            BlockVector::FfnNorm => Some(&self.ffn_norm),
+            BlockVector::FfnDownBias => self.ffn_down_bias.as_ref(),
+            BlockVector::FfnPostNorm => self.ffn_post_norm.as_ref(),
+        };
+        vector.map(Vec::as_slice).filter(|v| !v.is_empty())
+    }
+
+    /// Gives the vector new values.
+    pub fn set_vector(&mut self, v: BlockVector, values: Vec<f32>) {
+        match v {
+            BlockVector::AttnNorm => self.attn_norm = values,
+            BlockVector::AttnOutputBias => self.attn_output_bias = Some(values),
+            BlockVector::AttnPostNorm => self.attn_post_norm = Some(values),
+            BlockVector::FfnNorm => self.ffn_norm = values,
+            BlockVector::FfnDownBias => self.ffn_down_bias = Some(values),
+            BlockVector::FfnPostNorm => self.ffn_post_norm = Some(values),
+        }
     }
 
     /// Keeps the feed-forward neurons `neurons`, in that order.

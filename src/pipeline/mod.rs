@@ -10,6 +10,7 @@ mod heads;
 mod judge;
 mod plan;
 mod sequential;
+mod tune;
 
 pub use judge::Loss;
 pub use plan::{BlockPlan, Plan};
@@ -79,6 +80,12 @@ pub struct Settings {
     pub per_block_widths: bool,
     /// Biases take over the mean of what was removed.
     pub biases: bool,
+    /// Times that tuning goes over the calibration windows; 0 is no tuning.
+    pub tune: usize,
+    /// Largest step of tuning, relative to a vector's size.
+    pub tune_rate: f64,
+    /// Tokens per step of tuning, at least one window.
+    pub tune_tokens: usize,
     /// Types of the tensors that get new values.
     pub types: TensorTypes,
 }
@@ -113,6 +120,9 @@ impl Default for Settings {
             error_feedback: true,
             per_block_widths: true,
             biases: true,
+            tune: 1,
+            tune_rate: 0.005,
+            tune_tokens: 1024,
             types: TensorTypes::default(),
         }
     }
@@ -191,7 +201,7 @@ pub fn run(
         Method::Putri => s.clone(),
         // The authors' code counts all errors alike and knows no quantisation.
         Method::Paper | Method::TwoStage => {
-            Settings { error_feedback: false, token_weight: 0.0, biases: false, ..s.clone() }
+            Settings { error_feedback: false, token_weight: 0.0, biases: false, tune: 0, ..s.clone() }
         }
     };
     let mut run = Run {
@@ -212,7 +222,10 @@ pub fn run(
             run.search_heads(&budgets, n_groups)?;
             let removed = run.plan.attention_params_removed(&budgets);
             let widths = run.choose_widths(&budgets, removed)?;
-            run.sequential_pass(&widths)?
+            let mut streams = run.sequential_pass(&widths)?;
+            run.tune(&mut streams)?;
+            let held_out = run.forward.span(&(windows.n_fit..windows.n_windows()));
+            run.held_out_ppl([&streams.dense[held_out.clone()], &streams.pruned[held_out]])?
         }
         Method::Paper | Method::TwoStage => {
             let widths = run.equal_widths(&budgets, n_groups * group_params)?;

@@ -1,7 +1,7 @@
 //! What stays of a model.
 
 use crate::gguf::GgufError;
-use crate::model::{BlockShape, BlockWeights, Model};
+use crate::model::{BlockShape, BlockVector, BlockWeights, Model};
 use crate::prune::{Budget, GroupId};
 use crate::requant::Quantised;
 
@@ -14,12 +14,22 @@ pub struct BlockPlan {
     pub neurons: Vec<usize>,
     /// New attn_output, if its values changed; its columns belong to `groups`.
     pub attn_output: Option<Quantised>,
-    /// New bias of attn_output.
-    pub attn_output_bias: Option<Vec<f32>>,
     /// New ffn_down, if its values changed; its columns belong to `neurons`.
     pub ffn_down: Option<Quantised>,
-    /// New bias of ffn_down.
-    pub ffn_down_bias: Option<Vec<f32>>,
+    /// New values of vectors, in the order of [`BlockVector::ALL`].
+    pub vectors: [Option<Vec<f32>>; BlockVector::ALL.len()],
+}
+
+impl BlockPlan {
+    /// The new values of a vector, if it has any.
+    pub fn vector(&self, v: BlockVector) -> &Option<Vec<f32>> {
+        &self.vectors[v as usize]
+    }
+
+    /// Gives a vector new values, or none.
+    pub fn set_vector(&mut self, v: BlockVector, values: Option<Vec<f32>>) {
+        self.vectors[v as usize] = values;
+    }
 }
 
 /// What stays of a model.
@@ -36,9 +46,8 @@ impl Plan {
             groups: (0..b.n_head_kv).collect(),
             neurons: (0..b.n_ff).collect(),
             attn_output: None,
-            attn_output_bias: None,
             ffn_down: None,
-            ffn_down_bias: None,
+            vectors: Default::default(),
         };
         Plan { blocks: model.hparams.blocks.iter().map(whole).collect() }
     }
@@ -79,11 +88,9 @@ impl Plan {
         if let Some(q) = &plan.ffn_down {
             w.ffn_down = read(q, "ffn_down")?;
         }
-        for (bias, new) in
-            [(&mut w.attn_output_bias, &plan.attn_output_bias), (&mut w.ffn_down_bias, &plan.ffn_down_bias)]
-        {
-            if new.is_some() {
-                bias.clone_from(new);
+        for (v, new) in BlockVector::ALL.into_iter().zip(&plan.vectors) {
+            if let Some(new) = new {
+                w.set_vector(v, new.clone());
             }
         }
         Ok(w)

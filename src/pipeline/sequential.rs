@@ -3,21 +3,20 @@
 use super::{Method, PruneError, Run, token_scales};
 use crate::forward::{Collect, Wanted, embed};
 use crate::ggml::Type;
-use crate::model::{BlockWeights, Matrix};
+use crate::model::{BlockVector, BlockWeights, Matrix};
 use crate::numeric::Moments;
 use crate::prune::{self, Singular};
 use crate::requant::{FeedbackError, Quantised, quantise, quantise_with_feedback};
 
 /// The two residual streams `[n_tokens, n_embd]` of all windows, at the input of the same block.
-struct Streams {
-    dense: Vec<f32>,
-    pruned: Vec<f32>,
+pub(super) struct Streams {
+    pub(super) dense: Vec<f32>,
+    pub(super) pruned: Vec<f32>,
 }
 
 impl Run<'_> {
-    /// Narrows every block to its width. Returns the perplexity on the held-out windows, dense and
-    /// pruned.
-    pub(super) fn sequential_pass(&mut self, widths: &[usize]) -> Result<(f64, f64), PruneError> {
+    /// Narrows every block to its width. Returns the streams behind the last block.
+    pub(super) fn sequential_pass(&mut self, widths: &[usize]) -> Result<Streams, PruneError> {
         let tokens = &self.windows.tokens;
         let mut streams =
             Streams { dense: embed(self.reference, tokens)?, pruned: embed(self.model, tokens)? };
@@ -43,8 +42,7 @@ impl Run<'_> {
             let note = self.ffn_step(il, &mut w, width, heads, &mut streams)?;
             self.observer.step(il + 1, &note);
         }
-        let held_out = self.forward.span(&(self.windows.n_fit..self.windows.n_windows()));
-        self.held_out_ppl([&streams.dense[held_out.clone()], &streams.pruned[held_out]])
+        Ok(streams)
     }
 
     /// Moves the dense stream over the whole block, and refits attn_output of `w` on what the pruned
@@ -92,7 +90,7 @@ impl Run<'_> {
             let maps = [&old, &w.attn_output];
             w.attn_output_bias =
                 self.adapted_bias(w.attn_output_bias.take(), maps, &keep, &moments, s.mixture);
-            self.plan.blocks[il].attn_output_bias.clone_from(&w.attn_output_bias);
+            self.plan.blocks[il].set_vector(BlockVector::AttnOutputBias, w.attn_output_bias.clone());
             self.plan.blocks[il].attn_output = Some(q);
         }
         Ok(heads)
@@ -134,7 +132,7 @@ impl Run<'_> {
         let new = q.to_matrix()?;
         let (maps, mixture) = ([&w.ffn_down, &new], self.settings.mixture);
         w.ffn_down_bias = self.adapted_bias(w.ffn_down_bias.take(), maps, &keep, &moments, mixture);
-        self.plan.blocks[il].ffn_down_bias.clone_from(&w.ffn_down_bias);
+        self.plan.blocks[il].set_vector(BlockVector::FfnDownBias, w.ffn_down_bias.clone());
         w.keep_neurons(&keep);
         w.ffn_down = new;
         self.plan.blocks[il].neurons = keep;

@@ -1,0 +1,361 @@
+//! Gradients: from a loss on the final stream back through the blocks.
+//!
+//! The graphs repeat the forward pass in pieces whose derivatives ggml has, and go backwards op by op. What
+//! is derived by: the stream before the block, and the block's vectors.
+
+use super::block::{Half, MAX_NODES, encode, linear};
+use super::{Block, Forward, ForwardError, Head, Net};
+use crate::ggml::{Graph, Resident, T, TensorSpec};
+use crate::model::{Activation, BlockVector, Model};
+
+/// Derivatives by a block's vectors, summed over tokens, in the order of [`BlockVector::ALL`]. Those of biases are
+/// there whether the block has the bias or not; a vector that cannot be there has an empty one.
+pub type BlockGradient = [Vec<f32>; BlockVector::ALL.len()];
+
+/// An output head that can be derived: the matrix lies on the backend both ways round.
+pub struct LossHead {
+    head: Head,
+    transposed: Resident,
+}
+
+impl LossHead {
+    /// The head by itself.
+    pub fn head(&self) -> &Head {
+        &self.head
+    }
+}
+
+/// Positions whose logits are in memory at a time, three times over.
+const LOSS_ROWS: usize = 128;
+
+/// Steps of the attention that its derivatives need.
+struct Attention {
+    /// What queries, keys and values are made of: `[head_dim, n_head or n_head_kv, n_tokens]`.
+    raw: [T; 3],
+    /// Queries and values, window by window: `[head_dim, n_ctx, n_head or n_head_kv, n_seq]`.
+    q: T,
+    v: T,
+    /// Keys, with tokens first.
+    k_t: T,
+    /// Attention weights `[n_ctx (keys), n_ctx (queries), n_head, n_seq]`.
+    p: T,
+    /// The input of attn_output.
+    out: T,
+}
+
+impl Forward {
+    /// Puts the output head of `model` on the backend so that losses can be derived.
+    ///
+    /// # Errors
+    /// [`ForwardError`] if it cannot be read or there is no room.
+    pub fn loss_head(&self, model: &Model) -> Result<LossHead, ForwardError> {
+        let output = model.matrix(&model.output)?;
+        let (n, m) = (output.n_in, output.n_out);
+        let flipped: Vec<f32> = (0..n * m).map(|i| output.data[i % m * n + i / m]).collect();
+        let spec = TensorSpec { ty: self.net.ty, ne: [m, n], bytes: &encode(&flipped, self.net.ty) };
+        Ok(LossHead { head: self.head(model)?, transposed: Resident::upload(&self.engine, &[spec])? })
+    }
+
+    /// Derivative of Σ KL(dense ‖ own) over all positions, by the stream `own` `[n_tokens, n_embd]` behind the
+    /// last block; `dense` is the reference's.
+    ///
+    /// # Errors
+    /// [`ForwardError`] if the backend fails.
+    pub fn divergence_gradient(
+        &mut self,
+        own_head: &LossHead,
+        dense_head: &Head,
+        own: &[f32],
+        dense: &[f32],
+    ) -> Result<Vec<f32>, ForwardError> {
+        let n_embd = self.n_embd();
+        let mut out = vec![0.0; own.len()];
+        let rows = LOSS_ROWS * n_embd;
+        for ((own, dense), out) in own.chunks(rows).zip(dense.chunks(rows)).zip(out.chunks_mut(rows)) {
+            let mut g = Graph::new(MAX_NODES);
+            let ne = [n_embd, own.len() / n_embd];
+            let (x, dense) = (g.input_f32(ne, own), g.input_f32(ne, dense));
+            let normed = g.rms_norm(x, self.net.hparams.rms_eps);
+            let q = self.net.logits(&mut g, &own_head.head, normed);
+            let dense = g.rms_norm(dense, self.net.hparams.rms_eps);
+            let p = self.net.logits(&mut g, dense_head, dense);
+            let (soft_q, p) = (g.soft_max(q, None, 1.0), g.soft_max(p, None, 1.0));
+            let mut d = g.sub(soft_q, p);
+            if let Some(cap) = self.net.hparams.softcap {
+                // d (c tanh(z / c)) = 1 - tanh²
+                let t = g.scale(q, 1.0 / cap, 0.0);
+                let squares = g.mul(t, t);
+                let slope = g.scale(squares, -1.0, 1.0);
+                d = g.mul(d, slope);
+            }
+            let w = g.resident(&own_head.transposed, 0);
+            let d = g.mul_mat(w, d);
+            let w = g.resident(&own_head.head.set, 0);
+            let d = g.mul(d, w);
+            let d = g.rms_norm_back(d, x, self.net.hparams.rms_eps);
+            g.output(d);
+            g.compute(&mut self.engine)?.read(d, out);
+        }
+        Ok(out)
+    }
+
+    /// Carries `grad` `[n_tokens, n_embd]`, a loss's derivative by the stream behind the block, back to the
+    /// stream `x` before it, and adds the derivatives by the block's vectors to `sums`. `x` holds whole windows.
+    ///
+    /// # Errors
+    /// [`ForwardError`] if the backend fails.
+    pub fn block_gradient(
+        &mut self,
+        b: &Block,
+        x: &[f32],
+        grad: &mut [f32],
+        sums: &mut BlockGradient,
+    ) -> Result<(), ForwardError> {
+        // A window at a time: the attention weights of all heads are in memory at once.
+        let n_windows = x.len() / (self.n_ctx() * self.n_embd());
+        for i in 0..n_windows {
+            let span = self.span(&(i..i + 1));
+            self.window_gradient(b, &x[span.clone()], &mut grad[span], sums)?;
+        }
+        Ok(())
+    }
+
+    fn window_gradient(
+        &mut self,
+        b: &Block,
+        x: &[f32],
+        grad: &mut [f32],
+        sums: &mut BlockGradient,
+    ) -> Result<(), ForwardError> {
+        let ne = [self.n_embd(), x.len() / self.n_embd()];
+        let before = grad.to_vec();
+        let mut g = Graph::new(MAX_NODES);
+        let x = g.input_f32(ne, x);
+        let net = &self.net;
+        let attention = b.has_attention().then(|| net.attention(&mut g, b, x));
+        let mid = net.attention_residual(&mut g, b, x, attention.as_ref().map(|a| a.out));
+        let behind = g.input_f32(ne, &before);
+        let (at_mid, ffn) = net.ffn_back(&mut g, b, mid, behind);
+        let (at_x, attn) = match &attention {
+            None => (at_mid, [None; 3]),
+            Some(a) => net.attention_back(&mut g, b, x, a, at_mid),
+        };
+        // Their order is that of `BlockVector::ALL`: what each token adds `[n_embd, n_tokens]`.
+        let parts = [attn, ffn].concat();
+        parts.iter().flatten().chain([&at_x]).for_each(|t| g.output(*t));
+        let done = g.compute(&mut self.engine)?;
+        for (sum, part) in sums.iter_mut().zip(parts) {
+            let Some(part) = part else { continue };
+            sum.resize(ne[0], 0.0);
+            for token in done.to_vec(part).chunks_exact(ne[0]) {
+                sum.iter_mut().zip(token).for_each(|(s, v)| *s += v);
+            }
+        }
+        done.read(at_x, grad);
+        Ok(())
+    }
+}
+
+impl Net {
+    /// Through the feed-forward: the derivative by `mid`, and each token's by ffn_norm, the bias of ffn_down and
+    /// the norm behind it, from the one by the stream `behind`.
+    fn ffn_back<'a>(&'a self, g: &mut Graph<'a>, b: &'a Block, mid: T, behind: T) -> (T, [Option<T>; 3]) {
+        let r = &b.roles;
+        let normed = g.rms_norm(mid, self.hparams.rms_eps);
+        let weight = g.resident(&b.set, r.ffn_norm.expect("a block has its norms"));
+        let input = g.mul(normed, weight);
+        let gate = linear(g, b, r.ffn_gate, r.ffn_gate_bias, input);
+        let up = linear(g, b, r.ffn_up, r.ffn_up_bias, input);
+        let activated = self.activate(g, gate);
+        let h = g.mul(activated, up);
+        let (at_h, by_bias, by_post) = self.map_back(g, b, Half::FeedForward, h, behind);
+        let at_up = g.mul(at_h, activated);
+        let at_activated = g.mul(at_h, up);
+        let at_gate = self.activate_back(g, at_activated, gate);
+        let at_up = self.product_back(g, b, r.ffn_up, at_up);
+        let at_gate = self.product_back(g, b, r.ffn_gate, at_gate);
+        let at_input = g.add(at_up, at_gate);
+        let (at_mid, by_norm) = self.norm_back(g, at_input, [mid, normed, weight]);
+        (g.add(at_mid, behind), [Some(by_norm), Some(by_bias), by_post])
+    }
+
+    /// Through the attention: the derivative by the stream `x` before it, and each token's by attn_norm, the bias
+    /// of attn_output and the norm behind it, from the one by the stream `behind`.
+    fn attention_back<'a>(
+        &'a self,
+        g: &mut Graph<'a>,
+        b: &'a Block,
+        x: T,
+        a: &Attention,
+        behind: T,
+    ) -> (T, [Option<T>; 3]) {
+        let (at_out, by_bias, by_post) = self.map_back(g, b, Half::Attention, a.out, behind);
+        let (d, t, n_tokens) = (self.hparams.head_dim, self.n_ctx, g.ne(x)[1]);
+        let n_seq = n_tokens / t;
+        let (n_head, n_kv) = (b.shape.n_head, b.shape.n_head_kv);
+        let at_out = g.reshape(at_out, [d, n_head, t, n_seq]);
+        let at_out = g.permute(at_out, [0, 2, 1, 3]);
+        let at_out = g.cont(at_out);
+        let at_p = g.mul_mat(a.v, at_out);
+        let at_s = g.soft_max_back(at_p, a.p, self.attention_scale);
+        let at_q = g.mul_mat(a.k_t, at_s);
+        // The query heads of a group side by side are one head with more queries: products over queries then
+        // sum over the group.
+        let queries = t * b.shape.heads_per_group();
+        let queries_first = |g: &mut Graph<'a>, x: T| {
+            let x = g.reshape(x, [g.ne(x)[0], queries, n_kv, n_seq]);
+            let x = g.permute(x, [1, 0, 2, 3]);
+            g.cont(x)
+        };
+        let (s_t, q_t) = (queries_first(g, at_s), queries_first(g, a.q));
+        let at_k = g.mul_mat(q_t, s_t);
+        let (p_t, out_t) = (queries_first(g, a.p), queries_first(g, at_out));
+        let at_v = g.mul_mat(out_t, p_t);
+        let positions = g.input_i32(&self.positions[..n_tokens]);
+        let factors = self.factors.map(|i| g.resident(&self.fixed, i));
+        let inputs =
+            [(at_q, n_head), (at_k, n_kv), (at_v, n_kv)].into_iter().enumerate().map(|(i, (at, heads))| {
+                let at = g.permute(at, [0, 2, 1, 3]);
+                let at = g.cont(at);
+                let mut at = g.reshape(at, [d, heads, n_tokens, 1]);
+                if i < 2 {
+                    at = g.rope_back(at, positions, factors, self.rope_of(b));
+                }
+                if let Some(Some(norm)) = b.roles.qk_norm.get(i) {
+                    let w = g.resident(&b.set, *norm);
+                    let scaled = g.mul(at, w);
+                    at = g.rms_norm_back(scaled, a.raw[i], self.hparams.rms_eps);
+                }
+                let at = g.reshape(at, [d * heads, n_tokens, 1, 1]);
+                self.product_back(g, b, b.roles.qkv[i], at)
+            });
+        let inputs: Vec<T> = inputs.collect();
+        let at_input = g.add(inputs[0], inputs[1]);
+        let at_input = g.add(at_input, inputs[2]);
+        let normed = g.rms_norm(x, self.hparams.rms_eps);
+        let weight = g.resident(&b.set, b.roles.attn_norm.expect("a block with attention has its norm"));
+        let (at_x, by_norm) = self.norm_back(g, at_input, [x, normed, weight]);
+        (g.add(at_x, behind), [Some(by_norm), Some(by_bias), by_post])
+    }
+
+    /// The attention as [`Net::heads`] computes it, in single steps.
+    fn attention<'a>(&'a self, g: &mut Graph<'a>, b: &'a Block, x: T) -> Attention {
+        let (d, t) = (self.hparams.head_dim, self.n_ctx);
+        let n_tokens = g.ne(x)[1];
+        let n_seq = n_tokens / t;
+        let h = self.attn_input(g, b, x);
+        let positions = g.input_i32(&self.positions[..n_tokens]);
+        let factors = self.factors.map(|i| g.resident(&self.fixed, i));
+        let raw: [T; 3] = std::array::from_fn(|i| {
+            let y = linear(g, b, b.roles.qkv[i], b.roles.qkv_bias[i], h);
+            let heads = if i == 0 { b.shape.n_head } else { b.shape.n_head_kv };
+            g.reshape(y, [d, heads, n_tokens, 1])
+        });
+        let [q, k, v] = std::array::from_fn(|i| {
+            let y = match b.roles.qk_norm.get(i) {
+                Some(Some(norm)) => self.norm(g, b, Some(*norm), raw[i]),
+                _ => raw[i],
+            };
+            let y = if i == 2 { y } else { g.rope(y, positions, factors, self.rope_of(b)) };
+            let heads = g.ne(y)[1];
+            let y = g.reshape(y, [d, heads, t, n_seq]);
+            let y = g.permute(y, [0, 2, 1, 3]);
+            g.cont(y)
+        });
+        let mask = g.resident(&self.fixed, if b.sliding { self.sliding_mask } else { 0 });
+        let s = g.mul_mat(k, q);
+        let p = g.soft_max(s, Some(mask), self.attention_scale);
+        let tokens_first = |g: &mut Graph<'a>, x: T| {
+            let x = g.permute(x, [1, 0, 2, 3]);
+            g.cont(x)
+        };
+        let v_t = tokens_first(g, v);
+        let out = g.mul_mat(v_t, p);
+        let out = g.permute(out, [0, 2, 1, 3]);
+        let out = g.cont(out);
+        let out = g.reshape(out, [d * b.shape.n_head, n_tokens, 1, 1]);
+        Attention { raw, q, v, k_t: tokens_first(g, k), p, out }
+    }
+
+    /// Through [`Net::map`] and [`Net::join`]: the derivative by the map's `inputs`, and each token's by its bias
+    /// and by the norm behind it, from the one by the stream `behind` them.
+    fn map_back<'a>(
+        &'a self,
+        g: &mut Graph<'a>,
+        b: &'a Block,
+        half: Half,
+        inputs: T,
+        behind: T,
+    ) -> (T, T, Option<T>) {
+        let (mut at_y, mut by_post) = (behind, None);
+        if let Some(post) = b.post_norm(half) {
+            let y = self.map(g, b, half, inputs);
+            let normed = g.rms_norm(y, self.hparams.rms_eps);
+            let weight = g.resident(&b.set, post.weight);
+            let (at, by) = self.norm_back(g, behind, [y, normed, weight]);
+            (at_y, by_post) = (at, Some(by));
+        }
+        let weight = match half {
+            Half::Attention => b.roles.attn_output,
+            Half::FeedForward => b.roles.ffn_down,
+        };
+        (self.product_back(g, b, weight, at_y), at_y, by_post)
+    }
+
+    /// Through W x: Wᵀ `at_y`.
+    fn product_back<'a>(&'a self, g: &mut Graph<'a>, b: &'a Block, weight: Option<usize>, at_y: T) -> T {
+        let w = g.resident(&b.set, weight.expect("the role exists in this block"));
+        let w = g.permute(w, [1, 0, 2, 3]);
+        let w = g.cont(w);
+        g.mul_mat(w, at_y)
+    }
+
+    /// Through a norm of `x` and its weight: the derivative by `x`, and each token's by the weight.
+    fn norm_back<'a>(&'a self, g: &mut Graph<'a>, at: T, [x, normed, weight]: [T; 3]) -> (T, T) {
+        let by_weight = g.mul(at, normed);
+        let scaled = g.mul(at, weight);
+        (g.rms_norm_back(scaled, x, self.hparams.rms_eps), by_weight)
+    }
+
+    fn activate<'a>(&self, g: &mut Graph<'a>, gate: T) -> T {
+        match self.hparams.family.traits().activation {
+            Activation::SwiGlu => g.silu(gate),
+            Activation::GeGlu => {
+                let t = gelu_tanh(g, gate);
+                let half = g.scale(t, 0.5, 0.5);
+                g.mul(half, gate)
+            }
+        }
+    }
+
+    fn activate_back<'a>(&self, g: &mut Graph<'a>, at: T, gate: T) -> T {
+        match self.hparams.family.traits().activation {
+            Activation::SwiGlu => g.silu_back(at, gate),
+            Activation::GeGlu => {
+                // ½ (1 + t) + ½ x (1 − t²) u', with t = tanh(u) and u' = c (1 + 3 · 0.044715 x²)
+                let t = gelu_tanh(g, gate);
+                let squares = g.mul(gate, gate);
+                let inner = g.scale(squares, 3.0 * GELU_C * GELU_CUBE, GELU_C);
+                let t2 = g.mul(t, t);
+                let slope = g.scale(t2, -0.5, 0.5);
+                let slope = g.mul(slope, inner);
+                let slope = g.mul(slope, gate);
+                let half = g.scale(t, 0.5, 0.5);
+                let slope = g.add(slope, half);
+                g.mul(at, slope)
+            }
+        }
+    }
+}
+
+/// sqrt(2 / π) and the factor of x³ in ggml's GELU.
+const GELU_C: f32 = 0.797_884_6;
+const GELU_CUBE: f32 = 0.044_715;
+
+/// tanh(c (x + 0.044715 x³)).
+fn gelu_tanh(g: &mut Graph, x: T) -> T {
+    let squares = g.mul(x, x);
+    let inner = g.scale(squares, GELU_C * GELU_CUBE, GELU_C);
+    let inner = g.mul(inner, x);
+    g.tanh(inner)
+}

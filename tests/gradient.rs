@@ -1,0 +1,148 @@
+//! Gradients against finite differences of the forward pass.
+
+mod common;
+
+use common::small::{Rng, Small};
+use putri_gguf::forward::{BlockGradient, Forward, Precision, embed};
+use putri_gguf::ggml::Token;
+use putri_gguf::model::{BlockVector, BlockWeights, Model};
+
+const N_CTX: usize = 40;
+const N_WINDOWS: usize = 3;
+
+/// A small model, the reference that it is compared with, and some windows.
+struct Setting {
+    forward: Forward,
+    model: Model,
+    blocks: Vec<BlockWeights>,
+    tokens: Vec<Token>,
+    /// The reference's last stream.
+    dense: Vec<f32>,
+}
+
+impl Setting {
+    fn new(small: &Small) -> Setting {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("small.gguf");
+        small.write(&path);
+        let model = Model::open(&path).unwrap();
+        let forward = Forward::new(&model, N_CTX, 1, Precision::F32).unwrap();
+        let tokens: Vec<Token> = (0..N_WINDOWS * N_CTX).map(|i| 3 + (i * i * 7919 % 250) as i32).collect();
+        let blocks: Vec<_> = (0..model.hparams.n_layer()).map(|il| model.block(il).unwrap()).collect();
+        let mut s = Setting { forward, model, blocks, tokens, dense: Vec::new() };
+        s.dense = s.streams().pop().unwrap();
+        // Away from the reference, where there is something to derive.
+        let mut rng = Rng(5);
+        for w in &mut s.blocks {
+            w.ffn_down
+                .data
+                .iter_mut()
+                .chain(&mut w.attn_output.data)
+                .for_each(|v| *v += 0.05 * rng.uniform());
+        }
+        s
+    }
+
+    /// The stream before each block and after the last.
+    fn streams(&mut self) -> Vec<Vec<f32>> {
+        let mut streams = vec![embed(&self.model, &self.tokens).unwrap()];
+        for w in &self.blocks {
+            let block = self.forward.upload(w).unwrap();
+            let x = &streams[streams.len() - 1];
+            let mut y = vec![0.0; x.len()];
+            self.forward.stream(&block, x, &mut y).unwrap();
+            streams.push(y);
+        }
+        streams
+    }
+
+    /// Σ KL(reference ‖ own) over all positions, in 64-bit floats from the logits on.
+    fn loss(&mut self) -> f64 {
+        let head = self.forward.head(&self.model).unwrap();
+        let n_vocab = head.n_vocab();
+        let own = self.streams().pop().unwrap();
+        let [p, q] = [&self.dense, &own].map(|x| {
+            let mut out = Vec::new();
+            self.forward.logits(&head, x, |_, rows| out.extend_from_slice(rows)).unwrap();
+            out
+        });
+        let log_softmax = |row: &[f32]| -> Vec<f64> {
+            let sum: f64 = row.iter().map(|v| f64::from(*v).exp()).sum();
+            row.iter().map(|v| f64::from(*v) - sum.ln()).collect()
+        };
+        let kl = |(p, q): (&[f32], &[f32])| -> f64 {
+            let (p, q) = (log_softmax(p), log_softmax(q));
+            p.iter().zip(q).map(|(p, q)| p.exp() * (p - q)).sum()
+        };
+        p.chunks_exact(n_vocab).zip(q.chunks_exact(n_vocab)).map(kl).sum()
+    }
+
+    fn gradients(&mut self) -> Vec<BlockGradient> {
+        let streams = self.streams();
+        let own_head = self.forward.loss_head(&self.model).unwrap();
+        let dense_head = self.forward.head(&self.model).unwrap();
+        let last = &streams[self.blocks.len()];
+        let mut grad = self.forward.divergence_gradient(&own_head, &dense_head, last, &self.dense).unwrap();
+        let mut all = vec![BlockGradient::default(); self.blocks.len()];
+        for (il, w) in self.blocks.iter().enumerate().rev() {
+            let block = self.forward.upload(w).unwrap();
+            self.forward.block_gradient(&block, &streams[il], &mut grad, &mut all[il]).unwrap();
+        }
+        all
+    }
+}
+
+fn check(name: &str, small: &Small) {
+    let mut s = Setting::new(small);
+    let gradients = s.gradients();
+    let mut rng = Rng(9);
+    for (il, gradient) in gradients.iter().enumerate() {
+        for (v, found) in BlockVector::ALL.into_iter().zip(gradient) {
+            let Some(at) = s.blocks[il].vector(v).map(<[f32]>::to_vec) else {
+                continue;
+            };
+            if v.of_attention() && s.blocks[il].shape.n_head_kv == 0 {
+                continue;
+            }
+            assert_eq!(found.len(), at.len(), "{name}, block {il}, {v:?}");
+            let direction = rng.vec(at.len(), 1.0);
+            let derived: f64 = found.iter().zip(&direction).map(|(g, d)| f64::from(g * d)).sum();
+            let norm = |v: &[f32]| v.iter().map(|v| f64::from(v * v)).sum::<f64>().sqrt();
+            let h = 0.1 / norm(&direction);
+            let mut loss_at = |by: f64| {
+                let moved = at.iter().zip(&direction).map(|(v, d)| v + by as f32 * d).collect();
+                s.blocks[il].set_vector(v, moved);
+                s.loss()
+            };
+            let measured = (loss_at(h) - loss_at(-h)) / (2.0 * h);
+            s.blocks[il].set_vector(v, at);
+            // A random direction sees this much of the gradient.
+            let typical = norm(found) * norm(&direction) / (found.len() as f64).sqrt();
+            println!("{name}, block {il}, {v:?}: {measured:.5} measured, {derived:.5} derived");
+            let off = (measured - derived).abs();
+            assert!(
+                typical > 0.0 && off < 0.02 * typical.max(derived.abs()),
+                "{name}, block {il}, {v:?}: {off}"
+            );
+        }
+    }
+}
+
+#[test]
+fn llama_blocks() {
+    check("plain", &Small::default());
+    check("biases, untied", &Small { biases: true, tied: false, ..Small::default() });
+    check("rope_freqs", &Small { rope_freqs: true, ..Small::default() });
+    check("gqa 6:1", &Small { blocks: vec![(6, 1, 64); 2], ..Small::default() });
+}
+
+#[test]
+fn uneven_blocks() {
+    let blocks = vec![(4, 2, 96), (2, 1, 64), (0, 0, 32), (6, 3, 160)];
+    check("deci", &Small { arch: "deci", blocks, ..Small::default() });
+}
+
+#[test]
+fn gemma3_blocks() {
+    check("gemma3", &Small::gemma3());
+}
