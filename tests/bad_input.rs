@@ -116,6 +116,13 @@ fn tensors_that_do_not_fit() {
 }
 
 #[test]
+fn tuning_where_there_is_none() {
+    prune(&with_model(), &["--method", "paper", "--tune", "1"], 2, &["--tune", "--method putri"]);
+    prune(&with_model(), &["--tune", "1001"], 2, &["1001"]);
+    with_model().fails(&[IN, "out.gguf", "--sparsity", "0", "--tune", "1"], 2, &["--tune", "only copies"]);
+}
+
+#[test]
 fn sparsity_out_of_reach() {
     let cli = with_model();
     cli.fails(&[IN, "out.gguf", "--sparsity", "0.99"], 1, &["0.99", "at most"]);

@@ -21,12 +21,12 @@ struct Setting {
 }
 
 impl Setting {
-    fn new(small: &Small) -> Setting {
+    fn new(small: &Small, precision: Precision) -> Setting {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("small.gguf");
         small.write(&path);
         let model = Model::open(&path).unwrap();
-        let forward = Forward::new(&model, N_CTX, 1, Precision::F32).unwrap();
+        let forward = Forward::new(&model, N_CTX, 1, precision).unwrap();
         let tokens: Vec<Token> = (0..N_WINDOWS * N_CTX).map(|i| 3 + (i * i * 7919 % 250) as i32).collect();
         let blocks: Vec<_> = (0..model.hparams.n_layer()).map(|il| model.block(il).unwrap()).collect();
         let mut s = Setting { forward, model, blocks, tokens, dense: Vec::new() };
@@ -80,9 +80,8 @@ impl Setting {
     fn gradients(&mut self) -> Vec<BlockGradient> {
         let streams = self.streams();
         let own_head = self.forward.loss_head(&self.model).unwrap();
-        let dense_head = self.forward.head(&self.model).unwrap();
         let last = &streams[self.blocks.len()];
-        let mut grad = self.forward.divergence_gradient(&own_head, &dense_head, last, &self.dense).unwrap();
+        let mut grad = self.forward.divergence_gradient(&own_head, None, last, &self.dense).unwrap();
         let mut all = vec![BlockGradient::default(); self.blocks.len()];
         for (il, w) in self.blocks.iter().enumerate().rev() {
             let block = self.forward.upload(w).unwrap();
@@ -93,7 +92,7 @@ impl Setting {
 }
 
 fn check(name: &str, small: &Small) {
-    let mut s = Setting::new(small);
+    let mut s = Setting::new(small, Precision::F32);
     let gradients = s.gradients();
     let mut rng = Rng(9);
     for (il, gradient) in gradients.iter().enumerate() {
@@ -145,4 +144,16 @@ fn uneven_blocks() {
 #[test]
 fn gemma3_blocks() {
     check("gemma3", &Small::gemma3());
+}
+
+#[test]
+fn bf16_gradients_point_the_same_way() {
+    for small in [Small::default(), Small::gemma3()] {
+        let [a, b] =
+            [Precision::F32, Precision::Bf16].map(|p| Setting::new(&small, p).gradients().concat().concat());
+        let dot = |a: &[f32], b: &[f32]| a.iter().zip(b).map(|(a, b)| f64::from(a * b)).sum::<f64>();
+        let cosine = dot(&a, &b) / (dot(&a, &a) * dot(&b, &b)).sqrt();
+        println!("{}: {cosine}", small.arch);
+        assert!(cosine > 0.99, "{}: {cosine}", small.arch);
+    }
 }

@@ -45,11 +45,14 @@ fn small_models_are_pruned_and_run() {
             Small { arch: "deci", blocks: vec![(4, 2, 256), (0, 0, 128), (2, 1, 192)], ..Small::default() },
         ),
     ];
+    let mut n_tuned = 0;
     for (name, small) in variants {
         small.write(&cli.path("in.gguf"));
+        let source = GgufFile::open(&cli.path("in.gguf")).unwrap();
         for sparsity in ["0.25", "0.5"] {
             let out = format!("{name}-{sparsity}.gguf");
-            let args = [&["in.gguf", &out, "--sparsity", sparsity, "--quiet"][..], &QUICK].concat();
+            let more = ["--tune", "2", "--quiet"];
+            let args = [&["in.gguf", &out, "--sparsity", sparsity][..], &more, &QUICK].concat();
             let text = cli.ok(&args);
             assert!(text.contains("perplexity") && text.contains("written file in llama.cpp"), "{text}");
             let path = cli.path(&out);
@@ -60,17 +63,16 @@ fn small_models_are_pruned_and_run() {
             };
             let asked: f32 = sparsity.parse().unwrap();
             assert!(*reached >= asked - 1e-6 && *reached < asked + 0.1, "{name}: {reached} for {asked}");
-            let before: usize = Model::open(&cli.path("in.gguf"))
-                .unwrap()
-                .file
-                .tensors()
-                .iter()
-                .map(|t| t.n_elements())
-                .sum();
+            let norm = |f: &GgufFile| f.data(f.find("blk.0.ffn_norm.weight").unwrap()).to_vec();
+            let tuned = model.file.get("putri.tune") == Some(&Value::U32(2));
+            assert_eq!(norm(&source) != norm(&model.file), tuned, "{name}");
+            n_tuned += usize::from(tuned);
+            let before: usize = source.tensors().iter().map(|t| t.n_elements()).sum();
             let after: usize = model.file.tensors().iter().map(|t| t.n_elements()).sum();
             assert!(after < before);
         }
     }
+    assert!(n_tuned > 6, "only {n_tuned} of 12 were tuned");
 }
 
 #[test]

@@ -20,6 +20,7 @@ fn provenance() -> Provenance {
         method: "putri".into(),
         calibration: "none".into(),
         seed: 1,
+        tune: 0,
     }
 }
 

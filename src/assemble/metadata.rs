@@ -19,6 +19,8 @@ pub struct Provenance {
     pub calibration: String,
     /// Seed of the calibration.
     pub seed: u64,
+    /// Times that tuning went over the calibration; 0 where nothing came of it.
+    pub tune: usize,
 }
 
 /// Metadata of the pruned model, which has `n_params` parameters.
@@ -139,6 +141,7 @@ fn provenance(p: &Provenance) -> Vec<(String, Value)> {
         ("method", text(&p.method)),
         ("calibration", text(&p.calibration)),
         ("seed", Value::U64(p.seed)),
+        ("tune", Value::U32(p.tune as u32)),
     ]
     .into_iter()
     .map(|(k, v)| (format!("putri.{k}"), v))

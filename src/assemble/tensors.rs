@@ -114,10 +114,11 @@ fn plan_block<'p>(
         match (t.vector(v), v) {
             (Some(old), _) => actions[old.tensor] = Action::Values(new),
             (None, BlockVector::FfnDownBias) => biases[t.ffn_down.tensor] = Some(new),
-            (None, _) => {
+            (None, BlockVector::AttnOutputBias) => {
                 let weight = t.attn_output.expect("a block with attention has attn_output");
                 biases[weight.tensor] = Some(new);
             }
+            (None, _) => unreachable!("a plan gives new values to norms that are there"),
         }
     }
 }

@@ -1,7 +1,7 @@
 //! Where calibration tokens come from: the model itself, text files, or both.
 //!
 //! All windows have one length. The last ones are held out: they pass through the model like the
-//! others, but nothing is fitted to them, so they can judge.
+//! others, but nothing is fitted to them, so they can judge; tuning asks them once whether it was of use.
 
 mod generate;
 mod text;

@@ -79,7 +79,7 @@ pub const DEFAULT_CHUNKS: usize = 32;
 /// Names of [`putri_gguf::pipeline::Method`].
 #[derive(Clone, Copy, Debug, ValueEnum)]
 pub enum MethodArg {
-    /// Heads by lazy greedy search, widths per block, refit towards the dense model.
+    /// Heads by lazy greedy search, widths per block, refit towards the dense model, norms and biases tuned.
     Putri,
     /// The paper's baseline; slow, for comparison.
     Paper,

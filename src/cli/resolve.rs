@@ -28,6 +28,10 @@ pub fn resolve(args: Args) -> Result<Job> {
         s > 0.0 || args.imatrix_out.is_none(),
         "--imatrix-out needs a pruned model; --sparsity 0 only copies"
     );
+    ensure!(
+        s > 0.0 || args.tune.is_none_or(|n| n == 0),
+        "--tune needs a pruned model; --sparsity 0 only copies"
+    );
     ensure!(s > 0.0 || args.to.is_none(), "--type only goes with pruning; llama-quantize does the rest");
     ensure!(args.ctx_size >= 16, "--ctx-size {} is too small; 16 or more", args.ctx_size);
     ensure!(args.ctx_size <= 32768, "--ctx-size {} is too large; at most 32768", args.ctx_size);
@@ -102,7 +106,7 @@ fn tensor_types(given: &[String]) -> Result<TensorTypes> {
             "attn_output" => types.attn_output = Some(ty),
             "ffn_down" => types.ffn_down = Some(ty),
             _ => bail!(
-                "--tensor-type {text}: only attn_output and ffn_down get new values; the others keep their bytes"
+                "--tensor-type {text}: only the matrices attn_output and ffn_down get new values; the others keep their bytes"
             ),
         }
     }

@@ -6,7 +6,7 @@ use crate::ggml::{Graph, Resident, RopeParams, T, TensorSpec, Type};
 use crate::model::{Activation, BlockShape, BlockWeights, Matrix, SlidingWindow};
 use std::borrow::Cow;
 
-/// Graph nodes of a block are about forty, and twenty more per slice of queries.
+/// Graph nodes of a block are about forty, and twenty more per slice of queries; as many again with gradients.
 pub(super) const MAX_NODES: usize = 1024;
 
 /// Queries that are attended in one call: keys that none of them sees are left out, which saves up to
@@ -298,29 +298,36 @@ impl Net {
         self.sliding_of(b).map_or(&self.hparams.rope, |s| &s.rope)
     }
 
-    /// The input of attn_output: `[n_head·head_dim, n_tokens]`.
-    pub(super) fn heads<'a>(&'a self, g: &mut Graph<'a>, b: &'a Block, x: T) -> T {
+    /// Queries, keys and values of the stream `x`: as the matrices give them `[head_dim, heads, n_tokens]`, and
+    /// normed and rotated `[head_dim, n_ctx, heads, n_seq]`.
+    pub(super) fn qkv<'a>(&'a self, g: &mut Graph<'a>, b: &'a Block, x: T) -> ([T; 3], [T; 3]) {
         let (d, t) = (self.hparams.head_dim, self.n_ctx);
-        let (n_head, n_kv) = (b.shape.n_head, b.shape.n_head_kv);
         let n_tokens = g.ne(x)[1];
-        let n_seq = n_tokens / t;
         let h = self.attn_input(g, b, x);
         let positions = g.input_i32(&self.positions[..n_tokens]);
         let factors = self.factors.map(|i| g.resident(&self.fixed, i));
-        let rope = self.rope_of(b);
-        let [q, k, v] = std::array::from_fn(|i| {
+        let heads = [b.shape.n_head, b.shape.n_head_kv, b.shape.n_head_kv];
+        let raw: [T; 3] = std::array::from_fn(|i| {
             let y = linear(g, b, b.roles.qkv[i], b.roles.qkv_bias[i], h);
-            let heads = if i == 0 { n_head } else { n_kv };
-            let y = g.reshape(y, [d, heads, n_tokens, 1]);
+            g.reshape(y, [d, heads[i], n_tokens, 1])
+        });
+        let ready = std::array::from_fn(|i| {
             // Values are neither normed nor rotated.
             let y = match b.roles.qk_norm.get(i) {
-                Some(Some(norm)) => self.norm(g, b, Some(*norm), y),
-                _ => y,
+                Some(Some(norm)) => self.norm(g, b, Some(*norm), raw[i]),
+                _ => raw[i],
             };
-            let y = if i == 2 { y } else { g.rope(y, positions, factors, rope) };
-            let y = g.reshape(y, [d, heads, t, n_seq]);
+            let y = if i == 2 { y } else { g.rope(y, positions, factors, self.rope_of(b)) };
+            let y = g.reshape(y, [d, heads[i], t, n_tokens / t]);
             g.permute(y, [0, 2, 1, 3])
         });
+        (raw, ready)
+    }
+
+    /// The input of attn_output: `[n_head·head_dim, n_tokens]`.
+    pub(super) fn heads<'a>(&'a self, g: &mut Graph<'a>, b: &'a Block, x: T) -> T {
+        let (d, t, n_tokens) = (self.hparams.head_dim, self.n_ctx, g.ne(x)[1]);
+        let (_, [q, k, v]) = self.qkv(g, b, x);
         // The tiled kernel reads K and V many times: F16 halves that traffic, and is what
         // llama.cpp's KV cache holds by default.
         let (k, v) = if self.ty == Type::F32 { (k, v) } else { (g.cast(k, Type::F16), g.cast(v, Type::F16)) };
@@ -339,7 +346,7 @@ impl Net {
             let y = g.flash_attn(q, k, v, mask, self.attention_scale);
             joined = Some(joined.map_or(y, |j| g.concat(j, y, 2)));
         }
-        g.reshape(joined.expect("windows are not empty"), [d * n_head, n_tokens, 1, 1])
+        g.reshape(joined.expect("windows are not empty"), [d * b.shape.n_head, n_tokens, 1, 1])
     }
 }
 

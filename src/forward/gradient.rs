@@ -25,8 +25,12 @@ impl LossHead {
     }
 }
 
-/// Positions whose logits are in memory at a time, three times over.
+/// Positions whose logits are in memory at a time, several times over.
 const LOSS_ROWS: usize = 128;
+
+/// Tokens that gradients go back through in one graph, at least one window: the attention weights of all heads
+/// are in memory at once.
+const GRADIENT_TOKENS: usize = 512;
 
 /// Steps of the attention that its derivatives need.
 struct Attention {
@@ -49,26 +53,29 @@ impl Forward {
     /// # Errors
     /// [`ForwardError`] if it cannot be read or there is no room.
     pub fn loss_head(&self, model: &Model) -> Result<LossHead, ForwardError> {
+        let head = self.head(model)?;
         let output = model.matrix(&model.output)?;
         let (n, m) = (output.n_in, output.n_out);
         let flipped: Vec<f32> = (0..n * m).map(|i| output.data[i % m * n + i / m]).collect();
+        drop(output);
         let spec = TensorSpec { ty: self.net.ty, ne: [m, n], bytes: &encode(&flipped, self.net.ty) };
-        Ok(LossHead { head: self.head(model)?, transposed: Resident::upload(&self.engine, &[spec])? })
+        Ok(LossHead { head, transposed: Resident::upload(&self.engine, &[spec])? })
     }
 
     /// Derivative of Σ KL(dense ‖ own) over all positions, by the stream `own` `[n_tokens, n_embd]` behind the
-    /// last block; `dense` is the reference's.
+    /// last block; `dense` is the reference's, whose head is the same unless it is given.
     ///
     /// # Errors
     /// [`ForwardError`] if the backend fails.
     pub fn divergence_gradient(
         &mut self,
         own_head: &LossHead,
-        dense_head: &Head,
+        dense_head: Option<&Head>,
         own: &[f32],
         dense: &[f32],
     ) -> Result<Vec<f32>, ForwardError> {
         let n_embd = self.n_embd();
+        let dense_head = dense_head.unwrap_or(&own_head.head);
         let mut out = vec![0.0; own.len()];
         let rows = LOSS_ROWS * n_embd;
         for ((own, dense), out) in own.chunks(rows).zip(dense.chunks(rows)).zip(out.chunks_mut(rows)) {
@@ -111,16 +118,16 @@ impl Forward {
         grad: &mut [f32],
         sums: &mut BlockGradient,
     ) -> Result<(), ForwardError> {
-        // A window at a time: the attention weights of all heads are in memory at once.
         let n_windows = x.len() / (self.n_ctx() * self.n_embd());
-        for i in 0..n_windows {
-            let span = self.span(&(i..i + 1));
-            self.window_gradient(b, &x[span.clone()], &mut grad[span], sums)?;
+        let at_a_time = (GRADIENT_TOKENS / self.n_ctx()).max(1);
+        for start in (0..n_windows).step_by(at_a_time) {
+            let span = self.span(&(start..(start + at_a_time).min(n_windows)));
+            self.chunk_gradient(b, &x[span.clone()], &mut grad[span], sums)?;
         }
         Ok(())
     }
 
-    fn window_gradient(
+    fn chunk_gradient(
         &mut self,
         b: &Block,
         x: &[f32],
@@ -240,28 +247,9 @@ impl Net {
 
     /// The attention as [`Net::heads`] computes it, in single steps.
     fn attention<'a>(&'a self, g: &mut Graph<'a>, b: &'a Block, x: T) -> Attention {
-        let (d, t) = (self.hparams.head_dim, self.n_ctx);
         let n_tokens = g.ne(x)[1];
-        let n_seq = n_tokens / t;
-        let h = self.attn_input(g, b, x);
-        let positions = g.input_i32(&self.positions[..n_tokens]);
-        let factors = self.factors.map(|i| g.resident(&self.fixed, i));
-        let raw: [T; 3] = std::array::from_fn(|i| {
-            let y = linear(g, b, b.roles.qkv[i], b.roles.qkv_bias[i], h);
-            let heads = if i == 0 { b.shape.n_head } else { b.shape.n_head_kv };
-            g.reshape(y, [d, heads, n_tokens, 1])
-        });
-        let [q, k, v] = std::array::from_fn(|i| {
-            let y = match b.roles.qk_norm.get(i) {
-                Some(Some(norm)) => self.norm(g, b, Some(*norm), raw[i]),
-                _ => raw[i],
-            };
-            let y = if i == 2 { y } else { g.rope(y, positions, factors, self.rope_of(b)) };
-            let heads = g.ne(y)[1];
-            let y = g.reshape(y, [d, heads, t, n_seq]);
-            let y = g.permute(y, [0, 2, 1, 3]);
-            g.cont(y)
-        });
+        let (raw, ready) = self.qkv(g, b, x);
+        let [q, k, v] = ready.map(|y| g.cont(y));
         let mask = g.resident(&self.fixed, if b.sliding { self.sliding_mask } else { 0 });
         let s = g.mul_mat(k, q);
         let p = g.soft_max(s, Some(mask), self.attention_scale);
@@ -273,7 +261,7 @@ impl Net {
         let out = g.mul_mat(v_t, p);
         let out = g.permute(out, [0, 2, 1, 3]);
         let out = g.cont(out);
-        let out = g.reshape(out, [d * b.shape.n_head, n_tokens, 1, 1]);
+        let out = g.reshape(out, [self.hparams.head_dim * b.shape.n_head, n_tokens, 1, 1]);
         Attention { raw, q, v, k_t: tokens_first(g, k), p, out }
     }
 

@@ -1,7 +1,7 @@
 //! Block-by-block forward passes in ggml graphs.
 //!
-//! [`Forward`] knows how a block computes and how to collect second moments inside it; it does not
-//! know what they are used for. Activations live on the host as `[n_tokens, n_embd]` rows of
+//! [`Forward`] knows how a block computes, how to collect second moments inside it and how gradients go
+//! back through it; it does not know what they are used for. Activations live on the host as `[n_tokens, n_embd]` rows of
 //! windows that all have the same length, and pass through a block a chunk of windows at a time.
 
 mod block;

@@ -187,6 +187,7 @@ pub fn run(job: &Job, observer: &mut dyn Observer) -> Result<Outcome, JobError> 
         method: method_name(job.settings.method).into(),
         calibration: calibration_text(job, &windows),
         seed: job.recipe.seed,
+        tune: if pruned.tuned { job.settings.tune } else { 0 },
     };
 
     // Beside its name until the model is verified, too.

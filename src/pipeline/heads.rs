@@ -13,9 +13,6 @@ const PAPER_TOKENS: usize = 2048;
 const ROUGH_TOKENS: usize = 256;
 const ROUGH_CTX: usize = 128;
 
-/// Longest window that candidates are compared on: attention costs grow with its length.
-const SEARCH_CTX: usize = 256;
-
 /// Bytes that the candidates' residual streams may take at a time.
 const STREAM_BYTES: usize = 256 << 20;
 
@@ -59,13 +56,14 @@ impl Run<'_> {
         n_remove: usize,
         may_remove: impl Fn(&[GroupId], GroupId) -> bool,
     ) -> Result<Vec<GroupId>, PruneError> {
-        let (loss, n_tokens) = (self.settings.head_loss, self.settings.head_tokens);
+        let s = self.settings;
+        let (loss, n_tokens, n_ctx) = (s.head_loss, s.head_tokens, s.head_ctx);
         self.observer.stage("heads, first look", 1);
         let mut search = Search::new(self, ROUGH_TOKENS, ROUGH_CTX, loss, Unit::Group)?;
         let scores = search.score(&[], &candidates)?;
         self.observer.step(1, "");
         let rough = candidates.into_iter().zip(scores).collect();
-        let mut search = Search::new(self, n_tokens, SEARCH_CTX, loss, Unit::Group)?;
+        let mut search = Search::new(self, n_tokens, n_ctx, loss, Unit::Group)?;
         search.run.observer.stage("heads", n_remove);
         lazy_greedy(rough, n_remove, may_remove, |removed, ask| search.score(removed, ask))
     }

@@ -4,6 +4,7 @@
 //! 2. `curves`: what every block loses as its feed-forward narrows; from that, the widths.
 //! 3. `sequential`: block after block, refit attn_output, choose neurons, refit ffn_down, requantise;
 //!    each block sees the pruned and requantised blocks before it.
+//! 4. `tune`: norms and biases, by descent on what the whole model's predictions lose.
 
 mod curves;
 mod heads;
@@ -27,7 +28,8 @@ use crate::prune::{self, Budget, BudgetError, Singular};
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
 pub enum Method {
     /// Heads first by lazy greedy search, widths per block from loss curves, one sequential pass that
-    /// refits towards a mixture of the block's own output and the dense model's stream.
+    /// refits towards a mixture of the block's own output and the dense model's stream, and norms and biases
+    /// tuned on the whole.
     #[default]
     Putri,
     /// The paper's method as its authors' code does it: neurons first by its score with equal widths,
@@ -66,6 +68,8 @@ pub struct Settings {
     pub groups: Option<usize>,
     /// Tokens that heads are judged on.
     pub head_tokens: usize,
+    /// Longest window that our search compares candidates on.
+    pub head_ctx: usize,
     /// Candidates that the paper's rounds score again after the first round, instead of all.
     pub rescored: Option<usize>,
     /// What heads are judged by.
@@ -86,11 +90,11 @@ pub struct Settings {
     pub tune_rate: f64,
     /// Tokens per step of tuning, at least one window.
     pub tune_tokens: usize,
-    /// Types of the tensors that get new values.
+    /// Types of the matrices that get new values.
     pub types: TensorTypes,
 }
 
-/// Types in which tensors with new values are written; those of the source where none is given.
+/// Types in which matrices with new values are written; those of the source where none is given.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct TensorTypes {
     /// Of attn_output.
@@ -113,6 +117,7 @@ impl Default for Settings {
             ridge_attn: 1e-2,
             groups: None,
             head_tokens: 512,
+            head_ctx: 256,
             rescored: None,
             head_loss: Loss::Divergence,
             curve_tokens: 4096,
@@ -122,7 +127,7 @@ impl Default for Settings {
             biases: true,
             tune: 1,
             tune_rate: 0.005,
-            tune_tokens: 1024,
+            tune_tokens: 2048,
             types: TensorTypes::default(),
         }
     }
@@ -174,6 +179,8 @@ pub enum PruneError {
 pub struct Outcome {
     /// What stays of each block, with the tensors that changed.
     pub plan: Plan,
+    /// Whether norms and biases were tuned, and held-out windows confirmed it.
+    pub tuned: bool,
     /// Perplexity on the held-out windows of the dense model.
     pub dense_ppl: f64,
     /// Perplexity on the held-out windows of the pruned and requantised model, by our own forward.
@@ -217,13 +224,14 @@ pub fn run(
     let n_groups = groups_to_remove(model, &budgets, s);
     // Where groups differ in size, the paper's order (neurons before heads) has to assume the smallest.
     let group_params = budgets.iter().filter(|b| b.n_groups > 0).map(|b| b.group_params).min().unwrap_or(0);
+    let mut tuned = false;
     let (dense_ppl, pruned_ppl) = match s.method {
         Method::Putri => {
             run.search_heads(&budgets, n_groups)?;
             let removed = run.plan.attention_params_removed(&budgets);
             let widths = run.choose_widths(&budgets, removed)?;
             let mut streams = run.sequential_pass(&widths)?;
-            run.tune(&mut streams)?;
+            tuned = run.tune(&mut streams)?;
             let held_out = run.forward.span(&(windows.n_fit..windows.n_windows()));
             run.held_out_ppl([&streams.dense[held_out.clone()], &streams.pruned[held_out]])?
         }
@@ -234,7 +242,7 @@ pub fn run(
             run.evaluate_plan()?
         }
     };
-    Ok(Outcome { plan: run.plan, dense_ppl, pruned_ppl, warnings: run.warnings })
+    Ok(Outcome { plan: run.plan, tuned, dense_ppl, pruned_ppl, warnings: run.warnings })
 }
 
 /// Checks that the sparsity can be reached in the types that `model` has.

@@ -189,7 +189,10 @@ impl Run<'_> {
         // wrong is mostly not, and fitting it closely fits this text alone.
         let corrected = prune::refit(ffn_down, moments, s.mixture, &all, s.ridge_stream)?;
         let keep = prune::greedy(&corrected.weights, &moments.gram, s.ridge_ffn, width)?;
-        let refit = prune::refit(&corrected.weights, moments, 0.0, &keep, s.ridge_ffn)?;
+        let mut refit = prune::refit(&corrected.weights, moments, 0.0, &keep, s.ridge_ffn)?;
+        if corrected.ridge > s.ridge_stream {
+            refit.ridge = refit.ridge.max(corrected.ridge);
+        }
         Ok((keep, refit))
     }
 

@@ -2,23 +2,31 @@
 //!
 //! The sequential pass fits every map to what its own block should give. Here the loss is that of the
 //! predictions, the KL divergence from the dense model, and all blocks move together. Only vectors move: there
-//! are too few of them to learn the calibration text by heart, they are F32 in the file, so that nothing is
+//! are too few of them to learn the calibration text by heart, they are written as F32, so that nothing is
 //! rounded anew, and what is kept per number is small. That norms and biases alone win back much of what
 //! pruning costs was found in PERP, arXiv 2312.15230.
 
 use super::judge::{Judge, Loss};
 use super::sequential::Streams;
-use super::{PruneError, Run};
-use crate::forward::{BlockGradient, Head, LossHead, embed};
-use crate::model::BlockVector;
+use super::{Observer, Plan, PruneError, Run};
+use crate::forward::{BlockGradient, Forward, Head, LossHead, embed};
+use crate::ggml::Token;
+use crate::model::{BlockVector, Model};
 use rand::SeedableRng;
 use rand::seq::SliceRandom;
+use std::borrow::Cow;
 use std::f32::consts::PI;
+
+/// Longest window that gradients go through: the attention weights of all its heads are in memory at once.
+const MAX_CTX: usize = 512;
 
 /// Decay of the running means of gradients and of their squares (Adam, arXiv 1412.6980); the second shorter than
 /// usual, for there are few steps.
 const MEAN_DECAY: f32 = 0.9;
 const SQUARE_DECAY: f32 = 0.98;
+
+/// Keeps a direction finite where there are no gradients.
+const EPSILON: f32 = 1e-15;
 
 /// Share of the steps over which the rate grows to its full size.
 const WARM_UP: f32 = 0.1;
@@ -46,7 +54,7 @@ impl Moving {
         for ((value, (mean, square)), g) in self.values.iter_mut().zip(moments).zip(gradient) {
             *mean += (1.0 - MEAN_DECAY) * (g - *mean);
             *square += (1.0 - SQUARE_DECAY) * (g * g - *square);
-            let direction = *mean / mean_part / ((*square / square_part).sqrt() + f32::MIN_POSITIVE);
+            let direction = *mean / mean_part / ((*square / square_part).sqrt() + EPSILON);
             *value -= rate * self.size * direction;
         }
     }
@@ -55,86 +63,121 @@ impl Moving {
 /// The vectors of one block that move, in the order of [`BlockVector::ALL`].
 type BlockState = [Option<Moving>; BlockVector::ALL.len()];
 
-/// What predictions are compared with.
-struct Reference<'a> {
+/// What is learnt from.
+struct Lessons<'a> {
+    forward: Forward,
     own: LossHead,
-    dense: Head,
-    /// The dense model's last stream of all windows.
-    stream: &'a [f32],
+    /// The dense model's head, where it is not the same.
+    dense: Option<Head>,
+    windows: Vec<&'a [Token]>,
+    /// The dense model's last stream of these windows.
+    target: Cow<'a, [f32]>,
 }
 
 impl Run<'_> {
     /// Moves norms and biases to where predictions on the fitted windows are closer to the dense model's.
     /// `streams` are those behind the last block; the pruned one of the held-out windows is brought up to date.
-    /// If they are no better off, everything stays as it was.
-    pub(super) fn tune(&mut self, streams: &mut Streams) -> Result<(), PruneError> {
-        let w = self.windows;
-        let (n_epochs, per_step) =
-            (self.settings.tune, (self.settings.tune_tokens / w.n_ctx).clamp(1, w.n_fit));
-        let n_steps = n_epochs * w.n_fit.div_ceil(per_step);
-        if n_steps == 0 {
-            return Ok(());
+    /// If they are no better off, everything stays as it was. Returns whether anything moved.
+    pub(super) fn tune(&mut self, streams: &mut Streams) -> Result<bool, PruneError> {
+        if self.settings.tune == 0 {
+            return Ok(false);
         }
-        self.observer.stage("tune", n_steps);
-        let to = Reference {
-            own: self.forward.loss_head(self.model)?,
-            dense: self.forward.head(self.reference)?,
-            stream: &streams.dense,
-        };
-        let held_out = w.n_fit..w.n_windows();
+        self.observer.stage("tune, preparing", 1);
+        let mut lessons = self.lessons(&streams.dense)?;
+        let per_step = (self.settings.tune_tokens / lessons.forward.n_ctx()).clamp(1, lessons.windows.len());
+        let n_steps = self.settings.tune * lessons.windows.len().div_ceil(per_step);
+        let held_out = self.windows.n_fit..self.windows.n_windows();
         let span = self.forward.span(&held_out);
-        let tokens = w.tokens_of(held_out);
-        let judge =
-            Judge::new(&mut self.forward, &to.dense, tokens, &to.stream[span.clone()], Loss::Divergence)?;
-        let before = judge.loss(&mut self.forward, to.own.head(), &streams.pruned[span.clone()])?;
-        let plan = self.plan.clone();
+        let tokens = self.windows.tokens_of(held_out);
+        let dense = &streams.dense[span.clone()];
+        let dense_head = lessons.dense.as_ref().unwrap_or(lessons.own.head());
+        let judge = Judge::new(&mut self.forward, dense_head, tokens, dense, Loss::Divergence)?;
+        let before = judge.loss(&mut self.forward, lessons.own.head(), &streams.pruned[span.clone()])?;
+        let untuned: Vec<_> = self.plan.blocks.iter().map(|b| b.vectors.clone()).collect();
         let mut state: Vec<BlockState> =
-            (0..plan.blocks.len()).map(|il| self.vectors(il)).collect::<Result<_, _>>()?;
+            (0..self.plan.blocks.len()).map(|il| self.vectors(il)).collect::<Result<_, _>>()?;
+        self.observer.stage("tune", n_steps);
         let mut rng = rand_chacha::ChaCha8Rng::seed_from_u64(0);
         let mut n = 0;
-        for _ in 0..n_epochs {
-            let mut order: Vec<usize> = (0..w.n_fit).collect();
+        for _ in 0..self.settings.tune {
+            let mut order: Vec<usize> = (0..lessons.windows.len()).collect();
             order.shuffle(&mut rng);
             for batch in order.chunks(per_step) {
-                self.checkpoint()?;
                 n += 1;
-                let progress = n as f32 / n_steps as f32;
+                // In the middle of each step: even a single one moves something.
+                let progress = (n as f32 - 0.5) / n_steps as f32;
                 let rate = (progress / WARM_UP).min(1.0) * 0.5 * (1.0 + (PI * progress).cos());
-                self.tune_step(batch, &to, &mut state, rate * self.settings.tune_rate as f32, n)?;
+                self.tune_step(&mut lessons, batch, &mut state, rate * self.settings.tune_rate as f32, n)?;
                 self.observer.step(n, "");
             }
         }
-        let tuned = self.planned_streams(tokens)?.pop().expect("a stream behind the last block");
-        let after = judge.loss(&mut self.forward, to.own.head(), &tuned)?;
-        if after < before {
+        let tuned =
+            planned_stream(&mut self.forward, self.model, &self.plan, tokens, &*self.observer, |_| {})?;
+        let after = judge.loss(&mut self.forward, lessons.own.head(), &tuned)?;
+        let better = after < before;
+        if better {
             streams.pruned[span].copy_from_slice(&tuned);
         } else {
-            self.plan = plan;
+            self.plan.blocks.iter_mut().zip(untuned).for_each(|(b, vectors)| b.vectors = vectors);
         }
-        self.observer.step(n, &format!("held-out divergence {before:.4} to {after:.4}"));
-        Ok(())
+        let verdict = if better { "" } else { ", undone" };
+        self.observer.step(n, &format!("held-out divergence {before:.4} to {after:.4}{verdict}"));
+        Ok(better)
     }
 
-    /// One step on the windows `batch`. Every block moves as soon as its gradient is known.
+    /// The fitted windows, cut to a length that gradients can go through; `dense` is the dense model's last
+    /// stream of all windows as they are.
+    fn lessons<'s>(&mut self, dense: &'s [f32]) -> Result<Lessons<'s>, PruneError>
+    where
+        Self: 's,
+    {
+        let (w, s) = (self.windows, self.settings);
+        let n_ctx = w.n_ctx / w.n_ctx.div_ceil(MAX_CTX);
+        let mut forward = Forward::new(self.model, n_ctx, s.n_threads, s.precision)?;
+        let windows: Vec<&[Token]> =
+            (0..w.n_fit).flat_map(|i| w.tokens_of(i..i + 1).chunks_exact(n_ctx)).collect();
+        let target = if n_ctx == w.n_ctx {
+            Cow::Borrowed(&dense[self.forward.span(&(0..w.n_fit))])
+        } else {
+            let whole = Plan::whole(self.reference);
+            let tokens = windows.concat();
+            Cow::Owned(planned_stream(
+                &mut forward,
+                self.reference,
+                &whole,
+                &tokens,
+                &*self.observer,
+                |_| {},
+            )?)
+        };
+        let own = forward.loss_head(self.model)?;
+        let same = std::ptr::eq(self.model, self.reference);
+        let dense = if same { None } else { Some(forward.head(self.reference)?) };
+        Ok(Lessons { forward, own, dense, windows, target })
+    }
+
+    /// The `n`-th step, on the windows `batch`. Every block moves as soon as its gradient is known.
     fn tune_step(
         &mut self,
+        lessons: &mut Lessons,
         batch: &[usize],
-        to: &Reference,
         state: &mut [BlockState],
         rate: f32,
         n: usize,
     ) -> Result<(), PruneError> {
-        let w = self.windows;
-        let tokens: Vec<_> = batch.iter().flat_map(|&i| w.tokens_of(i..i + 1)).copied().collect();
-        let spans = batch.iter().map(|&i| self.forward.span(&(i..i + 1)));
-        let target: Vec<f32> = spans.flat_map(|span| &to.stream[span]).copied().collect();
-        let mut streams = self.planned_streams(&tokens)?;
-        let last = streams.pop().expect("a stream behind the last block");
-        let mut grad = self.forward.divergence_gradient(&to.own, &to.dense, &last, &target)?;
-        for (il, vectors) in state.iter_mut().enumerate().rev() {
-            let block = self.forward.upload(&self.plan.block(self.model, il)?)?;
+        let Lessons { forward, own, dense, windows, target } = lessons;
+        let tokens: Vec<Token> = batch.iter().flat_map(|&i| windows[i]).copied().collect();
+        let spans = batch.iter().map(|&i| forward.span(&(i..i + 1)));
+        let target: Vec<f32> = spans.flat_map(|span| &target[span]).copied().collect();
+        let mut inputs = Vec::with_capacity(state.len());
+        let last =
+            planned_stream(forward, self.model, &self.plan, &tokens, &*self.observer, |x| inputs.push(x))?;
+        let mut grad = forward.divergence_gradient(own, dense.as_ref(), &last, &target)?;
+        for ((il, vectors), x) in state.iter_mut().enumerate().zip(inputs).rev() {
+            self.checkpoint()?;
+            let block = forward.upload(&self.plan.block(self.model, il)?)?;
             let mut gradient = BlockGradient::default();
-            self.forward.block_gradient(&block, &streams[il], &mut grad, &mut gradient)?;
+            forward.block_gradient(&block, &x, &mut grad, &mut gradient)?;
             for ((v, moving), gradient) in BlockVector::ALL.into_iter().zip(vectors).zip(&gradient) {
                 if let Some(moving) = moving {
                     moving.step(gradient, rate, n as i32);
@@ -143,18 +186,6 @@ impl Run<'_> {
             }
         }
         Ok(())
-    }
-
-    /// The streams of `tokens` under the plan, before each block and behind the last.
-    fn planned_streams(&mut self, tokens: &[crate::ggml::Token]) -> Result<Vec<Vec<f32>>, PruneError> {
-        let mut streams = vec![embed(self.model, tokens)?];
-        for il in 0..self.plan.blocks.len() {
-            let block = self.forward.upload(&self.plan.block(self.model, il)?)?;
-            let mut next = vec![0.0; streams[il].len()];
-            self.forward.stream(&block, &streams[il], &mut next)?;
-            streams.push(next);
-        }
-        Ok(streams)
     }
 
     /// The vectors of block `il` that move.
@@ -175,6 +206,28 @@ impl Run<'_> {
     }
 }
 
+/// The last stream of `tokens` under the plan; the streams before the blocks go to `before`.
+fn planned_stream(
+    forward: &mut Forward,
+    model: &Model,
+    plan: &Plan,
+    tokens: &[Token],
+    observer: &dyn Observer,
+    mut before: impl FnMut(Vec<f32>),
+) -> Result<Vec<f32>, PruneError> {
+    let mut x = embed(model, tokens)?;
+    for il in 0..plan.blocks.len() {
+        if observer.interrupted() {
+            return Err(PruneError::Interrupted);
+        }
+        let block = forward.upload(&plan.block(model, il)?)?;
+        let mut next = vec![0.0; x.len()];
+        forward.stream(&block, &x, &mut next)?;
+        before(std::mem::replace(&mut x, next));
+    }
+    Ok(x)
+}
+
 fn rms(x: &[f32]) -> f32 {
-    (x.iter().map(|v| v * v).sum::<f32>() / x.len().max(1) as f32).sqrt()
+    (x.iter().map(|v| f64::from(*v).powi(2)).sum::<f64>() / x.len().max(1) as f64).sqrt() as f32
 }
