@@ -82,7 +82,11 @@ impl Observer for Stages {
         self.end();
         self.0 = Some((name.into(), Instant::now()));
     }
-    fn step(&mut self, _: usize, _: &str) {}
+    fn step(&mut self, done: usize, note: &str) {
+        if !note.is_empty() {
+            eprintln!("    {done}: {note}");
+        }
+    }
 }
 
 fn settings(row: &str, sparsity: f64, n_threads: usize) -> Settings {
@@ -113,6 +117,7 @@ fn settings(row: &str, sparsity: f64, n_threads: usize) -> Settings {
             "plain" => s.error_feedback = false,
             "attn_output" => s.types.attn_output = Some(Type::from_name(value).expect("type")),
             "ffn_down" => s.types.ffn_down = Some(Type::from_name(value).expect("type")),
+            "sensitivity_tokens" => s.sensitivity_tokens = number() as usize,
             "tune" => s.tune = number() as usize,
             "tune_rate" => s.tune_rate = number(),
             "tune_tokens" => s.tune_tokens = number() as usize,

@@ -5,7 +5,7 @@ mod common;
 use common::small::Rng;
 use putri_gguf::model::Matrix;
 use putri_gguf::numeric::{Moments, SymMatrix};
-use putri_gguf::prune::{Obs, bias_change, greedy, loudest, narrow, paper_keep, refit};
+use putri_gguf::prune::{Metric, Obs, bias_change, greedy, loudest, narrow, paper_keep, refit};
 
 /// A least-squares problem with its data: inputs x `[t, n]`, residuals r `[t, m]`, a map W.
 struct Problem {
@@ -289,6 +289,45 @@ fn the_layer_at_the_probe_is_what_a_refit_would_give() {
             assert!((f64::from(*a) - b).abs() < 1e-4 * (0.1 + b.abs()), "n {n}: {a} {b}");
         }
     }
+}
+
+#[test]
+fn a_metric_weighs_errors_by_what_it_has_seen() {
+    for (n_samples, n) in [(5, 4), (200, 12), (90, 31)] {
+        let mut rng = Rng(n as u64);
+        let samples = rng.vec(n_samples * n, 2.0);
+        let w = Matrix::new(9, n, rng.vec(9 * n, 1.0));
+        let squares: f64 = samples.iter().map(|v| f64::from(*v).powi(2)).sum();
+        let applied = Metric::new(&samples, n).unwrap().apply(&w);
+        for j in 0..w.n_in {
+            let column =
+                |m: &Matrix| (0..m.n_out).map(|i| f64::from(m.data[i * m.n_in + j])).collect::<Vec<_>>();
+            let e = column(&w);
+            // eᵀ F e from the samples themselves, with a mean diagonal of 1 and a hundredth of that added.
+            let seen: f64 = samples
+                .chunks_exact(n)
+                .map(|s| s.iter().zip(&e).map(|(s, e)| f64::from(*s) * e).sum::<f64>().powi(2))
+                .sum();
+            let norm = |e: &[f64]| e.iter().map(|e| e * e).sum::<f64>();
+            let cost = seen / (squares / n as f64) + 0.01 * norm(&e);
+            let found = norm(&column(&applied));
+            assert!((found - cost).abs() < 1e-5 * cost, "n {n}, column {j}: {found} {cost}");
+        }
+    }
+    assert!(Metric::new(&[0.0; 12], 3).is_err());
+    assert!(Metric::new(&[f32::NAN; 12], 3).is_err());
+}
+
+#[test]
+fn under_a_metric_neurons_stay_that_it_minds() {
+    // Neurons are alike, but the first half writes where nobody looks.
+    let (n, m) = (16, 2);
+    let rows: Vec<f32> = (0..m * n).map(|k| f32::from(u8::from((k % n < n / 2) == (k < n)))).collect();
+    let w = Matrix::new(n, m, rows);
+    let gram = Problem::new(200, n, m, 3).moments().gram;
+    let samples: Vec<f32> = (0..40).flat_map(|t| [0.0, 1.0 + t as f32]).collect();
+    let costs = Metric::new(&samples, m).unwrap().apply(&w);
+    assert_eq!(greedy(&costs, &gram, 1e-3, n / 2).unwrap(), (n / 2..n).collect::<Vec<_>>());
 }
 
 #[test]

@@ -82,24 +82,52 @@ impl Forward {
             let mut g = Graph::new(MAX_NODES);
             let ne = [n_embd, own.len() / n_embd];
             let (x, dense) = (g.input_f32(ne, own), g.input_f32(ne, dense));
-            let normed = g.rms_norm(x, self.net.hparams.rms_eps);
-            let q = self.net.logits(&mut g, &own_head.head, normed);
-            let dense = g.rms_norm(dense, self.net.hparams.rms_eps);
-            let p = self.net.logits(&mut g, dense_head, dense);
+            let q = self.net.stream_logits(&mut g, &own_head.head, x);
+            let p = self.net.stream_logits(&mut g, dense_head, dense);
             let (soft_q, p) = (g.soft_max(q, None, 1.0), g.soft_max(p, None, 1.0));
-            let mut d = g.sub(soft_q, p);
-            if let Some(cap) = self.net.hparams.softcap {
-                // d (c tanh(z / c)) = 1 - tanh²
-                let t = g.scale(q, 1.0 / cap, 0.0);
-                let squares = g.mul(t, t);
-                let slope = g.scale(squares, -1.0, 1.0);
-                d = g.mul(d, slope);
+            let d = g.sub(soft_q, p);
+            let d = self.net.logits_back(&mut g, own_head, [x, q], d);
+            g.output(d);
+            g.compute(&mut self.engine)?.read(d, out);
+        }
+        Ok(out)
+    }
+
+    /// A random vector per position of the stream `x` `[n_tokens, n_embd]` behind the last block, whose mean outer
+    /// product is the curvature there of the KL divergence from the model's own predictions: the Fisher information
+    /// of all positions together. `bits` gives random bits.
+    ///
+    /// # Errors
+    /// [`ForwardError`] if the backend fails.
+    pub fn curvature_sample(
+        &mut self,
+        head: &LossHead,
+        x: &[f32],
+        mut bits: impl FnMut() -> u64,
+    ) -> Result<Vec<f32>, ForwardError> {
+        let (n_embd, n_vocab) = (self.n_embd(), head.head.n_vocab());
+        let mut out = vec![0.0; x.len()];
+        let rows = LOSS_ROWS * n_embd;
+        for (x, out) in x.chunks(rows).zip(out.chunks_mut(rows)) {
+            let n = x.len() / n_embd;
+            let mut signs = vec![1.0; n * n_vocab];
+            for part in signs.chunks_mut(64) {
+                let bits = bits();
+                part.iter_mut().enumerate().filter(|(i, _)| bits >> i & 1 == 1).for_each(|(_, s)| *s = -1.0);
             }
-            let w = g.resident(&own_head.transposed, 0);
-            let d = g.mul_mat(w, d);
-            let w = g.resident(&own_head.head.set, 0);
-            let d = g.mul(d, w);
-            let d = g.rms_norm_back(d, x, self.net.hparams.rms_eps);
+            let mut g = Graph::new(MAX_NODES);
+            let x = g.input_f32([n_embd, n], x);
+            let q = self.net.stream_logits(&mut g, &head.head, x);
+            let p = g.soft_max(q, None, 1.0);
+            // (diag √p − p √pᵀ) ξ: its covariance is diag p − p pᵀ, the curvature by the logits.
+            let root = g.sqrt(p);
+            let signs = g.input_f32([n_vocab, n], &signs);
+            let u = g.mul(root, signs);
+            let mean = g.mean(u);
+            let sum = g.scale(mean, n_vocab as f32, 0.0);
+            let drift = g.mul(p, sum);
+            let d = g.sub(u, drift);
+            let d = self.net.logits_back(&mut g, head, [x, q], d);
             g.output(d);
             g.compute(&mut self.engine)?.read(d, out);
         }
@@ -164,6 +192,28 @@ impl Forward {
 }
 
 impl Net {
+    /// Logits of the stream `x` behind the last block.
+    fn stream_logits<'a>(&'a self, g: &mut Graph<'a>, head: &'a Head, x: T) -> T {
+        let normed = g.rms_norm(x, self.hparams.rms_eps);
+        self.logits(g, head, normed)
+    }
+
+    /// Through the output head: the derivative by the stream `x` from the one, `d`, by its logits `q`.
+    fn logits_back<'a>(&'a self, g: &mut Graph<'a>, head: &'a LossHead, [x, q]: [T; 2], mut d: T) -> T {
+        if let Some(cap) = self.hparams.softcap {
+            // d (c tanh(z / c)) = 1 - tanh²
+            let t = g.scale(q, 1.0 / cap, 0.0);
+            let squares = g.mul(t, t);
+            let slope = g.scale(squares, -1.0, 1.0);
+            d = g.mul(d, slope);
+        }
+        let w = g.resident(&head.transposed, 0);
+        let d = g.mul_mat(w, d);
+        let w = g.resident(&head.head.set, 0);
+        let d = g.mul(d, w);
+        g.rms_norm_back(d, x, self.hparams.rms_eps)
+    }
+
     /// Through the feed-forward: the derivative by `mid`, and each token's by ffn_norm, the bias of ffn_down and
     /// the norm behind it, from the one by the stream `behind`.
     fn ffn_back<'a>(&'a self, g: &mut Graph<'a>, b: &'a Block, mid: T, behind: T) -> (T, [Option<T>; 3]) {

@@ -10,11 +10,13 @@ mod curves;
 mod heads;
 mod judge;
 mod plan;
+mod sensitivity;
 mod sequential;
 mod tune;
 
 pub use judge::Loss;
 pub use plan::{BlockPlan, Plan};
+use sensitivity::Sensitivity;
 
 use crate::calibrate::Windows;
 use crate::forward::{Forward, ForwardError, InputSquares, Precision, embed};
@@ -80,6 +82,9 @@ pub struct Settings {
     pub probe_tokens: usize,
     /// Columns that are still to be rounded make up for the rounding of those before.
     pub error_feedback: bool,
+    /// Tokens on which it is measured how much the predictions mind each output of a block, so that neurons are
+    /// chosen by it; 0 counts all outputs alike.
+    pub sensitivity_tokens: usize,
     /// Every block gets its own width.
     pub per_block_widths: bool,
     /// Biases take over the mean of what was removed.
@@ -122,6 +127,7 @@ impl Default for Settings {
             head_loss: Loss::Divergence,
             curve_tokens: 4096,
             probe_tokens: 512,
+            sensitivity_tokens: 2048,
             error_feedback: true,
             per_block_widths: true,
             biases: true,
@@ -219,6 +225,7 @@ pub fn run(
         settings: s,
         observer,
         plan: Plan::whole(model),
+        sensitivity: None,
         warnings: Vec::new(),
     };
     let n_groups = groups_to_remove(model, &budgets, s);
@@ -230,7 +237,11 @@ pub fn run(
             run.search_heads(&budgets, n_groups)?;
             let removed = run.plan.attention_params_removed(&budgets);
             let widths = run.choose_widths(&budgets, removed)?;
+            if s.sensitivity_tokens > 0 {
+                run.sensitivity = Some(run.sensitivity(s.sensitivity_tokens)?);
+            }
             let mut streams = run.sequential_pass(&widths)?;
+            run.sensitivity = None;
             tuned = run.tune(&mut streams)?;
             let held_out = run.forward.span(&(windows.n_fit..windows.n_windows()));
             run.held_out_ppl([&streams.dense[held_out.clone()], &streams.pruned[held_out]])?
@@ -375,6 +386,8 @@ struct Run<'a> {
     observer: &'a mut dyn Observer,
     forward: Forward,
     plan: Plan,
+    /// What the predictions mind, while neurons are chosen.
+    sensitivity: Option<Sensitivity>,
     warnings: Vec<String>,
 }
 

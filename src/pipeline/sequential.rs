@@ -121,8 +121,7 @@ impl Run<'_> {
         }
         self.finish(&mut moments);
         let failed = at_block(il, "ffn_down");
-        let (keep, refit) =
-            self.choose_neurons(&w.ffn_down, &moments, width).map_err(|e| failed(e.into()))?;
+        let (keep, refit) = self.choose_neurons(il, w, &moments, width).map_err(|e| failed(e.into()))?;
         let wanted_ridge = if self.settings.method == Method::Putri { self.settings.ridge_ffn } else { 0.0 };
         self.report_ridge(il, "ffn_down", refit.ridge, wanted_ridge);
         let source = self.model.tensor(&self.model.blocks[il].ffn_down).ty;
@@ -170,11 +169,12 @@ impl Run<'_> {
 
     fn choose_neurons(
         &self,
-        ffn_down: &Matrix,
+        il: usize,
+        w: &BlockWeights,
         moments: &Moments,
         width: usize,
     ) -> Result<(Vec<usize>, prune::Refit), Singular> {
-        let s = self.settings;
+        let (s, ffn_down) = (self.settings, &w.ffn_down);
         if s.method == Method::Paper {
             let keep = prune::paper_keep(ffn_down, &moments.gram, moments.n_tokens, width)?;
             let refit = prune::refit(ffn_down, moments, 0.0, &keep, 0.0)?;
@@ -188,7 +188,11 @@ impl Run<'_> {
         // What neurons that go leave undone is mostly a matter of those that stay; what other blocks did
         // wrong is mostly not, and fitting it closely fits this text alone.
         let corrected = prune::refit(ffn_down, moments, s.mixture, &all, s.ridge_stream)?;
-        let keep = prune::greedy(&corrected.weights, &moments.gram, s.ridge_ffn, width)?;
+        let costs = match &self.sensitivity {
+            Some(sensitivity) => &sensitivity.costs(il, w, &corrected.weights)?,
+            None => &corrected.weights,
+        };
+        let keep = prune::greedy(costs, &moments.gram, s.ridge_ffn, width)?;
         let mut refit = prune::refit(&corrected.weights, moments, 0.0, &keep, s.ridge_ffn)?;
         if corrected.ridge > s.ridge_stream {
             refit.ridge = refit.ridge.max(corrected.ridge);

@@ -207,7 +207,7 @@ impl Run<'_> {
 }
 
 /// The last stream of `tokens` under the plan; the streams before the blocks go to `before`.
-fn planned_stream(
+pub(super) fn planned_stream(
     forward: &mut Forward,
     model: &Model,
     plan: &Plan,

@@ -5,6 +5,7 @@
 
 mod budget;
 mod heads;
+mod metric;
 mod obs;
 mod refit;
 mod select;
@@ -12,6 +13,7 @@ mod widths;
 
 pub use budget::{Budget, BudgetError, ffn_params_to_remove, head_groups_paper};
 pub use heads::{GroupId, lazy_greedy, rounds};
+pub use metric::Metric;
 pub use obs::Obs;
 pub use refit::{Refit, bias_change, refit};
 pub use select::{Narrowing, greedy, loudest, narrow, paper_keep};

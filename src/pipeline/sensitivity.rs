@@ -1,0 +1,85 @@
+//! How much the model's predictions mind errors in the stream behind each block, direction by direction.
+//!
+//! For small errors that is the curvature of the KL divergence, the Fisher information, of which random vectors
+//! carried back through the dense model are samples. Layers have been quantised under such curvatures (YAQA,
+//! arXiv 2505.22988); here they say which neurons matter.
+
+use super::tune::planned_stream;
+use super::{Plan, PruneError, Run, mean_square};
+use crate::forward::{BlockGradient, Forward};
+use crate::model::{BlockWeights, Matrix};
+use crate::prune::{Metric, Singular};
+use half::bf16;
+use rand::{RngExt, SeedableRng};
+use rand_chacha::ChaCha8Rng;
+use std::borrow::Cow;
+
+/// Length of the windows that are measured on: short, so that they come from many places.
+const CTX: usize = 256;
+
+/// Tokens whose streams before all blocks are in memory at a time.
+const BATCH_TOKENS: usize = 2048;
+
+/// Per block, directions `[n_tokens, n_embd]` of length 1 that the predictions mind.
+pub(super) struct Sensitivity {
+    behind: Vec<Vec<bf16>>,
+    n_embd: usize,
+}
+
+impl Sensitivity {
+    /// What errors of ffn_down, which has the values `ffn_down` in block `il` and otherwise is the one of `w`,
+    /// cost: the squares of the outputs of the map that this returns. Rows of the norm behind it count by its
+    /// weights.
+    ///
+    /// # Errors
+    /// [`Singular`] if the predictions mind nothing.
+    pub(super) fn costs(&self, il: usize, w: &BlockWeights, ffn_down: &Matrix) -> Result<Matrix, Singular> {
+        let samples: Vec<f32> = self.behind[il].iter().map(|v| v.to_f32()).collect();
+        let mut map = Cow::Borrowed(ffn_down);
+        if let Some(post_norm) = &w.ffn_post_norm {
+            let rows = map.to_mut().data.chunks_exact_mut(ffn_down.n_in);
+            rows.zip(post_norm).for_each(|(row, g)| row.iter_mut().for_each(|v| *v *= g));
+        }
+        Ok(Metric::new(&samples, self.n_embd)?.apply(&map))
+    }
+}
+
+impl Run<'_> {
+    /// Measures on about `n_tokens` calibration tokens of the dense model. Tokens count alike: the first of each
+    /// window, whose errors can cost a thousand times as much, would be most of a plain sum.
+    pub(super) fn sensitivity(&mut self, n_tokens: usize) -> Result<Sensitivity, PruneError> {
+        let s = self.settings;
+        let n_ctx = self.windows.n_ctx.min(CTX);
+        let tokens = self.windows.sample(n_tokens, n_ctx);
+        let whole = Plan::whole(self.model);
+        let mut forward = Forward::new(self.model, n_ctx, s.n_threads, s.precision)?;
+        let head = forward.loss_head(self.model)?;
+        let (n_layer, n_embd) = (whole.blocks.len(), forward.n_embd());
+        let mut behind = vec![Vec::new(); n_layer];
+        let mut rng = ChaCha8Rng::seed_from_u64(0);
+        let batch = (BATCH_TOKENS / n_ctx).max(1) * n_ctx;
+        self.observer.stage("sensitivity", n_layer * tokens.len().div_ceil(batch));
+        let mut done = 0;
+        for tokens in tokens.chunks(batch) {
+            let mut inputs = Vec::with_capacity(n_layer);
+            let keep = |x| inputs.push(x);
+            let last = planned_stream(&mut forward, self.model, &whole, tokens, &*self.observer, keep)?;
+            let mut grad = forward.curvature_sample(&head, &last, || rng.random())?;
+            for (il, x) in inputs.into_iter().enumerate().rev() {
+                self.checkpoint()?;
+                for g in grad.chunks_exact(n_embd) {
+                    let norm = (mean_square(g) * n_embd as f32).sqrt().max(f32::MIN_POSITIVE);
+                    behind[il].extend(g.iter().map(|g| bf16::from_f32(g / norm)));
+                }
+                // Nothing minds what is behind the first block's input.
+                if il > 0 {
+                    let block = forward.upload(&self.model.block(il)?)?;
+                    forward.block_gradient(&block, &x, &mut grad, &mut BlockGradient::default())?;
+                }
+                done += 1;
+                self.observer.step(done, "");
+            }
+        }
+        Ok(Sensitivity { behind, n_embd })
+    }
+}

@@ -1,0 +1,54 @@
+//! What errors of a map's outputs cost, where they do not all cost the same.
+
+use super::Singular;
+use super::refit::factor;
+use crate::model::Matrix;
+use crate::numeric::SymMatrix;
+use faer::linalg::matmul::matmul;
+use faer::{Accum, Mat, Par};
+
+/// What is added to every output's cost, as a share of their mean: a few samples leave directions unseen, and
+/// errors are not so small that none but the first order counts.
+const DAMPING: f64 = 0.01;
+
+/// A quadratic form on outputs: an error e costs eᵀ F e.
+pub struct Metric {
+    /// R `[n, n]` with Rᵀ R = F.
+    root: Mat<f64>,
+}
+
+impl Metric {
+    /// F = Σ s sᵀ over the rows s of `samples` `[n_samples, n]`, scaled to a mean diagonal of 1, and damped.
+    ///
+    /// # Errors
+    /// [`Singular`] if the samples are all zero or not finite.
+    ///
+    /// # Panics
+    /// If `samples` is not made of whole rows.
+    pub fn new(samples: &[f32], n: usize) -> Result<Metric, Singular> {
+        assert!(n > 0 && samples.len().is_multiple_of(n));
+        let s = Mat::from_fn(samples.len() / n, n, |t, i| f64::from(samples[t * n + i]));
+        let mut f = Mat::zeros(n, n);
+        matmul(f.as_mut(), Accum::Replace, s.transpose(), s.as_ref(), 1.0, Par::rayon(0));
+        let mut f = SymMatrix { n, data: (0..n * n).map(|i| f[(i / n, i % n)]).collect() };
+        let mean = f.mean_diagonal();
+        if mean > 0.0 {
+            f.data.iter_mut().for_each(|v| *v /= mean);
+        }
+        let (llt, _) = factor(&f, DAMPING, f.mean_diagonal())?;
+        Ok(Metric { root: llt.L().transpose().to_owned() })
+    }
+
+    /// R W: the squares of its outputs are what those of `w` cost.
+    ///
+    /// # Panics
+    /// If `w` has another number of outputs.
+    pub fn apply(&self, w: &Matrix) -> Matrix {
+        assert_eq!(w.n_out, self.root.nrows());
+        let m = Mat::from_fn(w.n_out, w.n_in, |i, j| f64::from(w.data[i * w.n_in + j]));
+        let mut product = Mat::zeros(w.n_out, w.n_in);
+        matmul(product.as_mut(), Accum::Replace, self.root.as_ref(), m.as_ref(), 1.0, Par::rayon(0));
+        let data = (0..w.data.len()).map(|i| product[(i / w.n_in, i % w.n_in)] as f32).collect();
+        Matrix::new(w.n_in, w.n_out, data)
+    }
+}
