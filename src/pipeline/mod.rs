@@ -2,9 +2,10 @@
 //!
 //! 1. `heads`: which attention groups go, by their effect on the model's predictions.
 //! 2. `curves`: what every block loses as its feed-forward narrows; from that, the widths.
-//! 3. `sequential`: block after block, refit attn_output, choose neurons, refit ffn_down, requantise;
+//! 3. `sensitivity`: what errors in the stream behind each block cost the predictions.
+//! 4. `sequential`: block after block, refit attn_output, choose neurons, refit ffn_down, requantise;
 //!    each block sees the pruned and requantised blocks before it.
-//! 4. `tune`: norms and biases, by descent on what the whole model's predictions lose.
+//! 5. `tune`: norms and biases, by descent on what the whole model's predictions lose.
 
 mod curves;
 mod heads;

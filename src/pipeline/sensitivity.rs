@@ -71,7 +71,7 @@ impl Run<'_> {
                     let norm = (mean_square(g) * n_embd as f32).sqrt().max(f32::MIN_POSITIVE);
                     behind[il].extend(g.iter().map(|g| bf16::from_f32(g / norm)));
                 }
-                // Nothing minds what is behind the first block's input.
+                // Nobody asks for what is before the first block.
                 if il > 0 {
                     let block = forward.upload(&self.model.block(il)?)?;
                     forward.block_gradient(&block, &x, &mut grad, &mut BlockGradient::default())?;
