@@ -314,7 +314,9 @@ fn a_metric_weighs_errors_by_what_it_has_seen() {
             assert!((found - cost).abs() < 1e-5 * cost, "n {n}, column {j}: {found} {cost}");
         }
     }
-    assert!(Metric::new(&[0.0; 12], 3).is_err());
+    let w = Matrix::new(2, 3, vec![1.0, -2.0, 0.5, 4.0, 3.0, 0.25]);
+    let alike = Metric::new(&[0.0; 12], 3).unwrap().apply(&w);
+    w.data.iter().zip(&alike.data).for_each(|(a, b)| assert!((b - 0.1 * a).abs() < 1e-6, "{a} {b}"));
     assert!(Metric::new(&[f32::NAN; 12], 3).is_err());
 }
 

@@ -20,7 +20,7 @@ const CTX: usize = 256;
 /// Tokens whose streams before all blocks are in memory at a time.
 const BATCH_TOKENS: usize = 2048;
 
-/// Per block, directions `[n_tokens, n_embd]` of length 1 that the predictions mind.
+/// Per block, random directions `[n_tokens, n_embd]` of length 1 that the predictions mind.
 pub(super) struct Sensitivity {
     behind: Vec<Vec<bf16>>,
     n_embd: usize,
@@ -32,7 +32,7 @@ impl Sensitivity {
     /// weights.
     ///
     /// # Errors
-    /// [`Singular`] if the predictions mind nothing.
+    /// [`Singular`] if what was measured is not finite.
     pub(super) fn costs(&self, il: usize, w: &BlockWeights, ffn_down: &Matrix) -> Result<Matrix, Singular> {
         let samples: Vec<f32> = self.behind[il].iter().map(|v| v.to_f32()).collect();
         let mut map = Cow::Borrowed(ffn_down);
@@ -46,7 +46,7 @@ impl Sensitivity {
 
 impl Run<'_> {
     /// Measures on about `n_tokens` calibration tokens of the dense model. Tokens count alike: the first of each
-    /// window, whose errors can cost a thousand times as much, would be most of a plain sum.
+    /// window, whose errors can cost hundreds of times as much, would be most of a plain sum.
     pub(super) fn sensitivity(&mut self, n_tokens: usize) -> Result<Sensitivity, PruneError> {
         let s = self.settings;
         let n_ctx = self.windows.n_ctx.min(CTX);

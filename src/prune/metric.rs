@@ -18,10 +18,11 @@ pub struct Metric {
 }
 
 impl Metric {
-    /// F = Σ s sᵀ over the rows s of `samples` `[n_samples, n]`, scaled to a mean diagonal of 1, and damped.
+    /// F = Σ s sᵀ over the rows s of `samples` `[n_samples, n]`, scaled to a mean diagonal of 1, and damped. Where
+    /// all samples are zero, all outputs cost alike.
     ///
     /// # Errors
-    /// [`Singular`] if the samples are all zero or not finite.
+    /// [`Singular`] if the samples are not finite.
     ///
     /// # Panics
     /// If `samples` is not made of whole rows.
@@ -32,10 +33,10 @@ impl Metric {
         matmul(f.as_mut(), Accum::Replace, s.transpose(), s.as_ref(), 1.0, Par::rayon(0));
         let mut f = SymMatrix { n, data: (0..n * n).map(|i| f[(i / n, i % n)]).collect() };
         let mean = f.mean_diagonal();
-        if mean > 0.0 {
+        if mean != 0.0 {
             f.data.iter_mut().for_each(|v| *v /= mean);
         }
-        let (llt, _) = factor(&f, DAMPING, f.mean_diagonal())?;
+        let (llt, _) = factor(&f, DAMPING, 1.0)?;
         Ok(Metric { root: llt.L().transpose().to_owned() })
     }
 
