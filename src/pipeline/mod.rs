@@ -13,6 +13,7 @@ mod judge;
 mod plan;
 mod sensitivity;
 mod sequential;
+mod stream;
 mod tune;
 
 pub use judge::Loss;

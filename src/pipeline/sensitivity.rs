@@ -4,7 +4,7 @@
 //! carried back through the dense model are samples. Layers have been quantised under such curvatures (YAQA,
 //! arXiv 2505.22988); here they say which neurons matter.
 
-use super::tune::planned_stream;
+use super::stream::planned_stream;
 use super::{Plan, PruneError, Run, mean_square};
 use crate::forward::{BlockGradient, Forward};
 use crate::model::{BlockWeights, Matrix};

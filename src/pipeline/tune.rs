@@ -8,10 +8,11 @@
 
 use super::judge::{Judge, Loss};
 use super::sequential::Streams;
-use super::{Observer, Plan, PruneError, Run};
-use crate::forward::{BlockGradient, Forward, Head, LossHead, embed};
+use super::stream::planned_stream;
+use super::{Plan, PruneError, Run};
+use crate::forward::{BlockGradient, Forward, Head, LossHead};
 use crate::ggml::Token;
-use crate::model::{BlockVector, Model};
+use crate::model::BlockVector;
 use rand::SeedableRng;
 use rand::seq::SliceRandom;
 use std::borrow::Cow;
@@ -204,28 +205,6 @@ impl Run<'_> {
             Some(Moving::new(values, rms(size)))
         }))
     }
-}
-
-/// The last stream of `tokens` under the plan; the streams before the blocks go to `before`.
-pub(super) fn planned_stream(
-    forward: &mut Forward,
-    model: &Model,
-    plan: &Plan,
-    tokens: &[Token],
-    observer: &dyn Observer,
-    mut before: impl FnMut(Vec<f32>),
-) -> Result<Vec<f32>, PruneError> {
-    let mut x = embed(model, tokens)?;
-    for il in 0..plan.blocks.len() {
-        if observer.interrupted() {
-            return Err(PruneError::Interrupted);
-        }
-        let block = forward.upload(&plan.block(model, il)?)?;
-        let mut next = vec![0.0; x.len()];
-        forward.stream(&block, &x, &mut next)?;
-        before(std::mem::replace(&mut x, next));
-    }
-    Ok(x)
 }
 
 fn rms(x: &[f32]) -> f32 {

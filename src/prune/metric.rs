@@ -1,7 +1,7 @@
 //! What errors of a map's outputs cost, where they do not all cost the same.
 
-use super::Singular;
 use super::refit::factor;
+use super::{Singular, in_f64};
 use crate::model::Matrix;
 use crate::numeric::SymMatrix;
 use faer::linalg::matmul::matmul;
@@ -46,7 +46,7 @@ impl Metric {
     /// If `w` has another number of outputs.
     pub fn apply(&self, w: &Matrix) -> Matrix {
         assert_eq!(w.n_out, self.root.nrows());
-        let m = Mat::from_fn(w.n_out, w.n_in, |i, j| f64::from(w.data[i * w.n_in + j]));
+        let m = in_f64(w);
         let mut product = Mat::zeros(w.n_out, w.n_in);
         matmul(product.as_mut(), Accum::Replace, self.root.as_ref(), m.as_ref(), 1.0, Par::rayon(0));
         let data = (0..w.data.len()).map(|i| product[(i / w.n_in, i % w.n_in)] as f32).collect();

@@ -1,7 +1,7 @@
 //! Optimal brain surgeon over blocks of inputs (Hassibi and Stork 1993; SlimGPT's algebra).
 
-use super::Singular;
 use super::refit::factor;
+use super::{Singular, in_f64};
 use crate::model::Matrix;
 use crate::numeric::SymMatrix;
 use faer::linalg::matmul::matmul;
@@ -32,8 +32,7 @@ impl Obs {
         assert_eq!(w.n_in, h.n);
         let (llt, ridge) = factor(h, ridge, h.mean_diagonal())?;
         let h_inv = llt.inverse();
-        let weights = Mat::from_fn(w.n_out, w.n_in, |i, j| f64::from(w.data[i * w.n_in + j]));
-        Ok(Obs { w: weights, h_inv, order: (0..h.n).collect(), alive: h.n, ridge })
+        Ok(Obs { w: in_f64(w), h_inv, order: (0..h.n).collect(), alive: h.n, ridge })
     }
 
     /// Inputs that are left.

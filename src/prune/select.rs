@@ -1,7 +1,7 @@
 //! Which neurons stay.
 
 use super::refit::factor;
-use super::{Obs, Singular};
+use super::{Obs, Singular, in_f64};
 use crate::model::Matrix;
 use crate::numeric::SymMatrix;
 use faer::linalg::solvers::DenseSolveCore;
@@ -110,7 +110,7 @@ pub fn loudest(h: &SymMatrix, n_keep: usize) -> Vec<usize> {
 /// E\[y_i²\] of every output: the diagonal of W H Wᵀ / T.
 fn output_energies(w: &Matrix, h: &SymMatrix, n_tokens: usize) -> Vec<f64> {
     let n = w.n_in;
-    let wm = faer::Mat::from_fn(w.n_out, n, |i, j| f64::from(w.data[i * n + j]));
+    let wm = in_f64(w);
     let hm = faer::Mat::from_fn(n, n, |i, j| h.data[j * n + i]);
     let wh = &wm * &hm;
     (0..w.n_out)

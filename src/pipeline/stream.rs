@@ -1,0 +1,28 @@
+//! Tokens all the way through a plan.
+
+use super::{Observer, Plan, PruneError};
+use crate::forward::{Forward, embed};
+use crate::ggml::Token;
+use crate::model::Model;
+
+/// The last stream of `tokens` under the plan; the streams before the blocks go to `before`.
+pub(super) fn planned_stream(
+    forward: &mut Forward,
+    model: &Model,
+    plan: &Plan,
+    tokens: &[Token],
+    observer: &dyn Observer,
+    mut before: impl FnMut(Vec<f32>),
+) -> Result<Vec<f32>, PruneError> {
+    let mut x = embed(model, tokens)?;
+    for il in 0..plan.blocks.len() {
+        if observer.interrupted() {
+            return Err(PruneError::Interrupted);
+        }
+        let block = forward.upload(&plan.block(model, il)?)?;
+        let mut next = vec![0.0; x.len()];
+        forward.stream(&block, &x, &mut next)?;
+        before(std::mem::replace(&mut x, next));
+    }
+    Ok(x)
+}
