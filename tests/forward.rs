@@ -4,7 +4,6 @@ mod common;
 
 use common::small::Small;
 use common::{TEXT, compare_logits, libllama_logits, our_logits, smollm2};
-use putri_gguf::forward::Precision;
 use putri_gguf::ggml::{LlamaModel, Type, silence_logs};
 use putri_gguf::gguf::{GgufFile, Value};
 
@@ -18,7 +17,7 @@ fn check_window(name: &str, small: &Small, n_tokens: i32) {
     let path = dir.path().join("small.gguf");
     small.write(&path);
     let tokens: Vec<i32> = (0..n_tokens).map(|i| 3 + (i * 7919) % 250).collect();
-    let ours = our_logits(&path, &tokens, Precision::F32);
+    let ours = our_logits(&path, &tokens);
     let theirs = libllama_logits(&path, &tokens);
     let (max, kl) = compare_logits(&theirs, &ours, small.n_vocab);
     println!("{name}: largest difference {max:.2e}, KL divergence {kl:.2e}");
@@ -103,11 +102,8 @@ fn quantised_weights_agree_with_libllama() {
         let path = dir.path().join("small.gguf");
         small.write(&path);
         let tokens: Vec<i32> = (0..100).map(|i| 3 + (i * 104729) % 250).collect();
-        let (max, kl) = compare_logits(
-            &libllama_logits(&path, &tokens),
-            &our_logits(&path, &tokens, Precision::F32),
-            small.n_vocab,
-        );
+        let (max, kl) =
+            compare_logits(&libllama_logits(&path, &tokens), &our_logits(&path, &tokens), small.n_vocab);
         println!("{ty}: largest difference {max:.2e}, KL divergence {kl:.2e}");
         assert!(kl < 2e-3, "{ty}: KL divergence {kl}");
     }
@@ -120,13 +116,11 @@ fn smollm2_agrees_with_libllama() {
     let vocab = LlamaModel::load_vocab(&path).unwrap();
     let tokens = vocab.vocab().tokenize(TEXT, false).unwrap();
     let theirs = libllama_logits(&path, &tokens);
-    for precision in [Precision::F32, Precision::Bf16] {
-        let ours = our_logits(&path, &tokens, precision);
-        let (max, kl) = compare_logits(&theirs, &ours, vocab.vocab().n_tokens());
-        println!("SmolLM2, {precision:?}: largest difference {max:.3}, KL divergence {kl:.2e}");
-        // The file is Q4_1: libllama rounds activations to eight bits for it, we do not.
-        assert!(max < 2.0 && kl < 5e-3, "{precision:?}: largest difference {max}, KL divergence {kl}");
-    }
+    let ours = our_logits(&path, &tokens);
+    let (max, kl) = compare_logits(&theirs, &ours, vocab.vocab().n_tokens());
+    println!("SmolLM2: largest difference {max:.3}, KL divergence {kl:.2e}");
+    // The file is Q4_1: libllama rounds activations to eight bits for it, we do not.
+    assert!(max < 2.0 && kl < 5e-3, "largest difference {max}, KL divergence {kl}");
 }
 
 #[test]
@@ -141,7 +135,7 @@ fn smollm2_with_f32_weights_agrees_with_libllama_closely() {
 
     let vocab = LlamaModel::load_vocab(&path).unwrap();
     let tokens = vocab.vocab().tokenize(TEXT, false).unwrap();
-    let ours = our_logits(&path, &tokens, Precision::F32);
+    let ours = our_logits(&path, &tokens);
     let (max, kl) = compare_logits(&libllama_logits(&path, &tokens), &ours, vocab.vocab().n_tokens());
     println!("SmolLM2 in F32: largest difference {max:.4}, KL divergence {kl:.2e}");
     assert!(max < 0.1 && kl < 1e-5, "largest difference {max}, KL divergence {kl}");

@@ -5,7 +5,7 @@ mod common;
 use common::cli::Cli;
 use common::small::{Rng, Small};
 use putri_gguf::calibrate::Windows;
-use putri_gguf::forward::{Collect, Forward, Precision, Wanted, embed};
+use putri_gguf::forward::{Collect, Forward, Wanted, embed};
 use putri_gguf::ggml::{Type, silence_logs};
 use putri_gguf::gguf::{GgufFile, Value};
 use putri_gguf::model::Model;
@@ -49,10 +49,10 @@ fn squares_are_those_of_the_inputs() {
     let (n_ctx, n_fit) = (24, 3);
     let tokens: Vec<i32> = (0..n_ctx * (n_fit + 1)).map(|_| 3 + (rng.next_u64() % 250) as i32).collect();
     let windows = Windows { n_ctx, tokens, n_fit, n_held_out: 1, n_self: 0 };
-    let s = Settings { precision: Precision::F32, ..Settings::default() };
+    let s = Settings::default();
     let got = input_squares(&model, &Plan::whole(&model), &windows, &s, &mut Silent).unwrap();
 
-    let mut forward = Forward::new(&model, n_ctx, 1, Precision::F32).unwrap();
+    let mut forward = Forward::new(&model, n_ctx, 1).unwrap();
     let mut x = embed(&model, windows.tokens_of(0..n_fit)).unwrap();
     let eps = f64::from(model.hparams.rms_eps);
     for (il, got) in got.iter().enumerate() {

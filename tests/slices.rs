@@ -5,7 +5,6 @@ mod common;
 use common::small::Small;
 use common::{compare_logits, libllama_logits, our_logits};
 use putri_gguf::assemble::{Provenance, assemble};
-use putri_gguf::forward::Precision;
 use putri_gguf::ggml::{Type, silence_logs};
 use putri_gguf::gguf::{GgufFile, Value};
 use putri_gguf::model::{BlockVector, Carrier, Model};
@@ -138,7 +137,7 @@ fn gemma3_computes_the_same_with_fewer_heads() {
             let name = format!("blk.3.{name}.weight");
             assert_eq!(rows(&out, &name) == rows(&model.file, &name), copied, "{name}");
         }
-        let planned = common::logits(&model, &tokens, Precision::F32, |il| plan.block(&model, il).unwrap());
+        let planned = common::logits(&model, &tokens, |il| plan.block(&model, il).unwrap());
         let (max, kl) = compare_logits(&libllama_logits(&target, &tokens), &planned, small.n_vocab);
         println!("{n_blocks} blocks: largest difference {max:.2e}, KL divergence {kl:.2e}");
         assert!(max < 0.06 && kl < 2e-5, "{n_blocks} blocks: largest difference {max}, KL divergence {kl}");
@@ -178,7 +177,7 @@ fn new_biases_and_norms_are_written_and_used() {
         assert!(written.blocks[2].attn_norm.is_none(), "a block without attention has no norm before it");
         assert_eq!(Some(written.block(2).unwrap().ffn_norm), values(0.04));
         let theirs = libllama_logits(&target, &tokens);
-        let (max, _) = compare_logits(&theirs, &our_logits(&target, &tokens, Precision::F32), small.n_vocab);
+        let (max, _) = compare_logits(&theirs, &our_logits(&target, &tokens), small.n_vocab);
         assert!(max < 0.01, "largest difference of a logit {max}");
         let (felt, _) = compare_logits(&theirs, &libllama_logits(&source, &tokens), small.n_vocab);
         assert!(felt > 0.1, "the new values change nothing: {felt}");

@@ -5,7 +5,6 @@ mod common;
 use common::small::Small;
 use common::{compare_logits, logits, our_logits};
 use putri_gguf::calibrate::Windows;
-use putri_gguf::forward::Precision;
 use putri_gguf::ggml::silence_logs;
 use putri_gguf::model::{BlockVector, Model};
 use putri_gguf::pipeline::{Observer, Outcome, Settings, run};
@@ -26,7 +25,7 @@ fn windows(n_ctx: usize, n_fit: usize, n_held_out: usize) -> Windows {
 }
 
 fn pruned(model: &Model, windows: &Windows, settings: &Settings) -> Outcome {
-    let settings = Settings { sparsity: 0.4, precision: Precision::F32, ..settings.clone() };
+    let settings = Settings { sparsity: 0.4, ..settings.clone() };
     run(model, model, windows, &settings, &mut Silent).unwrap()
 }
 
@@ -34,8 +33,8 @@ fn pruned(model: &Model, windows: &Windows, settings: &Settings) -> Outcome {
 fn divergence(path: &Path, model: &Model, windows: &Windows, outcome: &Outcome) -> f64 {
     let held_out = windows.tokens_of(windows.n_fit..windows.n_windows());
     let of_window = |tokens: &[i32]| {
-        let dense = our_logits(path, tokens, Precision::F32);
-        let own = logits(model, tokens, Precision::F32, |il| outcome.plan.block(model, il).unwrap());
+        let dense = our_logits(path, tokens);
+        let own = logits(model, tokens, |il| outcome.plan.block(model, il).unwrap());
         compare_logits(&dense, &own, model.matrix(&model.output).unwrap().n_out).1
     };
     held_out.chunks_exact(windows.n_ctx).map(of_window).sum::<f64>() / windows.n_held_out as f64

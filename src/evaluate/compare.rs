@@ -1,6 +1,6 @@
 //! Models against the dense one on a text, by our own forward pass.
 
-use crate::forward::{Forward, ForwardError, Head, Precision, embed};
+use crate::forward::{Forward, ForwardError, Head, embed};
 use crate::ggml::Token;
 use crate::model::Model;
 use crate::numeric::{exp_neg, log_sum_exp};
@@ -108,7 +108,7 @@ fn final_stream(
     n_ctx: usize,
     n_threads: usize,
 ) -> Result<FinalStream, ForwardError> {
-    let mut forward = Forward::new(model, n_ctx, n_threads, Precision::Auto)?;
+    let mut forward = Forward::new(model, n_ctx, n_threads)?;
     let mut stream = embed(model, tokens)?;
     let mut out = vec![0.0; stream.len()];
     for il in 0..model.hparams.n_layer() {

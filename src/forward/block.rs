@@ -2,7 +2,7 @@
 //! `gemma3.cpp` of llama.cpp in the pieces that pruning needs.
 
 use super::{Forward, ForwardError, Net};
-use crate::ggml::{Graph, Resident, RopeParams, T, TensorSpec, Type};
+use crate::ggml::{Graph, Resident, RopeParams, T, TensorSpec};
 use crate::model::{Activation, BlockShape, BlockWeights, Matrix, SlidingWindow};
 use std::borrow::Cow;
 
@@ -76,9 +76,9 @@ pub(super) enum Half {
 }
 
 /// Collects tensors for an upload.
+#[derive(Default)]
 struct Uploads<'w> {
-    ty: Type,
-    list: Vec<(Type, [usize; 2], Cow<'w, [u8]>)>,
+    list: Vec<([usize; 2], Cow<'w, [f32]>)>,
 }
 
 impl<'w> Uploads<'w> {
@@ -86,8 +86,7 @@ impl<'w> Uploads<'w> {
         if m.data.is_empty() {
             return None;
         }
-        let bytes = encode(&m.data, self.ty);
-        self.list.push((self.ty, [m.n_in, m.n_out], bytes));
+        self.list.push(([m.n_in, m.n_out], Cow::Borrowed(&m.data)));
         Some(self.list.len() - 1)
     }
 
@@ -95,15 +94,15 @@ impl<'w> Uploads<'w> {
         if v.is_empty() {
             return None;
         }
-        self.list.push((Type::F32, [v.len(), 1], Cow::Borrowed(bytemuck::cast_slice(v))));
+        self.list.push(([v.len(), 1], Cow::Borrowed(v)));
         Some(self.list.len() - 1)
     }
 
     fn post_norm(&mut self, v: &'w Option<Vec<f32>>) -> Option<PostNorm> {
         let g = v.as_ref()?;
         let ridge = POST_NORM_RIDGE * g.iter().map(|g| g * g).sum::<f32>() / g.len() as f32;
-        let inverse = g.iter().flat_map(|g| (g / (g * g + ridge.max(f32::MIN_POSITIVE))).to_ne_bytes());
-        let inverse = (Type::F32, [g.len(), 1], Cow::Owned(inverse.collect()));
+        let inverse = g.iter().map(|g| g / (g * g + ridge.max(f32::MIN_POSITIVE)));
+        let inverse = ([g.len(), 1], Cow::Owned(inverse.collect()));
         let weight = self.vector(g)?;
         self.list.push(inverse);
         Some(PostNorm { weight, inverse: self.list.len() - 1 })
@@ -114,26 +113,13 @@ impl<'w> Uploads<'w> {
     }
 }
 
-/// Floats as F32 or BF16 bytes.
-pub(super) fn encode(data: &[f32], ty: Type) -> Cow<'_, [u8]> {
-    use half::slice::HalfFloatSliceExt;
-    if ty == Type::F32 {
-        return Cow::Borrowed(bytemuck::cast_slice(data));
-    }
-    assert_eq!(ty, Type::BF16);
-    let mut bits = vec![half::bf16::ZERO; data.len()];
-    bits.convert_from_f32_slice(data);
-    // Two bytes per number, in the machine's order, as ggml keeps them.
-    Cow::Owned(bits.iter().flat_map(|b| b.to_ne_bytes()).collect())
-}
-
 impl Forward {
     /// Puts a block's weights on the backend.
     ///
     /// # Errors
     /// [`ForwardError`] if there is no room.
     pub fn upload(&self, w: &BlockWeights) -> Result<Block, ForwardError> {
-        let mut up = Uploads { ty: self.net.ty, list: Vec::new() };
+        let mut up = Uploads::default();
         let [q, k, v] = &w.qkv;
         let bias = |i: usize| w.qkv_bias.as_ref().map_or(&[][..], |b| &b[i]);
         let norm = |i: usize| w.qk_norm.as_ref().map_or(&[][..], |n| &n[i]);
@@ -154,8 +140,7 @@ impl Forward {
             ffn_down_bias: up.optional(&w.ffn_down_bias),
             ffn_post_norm: up.post_norm(&w.ffn_post_norm),
         };
-        let specs: Vec<_> =
-            up.list.iter().map(|(ty, ne, bytes)| TensorSpec { ty: *ty, ne: *ne, bytes }).collect();
+        let specs: Vec<_> = up.list.iter().map(|(ne, data)| TensorSpec::f32(*ne, data)).collect();
         let set = Resident::upload(&self.engine, &specs)?;
         Ok(Block { set, shape: w.shape, sliding: w.sliding, roles })
     }
@@ -328,9 +313,6 @@ impl Net {
     pub(super) fn heads<'a>(&'a self, g: &mut Graph<'a>, b: &'a Block, x: T) -> T {
         let (d, t, n_tokens) = (self.hparams.head_dim, self.n_ctx, g.ne(x)[1]);
         let (_, [q, k, v]) = self.qkv(g, b, x);
-        // The tiled kernel reads K and V many times: F16 halves that traffic, and is what
-        // llama.cpp's KV cache holds by default.
-        let (k, v) = if self.ty == Type::F32 { (k, v) } else { (g.cast(k, Type::F16), g.cast(v, Type::F16)) };
         let mask = g.resident(&self.fixed, if b.sliding { self.sliding_mask } else { 0 });
         let n_seen = self.sliding_of(b).map_or(t, |s| s.n_swa);
         let mut joined = None;

@@ -3,27 +3,14 @@
 //! The graphs repeat the forward pass in pieces whose derivatives ggml has, and go backwards op by op. What
 //! is derived by: the stream before the block, and the block's vectors.
 
-use super::block::{Half, MAX_NODES, encode, linear};
+use super::block::{Half, MAX_NODES, linear};
 use super::{Block, Forward, ForwardError, Head, Net};
-use crate::ggml::{Graph, Resident, T, TensorSpec};
-use crate::model::{Activation, BlockVector, Model};
+use crate::ggml::{Graph, T};
+use crate::model::{Activation, BlockVector};
 
 /// Derivatives by a block's vectors, summed over tokens, in the order of [`BlockVector::ALL`]. Those of biases are
 /// there whether the block has the bias or not; a vector that cannot be there has an empty one.
 pub type BlockGradient = [Vec<f32>; BlockVector::ALL.len()];
-
-/// An output head that can be derived: the matrix lies on the backend both ways round.
-pub struct LossHead {
-    head: Head,
-    transposed: Resident,
-}
-
-impl LossHead {
-    /// The head by itself.
-    pub fn head(&self) -> &Head {
-        &self.head
-    }
-}
 
 /// Positions whose logits are in memory at a time, several times over.
 const LOSS_ROWS: usize = 128;
@@ -48,20 +35,6 @@ struct Attention {
 }
 
 impl Forward {
-    /// Puts the output head of `model` on the backend so that losses can be derived.
-    ///
-    /// # Errors
-    /// [`ForwardError`] if it cannot be read or there is no room.
-    pub fn loss_head(&self, model: &Model) -> Result<LossHead, ForwardError> {
-        let head = self.head(model)?;
-        let output = model.matrix(&model.output)?;
-        let (n, m) = (output.n_in, output.n_out);
-        let flipped: Vec<f32> = (0..n * m).map(|i| output.data[i % m * n + i / m]).collect();
-        drop(output);
-        let spec = TensorSpec { ty: self.net.ty, ne: [m, n], bytes: &encode(&flipped, self.net.ty) };
-        Ok(LossHead { head, transposed: Resident::upload(&self.engine, &[spec])? })
-    }
-
     /// Derivative of Σ KL(dense ‖ own) over all positions, by the stream `own` `[n_tokens, n_embd]` behind the
     /// last block; `dense` is the reference's, whose head is the same unless it is given.
     ///
@@ -69,20 +42,20 @@ impl Forward {
     /// [`ForwardError`] if the backend fails.
     pub fn divergence_gradient(
         &mut self,
-        own_head: &LossHead,
+        own_head: &Head,
         dense_head: Option<&Head>,
         own: &[f32],
         dense: &[f32],
     ) -> Result<Vec<f32>, ForwardError> {
         let n_embd = self.n_embd();
-        let dense_head = dense_head.unwrap_or(&own_head.head);
+        let dense_head = dense_head.unwrap_or(own_head);
         let mut out = vec![0.0; own.len()];
         let rows = LOSS_ROWS * n_embd;
         for ((own, dense), out) in own.chunks(rows).zip(dense.chunks(rows)).zip(out.chunks_mut(rows)) {
             let mut g = Graph::new(MAX_NODES);
             let ne = [n_embd, own.len() / n_embd];
             let (x, dense) = (g.input_f32(ne, own), g.input_f32(ne, dense));
-            let q = self.net.stream_logits(&mut g, &own_head.head, x);
+            let q = self.net.stream_logits(&mut g, own_head, x);
             let p = self.net.stream_logits(&mut g, dense_head, dense);
             let (soft_q, p) = (g.soft_max(q, None, 1.0), g.soft_max(p, None, 1.0));
             let d = g.sub(soft_q, p);
@@ -101,11 +74,11 @@ impl Forward {
     /// [`ForwardError`] if the backend fails.
     pub fn curvature_sample(
         &mut self,
-        head: &LossHead,
+        head: &Head,
         x: &[f32],
         mut bits: impl FnMut() -> u64,
     ) -> Result<Vec<f32>, ForwardError> {
-        let (n_embd, n_vocab) = (self.n_embd(), head.head.n_vocab());
+        let (n_embd, n_vocab) = (self.n_embd(), head.n_vocab());
         let mut out = vec![0.0; x.len()];
         let rows = LOSS_ROWS * n_embd;
         for (x, out) in x.chunks(rows).zip(out.chunks_mut(rows)) {
@@ -117,7 +90,7 @@ impl Forward {
             }
             let mut g = Graph::new(MAX_NODES);
             let x = g.input_f32([n_embd, n], x);
-            let q = self.net.stream_logits(&mut g, &head.head, x);
+            let q = self.net.stream_logits(&mut g, head, x);
             let p = g.soft_max(q, None, 1.0);
             // (diag √p − p √pᵀ) ξ: its covariance is diag p − p pᵀ, the curvature by the logits.
             let root = g.sqrt(p);
@@ -199,7 +172,7 @@ impl Net {
     }
 
     /// Through the output head: the derivative by the stream `x` from the one, `d`, by its logits `q`.
-    fn logits_back<'a>(&'a self, g: &mut Graph<'a>, head: &'a LossHead, [x, q]: [T; 2], mut d: T) -> T {
+    fn logits_back<'a>(&'a self, g: &mut Graph<'a>, head: &'a Head, [x, q]: [T; 2], mut d: T) -> T {
         if let Some(cap) = self.hparams.softcap {
             // d (c tanh(z / c)) = 1 - tanh²
             let t = g.scale(q, 1.0 / cap, 0.0);
@@ -207,9 +180,10 @@ impl Net {
             let slope = g.scale(squares, -1.0, 1.0);
             d = g.mul(d, slope);
         }
-        let w = g.resident(&head.transposed, 0);
+        let w = g.resident(&head.set, 1);
+        let w = g.permute(w, [1, 0, 2, 3]);
         let d = g.mul_mat(w, d);
-        let w = g.resident(&head.head.set, 0);
+        let w = g.resident(&head.set, 0);
         let d = g.mul(d, w);
         g.rms_norm_back(d, x, self.hparams.rms_eps)
     }
@@ -344,7 +318,6 @@ impl Net {
     fn product_back<'a>(&'a self, g: &mut Graph<'a>, b: &'a Block, weight: Option<usize>, at_y: T) -> T {
         let w = g.resident(&b.set, weight.expect("the role exists in this block"));
         let w = g.permute(w, [1, 0, 2, 3]);
-        let w = g.cont(w);
         g.mul_mat(w, at_y)
     }
 

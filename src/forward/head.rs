@@ -1,8 +1,8 @@
 //! The output head: logits, and what is computed from them without keeping them.
 
-use super::block::{MAX_NODES, encode};
+use super::block::MAX_NODES;
 use super::{Forward, ForwardError, Net};
-use crate::ggml::{Graph, Resident, T, TensorSpec, Token, Type};
+use crate::ggml::{Graph, Resident, T, TensorSpec, Token};
 use crate::model::Model;
 use crate::numeric::log_sum_exp;
 use rayon::prelude::*;
@@ -31,10 +31,9 @@ impl Forward {
     pub fn head(&self, model: &Model) -> Result<Head, ForwardError> {
         let norm = model.vector(&model.output_norm)?;
         let output = model.matrix(&model.output)?;
-        let bytes = encode(&output.data, self.net.ty);
         let specs = [
-            TensorSpec { ty: Type::F32, ne: [norm.len(), 1], bytes: bytemuck::cast_slice(&norm) },
-            TensorSpec { ty: self.net.ty, ne: [output.n_in, output.n_out], bytes: &bytes },
+            TensorSpec::f32([norm.len(), 1], &norm),
+            TensorSpec::f32([output.n_in, output.n_out], &output.data),
         ];
         Ok(Head { set: Resident::upload(&self.engine, &specs)?, n_vocab: output.n_out })
     }

@@ -10,11 +10,11 @@ mod head;
 mod stats;
 
 pub use block::Block;
-pub use gradient::{BlockGradient, LossHead};
+pub use gradient::BlockGradient;
 pub use head::Head;
 pub use stats::{Collect, InputSquares, Wanted};
 
-use crate::ggml::{Engine, GgmlError, Resident, TensorSpec, Token, Type, fast_bf16};
+use crate::ggml::{Engine, GgmlError, Resident, TensorSpec, Token, Type};
 use crate::gguf::GgufError;
 use crate::model::{Hparams, Model};
 use std::ops::Range;
@@ -33,29 +33,6 @@ pub enum ForwardError {
     Gguf(#[from] GgufError),
 }
 
-/// Number format of the weights and of the inputs of matrix products.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
-pub enum Precision {
-    /// BF16 where the CPU multiplies it faster than F32, else F32.
-    #[default]
-    Auto,
-    /// 32-bit floats throughout.
-    F32,
-    /// BF16 operands, 32-bit sums.
-    Bf16,
-}
-
-impl Precision {
-    fn weight_type(self) -> Type {
-        match self {
-            Precision::F32 => Type::F32,
-            Precision::Bf16 => Type::BF16,
-            Precision::Auto if fast_bf16() => Type::BF16,
-            Precision::Auto => Type::F32,
-        }
-    }
-}
-
 /// Runs blocks of one model over windows of one length.
 pub struct Forward {
     engine: Engine,
@@ -64,7 +41,6 @@ pub struct Forward {
 
 /// What the graphs of a model have in common.
 struct Net {
-    ty: Type,
     hparams: Hparams,
     n_ctx: usize,
     /// The causal mask, and what the two below point at.
@@ -83,12 +59,7 @@ impl Forward {
     ///
     /// # Errors
     /// [`ForwardError`] if the backend fails or the frequency factors cannot be read.
-    pub fn new(
-        model: &Model,
-        n_ctx: usize,
-        n_threads: usize,
-        precision: Precision,
-    ) -> Result<Forward, ForwardError> {
+    pub fn new(model: &Model, n_ctx: usize, n_threads: usize) -> Result<Forward, ForwardError> {
         assert!(n_ctx > 0);
         let engine = Engine::cpu(n_threads)?;
         let factors = model.rope_factors(n_ctx)?;
@@ -101,13 +72,12 @@ impl Forward {
         }
         let sliding_mask = specs.len() - 1;
         let factors_at = factors.as_ref().map(|f| {
-            specs.push(TensorSpec { ty: Type::F32, ne: [f.len(), 1], bytes: bytemuck::cast_slice(f) });
+            specs.push(TensorSpec::f32([f.len(), 1], f));
             specs.len() - 1
         });
         let fixed = Resident::upload(&engine, &specs)?;
         let windows = chunk_windows(n_ctx);
         let net = Net {
-            ty: precision.weight_type(),
             n_ctx,
             fixed,
             sliding_mask,
@@ -127,11 +97,6 @@ impl Forward {
     /// Width of the residual stream.
     pub fn n_embd(&self) -> usize {
         self.net.hparams.n_embd
-    }
-
-    /// Type of the weights in matrix products.
-    pub fn weight_type(&self) -> Type {
-        self.net.ty
     }
 
     /// The windows `windows` cut into chunks that pass through a block in one graph.

@@ -2,7 +2,7 @@
 
 use super::block::{Half, MAX_NODES};
 use super::{Block, Forward, ForwardError, Net};
-use crate::ggml::{Computed, Graph, T, Type};
+use crate::ggml::{Computed, Graph, T};
 use crate::numeric::Moments;
 
 /// Row panels that a symmetric product is cut into; only panels on and below the diagonal are
@@ -206,53 +206,46 @@ impl Net {
                 let r = g.mul(r, inverse);
                 g.mul(r, rms)
             });
-            // As the caller's were: products and sums must see the same numbers (`transposed`).
-            let divided = g.div(scales, rms);
-            let rounded = g.cast(divided, Type::BF16);
-            scales = g.cast(rounded, Type::F32);
+            scales = g.div(scales, rms);
         }
-        self.sums(g, inputs, residual, scales)
+        sums(g, inputs, residual, scales)
     }
+}
 
-    /// Products over tokens of `x` `[n, n_tokens]` with itself and with `residual` `[m, n_tokens]`, both
-    /// multiplied by `scales` `[1, n_tokens]`, and their sums with the square of that weight.
-    fn sums<'a>(&self, g: &mut Graph<'a>, x: T, residual: Option<T>, scales: T) -> Sums {
-        let [n, n_tokens, ..] = g.ne(x);
-        g.output(scales);
-        let column = g.reshape(scales, [n_tokens, 1, 1, 1]);
-        let x = g.mul(x, scales);
-        let residual = residual.map(|r| g.mul(r, scales));
-        let xt = self.transposed(g, x);
-        let width = n.div_ceil(PANELS).next_multiple_of(16);
-        let panels = (0..n)
-            .step_by(width)
-            .map(|start| {
-                let panel = g.slice(xt, 1, start, width.min(n - start));
-                let below = g.slice(xt, 1, start, n - start);
-                let product = g.mul_mat(panel, below);
-                g.output(product);
-                (start, product)
-            })
-            .collect();
-        let rt = residual.map(|r| self.transposed(g, r));
-        let mut product = |a: T, b: T| {
-            let product = g.mul_mat(a, b);
-            g.output(product);
-            product
-        };
-        Sums {
-            panels,
-            cross: rt.map(|rt| product(xt, rt)),
-            x: product(xt, column),
-            r: rt.map(|rt| product(rt, column)),
-            scales,
-            n_tokens,
-        }
+/// Products over tokens of `x` `[n, n_tokens]` with itself and with `residual` `[m, n_tokens]`, both
+/// multiplied by `scales` `[1, n_tokens]`, and their sums with the square of that weight.
+fn sums<'a>(g: &mut Graph<'a>, x: T, residual: Option<T>, scales: T) -> Sums {
+    let [n, n_tokens, ..] = g.ne(x);
+    g.output(scales);
+    let weights = g.reshape(scales, [n_tokens, 1, 1, 1]);
+    let x = g.mul(x, scales);
+    let rt = residual.map(|r| {
+        let r = g.mul(r, scales);
+        tokens_first(g, r)
+    });
+    let xt = tokens_first(g, x);
+    let product = |g: &mut Graph<'a>, a: T, b: T| {
+        let product = g.mul_mat(a, b);
+        g.output(product);
+        product
+    };
+    let width = n.div_ceil(PANELS).next_multiple_of(16);
+    let panels = (0..n).step_by(width).map(|start| {
+        let panel = g.slice(x, 0, start, width.min(n - start));
+        let below = g.slice(x, 0, start, n - start);
+        let (panel, below) = (tokens_first(g, panel), tokens_first(g, below));
+        (start, product(g, panel, below))
+    });
+    Sums {
+        panels: panels.collect(),
+        cross: rt.map(|rt| product(g, xt, rt)),
+        x: product(g, xt, weights),
+        r: rt.map(|rt| product(g, rt, weights)),
+        scales,
+        n_tokens,
     }
+}
 
-    /// The transpose in the type of matrix products: tokens become ne\[0\].
-    fn transposed<'a>(&self, g: &mut Graph<'a>, x: T) -> T {
-        let t = g.permute(x, [1, 0, 2, 3]);
-        if self.ty == Type::F32 { g.cont(t) } else { g.cast(t, self.ty) }
-    }
+fn tokens_first(g: &mut Graph, x: T) -> T {
+    g.permute(x, [1, 0, 2, 3])
 }

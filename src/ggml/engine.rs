@@ -60,6 +60,13 @@ pub struct TensorSpec<'a> {
     pub bytes: &'a [u8],
 }
 
+impl<'a> TensorSpec<'a> {
+    /// A tensor of floats.
+    pub fn f32(ne: [usize; 2], data: &'a [f32]) -> TensorSpec<'a> {
+        TensorSpec { ty: Type::F32, ne, bytes: bytemuck::cast_slice(data) }
+    }
+}
+
 /// Tensors that live on a backend (weights, masks), addressed by index.
 pub struct Resident {
     ctx: NonNull<sys::ggml_context>,

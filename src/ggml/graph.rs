@@ -4,6 +4,7 @@
 //! from the [`Computed`] that running returns. Sizes follow ggml: ne\[0\] is the fastest dimension,
 //! a matrix of T rows of d floats is `[d, T]`.
 
+use super::product::multiply;
 use super::{Engine, GgmlError, Resident, Type};
 use llama_cpp_sys_2 as sys;
 use std::marker::PhantomData;
@@ -42,6 +43,9 @@ pub struct RopeParams {
 
 /// GGML_ROPE_TYPE_NEOX.
 const ROPE_TYPE_NEOX: i32 = 2;
+
+/// GGML_N_TASKS_MAX.
+const ALL_THREADS: i32 = -1;
 
 /// ggml_rope_ext or ggml_rope_ext_back.
 type RopeOp = unsafe extern "C" fn(
@@ -144,12 +148,33 @@ impl<'a> Graph<'a> {
         self.push(set.tensors[index].as_ptr())
     }
 
-    /// `aᵀ b` over ne\[0\]: a `[k, m]`, b `[k, n]` → `[m, n]`; `a` is broadcast over outer dimensions.
+    /// `aᵀ b` over ne\[0\], both F32 with any strides: a `[k, m]`, b `[k, n]` → `[m, n]`; `a` is repeated over
+    /// outer dimensions.
     pub fn mul_mat(&mut self, a: T, b: T) -> T {
         let (x, y) = (self.ne(a), self.ne(b));
-        assert!(x[0] == y[0] && y[2] % x[2] == 0 && y[3] % x[3] == 0, "mul_mat of {x:?} and {y:?}");
-        // SAFETY: ggml_can_mul_mat holds as asserted; headers are of this context.
-        let raw = unsafe { sys::ggml_mul_mat(self.ctx.as_ptr(), self.raw(a), self.raw(b)) };
+        assert!(
+            x[0] == y[0] && y[2].is_multiple_of(x[2]) && y[3].is_multiple_of(x[3]),
+            "mul_mat of {x:?} and {y:?}"
+        );
+        let [m, n, n2, n3] = [x[1], y[1], y[2], y[3]].map(|n| n as i64);
+        let mut sources = [self.raw(a), self.raw(b)];
+        // SAFETY: live F32 headers of this context, of the sizes that `multiply` expects.
+        let raw = unsafe {
+            assert!(sources.iter().all(|t| (**t).type_ == sys::GGML_TYPE_F32));
+            sys::ggml_custom_4d(
+                self.ctx.as_ptr(),
+                sys::GGML_TYPE_F32,
+                m,
+                n,
+                n2,
+                n3,
+                sources.as_mut_ptr(),
+                sources.len() as i32,
+                Some(multiply),
+                ALL_THREADS,
+                std::ptr::null_mut(),
+            )
+        };
         self.push(raw)
     }
 
@@ -403,6 +428,7 @@ impl<'a> Graph<'a> {
         let raw = unsafe {
             let src = self.raw(a);
             let nb = (*src).nb;
+            assert!(nb[0] == sys::ggml_type_size((*src).type_), "a view keeps no stride along ne[0]");
             assert!(dim > 0 || sys::ggml_blck_size((*src).type_) == 1);
             sys::ggml_view_4d(self.ctx.as_ptr(), src, n0, n1, n2, n3, nb[1], nb[2], nb[3], start * nb[dim])
         };

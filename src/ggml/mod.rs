@@ -8,6 +8,7 @@ mod engine;
 mod gguf;
 mod graph;
 mod llama;
+mod product;
 mod quantize;
 mod system;
 mod types;
@@ -17,7 +18,7 @@ pub use gguf::{RawGguf, RawValue};
 pub use graph::{Computed, Graph, RopeParams, T};
 pub use llama::{BatchToken, Context, LlamaModel, Token, Vocab};
 pub use quantize::{FileType, quantize_file};
-pub use system::{cpu_features, engine_version, fast_bf16, install_abort_handler, map_file, silence_logs};
+pub use system::{cpu_features, engine_version, install_abort_handler, map_file, silence_logs};
 pub use types::Type;
 
 /// What can go wrong behind the fence.

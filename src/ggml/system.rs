@@ -78,12 +78,6 @@ pub fn cpu_features() -> Vec<String> {
         .collect()
 }
 
-/// Whether matrix products in BF16 run faster than in F32 on this CPU.
-pub fn fast_bf16() -> bool {
-    // SAFETY: pure function.
-    unsafe { sys::ggml_cpu_has_avx512_bf16() != 0 }
-}
-
 /// Maps `file` read-only.
 ///
 /// # Errors

@@ -39,7 +39,7 @@ impl Run<'_> {
         let n_windows = tokens.len() / n_ctx;
         let mut stream = embed(self.model, &tokens)?;
         let s = self.settings;
-        let mut probe = Forward::new(self.model, PROBE_CTX.min(n_ctx), s.n_threads, s.precision)?;
+        let mut probe = Forward::new(self.model, PROBE_CTX.min(n_ctx), s.n_threads)?;
         let probe_tokens = self.windows.sample(s.probe_tokens, probe.n_ctx());
         let mut base = embed(self.model, &probe_tokens)?;
         let mut next = vec![0.0; base.len()];

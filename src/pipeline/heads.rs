@@ -138,7 +138,7 @@ impl<'r, 'a> Search<'r, 'a> {
         let tokens = run.windows.sample(n_tokens, n_ctx);
         let n_windows = tokens.len() / n_ctx;
         let s = run.settings;
-        let mut forward = Forward::new(run.model, n_ctx, s.n_threads, s.precision)?;
+        let mut forward = Forward::new(run.model, n_ctx, s.n_threads)?;
         let head = forward.head(run.model)?;
         let plan = run.plan.clone();
         let mut base = vec![embed(run.model, &tokens)?];

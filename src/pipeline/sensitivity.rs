@@ -52,8 +52,8 @@ impl Run<'_> {
         let n_ctx = self.windows.n_ctx.min(CTX);
         let tokens = self.windows.sample(n_tokens, n_ctx);
         let whole = Plan::whole(self.model);
-        let mut forward = Forward::new(self.model, n_ctx, s.n_threads, s.precision)?;
-        let head = forward.loss_head(self.model)?;
+        let mut forward = Forward::new(self.model, n_ctx, s.n_threads)?;
+        let head = forward.head(self.model)?;
         let (n_layer, n_embd) = (whole.blocks.len(), forward.n_embd());
         let mut behind = vec![Vec::new(); n_layer];
         let mut rng = ChaCha8Rng::seed_from_u64(0);

@@ -10,7 +10,7 @@ use super::judge::{Judge, Loss};
 use super::sequential::Streams;
 use super::stream::planned_stream;
 use super::{Plan, PruneError, Run};
-use crate::forward::{BlockGradient, Forward, Head, LossHead};
+use crate::forward::{BlockGradient, Forward, Head};
 use crate::ggml::Token;
 use crate::model::BlockVector;
 use rand::SeedableRng;
@@ -67,7 +67,7 @@ type BlockState = [Option<Moving>; BlockVector::ALL.len()];
 /// What is learnt from.
 struct Lessons<'a> {
     forward: Forward,
-    own: LossHead,
+    own: Head,
     /// The dense model's head, where it is not the same.
     dense: Option<Head>,
     windows: Vec<&'a [Token]>,
@@ -91,9 +91,9 @@ impl Run<'_> {
         let span = self.forward.span(&held_out);
         let tokens = self.windows.tokens_of(held_out);
         let dense = &streams.dense[span.clone()];
-        let dense_head = lessons.dense.as_ref().unwrap_or(lessons.own.head());
+        let dense_head = lessons.dense.as_ref().unwrap_or(&lessons.own);
         let judge = Judge::new(&mut self.forward, dense_head, tokens, dense, Loss::Divergence)?;
-        let before = judge.loss(&mut self.forward, lessons.own.head(), &streams.pruned[span.clone()])?;
+        let before = judge.loss(&mut self.forward, &lessons.own, &streams.pruned[span.clone()])?;
         let untuned: Vec<_> = self.plan.blocks.iter().map(|b| b.vectors.clone()).collect();
         let mut state: Vec<BlockState> =
             (0..self.plan.blocks.len()).map(|il| self.vectors(il)).collect::<Result<_, _>>()?;
@@ -114,7 +114,7 @@ impl Run<'_> {
         }
         let tuned =
             planned_stream(&mut self.forward, self.model, &self.plan, tokens, &*self.observer, |_| {})?;
-        let after = judge.loss(&mut self.forward, lessons.own.head(), &tuned)?;
+        let after = judge.loss(&mut self.forward, &lessons.own, &tuned)?;
         let better = after < before;
         if better {
             streams.pruned[span].copy_from_slice(&tuned);
@@ -134,7 +134,7 @@ impl Run<'_> {
     {
         let (w, s) = (self.windows, self.settings);
         let n_ctx = w.n_ctx / w.n_ctx.div_ceil(MAX_CTX);
-        let mut forward = Forward::new(self.model, n_ctx, s.n_threads, s.precision)?;
+        let mut forward = Forward::new(self.model, n_ctx, s.n_threads)?;
         let windows: Vec<&[Token]> =
             (0..w.n_fit).flat_map(|i| w.tokens_of(i..i + 1).chunks_exact(n_ctx)).collect();
         let target = if n_ctx == w.n_ctx {
@@ -151,7 +151,7 @@ impl Run<'_> {
                 |_| {},
             )?)
         };
-        let own = forward.loss_head(self.model)?;
+        let own = forward.head(self.model)?;
         let same = std::ptr::eq(self.model, self.reference);
         let dense = if same { None } else { Some(forward.head(self.reference)?) };
         Ok(Lessons { forward, own, dense, windows, target })

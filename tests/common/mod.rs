@@ -64,24 +64,19 @@ pub fn libllama_logits(path: &std::path::Path, tokens: &[i32]) -> Vec<f32> {
 }
 
 /// Our logits for the same window.
-pub fn our_logits(
-    path: &std::path::Path,
-    tokens: &[i32],
-    precision: putri_gguf::forward::Precision,
-) -> Vec<f32> {
+pub fn our_logits(path: &std::path::Path, tokens: &[i32]) -> Vec<f32> {
     let model = putri_gguf::model::Model::open(path).unwrap();
-    logits(&model, tokens, precision, |il| model.block(il).unwrap())
+    logits(&model, tokens, |il| model.block(il).unwrap())
 }
 
 /// Our logits of `model` with the blocks that `block` gives.
 pub fn logits(
     model: &putri_gguf::model::Model,
     tokens: &[i32],
-    precision: putri_gguf::forward::Precision,
     block: impl Fn(usize) -> putri_gguf::model::BlockWeights,
 ) -> Vec<f32> {
     use putri_gguf::forward::{Forward, embed};
-    let mut forward = Forward::new(model, tokens.len(), 1, precision).unwrap();
+    let mut forward = Forward::new(model, tokens.len(), 1).unwrap();
     let mut x = embed(model, tokens).unwrap();
     let mut y = vec![0.0; x.len()];
     for il in 0..model.hparams.n_layer() {

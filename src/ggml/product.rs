@@ -1,0 +1,128 @@
+//! Matrix products by faer, as an operation of a ggml graph.
+//!
+//! ggml's CPU backend multiplies floats for generation, a few columns at a time; on the wide batches of
+//! calibration faer's kernels take a third of the time in F32 and half of it even in BF16
+//! (`benches/results`). Operands may have any strides, so nothing need be transposed first.
+
+use faer::linalg::matmul::matmul;
+use faer::{Accum, MatMut, MatRef, Par};
+use llama_cpp_sys_2 as sys;
+use std::ffi::{c_int, c_void};
+
+/// Rows and columns of the result that a thread computes in one go. They do not depend on the number of
+/// threads, so neither do the sums.
+const TILE: [usize; 2] = [768, 256];
+
+/// The operation: `dst` `[m, n, ..]` = aᵀ b for its sources a `[k, m, ..]` and b `[k, n, ..]`, all F32; outer
+/// dimensions of a are repeated to those of b, as `ggml_mul_mat` does.
+///
+/// # Safety
+/// To be called by ggml's CPU backend on a tensor that [`super::Graph::mul_mat`] made.
+pub(super) unsafe extern "C" fn multiply(
+    dst: *mut sys::ggml_tensor,
+    ith: c_int,
+    nth: c_int,
+    _user: *mut c_void,
+) {
+    // SAFETY: the tensor and its sources live while the graph runs, and other threads only read them.
+    let tile = |i| std::panic::catch_unwind(|| unsafe { multiply_tile(&*dst, i) });
+    // SAFETY: as above.
+    let n_tiles = unsafe { (*dst).ne[2] * (*dst).ne[3] } as usize
+        * tiles(unsafe { (*dst).ne }).iter().product::<usize>();
+    for i in (ith as usize..n_tiles).step_by(nth as usize) {
+        if tile(i).is_err() {
+            // A panic must not cross into C, and other threads wait for this one.
+            std::process::abort();
+        }
+    }
+}
+
+/// Tiles of one matrix of a result of the sizes `ne`, down and across.
+fn tiles(ne: [i64; 4]) -> [usize; 2] {
+    [(ne[0] as usize).div_ceil(TILE[0]), (ne[1] as usize).div_ceil(TILE[1])]
+}
+
+/// Computes tile `i` of `dst`.
+///
+/// # Safety
+/// `dst` and its two sources are F32 with data in memory and of fitting sizes, and nobody else writes this tile.
+unsafe fn multiply_tile(dst: &sys::ggml_tensor, i: usize) {
+    // SAFETY: the caller says that both are there.
+    let (a, b) = unsafe { (&*dst.src[0], &*dst.src[1]) };
+    let [down, across] = tiles(dst.ne);
+    let (outer, col, row) = (i / (down * across), i / down % across, i % down);
+    let (i2, i3) = (outer % dst.ne[2] as usize, outer / dst.ne[2] as usize);
+    let (row, col) = (row * TILE[0], col * TILE[1]);
+    let rows = TILE[0].min(dst.ne[0] as usize - row);
+    let cols = TILE[1].min(dst.ne[1] as usize - col);
+    let k = a.ne[0] as usize;
+    let repeated = |n: usize, d: usize| n / (b.ne[d] / a.ne[d]) as usize;
+    // SAFETY: offsets lie inside the tensors, whose strides are multiples of a float.
+    unsafe {
+        let at = |t: &sys::ggml_tensor, j: usize, i2: usize, i3: usize| {
+            t.data.cast::<u8>().add(j * t.nb[1] + i2 * t.nb[2] + i3 * t.nb[3])
+        };
+        let strided = |t: &sys::ggml_tensor, p: *mut u8, n: usize| {
+            MatRef::from_raw_parts(p.cast::<f32>(), k, n, (t.nb[0] / 4) as isize, (t.nb[1] / 4) as isize)
+        };
+        let a = strided(a, at(a, row, repeated(i2, 2), repeated(i3, 3)), rows);
+        let b = strided(b, at(b, col, i2, i3), cols);
+        let out = at(dst, col, i2, i3).cast::<f32>().add(row);
+        let out = MatMut::from_raw_parts_mut(out, rows, cols, 1, (dst.nb[1] / 4) as isize);
+        matmul(out, Accum::Replace, a.transpose(), b, 1.0, Par::Seq);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use crate::ggml::{Engine, Graph};
+    use rand::{RngExt, SeedableRng};
+    use rand_chacha::ChaCha8Rng;
+
+    /// aᵀ b of `[k, m, heads]` and `[k, n, heads · repeats]` by definition, in f64.
+    fn naive(a: &[f32], b: &[f32], [k, m, n]: [usize; 3], repeats: usize) -> Vec<f64> {
+        let outer = b.len() / (k * n);
+        let row = |x: &[f32], i: usize| x[i * k..][..k].to_vec();
+        let pair = |o: usize, j: usize, i: usize| {
+            let (a, b) = (row(a, o / repeats * m + i), row(b, o * n + j));
+            a.iter().zip(&b).map(|(a, b)| f64::from(*a) * f64::from(*b)).sum()
+        };
+        (0..outer * n * m).map(|at| pair(at / (n * m), at / m % n, at % m)).collect()
+    }
+
+    #[test]
+    fn products_are_those_of_the_definition() {
+        let mut rng = ChaCha8Rng::seed_from_u64(3);
+        let sizes = [[1, 1, 1], [5, 3, 7], [64, 768, 256], [33, 769, 257], [100, 2000, 5], [17, 2, 700]];
+        for ([k, m, n], heads, repeats) in sizes.into_iter().flat_map(|s| [(s, 1, 1), (s, 2, 3)]) {
+            let mut random =
+                |len: usize| -> Vec<f32> { (0..len).map(|_| rng.random::<f32>() - 0.5).collect() };
+            let (a, b) = (random(k * m * heads), random(k * n * heads * repeats));
+            let expected = naive(&a, &b, [k, m, n], repeats);
+            // The same with its rows where columns should be, for the strides.
+            let turned: Vec<f32> =
+                (0..a.len()).map(|i| a[i / (k * m) * k * m + i % m * k + i / m % k]).collect();
+            let mut first: Option<Vec<f32>> = None;
+            for (n_threads, turn) in [(1, false), (3, false), (2, true)] {
+                let mut engine = Engine::cpu(n_threads).unwrap();
+                let mut g = Graph::new(16);
+                let x =
+                    if turn { g.input_f32([m, k * heads], &turned) } else { g.input_f32([k, m * heads], &a) };
+                let x = if turn { g.reshape(x, [m, k, heads, 1]) } else { g.reshape(x, [k, m, heads, 1]) };
+                let x = if turn { g.permute(x, [1, 0, 2, 3]) } else { x };
+                let y = g.input_f32([k, n * heads * repeats], &b);
+                let y = g.reshape(y, [k, n, heads * repeats, 1]);
+                let z = g.mul_mat(x, y);
+                g.output(z);
+                let found = g.compute(&mut engine).unwrap().to_vec(z);
+                for (f, e) in found.iter().zip(&expected) {
+                    assert!((f64::from(*f) - e).abs() < 1e-5 * k as f64, "{k} {m} {n}: {f} {e}");
+                }
+                if !turn {
+                    let first = first.get_or_insert_with(|| found.clone());
+                    assert!(*first == found, "{k} {m} {n}: {n_threads} threads give other sums");
+                }
+            }
+        }
+    }
+}
