@@ -6,12 +6,14 @@ use crate::ggml::{Graph, Resident, RopeParams, T, TensorSpec};
 use crate::model::{Activation, BlockShape, BlockWeights, Matrix, SlidingWindow};
 use std::borrow::Cow;
 
-/// Graph nodes of a block are about forty, and twenty more per slice of queries; as many again with gradients.
+/// Graph nodes of a block are about forty, and a dozen more per slice of queries; as many again with gradients.
 pub(super) const MAX_NODES: usize = 1024;
 
-/// Queries that are attended in one call: keys that none of them sees are left out, which saves up to
-/// half of the work of causal attention.
-const QUERY_SLICE: usize = 512;
+/// Queries that are attended at a time, and how many slices of them a window is cut into at most: keys that none
+/// of a slice's queries sees are left out, which saves up to half of the work of causal attention, and what is in
+/// memory of the attention weights stays small.
+const QUERY_SLICE: usize = 128;
+const MAX_SLICES: usize = 32;
 
 /// Share of a post norm's mean squared weight that outputs with smaller weights are damped by when errors are
 /// carried back through it: they would have to change by more than they are worth.
@@ -315,20 +317,40 @@ impl Net {
         let (_, [q, k, v]) = self.qkv(g, b, x);
         let mask = g.resident(&self.fixed, if b.sliding { self.sliding_mask } else { 0 });
         let n_seen = self.sliding_of(b).map_or(t, |s| s.n_swa);
-        let mut joined = None;
-        for start in (0..t).step_by(QUERY_SLICE) {
-            let n = QUERY_SLICE.min(t - start);
-            let first = (start + 1).saturating_sub(n_seen);
-            let n_keys = start + n - first;
-            let q = g.slice(q, 1, start, n);
-            let (k, v) = (g.slice(k, 1, first, n_keys), g.slice(v, 1, first, n_keys));
-            let mask = g.slice(mask, 1, start, n);
-            let mask = g.slice(mask, 0, first, n_keys);
-            let mask = if t > QUERY_SLICE { g.cont(mask) } else { mask };
-            let y = g.flash_attn(q, k, v, mask, self.attention_scale);
-            joined = Some(joined.map_or(y, |j| g.concat(j, y, 2)));
+        let slice = QUERY_SLICE.max(t.div_ceil(MAX_SLICES));
+        let slices: Vec<T> = (0..t)
+            .step_by(slice)
+            .map(|start| {
+                let n = slice.min(t - start);
+                let first = (start + 1).saturating_sub(n_seen);
+                let n_keys = start + n - first;
+                let q = g.slice(q, 1, start, n);
+                let (k, v) = (g.slice(k, 1, first, n_keys), g.slice(v, 1, first, n_keys));
+                let mask = g.slice(mask, 1, start, n);
+                let mask = g.slice(mask, 0, first, n_keys);
+                let mask = if n < t { g.cont(mask) } else { mask };
+                let scores = g.mul_mat(k, q);
+                let p = g.soft_max(scores, Some(mask), self.attention_scale);
+                let v = g.permute(v, [1, 0, 2, 3]);
+                g.mul_mat(v, p)
+            })
+            .collect();
+        let out = join_queries(g, &slices);
+        let out = g.permute(out, [0, 2, 1, 3]);
+        let out = g.cont(out);
+        g.reshape(out, [d * b.shape.n_head, n_tokens, 1, 1])
+    }
+}
+
+/// The slices one after another; joined in pairs, so that each is copied but a few times.
+fn join_queries(g: &mut Graph, slices: &[T]) -> T {
+    match slices {
+        [one] => *one,
+        _ => {
+            let (a, b) = slices.split_at(slices.len() / 2);
+            let (a, b) = (join_queries(g, a), join_queries(g, b));
+            g.concat(a, b, 1)
         }
-        g.reshape(joined.expect("windows are not empty"), [d * b.shape.n_head, n_tokens, 1, 1])
     }
 }
 

@@ -356,30 +356,6 @@ impl<'a> Graph<'a> {
         self.push(raw)
     }
 
-    /// Fused attention. q `[head_dim, n_tokens, n_head, n_seq]`, k and v `[head_dim, n_kv, n_head_kv,
-    /// n_seq]`, mask F16 `[n_kv, n_tokens]` → `[head_dim, n_head, n_tokens, n_seq]`.
-    pub fn flash_attn(&mut self, q: T, k: T, v: T, mask: T, scale: f32) -> T {
-        let (nq, nk, nv, nm) = (self.ne(q), self.ne(k), self.ne(v), self.ne(mask));
-        assert!(nq[0] == nk[0] && nk[0] == nv[0] && nk[1] == nv[1] && nk[2] == nv[2] && nq[2] % nk[2] == 0);
-        assert!(nq[3] == nk[3] && nk[3] == nv[3] && nm[0] == nk[1] && nm[1] >= nq[1]);
-        // SAFETY: shapes asserted; all operands are headers of this graph or resident.
-        let raw = unsafe {
-            let t = sys::ggml_flash_attn_ext(
-                self.ctx.as_ptr(),
-                self.raw(q),
-                self.raw(k),
-                self.raw(v),
-                self.raw(mask),
-                scale,
-                0.0,
-                0.0,
-            );
-            sys::ggml_flash_attn_ext_set_prec(t, sys::GGML_PREC_F32);
-            t
-        };
-        self.push(raw)
-    }
-
     /// The same elements with other sizes.
     pub fn reshape(&mut self, a: T, ne: [usize; 4]) -> T {
         assert!(self.contiguous(a) && self.ne(a).iter().product::<usize>() == ne.iter().product::<usize>());
@@ -404,13 +380,6 @@ impl<'a> Graph<'a> {
     pub fn cont(&mut self, a: T) -> T {
         // SAFETY: any tensor can be copied.
         let raw = unsafe { sys::ggml_cont(self.ctx.as_ptr(), self.raw(a)) };
-        self.push(raw)
-    }
-
-    /// A copy in another type.
-    pub fn cast(&mut self, a: T, ty: Type) -> T {
-        // SAFETY: float types convert into each other.
-        let raw = unsafe { sys::ggml_cast(self.ctx.as_ptr(), self.raw(a), ty.raw()) };
         self.push(raw)
     }
 
