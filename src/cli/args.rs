@@ -64,6 +64,9 @@ pub struct Args {
     /// Threads [default: all cores]
     #[arg(short, long, value_name = "N", help_heading = "Machine")]
     pub threads: Option<usize>,
+    /// Also print where the time went, and what the matrix products of each stage reached
+    #[arg(long, help_heading = "Machine")]
+    pub timings: bool,
     /// No progress on stderr
     #[arg(short, long, help_heading = "Machine")]
     pub quiet: bool,

@@ -7,7 +7,7 @@ pub use args::Args;
 pub use resolve::resolve;
 
 use clap::Parser;
-use putri_gguf::report::{Progress, summary};
+use putri_gguf::report::{Progress, Timings, summary};
 use putri_gguf::{JobError, ggml};
 use std::io::Write;
 use std::process::ExitCode;
@@ -28,7 +28,7 @@ pub fn main() -> ExitCode {
         putri_gguf::remove_temporary();
         std::process::exit(1);
     });
-    let quiet = args.quiet;
+    let (quiet, timings) = (args.quiet, args.timings);
     let job = match resolve(args) {
         Ok(job) => job,
         Err(e) => {
@@ -48,12 +48,18 @@ pub fn main() -> ExitCode {
         return ExitCode::FAILURE;
     }
     let mut progress = Progress::new(quiet, stop);
-    let result = putri_gguf::run(&job, &mut progress);
+    let mut watched = Timings::new(&mut progress);
+    let result = putri_gguf::run(&job, &mut watched);
+    let stages = watched.finish();
     progress.finish();
     match result {
         Ok(outcome) => {
             // The job is done; that nobody reads the summary does not make it a failure.
-            let _ = writeln!(std::io::stdout(), "{}{}", summary(&outcome), job.output.display());
+            let mut text = summary(&outcome);
+            if timings && let Ok(rate) = ggml::product_rate(job.settings.n_threads) {
+                text += &format!("\n{}", stages.table(rate));
+            }
+            let _ = writeln!(std::io::stdout(), "{text}{}", job.output.display());
             ExitCode::SUCCESS
         }
         Err(JobError::Interrupted) => {

@@ -4,7 +4,7 @@
 //! from the [`Computed`] that running returns. Sizes follow ggml: ne\[0\] is the fastest dimension,
 //! a matrix of T rows of d floats is `[d, T]`.
 
-use super::product::multiply;
+use super::product::{count, multiply};
 use super::{Engine, GgmlError, Resident, Type};
 use llama_cpp_sys_2 as sys;
 use std::marker::PhantomData;
@@ -73,6 +73,8 @@ pub struct Graph<'a> {
     id: u32,
     tensors: Vec<NonNull<sys::ggml_tensor>>,
     inputs: Vec<(NonNull<sys::ggml_tensor>, &'a [u8])>,
+    /// Floating-point operations of its matrix products.
+    operations: u64,
     _weights: PhantomData<&'a Resident>,
 }
 
@@ -90,7 +92,15 @@ impl<'a> Graph<'a> {
             let ctx = NonNull::new(sys::ggml_init(params)).expect("out of memory for a graph of headers");
             let graph = sys::ggml_new_graph_custom(ctx.as_ptr(), max_nodes, false);
             let id = NEXT_GRAPH.fetch_add(1, Ordering::Relaxed);
-            Graph { ctx, graph, id, tensors: Vec::new(), inputs: Vec::new(), _weights: PhantomData }
+            Graph {
+                ctx,
+                graph,
+                id,
+                tensors: Vec::new(),
+                inputs: Vec::new(),
+                operations: 0,
+                _weights: PhantomData,
+            }
         }
     }
 
@@ -156,6 +166,7 @@ impl<'a> Graph<'a> {
             x[0] == y[0] && y[2].is_multiple_of(x[2]) && y[3].is_multiple_of(x[3]),
             "mul_mat of {x:?} and {y:?}"
         );
+        self.operations += 2 * (x[0] * x[1] * y[1] * y[2] * y[3]) as u64;
         let [m, n, n2, n3] = [x[1], y[1], y[2], y[3]].map(|n| n as i64);
         let mut sources = [self.raw(a), self.raw(b)];
         // SAFETY: live F32 headers of this context, of the sizes that `multiply` expects.
@@ -447,6 +458,7 @@ impl<'a> Graph<'a> {
                 return Err(GgmlError::Compute(status));
             }
         }
+        count(self.operations);
         Ok(Computed { graph: self, _engine: PhantomData })
     }
 }

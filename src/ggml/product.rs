@@ -8,10 +8,24 @@ use faer::linalg::matmul::matmul;
 use faer::{Accum, MatMut, MatRef, Par};
 use llama_cpp_sys_2 as sys;
 use std::ffi::{c_int, c_void};
+use std::sync::atomic::{AtomicU64, Ordering};
 
 /// Rows and columns of the result that a thread computes in one go. They do not depend on the number of
 /// threads, so neither do the sums.
 const TILE: [usize; 2] = [768, 256];
+
+/// Multiplications and additions of the products of all graphs that have run.
+static OPERATIONS: AtomicU64 = AtomicU64::new(0);
+
+/// How many floating-point operations the matrix products of all graphs took in this process so far: two for each
+/// product of two numbers that is added to a sum.
+pub fn operations() -> u64 {
+    OPERATIONS.load(Ordering::Relaxed)
+}
+
+pub(super) fn count(operations: u64) {
+    OPERATIONS.fetch_add(operations, Ordering::Relaxed);
+}
 
 /// The operation: `dst` `[m, n, ..]` = aᵀ b for its sources a `[k, m, ..]` and b `[k, n, ..]`, all F32; outer
 /// dimensions of a are repeated to those of b, as `ggml_mul_mat` does.

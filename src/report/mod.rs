@@ -2,6 +2,8 @@
 
 mod progress;
 mod table;
+mod timings;
 
 pub use progress::Progress;
 pub use table::summary;
+pub use timings::Timings;
