@@ -5,6 +5,7 @@ use super::{Forward, ForwardError, Net};
 use crate::ggml::{Graph, Resident, RopeParams, T, TensorSpec};
 use crate::model::{Activation, BlockShape, BlockWeights, Matrix, SlidingWindow};
 use std::borrow::Cow;
+use std::ops::Range;
 
 /// Graph nodes of a block are about forty, and a dozen more per slice of queries; as many again with gradients.
 pub(super) const MAX_NODES: usize = 1024;
@@ -311,13 +312,22 @@ impl Net {
         (raw, ready)
     }
 
+    /// What is added to the scores of the queries `queries` of each window and the keys from `first` to the last of
+    /// them.
+    pub(super) fn mask<'a>(&'a self, g: &mut Graph<'a>, b: &Block, queries: Range<usize>, first: usize) -> T {
+        assert!(queries.len() <= self.mask_rows);
+        let mask = g.resident(&self.fixed, if b.sliding { self.sliding_mask } else { 0 });
+        let rows = g.slice(mask, 1, 0, queries.len());
+        let columns = g.slice(rows, 0, self.n_ctx - (queries.start - first), queries.end - first);
+        g.cont(columns)
+    }
+
     /// The input of attn_output: `[n_head·head_dim, n_tokens]`.
     pub(super) fn heads<'a>(&'a self, g: &mut Graph<'a>, b: &'a Block, x: T) -> T {
         let (d, t, n_tokens) = (self.hparams.head_dim, self.n_ctx, g.ne(x)[1]);
         let (_, [q, k, v]) = self.qkv(g, b, x);
-        let mask = g.resident(&self.fixed, if b.sliding { self.sliding_mask } else { 0 });
         let n_seen = self.sliding_of(b).map_or(t, |s| s.n_swa);
-        let slice = QUERY_SLICE.max(t.div_ceil(MAX_SLICES));
+        let slice = query_slice(t);
         let slices: Vec<T> = (0..t)
             .step_by(slice)
             .map(|start| {
@@ -326,9 +336,7 @@ impl Net {
                 let n_keys = start + n - first;
                 let q = g.slice(q, 1, start, n);
                 let (k, v) = (g.slice(k, 1, first, n_keys), g.slice(v, 1, first, n_keys));
-                let mask = g.slice(mask, 1, start, n);
-                let mask = g.slice(mask, 0, first, n_keys);
-                let mask = if n < t { g.cont(mask) } else { mask };
+                let mask = self.mask(g, b, start..start + n, first);
                 let scores = g.mul_mat(k, q);
                 let p = g.soft_max(scores, Some(mask), self.attention_scale);
                 let v = g.permute(v, [1, 0, 2, 3]);
@@ -340,6 +348,11 @@ impl Net {
         let out = g.cont(out);
         g.reshape(out, [d * b.shape.n_head, n_tokens, 1, 1])
     }
+}
+
+/// Queries of a window of `n_ctx` tokens that are attended at a time.
+pub(super) fn query_slice(n_ctx: usize) -> usize {
+    QUERY_SLICE.max(n_ctx.div_ceil(MAX_SLICES))
 }
 
 /// The slices one after another; joined in pairs, so that each is copied but a few times.

@@ -112,6 +112,9 @@ impl Forward {
     ///
     /// # Errors
     /// [`ForwardError`] if the backend fails.
+    ///
+    /// # Panics
+    /// If windows are longer than 512 tokens.
     pub fn block_gradient(
         &mut self,
         b: &Block,
@@ -274,7 +277,7 @@ impl Net {
         let n_tokens = g.ne(x)[1];
         let (raw, ready) = self.qkv(g, b, x);
         let [q, k, v] = ready.map(|y| g.cont(y));
-        let mask = g.resident(&self.fixed, if b.sliding { self.sliding_mask } else { 0 });
+        let mask = self.mask(g, b, 0..self.n_ctx, 0);
         let s = g.mul_mat(k, q);
         let p = g.soft_max(s, Some(mask), self.attention_scale);
         let tokens_first = |g: &mut Graph<'a>, x: T| {

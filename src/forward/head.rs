@@ -3,7 +3,7 @@
 use super::block::MAX_NODES;
 use super::{Forward, ForwardError, Net};
 use crate::ggml::{Graph, Resident, T, TensorSpec, Token};
-use crate::model::Model;
+use crate::model::{Matrix, Model};
 use crate::numeric::log_sum_exp;
 use rayon::prelude::*;
 
@@ -17,7 +17,7 @@ pub struct Head {
 }
 
 impl Head {
-    /// Tokens in the vocabulary.
+    /// Logits per position: tokens in the vocabulary, or as many as were asked for.
     pub fn n_vocab(&self) -> usize {
         self.n_vocab
     }
@@ -29,8 +29,23 @@ impl Forward {
     /// # Errors
     /// [`ForwardError`] if it cannot be read or there is no room.
     pub fn head(&self, model: &Model) -> Result<Head, ForwardError> {
+        self.upload_head(model, &model.matrix(&model.output)?)
+    }
+
+    /// The output head of `model` as far as it is about `tokens`: its logits are of these, in that order.
+    ///
+    /// # Errors
+    /// [`ForwardError`] if it cannot be read or there is no room.
+    ///
+    /// # Panics
+    /// If one is not in the vocabulary.
+    pub fn head_of(&self, model: &Model, tokens: &[u32]) -> Result<Head, ForwardError> {
+        let rows: Vec<usize> = tokens.iter().map(|&t| t as usize).collect();
+        self.upload_head(model, &model.matrix(&model.output)?.select_rows(&rows))
+    }
+
+    fn upload_head(&self, model: &Model, output: &Matrix) -> Result<Head, ForwardError> {
         let norm = model.vector(&model.output_norm)?;
-        let output = model.matrix(&model.output)?;
         let specs = [
             TensorSpec::f32([norm.len(), 1], &norm),
             TensorSpec::f32([output.n_in, output.n_out], &output.data),

@@ -14,10 +14,13 @@ pub use gradient::BlockGradient;
 pub use head::Head;
 pub use stats::{Collect, InputSquares, Wanted};
 
-use crate::ggml::{Engine, GgmlError, Resident, TensorSpec, Token, Type};
+use crate::ggml::{Engine, GgmlError, Resident, TensorSpec, Token};
 use crate::gguf::GgufError;
 use crate::model::{Hparams, Model};
 use std::ops::Range;
+
+/// Longest window that can be attended in one piece, as gradients do.
+const WHOLE_CTX: usize = 512;
 
 /// Tokens that pass through a block in one graph, at least one window.
 const CHUNK_TOKENS: usize = 2048;
@@ -43,10 +46,12 @@ pub struct Forward {
 struct Net {
     hparams: Hparams,
     n_ctx: usize,
-    /// The causal mask, and what the two below point at.
+    /// The causal mask (`mask`), and what the two below point at.
     fixed: Resident,
     /// Mask of blocks that attend to a sliding window; the causal one where windows are no longer than that.
     sliding_mask: usize,
+    /// Queries that a mask has rows for.
+    mask_rows: usize,
     /// Frequency factors.
     factors: Option<usize>,
     /// Factor of the products of queries and keys.
@@ -64,11 +69,13 @@ impl Forward {
         let engine = Engine::cpu(n_threads)?;
         let factors = model.rope_factors(n_ctx)?;
         let hparams = model.hparams.clone();
-        let causal = mask(n_ctx, n_ctx);
-        let sliding = hparams.sliding.as_ref().filter(|s| s.n_swa < n_ctx).map(|s| mask(n_ctx, s.n_swa));
+        let mask_rows = if n_ctx <= WHOLE_CTX { n_ctx } else { block::query_slice(n_ctx) };
+        let causal = mask(n_ctx, mask_rows, n_ctx);
+        let sliding =
+            hparams.sliding.as_ref().filter(|s| s.n_swa < n_ctx).map(|s| mask(n_ctx, mask_rows, s.n_swa));
         let mut specs = Vec::new();
         for mask in [Some(&causal), sliding.as_ref()].into_iter().flatten() {
-            specs.push(TensorSpec { ty: Type::F16, ne: [n_ctx, n_ctx], bytes: bytemuck::cast_slice(mask) });
+            specs.push(TensorSpec::f32([n_ctx + mask_rows, mask_rows], mask));
         }
         let sliding_mask = specs.len() - 1;
         let factors_at = factors.as_ref().map(|f| {
@@ -81,6 +88,7 @@ impl Forward {
             n_ctx,
             fixed,
             sliding_mask,
+            mask_rows,
             factors: factors_at,
             attention_scale: hparams.attention_scale(hparams.blocks[0].n_head),
             positions: (0..windows * n_ctx).map(|i| (i % n_ctx) as i32).collect(),
@@ -116,12 +124,13 @@ fn chunk_windows(n_ctx: usize) -> usize {
     (CHUNK_TOKENS / n_ctx).max(1)
 }
 
-/// `[n_ctx, n_ctx]` in halves: 0 where the key is the query's own or one of the `n_seen` − 1 before it,
-/// else -∞.
-fn mask(n_ctx: usize, n_seen: usize) -> Vec<u16> {
-    let (zero, minus_inf) = (half::f16::ZERO.to_bits(), half::f16::NEG_INFINITY.to_bits());
+/// What is added to scores, for any queries of a window `[n_ctx + n_rows, n_rows]`: 0 where the key is the query's own or
+/// one of the `n_seen` − 1 before it, else -∞. That depends on their distance only: query j of a slice sees key i
+/// of those that begin `n_ctx` columns before the slice, so each slice is given the columns that it has keys for.
+fn mask(n_ctx: usize, n_rows: usize, n_seen: usize) -> Vec<f32> {
     let seen = |query: usize, key: usize| key <= query && query - key < n_seen;
-    (0..n_ctx * n_ctx).map(|i| if seen(i / n_ctx, i % n_ctx) { zero } else { minus_inf }).collect()
+    let value = |query, key| if seen(query, key) { 0.0 } else { f32::NEG_INFINITY };
+    (0..n_rows).flat_map(|j| (0..n_ctx + n_rows).map(move |i| value(n_ctx + j, i))).collect()
 }
 
 /// Embeddings `[n_tokens, n_embd]` of `tokens`, as they enter the first block.

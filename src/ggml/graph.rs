@@ -322,7 +322,7 @@ impl<'a> Graph<'a> {
         self.push(raw)
     }
 
-    /// softmax(scale · a + mask) over ne\[0\]; a `[n_kv, n_tokens, n_head, n_seq]`, mask F16 `[n_kv, n_tokens]`.
+    /// softmax(scale · a + mask) over ne\[0\]; a `[n_kv, n_tokens, n_head, n_seq]`, mask F32 `[n_kv, n_tokens]`.
     pub fn soft_max(&mut self, a: T, mask: Option<T>, scale: f32) -> T {
         let ne = self.ne(a);
         assert!(self.contiguous(a));
