@@ -84,12 +84,11 @@ impl Run<'_> {
             curves.push(Curve { widths, losses: n.losses, unit: 1.0 });
             self.observer.step(il + 1, "");
         }
-        let head = probe.head(self.model)?;
-        let judge = Judge::new(&mut probe, &head, &probe_tokens, &base, Loss::Divergence)?;
+        let judge = Judge::new(&mut probe, self.model, self.model, &probe_tokens, &base, Loss::Divergence)?;
         for ((curve, stream), loss) in curves.iter_mut().zip(&narrowed).zip(losses_probed) {
             // A block that cannot be narrowed loses nothing. Rounding may leave no divergence where there is some.
             if loss > 0.0 {
-                curve.unit = loss / judge.loss(&mut probe, &head, stream)?.max(MIN_DIVERGENCE);
+                curve.unit = loss / judge.loss(&mut probe, stream)?.max(MIN_DIVERGENCE);
             }
         }
         Ok(curves)

@@ -2,7 +2,7 @@
 
 use super::judge::{Judge, Loss};
 use super::{Method, Plan, PruneError, Run};
-use crate::forward::{Block, Forward, Head, Wanted, embed};
+use crate::forward::{Block, Forward, Wanted, embed};
 use crate::model::Model;
 use crate::prune::{Budget, GroupId, lazy_greedy, rounds};
 
@@ -117,7 +117,6 @@ struct Search<'r, 'a> {
     /// Plan with the groups removed so far.
     plan: Plan,
     removed: usize,
-    head: Head,
     judge: Judge,
     n_windows: usize,
     /// Input of every block under the plan, and the last block's output.
@@ -139,7 +138,6 @@ impl<'r, 'a> Search<'r, 'a> {
         let n_windows = tokens.len() / n_ctx;
         let s = run.settings;
         let mut forward = Forward::new(run.model, n_ctx, s.n_threads)?;
-        let head = forward.head(run.model)?;
         let plan = run.plan.clone();
         let mut base = vec![embed(run.model, &tokens)?];
         for il in 0..run.model.hparams.n_layer() {
@@ -150,9 +148,9 @@ impl<'r, 'a> Search<'r, 'a> {
             base.push(y);
         }
         let last = &base[base.len() - 1];
-        let judge = Judge::new(&mut forward, &head, &tokens, last, loss)?;
-        let base_loss = judge.loss(&mut forward, &head, last)?;
-        Ok(Search { run, forward, unit, plan, removed: 0, head, judge, n_windows, base, base_loss })
+        let judge = Judge::new(&mut forward, run.model, run.model, &tokens, last, loss)?;
+        let base_loss = judge.loss(&mut forward, last)?;
+        Ok(Search { run, forward, unit, plan, removed: 0, judge, n_windows, base, base_loss })
     }
 
     /// What the loss grows by without each of `ask`, once `removed` are gone.
@@ -219,9 +217,9 @@ impl<'r, 'a> Search<'r, 'a> {
         }
         let forward = &mut self.forward;
         if dirty.is_some() {
-            self.base_loss = self.judge.loss(forward, &self.head, &self.base[n_layer])?;
+            self.base_loss = self.judge.loss(forward, &self.base[n_layer])?;
         }
-        streams.iter().map(|s| self.judge.loss(forward, &self.head, s)).collect()
+        streams.iter().map(|s| self.judge.loss(forward, s)).collect()
     }
 }
 

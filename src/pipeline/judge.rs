@@ -3,6 +3,7 @@
 use super::PruneError;
 use crate::forward::{Forward, Head};
 use crate::ggml::Token;
+use crate::model::Model;
 use crate::numeric::log_sum_exp;
 use rayon::prelude::*;
 
@@ -20,17 +21,28 @@ pub enum Loss {
 const TOP: usize = 64;
 
 /// Turns a final residual stream into a loss.
-pub(super) enum Judge {
+pub(super) struct Judge {
+    head: Head,
+    wanted: Wanted,
+}
+
+/// What a position is judged by.
+enum Wanted {
+    /// The token that follows, if one does.
     Likelihood(Vec<Option<Token>>),
-    /// Per position: the likeliest tokens of the dense model with their probabilities.
+    /// The dense model's likeliest tokens, as numbers of the head's rows, with their probabilities. Divergences are
+    /// those among the tokens that are among the likeliest of some position: a few thousand, instead of a
+    /// vocabulary whose logits would take as long as many blocks.
     Divergence(Vec<Vec<(u32, f32)>>),
 }
 
 impl Judge {
-    /// Judges final streams of `tokens`, whose stream in the reference model is `dense`.
+    /// Judges final streams of `model` on `tokens`. What they are compared with is the stream `dense` of
+    /// `reference`, which is the same model, or has the same vocabulary.
     pub(super) fn new(
         forward: &mut Forward,
-        head: &Head,
+        model: &Model,
+        reference: &Model,
         tokens: &[Token],
         dense: &[f32],
         loss: Loss,
@@ -40,47 +52,63 @@ impl Judge {
             let next = |i: usize| {
                 if (i + 1).is_multiple_of(n_ctx) { None } else { Some(tokens[i + 1]) }
             };
-            return Ok(Judge::Likelihood((0..tokens.len()).map(next).collect()));
+            let wanted = Wanted::Likelihood((0..tokens.len()).map(next).collect());
+            return Ok(Judge { head: forward.head(model)?, wanted });
         }
-        let mut top = Vec::with_capacity(tokens.len());
-        forward.logits(head, dense, |_, rows| {
-            top.par_extend(rows.par_chunks(head.n_vocab()).map(likeliest));
+        let mut top: Vec<Vec<u32>> = Vec::with_capacity(tokens.len());
+        let whole = forward.head(reference)?;
+        forward.logits(&whole, dense, |_, rows| {
+            top.par_extend(rows.par_chunks(whole.n_vocab()).map(likeliest));
         })?;
-        Ok(Judge::Divergence(top))
+        drop(whole);
+        let mut known = top.concat();
+        known.sort_unstable();
+        known.dedup();
+        let head = forward.head_of(reference, &known)?;
+        let mut wanted = Vec::with_capacity(tokens.len());
+        forward.logits(&head, dense, |start, rows| {
+            let positions = rows.par_chunks(known.len()).zip(&top[start..]);
+            wanted.par_extend(positions.map(|(row, ids)| probabilities(row, &known, ids)));
+        })?;
+        let head = if std::ptr::eq(model, reference) { head } else { forward.head_of(model, &known)? };
+        Ok(Judge { head, wanted: Wanted::Divergence(wanted) })
     }
 
     /// Mean loss over the positions of the final residual stream `stream`.
-    pub(super) fn loss(&self, forward: &mut Forward, head: &Head, stream: &[f32]) -> Result<f64, PruneError> {
-        match self {
-            Judge::Likelihood(targets) => {
-                let nll = forward.nll(head, stream, targets)?;
+    pub(super) fn loss(&self, forward: &mut Forward, stream: &[f32]) -> Result<f64, PruneError> {
+        match &self.wanted {
+            Wanted::Likelihood(targets) => {
+                let nll = forward.nll(&self.head, stream, targets)?;
                 Ok(nll.iter().sum::<f64>() / nll.len() as f64)
             }
-            Judge::Divergence(top) => {
+            Wanted::Divergence(wanted) => {
                 let mut sum = 0.0;
-                forward.logits(head, stream, |start, rows| {
-                    let chunk: Vec<f64> = rows
-                        .par_chunks(head.n_vocab())
-                        .zip(&top[start..])
-                        .map(|(row, dense)| divergence(row, dense))
-                        .collect();
+                forward.logits(&self.head, stream, |start, rows| {
+                    let positions = rows.par_chunks(self.head.n_vocab()).zip(&wanted[start..]);
+                    let chunk: Vec<f64> = positions.map(|(row, dense)| divergence(row, dense)).collect();
                     sum += chunk.iter().sum::<f64>();
                 })?;
-                Ok(sum / top.len() as f64)
+                Ok(sum / wanted.len() as f64)
             }
         }
     }
 }
 
-/// The likeliest tokens of a row of logits with their probabilities.
-fn likeliest(row: &[f32]) -> Vec<(u32, f32)> {
-    let lse = log_sum_exp(row);
+/// The likeliest tokens of a row of logits.
+fn likeliest(row: &[f32]) -> Vec<u32> {
     let mut ids: Vec<u32> = (0..row.len() as u32).collect();
     let n = TOP.min(row.len());
     let by_logit = |a: &u32, b: &u32| row[*b as usize].total_cmp(&row[*a as usize]).then(a.cmp(b));
     ids.select_nth_unstable_by(n - 1, by_logit);
     ids.truncate(n);
-    ids.into_iter().map(|id| (id, (f64::from(row[id as usize]) - lse).exp() as f32)).collect()
+    ids
+}
+
+/// The tokens `ids` as numbers in `row`, the logits of the tokens `known`, ascending, with their probabilities.
+fn probabilities(row: &[f32], known: &[u32], ids: &[u32]) -> Vec<(u32, f32)> {
+    let lse = log_sum_exp(row);
+    let place = |id: &u32| known.binary_search(id).expect("every likeliest token is known");
+    ids.iter().map(place).map(|at| (at as u32, (f64::from(row[at]) - lse).exp() as f32)).collect()
 }
 
 /// KL divergence of softmax(row) from `dense`, with the tokens that `dense` leaves out as one.

@@ -91,9 +91,9 @@ impl Run<'_> {
         let span = self.forward.span(&held_out);
         let tokens = self.windows.tokens_of(held_out);
         let dense = &streams.dense[span.clone()];
-        let dense_head = lessons.dense.as_ref().unwrap_or(&lessons.own);
-        let judge = Judge::new(&mut self.forward, dense_head, tokens, dense, Loss::Divergence)?;
-        let before = judge.loss(&mut self.forward, &lessons.own, &streams.pruned[span.clone()])?;
+        let (model, reference) = (self.model, self.reference);
+        let judge = Judge::new(&mut self.forward, model, reference, tokens, dense, Loss::Divergence)?;
+        let before = judge.loss(&mut self.forward, &streams.pruned[span.clone()])?;
         let untuned: Vec<_> = self.plan.blocks.iter().map(|b| b.vectors.clone()).collect();
         let mut state: Vec<BlockState> =
             (0..self.plan.blocks.len()).map(|il| self.vectors(il)).collect::<Result<_, _>>()?;
@@ -114,7 +114,7 @@ impl Run<'_> {
         }
         let tuned =
             planned_stream(&mut self.forward, self.model, &self.plan, tokens, &*self.observer, |_| {})?;
-        let after = judge.loss(&mut self.forward, &lessons.own, &tuned)?;
+        let after = judge.loss(&mut self.forward, &tuned)?;
         let better = after < before;
         if better {
             streams.pruned[span].copy_from_slice(&tuned);
