@@ -120,6 +120,7 @@ fn settings(row: &str, sparsity: f64, n_threads: usize) -> Settings {
             "sensitivity_tokens" => s.sensitivity_tokens = number() as usize,
             "tune" => s.tune = number() as usize,
             "tune_rate" => s.tune_rate = number(),
+            "tune_limit" => s.tune_limit = number() as usize,
             "tune_tokens" => s.tune_tokens = number() as usize,
             "nobias" => s.biases = false,
             "uniform" => s.per_block_widths = false,

@@ -89,10 +89,12 @@ pub struct Settings {
     pub per_block_widths: bool,
     /// Biases take over the mean of what was removed.
     pub biases: bool,
-    /// Times that tuning goes over the calibration windows; 0 is no tuning.
+    /// Times that tuning goes over its part of the calibration windows; 0 is no tuning.
     pub tune: usize,
     /// Largest step of tuning, relative to a vector's size.
     pub tune_rate: f64,
+    /// Tokens that tuning goes over at a time at most, spread evenly over the calibration windows.
+    pub tune_limit: usize,
     /// Tokens per step of tuning, at least one window.
     pub tune_tokens: usize,
     /// Types of the matrices that get new values.
@@ -132,6 +134,7 @@ impl Default for Settings {
             biases: true,
             tune: 1,
             tune_rate: 0.005,
+            tune_limit: 16384,
             tune_tokens: 2048,
             types: TensorTypes::default(),
         }

@@ -15,7 +15,6 @@ use crate::ggml::Token;
 use crate::model::BlockVector;
 use rand::SeedableRng;
 use rand::seq::SliceRandom;
-use std::borrow::Cow;
 use std::f32::consts::PI;
 
 /// Longest window that gradients go through: the attention weights of all its heads are in memory at once.
@@ -72,10 +71,10 @@ struct Lessons<'a> {
     dense: Option<Head>,
     windows: Vec<&'a [Token]>,
     /// The dense model's last stream of these windows.
-    target: Cow<'a, [f32]>,
+    target: Vec<f32>,
 }
 
-impl Run<'_> {
+impl<'a> Run<'a> {
     /// Moves norms and biases to where predictions on the fitted windows are closer to the dense model's.
     /// `streams` are those behind the last block; the pruned one of the held-out windows is brought up to date.
     /// If they are no better off, everything stays as it was. Returns whether anything moved.
@@ -126,30 +125,23 @@ impl Run<'_> {
         Ok(better)
     }
 
-    /// The fitted windows, cut to a length that gradients can go through; `dense` is the dense model's last
-    /// stream of all windows as they are.
-    fn lessons<'s>(&mut self, dense: &'s [f32]) -> Result<Lessons<'s>, PruneError>
-    where
-        Self: 's,
-    {
+    /// The fitted windows, cut to a length that gradients can go through, or some of them, spread evenly; `dense`
+    /// is the dense model's last stream of all windows as they are.
+    fn lessons(&self, dense: &[f32]) -> Result<Lessons<'a>, PruneError> {
         let (w, s) = (self.windows, self.settings);
         let n_ctx = w.n_ctx / w.n_ctx.div_ceil(MAX_CTX);
         let mut forward = Forward::new(self.model, n_ctx, s.n_threads)?;
-        let windows: Vec<&[Token]> =
-            (0..w.n_fit).flat_map(|i| w.tokens_of(i..i + 1).chunks_exact(n_ctx)).collect();
+        let pieces: Vec<&[Token]> = w.tokens_of(0..w.n_fit).chunks_exact(n_ctx).collect();
+        let n = (s.tune_limit / n_ctx).clamp(1, pieces.len());
+        let chosen: Vec<usize> = (0..n).map(|i| (2 * i + 1) * pieces.len() / (2 * n)).collect();
+        let windows: Vec<&[Token]> = chosen.iter().map(|&i| pieces[i]).collect();
         let target = if n_ctx == w.n_ctx {
-            Cow::Borrowed(&dense[self.forward.span(&(0..w.n_fit))])
+            let spans = chosen.iter().map(|&i| forward.span(&(i..i + 1)));
+            spans.flat_map(|span| &dense[span]).copied().collect()
         } else {
             let whole = Plan::whole(self.reference);
             let tokens = windows.concat();
-            Cow::Owned(planned_stream(
-                &mut forward,
-                self.reference,
-                &whole,
-                &tokens,
-                &*self.observer,
-                |_| {},
-            )?)
+            planned_stream(&mut forward, self.reference, &whole, &tokens, &*self.observer, |_| {})?
         };
         let own = forward.head(self.model)?;
         let same = std::ptr::eq(self.model, self.reference);
