@@ -339,7 +339,7 @@ impl Net {
                 let mask = self.mask(g, b, start..start + n, first);
                 let scores = g.mul_mat(k, q);
                 let p = g.soft_max(scores, Some(mask), self.attention_scale);
-                let v = g.permute(v, [1, 0, 2, 3]);
+                let v = g.transpose(v);
                 g.mul_mat(v, p)
             })
             .collect();

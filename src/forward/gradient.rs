@@ -139,7 +139,7 @@ impl Forward {
         sums: &mut BlockGradient,
     ) -> Result<(), ForwardError> {
         let ne = [self.n_embd(), x.len() / self.n_embd()];
-        let before = grad.to_vec();
+        let (before, ones) = (grad.to_vec(), vec![1.0; ne[1]]);
         let mut g = Graph::new(MAX_NODES);
         let x = g.input_f32(ne, x);
         let net = &self.net;
@@ -151,16 +151,21 @@ impl Forward {
             None => (at_mid, [None; 3]),
             Some(a) => net.attention_back(&mut g, b, x, a, at_mid),
         };
-        // Their order is that of `BlockVector::ALL`: what each token adds `[n_embd, n_tokens]`.
-        let parts = [attn, ffn].concat();
+        // Their order is that of `BlockVector::ALL`: what each token adds `[n_embd, n_tokens]`, and its sum.
+        let ones = g.input_f32([ne[1], 1], &ones);
+        let parts = [attn, ffn].concat().into_iter().map(|part| {
+            part.map(|part| {
+                let by_vector = g.transpose(part);
+                g.mul_mat(by_vector, ones)
+            })
+        });
+        let parts: Vec<Option<T>> = parts.collect();
         parts.iter().flatten().chain([&at_x]).for_each(|t| g.output(*t));
         let done = g.compute(&mut self.engine)?;
         for (sum, part) in sums.iter_mut().zip(parts) {
             let Some(part) = part else { continue };
             sum.resize(ne[0], 0.0);
-            for token in done.to_vec(part).chunks_exact(ne[0]) {
-                sum.iter_mut().zip(token).for_each(|(s, v)| *s += v);
-            }
+            sum.iter_mut().zip(done.to_vec(part)).for_each(|(s, v)| *s += v);
         }
         done.read(at_x, grad);
         Ok(())
@@ -184,7 +189,7 @@ impl Net {
             d = g.mul(d, slope);
         }
         let w = g.resident(&head.set, 1);
-        let w = g.permute(w, [1, 0, 2, 3]);
+        let w = g.transpose(w);
         let d = g.mul_mat(w, d);
         let w = g.resident(&head.set, 0);
         let d = g.mul(d, w);
@@ -238,8 +243,7 @@ impl Net {
         let queries = t * b.shape.heads_per_group();
         let queries_first = |g: &mut Graph<'a>, x: T| {
             let x = g.reshape(x, [g.ne(x)[0], queries, n_kv, n_seq]);
-            let x = g.permute(x, [1, 0, 2, 3]);
-            g.cont(x)
+            g.transpose(x)
         };
         let (s_t, q_t) = (queries_first(g, at_s), queries_first(g, a.q));
         let at_k = g.mul_mat(q_t, s_t);
@@ -276,20 +280,17 @@ impl Net {
     fn attention<'a>(&'a self, g: &mut Graph<'a>, b: &'a Block, x: T) -> Attention {
         let n_tokens = g.ne(x)[1];
         let (raw, ready) = self.qkv(g, b, x);
-        let [q, k, v] = ready.map(|y| g.cont(y));
+        let [q, k, v] = ready;
+        let q = g.cont(q);
         let mask = self.mask(g, b, 0..self.n_ctx, 0);
         let s = g.mul_mat(k, q);
         let p = g.soft_max(s, Some(mask), self.attention_scale);
-        let tokens_first = |g: &mut Graph<'a>, x: T| {
-            let x = g.permute(x, [1, 0, 2, 3]);
-            g.cont(x)
-        };
-        let v_t = tokens_first(g, v);
+        let v_t = g.transpose(v);
         let out = g.mul_mat(v_t, p);
         let out = g.permute(out, [0, 2, 1, 3]);
         let out = g.cont(out);
         let out = g.reshape(out, [self.hparams.head_dim * b.shape.n_head, n_tokens, 1, 1]);
-        Attention { raw, q, v, k_t: tokens_first(g, k), p, out }
+        Attention { raw, q, v, k_t: g.transpose(k), p, out }
     }
 
     /// Through [`Net::map`] and [`Net::join`]: the derivative by the map's `inputs`, and each token's by its bias
@@ -320,7 +321,7 @@ impl Net {
     /// Through W x: Wᵀ `at_y`.
     fn product_back<'a>(&'a self, g: &mut Graph<'a>, b: &'a Block, weight: Option<usize>, at_y: T) -> T {
         let w = g.resident(&b.set, weight.expect("the role exists in this block"));
-        let w = g.permute(w, [1, 0, 2, 3]);
+        let w = g.transpose(w);
         g.mul_mat(w, at_y)
     }
 

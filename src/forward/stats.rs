@@ -221,9 +221,9 @@ fn sums<'a>(g: &mut Graph<'a>, x: T, residual: Option<T>, scales: T) -> Sums {
     let x = g.mul(x, scales);
     let rt = residual.map(|r| {
         let r = g.mul(r, scales);
-        tokens_first(g, r)
+        g.transpose(r)
     });
-    let xt = tokens_first(g, x);
+    let xt = g.transpose(x);
     let product = |g: &mut Graph<'a>, a: T, b: T| {
         let product = g.mul_mat(a, b);
         g.output(product);
@@ -233,7 +233,7 @@ fn sums<'a>(g: &mut Graph<'a>, x: T, residual: Option<T>, scales: T) -> Sums {
     let panels = (0..n).step_by(width).map(|start| {
         let panel = g.slice(x, 0, start, width.min(n - start));
         let below = g.slice(x, 0, start, n - start);
-        let (panel, below) = (tokens_first(g, panel), tokens_first(g, below));
+        let (panel, below) = (g.transpose(panel), g.transpose(below));
         (start, product(g, panel, below))
     });
     Sums {
@@ -244,8 +244,4 @@ fn sums<'a>(g: &mut Graph<'a>, x: T, residual: Option<T>, scales: T) -> Sums {
         scales,
         n_tokens,
     }
-}
-
-fn tokens_first(g: &mut Graph, x: T) -> T {
-    g.permute(x, [1, 0, 2, 3])
 }

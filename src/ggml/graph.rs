@@ -387,6 +387,11 @@ impl<'a> Graph<'a> {
         self.push(raw)
     }
 
+    /// The first two dimensions exchanged (a view).
+    pub fn transpose(&mut self, a: T) -> T {
+        self.permute(a, [1, 0, 2, 3])
+    }
+
     /// A contiguous copy.
     pub fn cont(&mut self, a: T) -> T {
         // SAFETY: any tensor can be copied.

@@ -10,9 +10,13 @@ use llama_cpp_sys_2 as sys;
 use std::ffi::{c_int, c_void};
 use std::sync::atomic::{AtomicU64, Ordering};
 
-/// Rows and columns of the result that a thread computes in one go. They do not depend on the number of
-/// threads, so neither do the sums.
-const TILE: [usize; 2] = [768, 256];
+/// Rows and columns of the result that a thread computes in one go, at most and at least: multiples of what the
+/// kernels keep in registers.
+const LARGEST_TILE: [usize; 2] = [768, 256];
+const SMALLEST_TILE: [usize; 2] = [96, 32];
+
+/// Tiles that a product is cut into where it is large enough, so that threads have about equal parts.
+const ENOUGH_TILES: usize = 16;
 
 /// Multiplications and additions of the products of all graphs that have run.
 static OPERATIONS: AtomicU64 = AtomicU64::new(0);
@@ -39,36 +43,62 @@ pub(super) unsafe extern "C" fn multiply(
     _user: *mut c_void,
 ) {
     // SAFETY: the tensor and its sources live while the graph runs, and other threads only read them.
-    let tile = |i| std::panic::catch_unwind(|| unsafe { multiply_tile(&*dst, i) });
-    // SAFETY: as above.
-    let n_tiles = unsafe { (*dst).ne[2] * (*dst).ne[3] } as usize
-        * tiles(unsafe { (*dst).ne }).iter().product::<usize>();
-    for i in (ith as usize..n_tiles).step_by(nth as usize) {
-        if tile(i).is_err() {
+    let dst = unsafe { &*dst };
+    let tiling = Tiling::of(dst.ne.map(|n| n as usize));
+    for i in (ith as usize..tiling.count()).step_by(nth as usize) {
+        // SAFETY: the caller's tensor, and each tile is one thread's.
+        let done = std::panic::catch_unwind(|| unsafe { multiply_tile(dst, &tiling, i) });
+        if done.is_err() {
             // A panic must not cross into C, and other threads wait for this one.
             std::process::abort();
         }
     }
 }
 
-/// Tiles of one matrix of a result of the sizes `ne`, down and across.
-fn tiles(ne: [i64; 4]) -> [usize; 2] {
-    [(ne[0] as usize).div_ceil(TILE[0]), (ne[1] as usize).div_ceil(TILE[1])]
+/// How a result is cut into tiles. It does not depend on the number of threads, so neither do the sums.
+struct Tiling {
+    /// Sizes of the result.
+    ne: [usize; 4],
+    /// Rows and columns of a tile.
+    size: [usize; 2],
+}
+
+impl Tiling {
+    fn of(ne: [usize; 4]) -> Tiling {
+        let fit = |d: usize| LARGEST_TILE[d].min(ne[d].next_multiple_of(SMALLEST_TILE[d]));
+        let mut t = Tiling { ne, size: [fit(0), fit(1)] };
+        while t.count() < ENOUGH_TILES && t.size != SMALLEST_TILE {
+            // The side that is more of its smallest.
+            let parts = |d: usize| t.size[d] / SMALLEST_TILE[d];
+            let d = usize::from(parts(1) > parts(0));
+            t.size[d] = (t.size[d] / 2).next_multiple_of(SMALLEST_TILE[d]);
+        }
+        t
+    }
+
+    /// Tiles of one matrix, down and across.
+    fn grid(&self) -> [usize; 2] {
+        [self.ne[0].div_ceil(self.size[0]), self.ne[1].div_ceil(self.size[1])]
+    }
+
+    fn count(&self) -> usize {
+        self.grid().iter().product::<usize>() * self.ne[2] * self.ne[3]
+    }
 }
 
 /// Computes tile `i` of `dst`.
 ///
 /// # Safety
 /// `dst` and its two sources are F32 with data in memory and of fitting sizes, and nobody else writes this tile.
-unsafe fn multiply_tile(dst: &sys::ggml_tensor, i: usize) {
+unsafe fn multiply_tile(dst: &sys::ggml_tensor, tiling: &Tiling, i: usize) {
     // SAFETY: the caller says that both are there.
     let (a, b) = unsafe { (&*dst.src[0], &*dst.src[1]) };
-    let [down, across] = tiles(dst.ne);
-    let (outer, col, row) = (i / (down * across), i / down % across, i % down);
-    let (i2, i3) = (outer % dst.ne[2] as usize, outer / dst.ne[2] as usize);
-    let (row, col) = (row * TILE[0], col * TILE[1]);
-    let rows = TILE[0].min(dst.ne[0] as usize - row);
-    let cols = TILE[1].min(dst.ne[1] as usize - col);
+    let [down, across] = tiling.grid();
+    let outer = i / (down * across);
+    let (i2, i3) = (outer % tiling.ne[2], outer / tiling.ne[2]);
+    let (row, col) = (i % down * tiling.size[0], i / down % across * tiling.size[1]);
+    let rows = tiling.size[0].min(tiling.ne[0] - row);
+    let cols = tiling.size[1].min(tiling.ne[1] - col);
     let k = a.ne[0] as usize;
     let repeated = |n: usize, d: usize| n / (b.ne[d] / a.ne[d]) as usize;
     // SAFETY: offsets lie inside the tensors, whose strides are multiples of a float.
@@ -107,7 +137,15 @@ mod tests {
     #[test]
     fn products_are_those_of_the_definition() {
         let mut rng = ChaCha8Rng::seed_from_u64(3);
-        let sizes = [[1, 1, 1], [5, 3, 7], [64, 768, 256], [33, 769, 257], [100, 2000, 5], [17, 2, 700]];
+        let sizes = [
+            [1, 1, 1],
+            [5, 3, 7],
+            [64, 768, 256],
+            [33, 769, 257],
+            [100, 2000, 5],
+            [17, 2, 700],
+            [9, 200, 100],
+        ];
         for ([k, m, n], heads, repeats) in sizes.into_iter().flat_map(|s| [(s, 1, 1), (s, 2, 3)]) {
             let mut random =
                 |len: usize| -> Vec<f32> { (0..len).map(|_| rng.random::<f32>() - 0.5).collect() };
@@ -123,7 +161,7 @@ mod tests {
                 let x =
                     if turn { g.input_f32([m, k * heads], &turned) } else { g.input_f32([k, m * heads], &a) };
                 let x = if turn { g.reshape(x, [m, k, heads, 1]) } else { g.reshape(x, [k, m, heads, 1]) };
-                let x = if turn { g.permute(x, [1, 0, 2, 3]) } else { x };
+                let x = if turn { g.transpose(x) } else { x };
                 let y = g.input_f32([k, n * heads * repeats], &b);
                 let y = g.reshape(y, [k, n, heads * repeats, 1]);
                 let z = g.mul_mat(x, y);
