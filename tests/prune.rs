@@ -234,11 +234,29 @@ fn obs_updates_are_refits() {
         let exact = p.loss(&keep, &|o, a| w[o * keep.len() + a], 0.0, lambda) + gone;
         assert!((loss - exact).abs() < 1e-6 * exact, "n {n}: {loss} {exact}");
         // And so are its weights.
-        let mut order: Vec<f64> = Vec::new();
-        let tail = obs.tail(obs.alive());
-        (0..m).for_each(|o| order.extend((0..keep.len()).map(|a| tail[(o, a)])));
-        let norm = |v: &[f64]| v.iter().map(|x| x * x).sum::<f64>();
-        assert!((norm(&order) - norm(&w)).abs() < 1e-6 * norm(&w), "n {n}");
+        let found = obs.weights();
+        let off = found.data.iter().zip(&w).map(|(a, b)| (f64::from(*a) - b).powi(2)).sum::<f64>();
+        let size = w.iter().map(|v| v * v).sum::<f64>();
+        assert!(off < 1e-10 * size, "n {n}: {off} of {size}");
+    }
+}
+
+#[test]
+fn obs_forgets_nothing_when_it_brings_its_inverse_up_to_date() {
+    let (n, ridge) = (330, 1e-2);
+    let p = Problem::new(400, n, 2, 4);
+    let gram = p.moments().gram;
+    let lambda = ridge * gram.mean_diagonal();
+    for k in [7, 300] {
+        let mut obs = Obs::new(&p.w, &gram, ridge).unwrap();
+        while obs.alive() > 30 {
+            obs.remove_least(k.min(obs.alive() - 30));
+        }
+        let (keep, found) = (obs.kept(), obs.weights());
+        let w = p.naive_refit(&keep, 0.0, lambda);
+        let off = found.data.iter().zip(&w).map(|(a, b)| (f64::from(*a) - b).powi(2)).sum::<f64>();
+        let size = w.iter().map(|v| v * v).sum::<f64>();
+        assert!(off < 1e-9 * size, "{k} at a time: {off} of {size}");
     }
 }
 

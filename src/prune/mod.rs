@@ -18,12 +18,13 @@ pub use budget::{Budget, BudgetError, ffn_params_to_remove, head_groups_paper};
 pub use heads::{GroupId, lazy_greedy, rounds};
 pub use metric::Metric;
 pub use obs::Obs;
+pub(crate) use refit::factor;
 pub use refit::{Refit, bias_change, refit};
 pub use select::{Narrowing, greedy, loudest, narrow, paper_keep};
 pub use widths::{Curve, allocate, possible_widths, uniform};
 
 /// Weights in 64-bit floats `[n_out, n_in]`, as the algebra takes them.
-fn in_f64(w: &Matrix) -> Mat<f64> {
+pub(crate) fn in_f64(w: &Matrix) -> Mat<f64> {
     Mat::from_fn(w.n_out, w.n_in, |i, j| f64::from(w.data[i * w.n_in + j]))
 }
 

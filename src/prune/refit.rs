@@ -4,7 +4,7 @@ use super::Singular;
 use crate::model::Matrix;
 use crate::numeric::{Moments, SymMatrix};
 use faer::linalg::solvers::Solve;
-use faer::{Mat, Side};
+use faer::{Mat, MatRef, Side};
 
 /// Factorisations that are tried, each with ten times the ridge of the one before.
 const MAX_TRIES: i32 = 12;
@@ -70,7 +70,7 @@ pub fn bias_change(old: &Matrix, new: &Matrix, keep: &[usize], moments: &Moments
 }
 
 /// Cholesky factor of H + ridge · scale · I, with the ridge raised until it exists.
-pub(super) fn factor(
+pub(crate) fn factor(
     h: &SymMatrix,
     ridge: f64,
     scale: f64,
@@ -91,5 +91,8 @@ pub(super) fn factor(
 
 /// H + λ I.
 fn damped(h: &SymMatrix, lambda: f64) -> Mat<f64> {
-    Mat::from_fn(h.n, h.n, |i, j| h.data[j * h.n + i] + if i == j { lambda } else { 0.0 })
+    // Symmetric, so that rows are as good as columns.
+    let mut damped = MatRef::from_column_major_slice(&h.data, h.n, h.n).to_owned();
+    (0..h.n).for_each(|i| damped[(i, i)] += lambda);
+    damped
 }

@@ -5,5 +5,5 @@ mod table;
 mod timings;
 
 pub use progress::Progress;
-pub use table::summary;
-pub use timings::Timings;
+pub use table::{peak_memory, summary};
+pub use timings::{Stage, StageTimes, Timings};

@@ -12,11 +12,14 @@ pub struct Timings<'a> {
     running: Option<(String, Instant, u64)>,
 }
 
-struct Stage {
-    name: String,
-    time: Duration,
+/// What one stage took.
+pub struct Stage {
+    /// As it was announced.
+    pub name: String,
+    /// Wall time.
+    pub time: Duration,
     /// Floating-point operations of matrix products in graphs.
-    operations: u64,
+    pub operations: u64,
 }
 
 impl Timings<'_> {
@@ -39,8 +42,8 @@ impl Timings<'_> {
     }
 }
 
-/// What each stage of a run took.
-pub struct StageTimes(Vec<Stage>);
+/// What each stage of a run took, in order.
+pub struct StageTimes(pub Vec<Stage>);
 
 impl StageTimes {
     /// A line per stage, with what its matrix products reached in GFLOP/s over its whole time; `rate` is what the

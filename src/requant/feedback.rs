@@ -5,8 +5,10 @@ use super::{Quantised, output_type};
 use crate::ggml::{GgmlError, Type};
 use crate::model::Matrix;
 use crate::numeric::SymMatrix;
-use crate::prune::{Obs, Singular};
-use faer::Mat;
+use crate::prune::{Singular, factor, in_f64};
+use faer::linalg::matmul::matmul;
+use faer::linalg::triangular_solve::solve_upper_triangular_in_place;
+use faer::{Accum, Mat, Par};
 
 /// Why quantising failed.
 #[derive(Debug, thiserror::Error)]
@@ -44,11 +46,11 @@ pub fn quantise_with_feedback(
     }
     let row_bytes = ty.row_bytes(m.n_in);
     let mut bytes = vec![0u8; row_bytes * m.n_out];
-    let mut obs = Obs::new(m, gram, ridge)?;
-    while obs.alive() > 0 {
-        let (k, start) = (width, obs.alive() - width);
-        let tail = obs.tail(k);
-        let importance: Vec<f32> = obs.tail_curvature(k).into_iter().map(|c| c as f32).collect();
+    let mut rounding = Rounding::new(m, gram, ridge)?;
+    while rounding.left > 0 {
+        let (k, start) = (width, rounding.left - width);
+        let tail = rounding.wanted(k);
+        let importance: Vec<f32> = rounding.curvature(k).into_iter().map(|c| c as f32).collect();
         let rows: Vec<f32> =
             (0..m.n_out).flat_map(|i| (0..k).map(move |j| (i, j))).map(|at| tail[at] as f32).collect();
         let encoded = ty.quantize(&rows, k, Some(&importance))?;
@@ -58,7 +60,114 @@ pub fn quantise_with_feedback(
         for (row, block) in bytes.chunks_exact_mut(row_bytes).zip(encoded.chunks_exact(size)) {
             row[offset..offset + size].copy_from_slice(block);
         }
-        obs.settle_tail(k, &Mat::from_fn(m.n_out, k, |i, j| f64::from(decoded[i * k + j])));
+        rounding.settle(&Mat::from_fn(m.n_out, k, |i, j| f64::from(decoded[i * k + j])));
     }
     Ok(Quantised { ty, n_in: m.n_in, n_out: m.n_out, bytes })
+}
+
+/// A map W at the minimum of a quadratic loss with curvature H + λI = L Lᵀ, whose columns are fixed from the last to
+/// the first. The loss of a change Δ is ‖Δ L‖², and L is lower triangular: whatever the columns before will be, they
+/// can undo what those behind have put into theirs of Δ L (Babai's nearest plane, which GPTQ is). So the factor of the
+/// whole is all that is needed.
+struct Rounding {
+    w: Mat<f64>,
+    factor: Mat<f64>,
+    /// Δ `[n_out, n_in]`; columns before `left` are still zero.
+    change: Mat<f64>,
+    left: usize,
+}
+
+impl Rounding {
+    fn new(w: &Matrix, gram: &SymMatrix, ridge: f64) -> Result<Rounding, Singular> {
+        assert_eq!(w.n_in, gram.n);
+        let (llt, _) = factor(gram, ridge, gram.mean_diagonal())?;
+        let change = Mat::zeros(w.n_out, w.n_in);
+        Ok(Rounding { w: in_f64(w), factor: llt.L().to_owned(), change, left: w.n_in })
+    }
+
+    /// What the last `k` columns that are left should be to make up for those behind them: `[n_out, k]`.
+    fn wanted(&self, k: usize) -> Mat<f64> {
+        let (start, end) = (self.left - k, self.left);
+        let behind = self.w.ncols() - end;
+        let mut undo = Mat::zeros(self.w.nrows(), k);
+        let (change, below) =
+            (self.change.subcols(end, behind), self.factor.submatrix(end, start, behind, k));
+        matmul(undo.as_mut(), Accum::Replace, change, below, -1.0, Par::rayon(0));
+        // X L_kk = undo, by its transpose.
+        let mut x = undo.transpose().to_owned();
+        let corner = self.factor.submatrix(start, start, k, k);
+        solve_upper_triangular_in_place(corner.transpose(), x.as_mut(), Par::Seq);
+        self.w.subcols(start, k) + x.transpose()
+    }
+
+    /// What an error in each of the last `k` columns that are left costs once those before it have made up for it
+    /// as well as they can: the diagonal of L_kk L_kkᵀ.
+    fn curvature(&self, k: usize) -> Vec<f64> {
+        let start = self.left - k;
+        (start..self.left).map(|i| (start..=i).map(|j| self.factor[(i, j)].powi(2)).sum()).collect()
+    }
+
+    /// Fixes the last columns that are left at `values` `[n_out, k]`.
+    fn settle(&mut self, values: &Mat<f64>) {
+        let k = values.ncols();
+        self.left -= k;
+        let change = values - self.w.subcols(self.left, k);
+        self.change.subcols_mut(self.left, k).copy_from(&change);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use faer::Side;
+    use faer::linalg::solvers::{DenseSolveCore, Solve};
+    use rand::{RngExt, SeedableRng};
+    use rand_chacha::ChaCha8Rng;
+
+    #[test]
+    fn columns_before_make_up_for_those_behind() {
+        let mut rng = ChaCha8Rng::seed_from_u64(5);
+        for (n, m, k) in [(6, 2, 1), (12, 3, 4), (40, 5, 8)] {
+            let x = Mat::<f64>::from_fn(3 * n, n, |_, _| rng.random::<f64>() - 0.4);
+            let h = x.transpose() * &x;
+            let gram = SymMatrix { n, data: (0..n * n).map(|i| h[(i / n, i % n)]).collect() };
+            let w = Matrix::new(n, m, (0..n * m).map(|_| rng.random::<f32>() - 0.5).collect());
+            let mut rounding = Rounding::new(&w, &gram, 0.0).unwrap();
+            let mut settled = Mat::<f64>::zeros(m, n);
+            while rounding.left > 0 {
+                let left = rounding.left;
+                // The minimum over all that are left, by its own equations: Δ_lead H_ll = -Δ_tail H_tl.
+                let lead = h.submatrix(0, 0, left, left).llt(Side::Lower).unwrap();
+                let tail = Mat::from_fn(m, n - left, |i, j| {
+                    settled[(i, left + j)] - f64::from(w.data[i * n + left + j])
+                });
+                let pull = tail * h.submatrix(left, 0, n - left, left);
+                let change = lead.solve(pull.transpose());
+                // What errors of the last k cost when the others before them are free: ([H_ll⁻¹]_kk)⁻¹.
+                let inverse = lead.inverse();
+                let cost = inverse
+                    .submatrix(left - k, left - k, k, k)
+                    .to_owned()
+                    .llt(Side::Lower)
+                    .unwrap()
+                    .inverse();
+                let (wanted, curvature) = (rounding.wanted(k), rounding.curvature(k));
+                for j in 0..k {
+                    let at = left - k + j;
+                    assert!((curvature[j] / cost[(j, j)] - 1.0).abs() < 1e-9, "{n} {left}: {}", curvature[j]);
+                    for i in 0..m {
+                        let expected = f64::from(w.data[i * n + at]) - change[(at, i)];
+                        assert!(
+                            (wanted[(i, j)] - expected).abs() < 1e-9,
+                            "{n} {left}: {} {expected}",
+                            wanted[(i, j)]
+                        );
+                    }
+                }
+                let rounded = Mat::from_fn(m, k, |i, j| (wanted[(i, j)] * 8.0).round() / 8.0);
+                settled.subcols_mut(left - k, k).copy_from(&rounded);
+                rounding.settle(&rounded);
+            }
+        }
+    }
 }

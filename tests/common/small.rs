@@ -14,6 +14,8 @@ pub struct Small {
     /// Query heads, KV heads and width per block.
     pub blocks: Vec<(usize, usize, usize)>,
     pub n_vocab: usize,
+    /// Tokens that it claims to be trained for.
+    pub n_ctx_train: usize,
     pub biases: bool,
     pub tied: bool,
     pub rope_freqs: bool,
@@ -42,6 +44,7 @@ impl Default for Small {
             head_dim: 16,
             blocks: vec![(4, 2, 96); 3],
             n_vocab: 288,
+            n_ctx_train: 256,
             biases: false,
             tied: true,
             rope_freqs: false,
@@ -88,7 +91,7 @@ impl Small {
             ("general.name".into(), Value::Str("Small Random".into())),
             ("general.alignment".into(), Value::U32(32)),
             (arch("block_count"), u32(self.blocks.len())),
-            (arch("context_length"), u32(256)),
+            (arch("context_length"), u32(self.n_ctx_train)),
             (arch("embedding_length"), u32(self.n_embd)),
             (arch("feed_forward_length"), per_block(|b| b.2)),
             (arch("attention.head_count"), per_block(|b| b.0)),

@@ -1,0 +1,149 @@
+//! What a block of a large model costs: time, memory, and what its matrix products reach.
+//!
+//!     cargo bench --bench scale -- --shape 1b --shape 8b --blocks 2
+//!
+//! Models of a few blocks with random weights in the shapes of Llama 3, pruned on random tokens. Prints a row per
+//! stage, and peak memory after each shape (of the process so far: shapes go from small to large). How many
+//! neurons go, and what the search for heads looks at, does depend on the weights; what a block costs hardly does.
+
+#[path = "../tests/common/small.rs"]
+#[allow(dead_code)]
+mod small;
+
+use clap::{Parser, ValueEnum};
+use putri_gguf::calibrate::{Recipe, Windows};
+use putri_gguf::ggml::{Token, Type, product_rate, silence_logs};
+use putri_gguf::pipeline::{Observer, Settings};
+use putri_gguf::report::{Timings, peak_memory};
+use putri_gguf::{Job, run};
+use small::{Rng, Small};
+
+#[derive(Clone, Copy, Debug, ValueEnum, PartialEq, Eq, PartialOrd, Ord)]
+enum Shape {
+    /// Llama 3.2 1B.
+    #[value(name = "1b")]
+    B1,
+    /// Llama 3.2 3B.
+    #[value(name = "3b")]
+    B3,
+    /// Llama 3.1 8B.
+    #[value(name = "8b")]
+    B8,
+}
+
+impl Shape {
+    /// n_embd, head_dim, and heads, KV heads and n_ff of a block.
+    fn sizes(self) -> (usize, usize, (usize, usize, usize)) {
+        match self {
+            Shape::B1 => (2048, 64, (32, 8, 8192)),
+            Shape::B3 => (3072, 128, (24, 8, 8192)),
+            Shape::B8 => (4096, 128, (32, 8, 14336)),
+        }
+    }
+}
+
+#[derive(Parser)]
+struct Args {
+    /// Shapes.
+    #[arg(long, value_enum, required = true)]
+    shape: Vec<Shape>,
+    /// Blocks.
+    #[arg(long, default_value_t = 2)]
+    blocks: usize,
+    /// Share of the blocks' parameters to remove.
+    #[arg(long, default_value_t = 0.25)]
+    sparsity: f64,
+    /// Tokens per calibration window.
+    #[arg(long, default_value_t = 512)]
+    ctx: usize,
+    /// Calibration windows.
+    #[arg(long, default_value_t = 32)]
+    chunks: usize,
+    /// Threads.
+    #[arg(long, default_value_t = 2)]
+    threads: usize,
+    /// What `cargo bench` adds.
+    #[arg(long, hide = true)]
+    bench: bool,
+}
+
+/// Nobody watches.
+struct Silent;
+
+impl Observer for Silent {
+    fn stage(&mut self, _: &str, _: usize) {}
+    fn step(&mut self, _: usize, _: &str) {}
+}
+
+fn main() {
+    silence_logs();
+    let mut args = Args::parse();
+    args.shape.sort_unstable();
+    let rate = product_rate(args.threads).expect("engine");
+    println!("Products of 2048 x 2048 floats on {} threads: {:.0} GFLOP/s.\n", args.threads, rate / 1e9);
+    println!("| shape | stage | seconds a block | GFLOP a block | GFLOP/s | of peak |");
+    println!("|---|---|---|---|---|---|");
+    for shape in &args.shape {
+        measure(*shape, &args, rate);
+        let memory =
+            peak_memory().map_or("unknown".into(), |b| format!("{:.2} GiB", b as f64 / f64::from(1 << 30)));
+        println!("| {shape:?} | peak memory | {memory} | | | |");
+    }
+}
+
+fn measure(shape: Shape, args: &Args, rate: f64) {
+    let (n_embd, head_dim, block) = shape.sizes();
+    let folder = tempfile::tempdir().expect("temporary folder");
+    let [input, output] = ["in.gguf", "out.gguf"].map(|name| folder.path().join(name));
+    let model = Small {
+        n_embd,
+        head_dim,
+        blocks: vec![block; args.blocks],
+        n_ctx_train: args.ctx,
+        ty: Type::Q8_0,
+        ..Small::default()
+    };
+    model.write(&input);
+    let n_held_out = (args.chunks / 8).max(1);
+    let mut rng = Rng(1);
+    let n_tokens = (args.chunks + n_held_out) * args.ctx;
+    let tokens = (0..n_tokens).map(|_| 3 + (rng.next_u64() % (model.n_vocab as u64 - 3)) as Token);
+    let windows =
+        Windows { n_ctx: args.ctx, tokens: tokens.collect(), n_fit: args.chunks, n_held_out, n_self: 0 };
+    let job = Job {
+        input,
+        output,
+        imatrix_out: None,
+        quantise: None,
+        force: false,
+        verify: false,
+        recipe: Recipe {
+            n_ctx: args.ctx,
+            n_windows: args.chunks,
+            files: Vec::new(),
+            self_share: 0.0,
+            chat_share: 0.0,
+            seed: 1,
+            n_threads: args.threads,
+            n_parallel: 1,
+        },
+        windows: Some(windows),
+        settings: Settings { sparsity: args.sparsity, n_threads: args.threads, ..Settings::default() },
+    };
+    let mut silent = Silent;
+    let mut watched = Timings::new(&mut silent);
+    run(&job, &mut watched).expect("a pruned model");
+    for stage in watched.finish().0 {
+        let per_block = 1.0 / args.blocks as f64;
+        let (seconds, operations) =
+            (stage.time.as_secs_f64() * per_block, stage.operations as f64 * per_block);
+        let reached = operations / seconds;
+        println!(
+            "| {shape:?} | {} | {seconds:.1} | {:.0} | {:.0} | {:.0} % |",
+            stage.name,
+            operations / 1e9,
+            reached / 1e9,
+            reached / rate * 100.0
+        );
+    }
+}
