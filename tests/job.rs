@@ -110,6 +110,21 @@ fn gemma3_is_pruned_to_equal_blocks() {
 }
 
 #[test]
+fn timings_name_the_stages_and_what_they_reached() {
+    silence_logs();
+    let cli = Cli::new();
+    Small { blocks: vec![(4, 2, 256); 4], ..Small::default() }.write(&cli.path("in.gguf"));
+    let text = cli.ok(&[&["in.gguf", "out.gguf", "--sparsity", "0.3", "--timings"][..], &QUICK].concat());
+    for stage in ["heads", "widths", "sensitivity", "blocks", "tune", "write and verify", "all stages"] {
+        assert!(text.lines().any(|l| l.starts_with(stage)), "no {stage} in {text}");
+    }
+    let all = text.lines().find(|l| l.starts_with("all stages")).unwrap();
+    let numbers: Vec<f64> = all.split_whitespace().filter_map(|n| n.parse().ok()).collect();
+    assert!(numbers[0] > 0.0 && numbers[2] > 0.0, "{all}");
+    assert!(text.trim_end().ends_with("out.gguf"), "the last line is not the path: {text}");
+}
+
+#[test]
 fn the_papers_method_gives_equal_widths() {
     silence_logs();
     let cli = Cli::new();

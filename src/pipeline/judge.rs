@@ -125,3 +125,40 @@ fn divergence(row: &[f32], dense: &[(u32, f32)]) -> f64 {
     }
     if p_rest > 1e-9 { kl + p_rest * (p_rest / q_rest.max(1e-9)).ln() } else { kl }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Softmax in f64.
+    fn softmax(row: &[f32]) -> Vec<f64> {
+        let sum: f64 = row.iter().map(|v| f64::from(*v).exp()).sum();
+        row.iter().map(|v| f64::from(*v).exp() / sum).collect()
+    }
+
+    #[test]
+    fn divergences_are_those_among_the_known_tokens() {
+        for n in [40usize, 300] {
+            let dense: Vec<f32> = (0..n).map(|i| (i * 7919 % 613) as f32 / 40.0).collect();
+            let own: Vec<f32> =
+                dense.iter().enumerate().map(|(i, v)| v + (i * 31 % 17) as f32 / 9.0).collect();
+            let ids = likeliest(&dense);
+            assert_eq!(ids.len(), TOP.min(n));
+            // Besides this position's, tokens that are likely at others.
+            let mut known: Vec<u32> = ids.iter().copied().chain((0..n as u32).step_by(3)).collect();
+            known.sort_unstable();
+            known.dedup();
+            let on_known = |row: &[f32]| -> Vec<f32> { known.iter().map(|&t| row[t as usize]).collect() };
+            let found = divergence(&on_known(&own), &probabilities(&on_known(&dense), &known, &ids));
+            let (p, q) = (softmax(&on_known(&dense)), softmax(&on_known(&own)));
+            let top = |t: &u32| ids.contains(t);
+            let rest = |p: &[f64]| p.iter().zip(&known).filter(|(_, t)| !top(t)).map(|(p, _)| p).sum::<f64>();
+            let mut expected: f64 =
+                (0..known.len()).filter(|&i| top(&known[i])).map(|i| p[i] * (p[i] / q[i]).ln()).sum();
+            if rest(&p) > 0.0 {
+                expected += rest(&p) * (rest(&p) / rest(&q)).ln();
+            }
+            assert!((found - expected).abs() < 1e-5, "n {n}: {found} {expected}");
+        }
+    }
+}
