@@ -1,8 +1,8 @@
 //! Matrix products by faer, as an operation of a ggml graph.
 //!
-//! ggml's CPU backend multiplies floats for generation, a few columns at a time; on the wide batches of
-//! calibration faer's kernels take a third of the time in F32 and half of it even in BF16
-//! (`benches/results`). Operands may have any strides, so nothing need be transposed first.
+//! On the wide batches of calibration faer's kernels take a third of the time that ggml's take in F32, and half
+//! of what those take in BF16 (`benches/results`). Operands may have any strides, so nothing need be
+//! transposed first.
 
 use faer::linalg::matmul::matmul;
 use faer::{Accum, MatMut, MatRef, Par};
