@@ -28,7 +28,6 @@ impl Setting {
         let forward = Forward::new(&model, N_CTX, 1).unwrap();
         let tokens: Vec<i32> = (0..N_WINDOWS * N_CTX).map(|i| 3 + (i * i * 7919 % 250) as i32).collect();
         let x = embed(&model, &tokens).unwrap();
-        // Exact in BF16, as the pipeline's are.
         let scales = (0..tokens.len()).map(|i| 0.5 + (i % 5) as f32 / 4.0).collect();
         Setting { forward, w: model.block(1).unwrap(), x, scales }
     }

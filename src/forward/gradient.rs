@@ -114,7 +114,7 @@ impl Forward {
     /// [`ForwardError`] if the backend fails.
     ///
     /// # Panics
-    /// If windows are longer than 512 tokens.
+    /// If windows are longer than [`super::MAX_GRADIENT_CTX`].
     pub fn block_gradient(
         &mut self,
         b: &Block,

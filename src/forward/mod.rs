@@ -19,8 +19,9 @@ use crate::gguf::GgufError;
 use crate::model::{Hparams, Model};
 use std::ops::Range;
 
-/// Longest window that can be attended in one piece, as gradients do.
-const WHOLE_CTX: usize = 512;
+/// Longest window that gradients go through: it is attended in one piece, and the attention weights of all its heads are
+/// in memory at once.
+pub const MAX_GRADIENT_CTX: usize = 512;
 
 /// Tokens that pass through a block in one graph, at least one window.
 const CHUNK_TOKENS: usize = 2048;
@@ -69,7 +70,7 @@ impl Forward {
         let engine = Engine::cpu(n_threads)?;
         let factors = model.rope_factors(n_ctx)?;
         let hparams = model.hparams.clone();
-        let mask_rows = if n_ctx <= WHOLE_CTX { n_ctx } else { block::query_slice(n_ctx) };
+        let mask_rows = if n_ctx <= MAX_GRADIENT_CTX { n_ctx } else { block::query_slice(n_ctx) };
         let causal = mask(n_ctx, mask_rows, n_ctx);
         let sliding =
             hparams.sliding.as_ref().filter(|s| s.n_swa < n_ctx).map(|s| mask(n_ctx, mask_rows, s.n_swa));

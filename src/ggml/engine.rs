@@ -1,9 +1,8 @@
 //! A compute backend and the tensors that stay on it between graphs.
 
-use super::{GgmlError, Graph, Type};
+use super::{GgmlError, Type};
 use llama_cpp_sys_2 as sys;
 use std::ptr::NonNull;
-use std::time::Instant;
 
 /// A ggml backend with its scratch memory. One graph runs on it at a time.
 pub struct Engine {
@@ -125,26 +124,4 @@ impl Drop for Resident {
             sys::ggml_free(self.ctx.as_ptr());
         }
     }
-}
-
-/// Operations per second that a plain product of two matrices reaches on `n_threads` threads.
-///
-/// # Errors
-/// [`GgmlError`] if the backend fails.
-pub fn product_rate(n_threads: usize) -> Result<f64, GgmlError> {
-    const N: usize = 2048;
-    let mut engine = Engine::cpu(n_threads)?;
-    let x = vec![1.0f32; N * N];
-    let mut best = f64::INFINITY;
-    // The first warms up; of the others the best counts, for other programs only ever slow it down.
-    for _ in 0..4 {
-        let mut g = Graph::new(8);
-        let (a, b) = (g.input_f32([N, N], &x), g.input_f32([N, N], &x));
-        let y = g.mul_mat(a, b);
-        g.output(y);
-        let start = Instant::now();
-        g.compute(&mut engine)?;
-        best = best.min(start.elapsed().as_secs_f64());
-    }
-    Ok(2.0 * (N * N * N) as f64 / best)
 }

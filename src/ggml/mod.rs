@@ -13,11 +13,11 @@ mod quantize;
 mod system;
 mod types;
 
-pub use engine::{Engine, Resident, TensorSpec, product_rate};
+pub use engine::{Engine, Resident, TensorSpec};
 pub use gguf::{RawGguf, RawValue};
 pub use graph::{Computed, Graph, RopeParams, T};
 pub use llama::{BatchToken, Context, LlamaModel, Token, Vocab};
-pub use product::operations;
+pub use product::{operations, product_rate};
 pub use quantize::{FileType, quantize_file};
 pub use system::{cpu_features, engine_version, install_abort_handler, map_file, silence_logs};
 pub use types::Type;

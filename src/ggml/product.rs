@@ -4,11 +4,13 @@
 //! of what those take in BF16 (`benches/results`). Operands may have any strides, so nothing need be
 //! transposed first.
 
+use super::{Engine, GgmlError, Graph};
 use faer::linalg::matmul::matmul;
 use faer::{Accum, MatMut, MatRef, Par};
 use llama_cpp_sys_2 as sys;
 use std::ffi::{c_int, c_void};
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Instant;
 
 /// Rows and columns of the result that a thread computes in one go, at most and at least: multiples of what the
 /// kernels keep in registers.
@@ -29,6 +31,28 @@ pub fn operations() -> u64 {
 
 pub(super) fn count(operations: u64) {
     OPERATIONS.fetch_add(operations, Ordering::Relaxed);
+}
+
+/// Operations per second that a plain product of two matrices reaches on `n_threads` threads.
+///
+/// # Errors
+/// [`GgmlError`] if the backend fails.
+pub fn product_rate(n_threads: usize) -> Result<f64, GgmlError> {
+    const N: usize = 2048;
+    let mut engine = Engine::cpu(n_threads)?;
+    let x = vec![1.0f32; N * N];
+    let mut best = f64::INFINITY;
+    // The first warms up; of the others the best counts, for other programs only ever slow it down.
+    for _ in 0..4 {
+        let mut g = Graph::new(8);
+        let (a, b) = (g.input_f32([N, N], &x), g.input_f32([N, N], &x));
+        let y = g.mul_mat(a, b);
+        g.output(y);
+        let start = Instant::now();
+        g.compute(&mut engine)?;
+        best = best.min(start.elapsed().as_secs_f64());
+    }
+    Ok(2.0 * (N * N * N) as f64 / best)
 }
 
 /// The operation: `dst` `[m, n, ..]` = aᵀ b for its sources a `[k, m, ..]` and b `[k, n, ..]`, all F32; outer

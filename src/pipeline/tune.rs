@@ -10,15 +10,12 @@ use super::judge::{Judge, Loss};
 use super::sequential::Streams;
 use super::stream::planned_stream;
 use super::{Plan, PruneError, Run};
-use crate::forward::{BlockGradient, Forward, Head};
+use crate::forward::{BlockGradient, Forward, Head, MAX_GRADIENT_CTX};
 use crate::ggml::Token;
 use crate::model::BlockVector;
 use rand::SeedableRng;
 use rand::seq::SliceRandom;
 use std::f32::consts::PI;
-
-/// Longest window that gradients go through: the attention weights of all its heads are in memory at once.
-const MAX_CTX: usize = 512;
 
 /// Decay of the running means of gradients and of their squares (Adam, arXiv 1412.6980); the second shorter than
 /// usual, for there are few steps.
@@ -129,7 +126,7 @@ impl<'a> Run<'a> {
     /// is the dense model's last stream of all windows as they are.
     fn lessons(&self, dense: &[f32]) -> Result<Lessons<'a>, PruneError> {
         let (w, s) = (self.windows, self.settings);
-        let n_ctx = w.n_ctx / w.n_ctx.div_ceil(MAX_CTX);
+        let n_ctx = w.n_ctx / w.n_ctx.div_ceil(MAX_GRADIENT_CTX);
         let mut forward = Forward::new(self.model, n_ctx, s.n_threads)?;
         let pieces: Vec<&[Token]> = w.tokens_of(0..w.n_fit).chunks_exact(n_ctx).collect();
         let n = (s.tune_limit / n_ctx).clamp(1, pieces.len());
