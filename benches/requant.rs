@@ -13,7 +13,7 @@ use putri_gguf::forward::{Collect, Forward, Wanted, embed};
 use putri_gguf::ggml::{LlamaModel, Type, silence_logs};
 use putri_gguf::model::{Matrix, Model};
 use putri_gguf::numeric::{Moments, SymMatrix};
-use putri_gguf::prune::{greedy, refit};
+use putri_gguf::prune::greedy;
 use putri_gguf::requant::{Quantised, quantise, quantise_with_feedback};
 use std::path::PathBuf;
 
@@ -47,7 +47,7 @@ struct Args {
 
 /// tr((Q − W) H (Q − W)ᵀ) / tr(W H Wᵀ).
 fn relative_loss(w: &Matrix, q: &Quantised, h: &SymMatrix) -> f64 {
-    let curvature = faer::Mat::from_fn(h.n, h.n, |i, j| h.data[i * h.n + j]);
+    let curvature = faer::Mat::from_fn(h.n(), h.n(), |i, j| h.get(i, j));
     let form = |d: &[f32]| {
         let d = faer::Mat::from_fn(w.n_out, w.n_in, |i, j| f64::from(d[i * w.n_in + j]));
         let product = &d * &curvature;
@@ -94,20 +94,18 @@ fn main() {
         if il % args.every != 0 {
             continue;
         }
-        moments.iter_mut().for_each(|m| {
-            m.finish();
-            m.centre();
-        });
+        moments.iter_mut().for_each(Moments::centre);
         let [fit, judge] = &moments;
         let width = (w.ffn_down.n_in * 2 / 3).next_multiple_of(256).min(w.ffn_down.n_in);
-        let keep = greedy(&w.ffn_down, &fit.gram, 1e-3, width).expect("a regular Gram matrix");
-        let refitted = refit(&w.ffn_down, fit, 0.0, &keep, 1e-3).expect("a regular Gram matrix").weights;
+        let (keep, refitted) =
+            greedy(&w.ffn_down, None, &fit.gram, 1e-3, width).expect("a regular Gram matrix");
+        let refitted = refitted.weights;
         let (fit_gram, judge_gram) = (fit.gram.select(&keep), judge.gram.select(&keep));
         let importance: Vec<f32> =
             fit_gram.diagonal().iter().map(|v| (*v / fit.n_tokens as f64) as f32).collect();
         for (ty, losses) in types.iter().zip(&mut losses) {
             let plain = quantise(&refitted, *ty, &importance).expect("ggml writes the type");
-            let fed = quantise_with_feedback(&refitted, &fit_gram, 1e-3, *ty).expect("a regular Gram matrix");
+            let fed = quantise_with_feedback(&refitted, &fit.gram, &keep, 1e-3, *ty).expect("a regular Gram matrix");
             assert_eq!(plain.ty, fed.ty);
             let of = |q: &Quantised| relative_loss(&refitted, q, &judge_gram);
             losses.push((plain.ty, of(&plain), of(&fed)));

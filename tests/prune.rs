@@ -40,12 +40,13 @@ impl Problem {
         let mut mo = Moments::new(n, m);
         for s in 0..t {
             for i in 0..n {
-                (0..n).for_each(|j| mo.gram.data[i * n + j] += self.x[s * n + i] * self.x[s * n + j]);
                 (0..m).for_each(|o| mo.cross[o * n + i] += self.x[s * n + i] * self.r[s * m + o]);
             }
             let floats = |v: &[f64]| v.iter().map(|v| *v as f32).collect::<Vec<_>>();
             mo.add_sums(&floats(&self.x[s * n..][..n]), &floats(&self.r[s * m..][..m]), 1.0);
         }
+        let product = |i: usize, j: usize| (0..t).map(|s| self.x[s * n + i] * self.x[s * n + j]).sum();
+        mo.gram = SymMatrix::from_fn(n, product);
         mo.n_tokens = t;
         mo
     }
@@ -218,7 +219,7 @@ fn obs_updates_are_refits() {
         let moments = p.moments();
         let ridge = 1e-3;
         let lambda = ridge * moments.gram.mean_diagonal();
-        let mut obs = Obs::new(&p.w, &moments.gram, ridge).unwrap();
+        let mut obs = Obs::new(&p.w, None, &moments.gram, ridge).unwrap();
         let mut loss = 0.0;
         for k in [1, 2, 3] {
             loss += obs.remove_least(k);
@@ -248,7 +249,7 @@ fn obs_forgets_nothing_when_it_brings_its_inverse_up_to_date() {
     let gram = p.moments().gram;
     let lambda = ridge * gram.mean_diagonal();
     for k in [7, 300] {
-        let mut obs = Obs::new(&p.w, &gram, ridge).unwrap();
+        let mut obs = Obs::new(&p.w, None, &gram, ridge).unwrap();
         while obs.alive() > 30 {
             obs.remove_least(k.min(obs.alive() - 30));
         }
@@ -267,7 +268,7 @@ fn greedy_is_near_the_best_of_all_subsets() {
         let p = Problem::new(80, 9, 4, seed);
         let moments = p.moments();
         let lambda = 1e-6 * moments.gram.mean_diagonal();
-        let keep = greedy(&p.w, &moments.gram, 1e-6, 5).unwrap();
+        let keep = greedy(&p.w, None, &moments.gram, 1e-6, 5).unwrap().0;
         let all = p.all_subsets(5, lambda);
         let rank = all.iter().position(|(_, set)| *set == keep).unwrap();
         best_hits += usize::from(rank == 0);
@@ -284,8 +285,8 @@ fn curves_rise_and_end_where_greedy_ends() {
     let curve = narrow(&p.w, &gram, 1e-3, &[48, 32, 16], 32).unwrap().losses;
     assert_eq!(curve[0], 0.0);
     assert!(curve[1] > 0.0 && curve[2] > curve[1], "{curve:?}");
-    let keep = greedy(&p.w, &gram, 1e-3, 16).unwrap();
-    let mut obs = Obs::new(&p.w, &gram, 1e-3).unwrap();
+    let keep = greedy(&p.w, None, &gram, 1e-3, 16).unwrap().0;
+    let mut obs = Obs::new(&p.w, None, &gram, 1e-3).unwrap();
     (0..32).for_each(|_| {
         obs.remove_least(1);
     });
@@ -299,11 +300,26 @@ fn the_layer_at_the_probe_is_what_a_refit_would_give() {
         let moments = p.moments();
         let lambda = 1e-3 * moments.gram.mean_diagonal();
         let probed = narrow(&p.w, &moments.gram, 1e-3, &[n, n / 2, n / 4], n / 2).unwrap();
-        assert_eq!(probed.kept, greedy(&p.w, &moments.gram, 1e-3, n / 2).unwrap());
+        assert_eq!(probed.kept, greedy(&p.w, None, &moments.gram, 1e-3, n / 2).unwrap().0);
         // From the minimum of a loss with curvature H + λI, what is left moves to
         // (H + λI)_KK⁻¹ (H + λI)_K: Wᵀ; on the kept inputs λI adds λ W_K.
         let w = p.naive_refit(&probed.kept, 0.0, lambda);
         for (a, b) in probed.weights.data.iter().zip(&w) {
+            assert!((f64::from(*a) - b).abs() < 1e-4 * (0.1 + b.abs()), "n {n}: {a} {b}");
+        }
+    }
+}
+
+#[test]
+fn neurons_judged_by_other_costs_leave_the_map_at_its_own_minimum() {
+    for (n, n_keep, seed) in [(24, 9, 1), (330, 40, 2)] {
+        let p = Problem::new(400, n, 3, seed);
+        let moments = p.moments();
+        let costs = Matrix::new(n, 5, Rng(seed).vec(5 * n, 1.0));
+        let (keep, refitted) = greedy(&p.w, Some(&costs), &moments.gram, 1e-2, n_keep).unwrap();
+        assert_eq!(keep, greedy(&costs, None, &moments.gram, 1e-2, n_keep).unwrap().0);
+        let w = p.naive_refit(&keep, 0.0, 1e-2 * moments.gram.mean_diagonal());
+        for (a, b) in refitted.weights.data.iter().zip(&w) {
             assert!((f64::from(*a) - b).abs() < 1e-4 * (0.1 + b.abs()), "n {n}: {a} {b}");
         }
     }
@@ -347,7 +363,7 @@ fn under_a_metric_neurons_stay_that_it_minds() {
     let gram = Problem::new(200, n, m, 3).moments().gram;
     let samples: Vec<f32> = (0..40).flat_map(|t| [0.0, 1.0 + t as f32]).collect();
     let costs = Metric::new(&samples, m).unwrap().apply(&w);
-    assert_eq!(greedy(&costs, &gram, 1e-3, n / 2).unwrap(), (n / 2..n).collect::<Vec<_>>());
+    assert_eq!(greedy(&costs, None, &gram, 1e-3, n / 2).unwrap().0, (n / 2..n).collect::<Vec<_>>());
 }
 
 #[test]
@@ -368,10 +384,10 @@ fn the_papers_score_is_its_formula() {
     let moments = p.moments();
     let n = p.n;
     // H⁻¹ by elimination, U by the textbook recurrence, energies from the data.
-    let h = &moments.gram.data;
+    let h = &moments.gram;
     let mut a: Vec<Vec<f64>> = (0..n)
         .map(|i| {
-            (0..2 * n).map(|j| if j < n { h[i * n + j] } else { f64::from(u8::from(j - n == i)) }).collect()
+            (0..2 * n).map(|j| if j < n { h.get(i, j) } else { f64::from(u8::from(j - n == i)) }).collect()
         })
         .collect();
     for q in 0..n {

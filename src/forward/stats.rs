@@ -5,8 +5,7 @@ use super::{Block, Forward, ForwardError, Net};
 use crate::ggml::{Computed, Graph, T};
 use crate::numeric::Moments;
 
-/// Row panels that a symmetric product is cut into; only panels on and below the diagonal are
-/// computed, (p + 1) / 2p of the work.
+/// Panels of rows that a symmetric product is cut into, each from its diagonal on: (p + 1) / 2p of the work.
 const PANELS: usize = 6;
 
 /// Outputs of a graph that [`Moments::add`] reads.
@@ -23,10 +22,10 @@ struct Sums {
 impl Sums {
     fn add_to(&self, moments: &mut Moments, done: &Computed) {
         for (start, panel) in &self.panels {
-            moments.add_panel(*start, &done.to_vec(*panel));
+            moments.add_panel(*start, &done.view(*panel));
         }
         if let Some(cross) = self.cross {
-            moments.add_cross(&done.to_vec(cross));
+            moments.add_cross(&done.view(cross));
         }
         let r = self.r.map(|r| done.to_vec(r)).unwrap_or_default();
         let weight = done.to_vec(self.scales).iter().map(|s| f64::from(*s).powi(2)).sum();
@@ -232,9 +231,9 @@ fn sums<'a>(g: &mut Graph<'a>, x: T, residual: Option<T>, scales: T) -> Sums {
     let width = n.div_ceil(PANELS).next_multiple_of(16);
     let panels = (0..n).step_by(width).map(|start| {
         let panel = g.slice(x, 0, start, width.min(n - start));
-        let below = g.slice(x, 0, start, n - start);
-        let (panel, below) = (g.transpose(panel), g.transpose(below));
-        (start, product(g, panel, below))
+        let behind = g.slice(x, 0, start, n - start);
+        let (panel, behind) = (g.transpose(panel), g.transpose(behind));
+        (start, product(g, behind, panel))
     });
     Sums {
         panels: panels.collect(),

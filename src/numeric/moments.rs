@@ -1,23 +1,59 @@
 //! Sums over tokens that a least-squares problem needs.
 
-/// A symmetric matrix `[n, n]`, stored whole.
+use rayon::prelude::*;
+
+/// Sums that a thread adds to at a time.
+const PART: usize = 1 << 16;
+
+/// A symmetric matrix `[n, n]`, of which the upper triangle is stored.
 #[derive(Clone, Debug, PartialEq)]
 pub struct SymMatrix {
-    /// Rows and columns.
-    pub n: usize,
-    /// Values; element (i, j) at `i · n + j`.
-    pub data: Vec<f64>,
+    n: usize,
+    /// Row i from its diagonal element on, after the rows before it.
+    upper: Vec<f64>,
 }
 
 impl SymMatrix {
     /// Zero.
     pub fn zero(n: usize) -> SymMatrix {
-        SymMatrix { n, data: vec![0.0; n * n] }
+        SymMatrix { n, upper: vec![0.0; n * (n + 1) / 2] }
+    }
+
+    /// From its elements (i, j) with i ≤ j.
+    pub fn from_fn(n: usize, value: impl Fn(usize, usize) -> f64) -> SymMatrix {
+        SymMatrix { n, upper: (0..n).flat_map(|i| (i..n).map(move |j| (i, j))).map(|(i, j)| value(i, j)).collect() }
+    }
+
+    /// Rows and columns.
+    pub fn n(&self) -> usize {
+        self.n
+    }
+
+    /// Where row `i` begins.
+    fn start(&self, i: usize) -> usize {
+        i * (2 * self.n + 1 - i) / 2
+    }
+
+    /// Elements (i, i), (i, i + 1) .. (i, n - 1).
+    pub fn row(&self, i: usize) -> &[f64] {
+        &self.upper[self.start(i)..][..self.n - i]
+    }
+
+    /// All that [`SymMatrix::row`] gives, to be changed.
+    pub fn rows_mut(&mut self) -> Vec<&mut [f64]> {
+        let mut rest = &mut self.upper[..];
+        (0..self.n).map(|i| rest.split_off_mut(..self.n - i).expect("rows make up the whole")).collect()
+    }
+
+    /// Element (i, j).
+    pub fn get(&self, i: usize, j: usize) -> f64 {
+        let (i, j) = (i.min(j), i.max(j));
+        self.upper[self.start(i) + j - i]
     }
 
     /// The diagonal.
     pub fn diagonal(&self) -> Vec<f64> {
-        (0..self.n).map(|i| self.data[i * self.n + i]).collect()
+        (0..self.n).map(|i| self.get(i, i)).collect()
     }
 
     /// The mean of the diagonal.
@@ -27,8 +63,7 @@ impl SymMatrix {
 
     /// Rows and columns `keep`, in that order.
     pub fn select(&self, keep: &[usize]) -> SymMatrix {
-        let data = keep.iter().flat_map(|&i| keep.iter().map(move |&j| self.data[i * self.n + j])).collect();
-        SymMatrix { n: keep.len(), data }
+        SymMatrix::from_fn(keep.len(), |i, j| self.get(keep[i], keep[j]))
     }
 }
 
@@ -36,7 +71,7 @@ impl SymMatrix {
 /// of its own.
 #[derive(Clone, Debug)]
 pub struct Moments {
-    /// Σ x xᵀ `[n, n]`; the lower triangle until [`Moments::finish`].
+    /// Σ x xᵀ `[n, n]`.
     pub gram: SymMatrix,
     /// Σ x rᵀ `[m, n]`: row i belongs to output i.
     pub cross: Vec<f64>,
@@ -63,19 +98,17 @@ impl Moments {
         }
     }
 
-    /// Adds a panel of the Gram matrix: columns `start .. start + width` of the rows from `start` on,
-    /// row by row. Only what lies on or below the diagonal is used.
+    /// Adds a panel of the Gram matrix: its rows from `start` on, from column `start` on. What lies before the
+    /// diagonal is not used.
     ///
     /// # Panics
     /// If the panel is not made of whole rows.
     pub fn add_panel(&mut self, start: usize, panel: &[f32]) {
-        let n = self.gram.n;
-        let width = panel.len() / (n - start);
-        assert_eq!(panel.len(), width * (n - start));
-        for (i, row) in panel.chunks_exact(width).enumerate() {
-            let dst = &mut self.gram.data[(start + i) * n + start..][..width.min(i + 1)];
-            dst.iter_mut().zip(row).for_each(|(d, v)| *d += f64::from(*v));
-        }
+        let width = self.gram.n - start;
+        assert!(panel.len().is_multiple_of(width) && panel.len() <= width * width);
+        let mut rows = self.gram.rows_mut();
+        let rows = rows[start..].par_iter_mut().zip(panel.par_chunks_exact(width));
+        rows.enumerate().for_each(|(i, (sums, row))| add(sums, &row[i..]));
     }
 
     /// Adds to the cross products.
@@ -83,7 +116,9 @@ impl Moments {
     /// # Panics
     /// If `values` has another size.
     pub fn add_cross(&mut self, values: &[f32]) {
-        add(&mut self.cross, values);
+        assert_eq!(self.cross.len(), values.len());
+        let parts = self.cross.par_chunks_mut(PART).zip(values.par_chunks(PART));
+        parts.for_each(|(sums, values)| add(sums, values));
     }
 
     /// Adds to the sums of the inputs and of the residuals, and to the weight.
@@ -97,26 +132,17 @@ impl Moments {
     }
 
     /// From moments about zero to moments about the mean: what is left for a linear map to explain
-    /// once its bias takes care of the means. After [`Moments::finish`].
+    /// once its bias takes care of the means.
     pub fn centre(&mut self) {
-        let n = self.gram.n;
         let weight = self.weight.max(f64::MIN_POSITIVE);
         self.x.iter_mut().chain(&mut self.r).for_each(|sum| *sum /= weight);
-        let rows = self.gram.data.chunks_exact_mut(n).zip(&self.x);
-        let cross = self.cross.chunks_exact_mut(n).zip(&self.r);
-        for (row, mean) in rows.chain(cross) {
-            row.iter_mut().zip(&self.x).for_each(|(v, x)| *v -= weight * mean * x);
-        }
-    }
-
-    /// Fills in the upper triangle once all chunks are in.
-    pub fn finish(&mut self) {
-        let n = self.gram.n;
-        for i in 0..n {
-            for j in 0..i {
-                self.gram.data[j * n + i] = self.gram.data[i * n + j];
-            }
-        }
+        let x = &self.x;
+        let less = |row: &mut [f64], mean: f64, x: &[f64]| {
+            row.iter_mut().zip(x).for_each(|(v, x)| *v -= weight * mean * x);
+        };
+        self.gram.rows_mut().into_par_iter().enumerate().for_each(|(i, row)| less(row, x[i], &x[i..]));
+        let cross = self.cross.par_chunks_exact_mut(x.len()).zip(&self.r);
+        cross.for_each(|(row, mean)| less(row, *mean, x));
     }
 }
 

@@ -69,7 +69,9 @@ impl Run<'_> {
                 self.forward.from_heads(&block, x, &heads, wanted)?;
                 stream[span].copy_from_slice(&out);
             }
-            self.finish(&mut moments);
+            if self.settings.biases {
+                moments.centre();
+            }
             let widths = prune::possible_widths(budget.n_ff, budget.ff_step);
             let at = self.probe_at(&widths);
             let n = prune::narrow(&w.ffn_down, &moments.gram, self.settings.ridge_ffn, &widths, widths[at])

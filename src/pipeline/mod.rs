@@ -25,7 +25,6 @@ use crate::forward::{Forward, ForwardError, InputSquares, embed};
 use crate::ggml::{GgmlError, Type};
 use crate::gguf::GgufError;
 use crate::model::Model;
-use crate::numeric::Moments;
 use crate::prune::{self, Budget, BudgetError, Singular};
 
 /// How to prune.
@@ -394,14 +393,6 @@ struct Run<'a> {
 impl Run<'_> {
     fn checkpoint(&self) -> Result<(), PruneError> {
         if self.observer.interrupted() { Err(PruneError::Interrupted) } else { Ok(()) }
-    }
-
-    /// Ends the collecting of moments.
-    fn finish(&self, moments: &mut Moments) {
-        moments.finish();
-        if self.settings.biases {
-            moments.centre();
-        }
     }
 
     /// Widths that are the same for all blocks, or as nearly as steps allow if they may differ.

@@ -1,7 +1,7 @@
 //! One pass over the blocks that refits, selects and requantises.
 
 use super::{Method, PruneError, Run, token_scales};
-use crate::forward::{Collect, Wanted, embed};
+use crate::forward::{Block, Collect, Wanted, embed};
 use crate::ggml::Type;
 use crate::model::{BlockVector, BlockWeights, Matrix};
 use crate::numeric::Moments;
@@ -24,21 +24,23 @@ impl Run<'_> {
         for (il, &width) in widths.iter().enumerate() {
             self.checkpoint()?;
             let whole = self.reference.block(il)?;
+            let dense_block = self.forward.upload(&whole)?;
             let mut w = if std::ptr::eq(self.model, self.reference) {
-                whole.clone()
+                whole
             } else {
-                self.model.block(il)?
+                let mut w = self.model.block(il)?;
+                // What gets new values starts from the source's.
+                w.ffn_down = whole.ffn_down;
+                if self.settings.method == Method::Putri {
+                    w.attn_output = whole.attn_output;
+                }
+                w
             };
-            // What gets new values starts from the source's.
-            w.ffn_down.clone_from(&whole.ffn_down);
-            if self.settings.method == Method::Putri {
-                w.attn_output.clone_from(&whole.attn_output);
-            }
             let groups = &self.plan.blocks[il].groups;
-            if groups.len() < whole.shape.n_head_kv {
+            if groups.len() < w.shape.n_head_kv {
                 w.keep_groups(groups, self.model.hparams.head_dim);
             }
-            let heads = self.attention_step(il, &whole, &mut w, &mut streams)?;
+            let heads = self.attention_step(il, dense_block, &mut w, &mut streams)?;
             let note = self.ffn_step(il, &mut w, width, heads, &mut streams)?;
             self.observer.step(il + 1, &note);
         }
@@ -51,11 +53,10 @@ impl Run<'_> {
     fn attention_step(
         &mut self,
         il: usize,
-        whole: &BlockWeights,
+        dense_block: Block,
         w: &mut BlockWeights,
         streams: &mut Streams,
     ) -> Result<Vec<Vec<f32>>, PruneError> {
-        let dense_block = self.forward.upload(whole)?;
         let block = self.forward.upload(w)?;
         let refits = self.settings.method == Method::Putri && block.has_attention();
         let mut moments = Moments::new(w.attn_output.n_in, if refits { w.attn_output.n_out } else { 0 });
@@ -74,8 +75,12 @@ impl Run<'_> {
             });
             heads.push(self.forward.heads(&block, &streams.pruned[span], collect)?);
         }
+        // The algebra needs the room.
+        drop((dense_block, block));
         if refits {
-            self.finish(&mut moments);
+            if self.settings.biases {
+                moments.centre();
+            }
             let keep: Vec<usize> = (0..w.attn_output.n_in).collect();
             let s = self.settings;
             let failed = at_block(il, "attn_output");
@@ -119,7 +124,10 @@ impl Run<'_> {
             self.forward.from_heads(&block, &streams.pruned[span.clone()], &a, wanted)?;
             streams.pruned[span].copy_from_slice(&mid);
         }
-        self.finish(&mut moments);
+        drop(block);
+        if self.settings.biases {
+            moments.centre();
+        }
         let failed = at_block(il, "ffn_down");
         let (keep, refit) = self.choose_neurons(il, w, &moments, width).map_err(|e| failed(e.into()))?;
         let wanted_ridge = if self.settings.method == Method::Putri { self.settings.ridge_ffn } else { 0.0 };
@@ -188,12 +196,9 @@ impl Run<'_> {
         // What neurons that go leave undone is mostly a matter of those that stay; what other blocks did
         // wrong is mostly not, and fitting it closely fits this text alone.
         let corrected = prune::refit(ffn_down, moments, s.mixture, &all, s.ridge_stream)?;
-        let costs = match &self.sensitivity {
-            Some(sensitivity) => &sensitivity.costs(il, w, &corrected.weights)?,
-            None => &corrected.weights,
-        };
-        let keep = prune::greedy(costs, &moments.gram, s.ridge_ffn, width)?;
-        let mut refit = prune::refit(&corrected.weights, moments, 0.0, &keep, s.ridge_ffn)?;
+        let costs = self.sensitivity.as_ref().map(|s| s.costs(il, w, &corrected.weights)).transpose()?;
+        let (keep, mut refit) =
+            prune::greedy(&corrected.weights, costs.as_ref(), &moments.gram, s.ridge_ffn, width)?;
         if corrected.ridge > s.ridge_stream {
             refit.ridge = refit.ridge.max(corrected.ridge);
         }
@@ -218,7 +223,7 @@ impl Run<'_> {
         ty: Type,
     ) -> Result<Quantised, FeedbackError> {
         if self.settings.error_feedback {
-            return quantise_with_feedback(weights, &moments.gram.select(keep), ridge, ty);
+            return quantise_with_feedback(weights, &moments.gram, keep, ridge, ty);
         }
         Ok(quantise(weights, ty, &importance(moments, keep))?)
     }

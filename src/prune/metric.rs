@@ -29,15 +29,13 @@ impl Metric {
     pub fn new(samples: &[f32], n: usize) -> Result<Metric, Singular> {
         assert!(n > 0 && samples.len().is_multiple_of(n));
         let s = Mat::from_fn(samples.len() / n, n, |t, i| f64::from(samples[t * n + i]));
-        let mut f = Mat::zeros(n, n);
+        let mut f = Mat::<f64>::zeros(n, n);
         matmul(f.as_mut(), Accum::Replace, s.transpose(), s.as_ref(), 1.0, Par::rayon(0));
-        let mut f = SymMatrix { n, data: (0..n * n).map(|i| f[(i / n, i % n)]).collect() };
-        let mean = f.mean_diagonal();
-        if mean != 0.0 {
-            f.data.iter_mut().for_each(|v| *v /= mean);
-        }
-        let (llt, _) = factor(&f, DAMPING, 1.0)?;
-        Ok(Metric { root: llt.L().transpose().to_owned() })
+        let mean = f.diagonal().column_vector().sum() / n as f64;
+        let mean = if mean == 0.0 { 1.0 } else { mean };
+        let f = SymMatrix::from_fn(n, |i, j| f[(i, j)] / mean);
+        let (factored, _) = factor(&f, None, DAMPING, 1.0)?;
+        Ok(Metric { root: factored.lower().transpose().to_owned() })
     }
 
     /// R W: the squares of its outputs are what those of `w` cost.

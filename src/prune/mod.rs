@@ -13,6 +13,7 @@ mod widths;
 
 use crate::model::Matrix;
 use faer::Mat;
+use rayon::prelude::*;
 
 pub use budget::{Budget, BudgetError, ffn_params_to_remove, head_groups_paper};
 pub use heads::{GroupId, lazy_greedy, rounds};
@@ -25,7 +26,11 @@ pub use widths::{Curve, allocate, possible_widths, uniform};
 
 /// Weights in 64-bit floats `[n_out, n_in]`, as the algebra takes them.
 pub(crate) fn in_f64(w: &Matrix) -> Mat<f64> {
-    Mat::from_fn(w.n_out, w.n_in, |i, j| f64::from(w.data[i * w.n_in + j]))
+    let mut m = Mat::zeros(w.n_out, w.n_in);
+    m.par_col_iter_mut().enumerate().for_each(|(j, column)| {
+        column.iter_mut().enumerate().for_each(|(i, v)| *v = f64::from(w.data[i * w.n_in + j]));
+    });
+    m
 }
 
 /// The matrix could not be factored, whatever the ridge.

@@ -5,8 +5,8 @@ use super::{Singular, in_f64};
 use crate::model::Matrix;
 use crate::numeric::SymMatrix;
 use faer::linalg::matmul::matmul;
-use faer::linalg::solvers::{DenseSolveCore, Solve};
-use faer::{Accum, Mat, Par};
+use faer::linalg::matmul::triangular::{self, BlockStructure};
+use faer::{Accum, Mat, MatMut, Par};
 use rayon::prelude::*;
 
 /// Inputs that go before the inverse is brought up to date: each update of it goes through all of its memory,
@@ -16,10 +16,12 @@ const PENDING: usize = 256;
 /// A map W at the minimum of a quadratic loss with curvature H + λI, whose inputs are taken out a few at a
 /// time; what stays is moved to the new minimum each time.
 pub struct Obs {
-    /// `[n_out, n]`; columns of inputs that are gone are zero until they are dropped.
+    /// What inputs are judged by `[n_out, n]`; columns of inputs that are gone are zero until they are dropped.
     w: Mat<f64>,
-    /// (H + λI)⁻¹ of the inputs that were left at the last update.
-    h_inv: Mat<f64>,
+    /// The map, where inputs are judged by another.
+    carried: Option<Carried>,
+    /// (H + λI)⁻¹ of the inputs that were left at the last update, by columns; what is above the diagonal is not used.
+    h_inv: Vec<f64>,
     /// Input that each column is, ascending, and whether it is left.
     inputs: Vec<usize>,
     left: Vec<bool>,
@@ -34,25 +36,36 @@ pub struct Obs {
     pub ridge: f64,
 }
 
+/// A map that follows; as of the last update.
+struct Carried {
+    w: Mat<f64>,
+    /// What to take from it: gone · gainsᵀ, in the first `pending` columns.
+    gone: Mat<f64>,
+}
+
 impl Obs {
     /// Starts from `w` `[n_in, n_out]`, which is the minimum, and the curvature `h` with
-    /// λ = `ridge` · mean diag H.
+    /// λ = `ridge` · mean diag H. Inputs are judged by what their outputs through `costs` lose, or through `w`
+    /// itself.
     ///
     /// # Errors
     /// [`Singular`] if no ridge makes the curvature positive definite.
-    pub fn new(w: &Matrix, h: &SymMatrix, ridge: f64) -> Result<Obs, Singular> {
-        assert_eq!(w.n_in, h.n);
-        let n = h.n;
-        let (llt, ridge) = factor(h, ridge, h.mean_diagonal())?;
-        let h_inv = llt.inverse();
-        let diagonal = (0..n).map(|j| h_inv[(j, j)]).collect();
+    ///
+    /// # Panics
+    /// If the sizes disagree.
+    pub fn new(w: &Matrix, costs: Option<&Matrix>, h: &SymMatrix, ridge: f64) -> Result<Obs, Singular> {
+        assert!(w.n_in == h.n() && costs.is_none_or(|c| c.n_in == h.n()));
+        let n = h.n();
+        let (factored, ridge) = factor(h, None, ridge, h.mean_diagonal())?;
+        let h_inv = factored.into_inverse();
         Ok(Obs {
-            w: in_f64(w),
+            carried: costs.map(|_| Carried { w: in_f64(w), gone: Mat::zeros(w.n_out, PENDING) }),
+            w: in_f64(costs.unwrap_or(w)),
+            diagonal: (0..n).map(|j| h_inv[j * n + j]).collect(),
             h_inv,
             inputs: (0..n).collect(),
             left: vec![true; n],
             alive: n,
-            diagonal,
             across: Mat::zeros(n, PENDING),
             gains: Mat::zeros(n, PENDING),
             pending: 0,
@@ -76,9 +89,14 @@ impl Obs {
     }
 
     /// The map on the inputs [`Obs::kept`], in that order.
-    pub fn weights(&self) -> Matrix {
-        let row = |i: usize| self.columns().map(move |j| self.w[(i, j)] as f32);
-        Matrix::new(self.alive, self.w.nrows(), (0..self.w.nrows()).flat_map(row).collect())
+    pub fn weights(&mut self) -> Matrix {
+        self.update();
+        let w = self.carried.as_ref().map_or(&self.w, |c| &c.w);
+        let mut data = vec![0.0; w.nrows() * w.ncols()];
+        data.par_chunks_exact_mut(w.ncols()).enumerate().for_each(|(i, row)| {
+            row.iter_mut().enumerate().for_each(|(j, v)| *v = w[(i, j)] as f32);
+        });
+        Matrix::new(w.ncols(), w.nrows(), data)
     }
 
     /// What the loss grows by if input at column `j` goes alone: Σ_i W_ij² / [H⁻¹]_jj.
@@ -105,19 +123,19 @@ impl Obs {
         let (n, m, k) = (self.left.len(), self.w.nrows(), go.len());
         let par = Par::rayon(0);
         // [H⁻¹]_(all, go) as it is now, S = [H⁻¹]_(go, go), and the gains S⁻¹ [H⁻¹]_(go, all).
-        let mut across = Mat::from_fn(n, k, |i, a| self.h_inv[(i, go[a])]);
-        if self.pending > 0 {
-            let rows = Mat::from_fn(k, self.pending, |a, p| self.gains[(go[a], p)]);
-            let before = self.across.subcols(0, self.pending);
-            matmul(across.as_mut(), Accum::Add, before, rows.transpose(), -1.0, par);
-        }
-        let s = SymMatrix { n: k, data: (0..k * k).map(|i| across[(go[i % k], i / k)]).collect() };
+        let mut across = Mat::from_fn(n, k, |i, a| self.h_inv[i.min(go[a]) * n + i.max(go[a])]);
+        let rows = Mat::from_fn(k, self.pending, |a, p| self.gains[(go[a], p)]);
+        let before = self.across.subcols(0, self.pending);
+        matmul(across.as_mut(), Accum::Add, before, rows.transpose(), -1.0, par);
+        let s = SymMatrix::from_fn(k, |a, b| across[(go[b], a)]);
         // Positive definite but for rounding, which the ridge makes up for where it must.
-        let factored = factor(&s, 0.0, s.mean_diagonal());
-        let llt = factored.expect("a principal block of a positive definite matrix is positive definite").0;
-        let gains = llt.solve(across.transpose());
+        let factored = factor(&s, None, 0.0, s.mean_diagonal());
+        let factored = factored.expect("a principal block of a positive definite matrix is positive definite").0;
+        let mut gains = across.transpose().to_owned();
+        factored.solve_in_place(gains.as_mut());
         let gone = Mat::from_fn(m, k, |i, a| self.w[(i, go[a])]);
-        let scaled = llt.solve(gone.transpose());
+        let mut scaled = gone.transpose().to_owned();
+        factored.solve_in_place(scaled.as_mut());
         let loss = (0..k).map(|a| (0..m).map(|i| gone[(i, a)] * scaled[(a, i)]).sum::<f64>()).sum();
         matmul(self.w.as_mut(), Accum::Add, gone.as_ref(), gains.as_ref(), -1.0, par);
         let gains_t = gains.transpose().to_owned();
@@ -134,6 +152,12 @@ impl Obs {
         if places.end > self.across.ncols() {
             // More at a time than there is room for: `update` has just been called.
             (self.across, self.gains) = (Mat::zeros(n, k), Mat::zeros(n, k));
+            self.carried.iter_mut().for_each(|c| c.gone = Mat::zeros(c.w.nrows(), k));
+        }
+        if let Some(c) = &mut self.carried {
+            let mut gone = Mat::from_fn(c.w.nrows(), k, |i, a| c.w[(i, go[a])]);
+            matmul(gone.as_mut(), Accum::Add, c.gone.subcols(0, places.start), rows.transpose(), -1.0, par);
+            c.gone.subcols_mut(places.start, k).copy_from(&gone);
         }
         self.across.subcols_mut(places.start, k).copy_from(&across);
         self.gains.subcols_mut(places.start, k).copy_from(&gains_t);
@@ -141,27 +165,41 @@ impl Obs {
         loss
     }
 
-    /// Brings the inverse up to date and drops what is gone.
+    /// Brings inverse and map up to date and drops what is gone.
     fn update(&mut self) {
-        if self.pending > 0 {
-            let (across, gains) = (self.across.subcols(0, self.pending), self.gains.subcols(0, self.pending));
-            matmul(self.h_inv.as_mut(), Accum::Add, across, gains.transpose(), -1.0, Par::rayon(0));
+        if self.pending == 0 {
+            return;
         }
+        let (stride, par) = (self.left.len(), Par::rayon(0));
+        let (across, gains) = (self.across.subcols(0, self.pending), self.gains.subcols(0, self.pending));
+        triangular::matmul(
+            MatMut::from_column_major_slice_mut(&mut self.h_inv, stride, stride),
+            BlockStructure::TriangularLower,
+            Accum::Add,
+            across,
+            BlockStructure::Rectangular,
+            gains.transpose(),
+            BlockStructure::Rectangular,
+            -1.0,
+            par,
+        );
         let columns: Vec<usize> = self.columns().collect();
-        let n = columns.len();
+        if let Some(c) = &mut self.carried {
+            let gone = c.gone.subcols(0, self.pending);
+            matmul(c.w.as_mut(), Accum::Add, gone, gains.transpose(), -1.0, par);
+            drop_columns(&mut c.w, &columns);
+        }
+        drop_columns(&mut self.w, &columns);
         // In place: what is copied from lies behind what it is copied to.
+        let n = columns.len();
         for (to, &from) in columns.iter().enumerate() {
-            for i in 0..self.w.nrows() {
-                self.w[(i, to)] = self.w[(i, from)];
-            }
-            for (i, &row) in columns.iter().enumerate() {
-                self.h_inv[(i, to)] = self.h_inv[(row, from)];
+            for (i, &row) in columns.iter().enumerate().skip(to) {
+                self.h_inv[to * n + i] = self.h_inv[from * stride + row];
             }
             self.inputs[to] = self.inputs[from];
             self.diagonal[to] = self.diagonal[from];
         }
-        self.w.truncate(self.w.nrows(), n);
-        self.h_inv.truncate(n, n);
+        self.h_inv.truncate(n * n);
         self.across.truncate(n, self.across.ncols());
         self.gains.truncate(n, self.gains.ncols());
         self.inputs.truncate(n);
@@ -169,4 +207,14 @@ impl Obs {
         self.left = vec![true; n];
         self.pending = 0;
     }
+}
+
+/// Leaves the columns `keep`, ascending.
+fn drop_columns(w: &mut Mat<f64>, keep: &[usize]) {
+    for (to, &from) in keep.iter().enumerate() {
+        for i in 0..w.nrows() {
+            w[(i, to)] = w[(i, from)];
+        }
+    }
+    w.truncate(w.nrows(), keep.len());
 }

@@ -2,9 +2,10 @@
 
 use super::Singular;
 use crate::model::Matrix;
-use crate::numeric::{Moments, SymMatrix};
-use faer::linalg::solvers::Solve;
-use faer::{Mat, MatRef, Side};
+use crate::numeric::{Cholesky, Moments, SymMatrix};
+use faer::linalg::matmul::matmul;
+use faer::{Accum, Mat, MatMut, Par};
+use rayon::prelude::*;
 
 /// Factorisations that are tried, each with ten times the ridge of the one before.
 const MAX_TRIES: i32 = 12;
@@ -27,30 +28,30 @@ pub struct Refit {
 /// # Errors
 /// [`Singular`] if no ridge makes H_keep positive definite.
 pub fn refit(w: &Matrix, moments: &Moments, mu: f64, keep: &[usize], ridge: f64) -> Result<Refit, Singular> {
-    let (n, m, k) = (w.n_in, w.n_out, keep.len());
+    let (n, k) = (w.n_in, keep.len());
     let h = &moments.gram;
-    let (llt, ridge) = factor(&h.select(keep), ridge, h.mean_diagonal())?;
+    let all = keep.iter().copied().eq(0..n);
+    let (factored, ridge) = factor(h, (!all).then_some(keep), ridge, h.mean_diagonal())?;
     // The unknown is the change of W_keep: what is left to explain is the output of the inputs that go,
-    // (x W_goneᵀ)ᵀ x_keep = W_gone H[gone, keep], and the residual.
-    let stays: std::collections::HashSet<usize> = keep.iter().copied().collect();
-    let gone: Vec<usize> = (0..n).filter(|j| !stays.contains(j)).collect();
-    let w_gone = Mat::from_fn(gone.len(), m, |b, i| f64::from(w.data[i * n + gone[b]]));
-    let h_across = Mat::from_fn(k, gone.len(), |a, b| h.data[keep[a] * n + gone[b]]);
-    let mut rhs = &h_across * &w_gone;
+    // (x W_goneᵀ)ᵀ x_keep = W_gone H[gone, keep], and the residual. A column per output.
+    let mut change = vec![0.0; k * w.n_out];
     if mu != 0.0 {
-        for i in 0..m {
-            for (a, &j) in keep.iter().enumerate() {
-                rhs[(a, i)] += mu * moments.cross[i * n + j];
-            }
-        }
+        change.par_chunks_exact_mut(k).zip(moments.cross.par_chunks_exact(n)).for_each(|(column, cross)| {
+            column.iter_mut().zip(keep).for_each(|(c, &j)| *c = mu * cross[j]);
+        });
     }
-    let change = llt.solve(&rhs);
+    let mut rhs = MatMut::from_column_major_slice_mut(&mut change, k, w.n_out);
+    if !all {
+        let mut stays = vec![false; n];
+        keep.iter().for_each(|&j| stays[j] = true);
+        let gone: Vec<usize> = (0..n).filter(|&j| !stays[j]).collect();
+        let w_gone = Mat::from_fn(gone.len(), w.n_out, |b, i| f64::from(w.data[i * n + gone[b]]));
+        let h_across = Mat::from_fn(k, gone.len(), |a, b| h.get(keep[a], gone[b]));
+        matmul(rhs.as_mut(), Accum::Add, h_across.as_ref(), w_gone.as_ref(), 1.0, Par::rayon(0));
+    }
+    factored.solve_in_place(rhs);
     let mut weights = w.select_cols(keep);
-    for i in 0..m {
-        for a in 0..k {
-            weights.data[i * k + a] += change[(a, i)] as f32;
-        }
-    }
+    weights.data.par_iter_mut().zip(&change).for_each(|(w, c)| *w += *c as f32);
     if weights.data.iter().all(|v| v.is_finite()) { Ok(Refit { weights, ridge }) } else { Err(Singular) }
 }
 
@@ -69,30 +70,22 @@ pub fn bias_change(old: &Matrix, new: &Matrix, keep: &[usize], moments: &Moments
         .collect()
 }
 
-/// Cholesky factor of H + ridge · scale · I, with the ridge raised until it exists.
+/// Cholesky factor of H + ridge · scale · I on the inputs `keep`, or all, with the ridge raised until it exists.
 pub(crate) fn factor(
     h: &SymMatrix,
+    keep: Option<&[usize]>,
     ridge: f64,
     scale: f64,
-) -> Result<(faer::linalg::solvers::Llt<f64>, f64), Singular> {
+) -> Result<(Cholesky, f64), Singular> {
     if !(scale > 0.0 && scale.is_finite()) {
         return Err(Singular);
     }
     let mut ridge = ridge;
     for _ in 0..MAX_TRIES {
-        let damped = damped(h, ridge * scale);
-        if let Ok(llt) = damped.llt(Side::Lower) {
-            return Ok((llt, ridge));
+        if let Some(factored) = Cholesky::new(h, keep, ridge * scale) {
+            return Ok((factored, ridge));
         }
         ridge = (ridge * 10.0).max(1e-10);
     }
     Err(Singular)
-}
-
-/// H + λ I.
-fn damped(h: &SymMatrix, lambda: f64) -> Mat<f64> {
-    // Symmetric, so that rows are as good as columns.
-    let mut damped = MatRef::from_column_major_slice(&h.data, h.n, h.n).to_owned();
-    (0..h.n).for_each(|i| damped[(i, i)] += lambda);
-    damped
 }

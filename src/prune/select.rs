@@ -1,27 +1,37 @@
 //! Which neurons stay.
 
 use super::refit::factor;
-use super::{Obs, Singular, in_f64};
+use super::{Obs, Refit, Singular, in_f64};
 use crate::model::Matrix;
 use crate::numeric::SymMatrix;
-use faer::linalg::solvers::DenseSolveCore;
 
 /// Neurons that are taken out together at most, up to 4096 of them. Smaller is more exact and slower.
 const MAX_STEP: usize = 16;
 
 /// Keeps `n_keep` neurons, taking out those with the least loss a few at a time and repairing the
-/// others each time. `w` `[n_ff, n_out]` is at the minimum of its loss with curvature `h`. Returns
-/// the neurons that stay, ascending.
+/// others each time. `w` `[n_ff, n_out]` is at the minimum of its loss with curvature `h`; neurons are judged by
+/// what their outputs through `costs` lose, if it is given. Returns the neurons that stay, ascending, and the map on
+/// them at its minimum.
 ///
 /// # Errors
 /// [`Singular`] if `h` cannot be factored.
-pub fn greedy(w: &Matrix, h: &SymMatrix, ridge: f64, n_keep: usize) -> Result<Vec<usize>, Singular> {
+pub fn greedy(
+    w: &Matrix,
+    costs: Option<&Matrix>,
+    h: &SymMatrix,
+    ridge: f64,
+    n_keep: usize,
+) -> Result<(Vec<usize>, Refit), Singular> {
     assert!(n_keep > 0 && n_keep <= w.n_in);
-    let mut obs = Obs::new(w, h, ridge)?;
+    let mut obs = Obs::new(w, costs, h, ridge)?;
     while obs.alive() > n_keep {
         obs.remove_least(step(w.n_in, obs.alive()).min(obs.alive() - n_keep));
     }
-    Ok(obs.kept())
+    let weights = obs.weights();
+    if !weights.data.iter().all(|v| v.is_finite()) {
+        return Err(Singular);
+    }
+    Ok((obs.kept(), Refit { weights, ridge: obs.ridge }))
 }
 
 /// What the greedy selection makes of a layer as it narrows.
@@ -46,7 +56,7 @@ pub fn narrow(
     widths: &[usize],
     probe: usize,
 ) -> Result<Narrowing, Singular> {
-    let mut obs = Obs::new(w, h, ridge)?;
+    let mut obs = Obs::new(w, None, h, ridge)?;
     let mut loss = 0.0;
     let (mut losses, mut at_probe) = (Vec::with_capacity(widths.len()), None);
     for &width in widths {
@@ -55,7 +65,8 @@ pub fn narrow(
         }
         losses.push(loss);
         if width == probe {
-            at_probe = Some((obs.kept(), obs.weights()));
+            let weights = obs.weights();
+            at_probe = Some((obs.kept(), weights));
         }
     }
     let (kept, weights) = at_probe.expect("the probe is one of the widths");
@@ -75,14 +86,11 @@ fn step(n_ff: usize, alive: usize) -> usize {
 /// [`Singular`] if `h` cannot be factored.
 pub fn paper_keep(w: &Matrix, h: &SymMatrix, n_tokens: usize, n_keep: usize) -> Result<Vec<usize>, Singular> {
     let n = w.n_in;
-    let (llt, _) = factor(h, 0.0, h.mean_diagonal())?;
-    let h_inv = llt.inverse();
-    let h_inv = SymMatrix {
-        n,
-        data: (0..n * n).map(|i| 0.5 * (h_inv[(i % n, i / n)] + h_inv[(i / n, i % n)])).collect(),
-    };
-    let (u, _) = factor(&h_inv, 0.0, h_inv.mean_diagonal())?;
-    let u = u.L();
+    let (factored, _) = factor(h, None, 0.0, h.mean_diagonal())?;
+    let inverse = factored.into_inverse();
+    let h_inv = SymMatrix::from_fn(n, |i, j| inverse[i * n + j]);
+    let (u, _) = factor(&h_inv, None, 0.0, h_inv.mean_diagonal())?;
+    let u = u.lower();
     let energies = output_energies(w, h, n_tokens);
     let mut scored: Vec<(f64, usize)> = (0..n)
         .map(|j| {
@@ -100,7 +108,7 @@ pub fn paper_keep(w: &Matrix, h: &SymMatrix, n_tokens: usize, n_keep: usize) -> 
 /// The `n_keep` inputs with the largest norm over the tokens (2SSP's first stage), ascending.
 pub fn loudest(h: &SymMatrix, n_keep: usize) -> Vec<usize> {
     let energies = h.diagonal();
-    let mut order: Vec<usize> = (0..h.n).collect();
+    let mut order: Vec<usize> = (0..h.n()).collect();
     order.sort_by(|&a, &b| energies[b].total_cmp(&energies[a]).then(a.cmp(&b)));
     order.truncate(n_keep);
     order.sort_unstable();
@@ -111,7 +119,7 @@ pub fn loudest(h: &SymMatrix, n_keep: usize) -> Vec<usize> {
 fn output_energies(w: &Matrix, h: &SymMatrix, n_tokens: usize) -> Vec<f64> {
     let n = w.n_in;
     let wm = in_f64(w);
-    let hm = faer::Mat::from_fn(n, n, |i, j| h.data[j * n + i]);
+    let hm = faer::Mat::from_fn(n, n, |i, j| h.get(i, j));
     let wh = &wm * &hm;
     (0..w.n_out)
         .map(|i| (0..n).map(|j| wh[(i, j)] * wm[(i, j)]).sum::<f64>() / n_tokens.max(1) as f64)

@@ -4,7 +4,7 @@
 use super::{Quantised, output_type};
 use crate::ggml::{GgmlError, Type};
 use crate::model::Matrix;
-use crate::numeric::SymMatrix;
+use crate::numeric::{Cholesky, SymMatrix};
 use crate::prune::{Singular, factor, in_f64};
 use faer::linalg::matmul::matmul;
 use faer::linalg::triangular_solve::solve_upper_triangular_in_place;
@@ -21,8 +21,8 @@ pub enum FeedbackError {
     Ggml(#[from] GgmlError),
 }
 
-/// Encodes `m` `[n_in, n_out]`, whose inputs have the Gram matrix `gram`, in `wanted` or its fallback,
-/// so that the error of its outputs over the calibration tokens is small. Blocks of columns are
+/// Encodes `m` `[n_in, n_out]`, whose inputs are those numbered `keep` in the Gram matrix `gram`, in `wanted` or its
+/// fallback, so that the error of its outputs over the calibration tokens is small. Blocks of columns are
 /// rounded from the last to the first, each by ggml's own quantiser with the curvature of the loss
 /// as importance. Types without blocks round so little that they are written plainly.
 ///
@@ -31,6 +31,7 @@ pub enum FeedbackError {
 pub fn quantise_with_feedback(
     m: &Matrix,
     gram: &SymMatrix,
+    keep: &[usize],
     ridge: f64,
     wanted: Type,
 ) -> Result<Quantised, FeedbackError> {
@@ -46,7 +47,7 @@ pub fn quantise_with_feedback(
     }
     let row_bytes = ty.row_bytes(m.n_in);
     let mut bytes = vec![0u8; row_bytes * m.n_out];
-    let mut rounding = Rounding::new(m, gram, ridge)?;
+    let mut rounding = Rounding::new(m, gram, keep, ridge)?;
     while rounding.left > 0 {
         let (k, start) = (width, rounding.left - width);
         let tail = rounding.wanted(k);
@@ -71,18 +72,19 @@ pub fn quantise_with_feedback(
 /// whole is all that is needed.
 struct Rounding {
     w: Mat<f64>,
-    factor: Mat<f64>,
+    factor: Cholesky,
     /// Δ `[n_out, n_in]`; columns before `left` are still zero.
     change: Mat<f64>,
     left: usize,
 }
 
 impl Rounding {
-    fn new(w: &Matrix, gram: &SymMatrix, ridge: f64) -> Result<Rounding, Singular> {
-        assert_eq!(w.n_in, gram.n);
-        let (llt, _) = factor(gram, ridge, gram.mean_diagonal())?;
+    fn new(w: &Matrix, gram: &SymMatrix, keep: &[usize], ridge: f64) -> Result<Rounding, Singular> {
+        assert_eq!(w.n_in, keep.len());
+        let scale = keep.iter().map(|&j| gram.get(j, j)).sum::<f64>() / keep.len() as f64;
+        let (factor, _) = factor(gram, Some(keep), ridge, scale)?;
         let change = Mat::zeros(w.n_out, w.n_in);
-        Ok(Rounding { w: in_f64(w), factor: llt.L().to_owned(), change, left: w.n_in })
+        Ok(Rounding { w: in_f64(w), factor, change, left: w.n_in })
     }
 
     /// What the last `k` columns that are left should be to make up for those behind them: `[n_out, k]`.
@@ -91,11 +93,11 @@ impl Rounding {
         let behind = self.w.ncols() - end;
         let mut undo = Mat::zeros(self.w.nrows(), k);
         let (change, below) =
-            (self.change.subcols(end, behind), self.factor.submatrix(end, start, behind, k));
+            (self.change.subcols(end, behind), self.factor.lower().submatrix(end, start, behind, k));
         matmul(undo.as_mut(), Accum::Replace, change, below, -1.0, Par::rayon(0));
         // X L_kk = undo, by its transpose.
         let mut x = undo.transpose().to_owned();
-        let corner = self.factor.submatrix(start, start, k, k);
+        let corner = self.factor.lower().submatrix(start, start, k, k);
         solve_upper_triangular_in_place(corner.transpose(), x.as_mut(), Par::Seq);
         self.w.subcols(start, k) + x.transpose()
     }
@@ -103,8 +105,8 @@ impl Rounding {
     /// What an error in each of the last `k` columns that are left costs once those before it have made up for it
     /// as well as they can: the diagonal of L_kk L_kkᵀ.
     fn curvature(&self, k: usize) -> Vec<f64> {
-        let start = self.left - k;
-        (start..self.left).map(|i| (start..=i).map(|j| self.factor[(i, j)].powi(2)).sum()).collect()
+        let (start, l) = (self.left - k, self.factor.lower());
+        (start..self.left).map(|i| (start..=i).map(|j| l[(i, j)].powi(2)).sum()).collect()
     }
 
     /// Fixes the last columns that are left at `values` `[n_out, k]`.
@@ -130,9 +132,10 @@ mod tests {
         for (n, m, k) in [(6, 2, 1), (12, 3, 4), (40, 5, 8)] {
             let x = Mat::<f64>::from_fn(3 * n, n, |_, _| rng.random::<f64>() - 0.4);
             let h = x.transpose() * &x;
-            let gram = SymMatrix { n, data: (0..n * n).map(|i| h[(i / n, i % n)]).collect() };
+            let gram = SymMatrix::from_fn(n, |i, j| h[(i, j)]);
             let w = Matrix::new(n, m, (0..n * m).map(|_| rng.random::<f32>() - 0.5).collect());
-            let mut rounding = Rounding::new(&w, &gram, 0.0).unwrap();
+            let all: Vec<usize> = (0..n).collect();
+            let mut rounding = Rounding::new(&w, &gram, &all, 0.0).unwrap();
             let mut settled = Mat::<f64>::zeros(m, n);
             while rounding.left > 0 {
                 let left = rounding.left;

@@ -1,0 +1,144 @@
+//! Cholesky factors, in as little memory as they can be had: those of wide layers take gigabytes.
+
+use super::SymMatrix;
+use faer::dyn_stack::{MemBuffer, MemStack};
+use faer::linalg::cholesky::llt::{factor, solve};
+use faer::linalg::matmul::triangular::{BlockStructure, matmul};
+use faer::linalg::triangular_inverse::invert_lower_triangular;
+use faer::{Accum, MatMut, MatRef, Par};
+use rayon::prelude::*;
+
+/// L, lower triangular, with L Lᵀ = H + λI.
+pub struct Cholesky {
+    n: usize,
+    /// By columns. A plain vector, since fresh memory then comes zeroed from the system and is first touched by all
+    /// threads, where it is filled.
+    data: Vec<f64>,
+}
+
+impl Cholesky {
+    /// Of the rows and columns `keep` of `h`, in that order, or of all; `None` if H + λI is not positive definite.
+    ///
+    /// # Panics
+    /// If one of `keep` is not in `h`.
+    pub fn new(h: &SymMatrix, keep: Option<&[usize]>, lambda: f64) -> Option<Cholesky> {
+        let n = keep.map_or(h.n(), <[usize]>::len);
+        if n == 0 {
+            return Some(Cholesky { n, data: Vec::new() });
+        }
+        let mut data = vec![0.0; n * n];
+        data.par_chunks_exact_mut(n).enumerate().for_each(|(j, column)| {
+            // Symmetric, so that rows are as good as columns.
+            match keep {
+                None => column[j..].copy_from_slice(h.row(j)),
+                Some(keep) => {
+                    column[j..].iter_mut().zip(&keep[j..]).for_each(|(v, &i)| *v = h.get(i, keep[j]));
+                }
+            }
+            column[j] += lambda;
+        });
+        let (par, params) = (Par::rayon(0), Default::default());
+        let mut memory = MemBuffer::new(factor::cholesky_in_place_scratch::<f64>(n, par, params));
+        let stack = MemStack::new(&mut memory);
+        let lower = MatMut::from_column_major_slice_mut(&mut data, n, n);
+        factor::cholesky_in_place(lower, Default::default(), par, stack, params).ok()?;
+        // faer leaves something of its own there.
+        data.par_chunks_exact_mut(n).enumerate().for_each(|(j, column)| column[..j].fill(0.0));
+        Some(Cholesky { n, data })
+    }
+
+    /// L.
+    pub fn lower(&self) -> MatRef<'_, f64> {
+        MatRef::from_column_major_slice(&self.data, self.n, self.n)
+    }
+
+    /// Puts the solution X of (H + λI) X = `rhs` in its place.
+    ///
+    /// # Panics
+    /// If `rhs` has another number of rows.
+    pub fn solve_in_place(&self, rhs: MatMut<f64>) {
+        solve::solve_in_place(self.lower(), rhs, Par::rayon(0), MemStack::new(&mut []));
+    }
+
+    /// (H + λI)⁻¹ by columns, its lower triangle only; what is above is zero.
+    pub fn into_inverse(self) -> Vec<f64> {
+        let Cholesky { n, data: mut factor } = self;
+        let par = Par::rayon(0);
+        let mut inverse = vec![0.0; n * n];
+        let lower = MatMut::from_column_major_slice_mut(&mut inverse, n, n);
+        invert_lower_triangular(lower, MatRef::from_column_major_slice(&factor, n, n), par);
+        let lower = MatRef::from_column_major_slice(&inverse, n, n);
+        // L⁻ᵀ L⁻¹, where the factor was.
+        matmul(
+            MatMut::from_column_major_slice_mut(&mut factor, n, n),
+            BlockStructure::TriangularLower,
+            Accum::Replace,
+            lower.transpose(),
+            BlockStructure::TriangularUpper,
+            lower,
+            BlockStructure::TriangularLower,
+            1.0,
+            par,
+        );
+        factor
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use faer::Mat;
+    use rand::{RngExt, SeedableRng};
+    use rand_chacha::ChaCha8Rng;
+
+    /// Xᵀ X of random rows, well conditioned.
+    fn gram(n: usize) -> SymMatrix {
+        let mut rng = ChaCha8Rng::seed_from_u64(n as u64);
+        let x = Mat::from_fn(2 * n + 3, n, |_, _| rng.random::<f64>() - 0.4);
+        let h = x.transpose() * &x;
+        SymMatrix::from_fn(n, |i, j| h[(i, j)])
+    }
+
+    #[test]
+    fn factors_solutions_and_inverses_give_the_matrix_back() {
+        for n in [1usize, 2, 7, 40, 130] {
+            let h = gram(n);
+            for keep in [None, Some((0..n).rev().step_by(3).collect::<Vec<_>>())] {
+                let keep = keep.as_deref();
+                let (lambda, part) = (0.3, keep.map_or(h.clone(), |k| h.select(k)));
+                let k = part.n();
+                let damped = |i: usize, j: usize| part.get(i, j) + if i == j { lambda } else { 0.0 };
+                let product = |x: &dyn Fn(usize, usize) -> f64, i: usize, j: usize| -> f64 {
+                    (0..k).map(|l| damped(i, l) * x(l, j)).sum()
+                };
+                let identity = |i, j| if i == j { 1.0 } else { 0.0 };
+                let factored = Cholesky::new(&h, keep, lambda).unwrap();
+                let l = factored.lower();
+                let mut solution = Mat::from_fn(k, 2, |i, j| (i * 3 + j) as f64 % 5.0);
+                let rhs = solution.clone();
+                factored.solve_in_place(solution.as_mut());
+                for (i, j) in (0..k).flat_map(|i| (0..k).map(move |j| (i, j))) {
+                    let back: f64 = (0..k).map(|a| l[(i, a)] * l[(j, a)]).sum();
+                    assert!(i >= j || l[(i, j)] == 0.0);
+                    assert!((back - damped(i, j)).abs() < 1e-9, "{n}: {back} {}", damped(i, j));
+                }
+                for (i, j) in (0..k).flat_map(|i| (0..2).map(move |j| (i, j))) {
+                    assert!((product(&|l, j| solution[(l, j)], i, j) - rhs[(i, j)]).abs() < 1e-9);
+                }
+                let inverse = factored.into_inverse();
+                let whole = |i: usize, j: usize| inverse[i.min(j) * k + i.max(j)];
+                for (i, j) in (0..k).flat_map(|i| (0..k).map(move |j| (i, j))) {
+                    assert!((product(&whole, i, j) - identity(i, j)).abs() < 1e-9);
+                    assert!(i >= j || inverse[j * k + i] == 0.0);
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn what_is_not_positive_definite_has_no_factor() {
+        let h = SymMatrix::from_fn(2, |i, j| if i == j { 1.0 } else { 2.0 });
+        assert!(Cholesky::new(&h, None, 0.0).is_none());
+        assert!(Cholesky::new(&h, None, 1.5).is_some());
+    }
+}
