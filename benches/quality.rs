@@ -174,6 +174,7 @@ fn main() {
         input: args.model.clone(),
         output: PathBuf::new(),
         imatrix_out: None,
+        state: None,
         quantise: None,
         force: true,
         verify: true,

@@ -114,6 +114,7 @@ fn measure(shape: Shape, args: &Args, rate: f64) {
         input,
         output,
         imatrix_out: None,
+        state: None,
         quantise: None,
         force: false,
         verify: false,

@@ -21,4 +21,6 @@ pub mod prune;
 pub mod report;
 pub mod requant;
 
-pub use job::{Job, JobError, Outcome, Quality, Quantise, Size, calibration, remove_temporary, run};
+pub use job::{
+    Job, JobError, KeepState, Outcome, Quality, Quantise, Size, calibration, remove_temporary, run,
+};

@@ -161,6 +161,7 @@ fn the_two_stage_baseline_takes_whole_attentions_and_equal_widths() {
         input: cli.path("in.gguf"),
         output: cli.path("out.gguf"),
         imatrix_out: None,
+        state: None,
         quantise: None,
         force: false,
         verify: true,

@@ -16,9 +16,7 @@ fn gram(n: usize, rng: &mut Rng) -> SymMatrix {
     for _ in 0..t {
         let z = rng.vec(hidden, 1.0);
         let own = rng.vec(n, 0.5);
-        x.extend(
-            (0..n).map(|j| f64::from(own[j] + (0..hidden).map(|k| z[k] * mix[k * n + j]).sum::<f32>())),
-        );
+        x.extend((0..n).map(|j| f64::from(own[j] + (0..hidden).map(|k| z[k] * mix[k * n + j]).sum::<f32>())));
     }
     SymMatrix::from_fn(n, |i, j| x.chunks_exact(n).map(|x| x[i] * x[j]).sum())
 }

@@ -26,7 +26,7 @@ fn windows(n_ctx: usize, n_fit: usize, n_held_out: usize) -> Windows {
 
 fn pruned(model: &Model, windows: &Windows, settings: &Settings) -> Outcome {
     let settings = Settings { sparsity: 0.4, ..settings.clone() };
-    run(model, model, windows, &settings, &mut Silent).unwrap()
+    run(model, model, windows, &settings, &mut (), &mut Silent).unwrap()
 }
 
 /// Mean KL divergence from the dense model on the held-out windows.

@@ -35,6 +35,12 @@ pub struct Args {
     /// Times to go over the calibration adjusting norms and biases; 0 saves time [default: 1]
     #[arg(long, value_name = "N")]
     pub tune: Option<usize>,
+    /// Keep what is settled in this folder, step by step, so that an interrupted run can go on
+    #[arg(long, value_name = "DIR")]
+    pub state_dir: Option<PathBuf>,
+    /// Go on with the run whose state is in --state-dir, if there is one
+    #[arg(long, requires = "state_dir")]
+    pub resume: bool,
     /// Replace existing outputs
     #[arg(long)]
     pub force: bool,

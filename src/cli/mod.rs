@@ -63,7 +63,13 @@ pub fn main() -> ExitCode {
             ExitCode::SUCCESS
         }
         Err(JobError::Interrupted) => {
-            eprintln!("interrupted; nothing was written");
+            match &job.state {
+                Some(keep) => eprintln!(
+                    "interrupted; no output was written, and --state-dir {} --resume goes on from here",
+                    keep.folder.display()
+                ),
+                None => eprintln!("interrupted; nothing was written"),
+            }
             ExitCode::from(INTERRUPTED)
         }
         Err(e) => {

@@ -5,7 +5,7 @@ use anyhow::{Context, Result, bail, ensure};
 use putri_gguf::calibrate::Recipe;
 use putri_gguf::ggml::{FileType, Type};
 use putri_gguf::pipeline::{Method, Settings, TensorTypes};
-use putri_gguf::{Job, Quantise};
+use putri_gguf::{Job, KeepState, Quantise};
 
 /// Checks values that only make sense together, and fills in what depends on the machine.
 pub fn resolve(args: Args) -> Result<Job> {
@@ -31,6 +31,10 @@ pub fn resolve(args: Args) -> Result<Job> {
     ensure!(
         s > 0.0 || args.tune.is_none_or(|n| n == 0),
         "--tune needs a pruned model; --sparsity 0 only copies"
+    );
+    ensure!(
+        s > 0.0 || args.state_dir.is_none(),
+        "--state-dir needs a model to prune; --sparsity 0 only copies"
     );
     ensure!(s > 0.0 || args.to.is_none(), "--type only goes with pruning; llama-quantize does the rest");
     ensure!(args.ctx_size >= 16, "--ctx-size {} is too small; 16 or more", args.ctx_size);
@@ -59,6 +63,7 @@ pub fn resolve(args: Args) -> Result<Job> {
         output: args.output,
         imatrix_out: args.imatrix_out,
         quantise: args.to.map(|name| quantise(&name, args.allow_requantize)).transpose()?,
+        state: args.state_dir.map(|folder| KeepState { folder, resume: args.resume }),
         force: args.force,
         verify: !args.no_verify,
         recipe: Recipe {

@@ -45,6 +45,15 @@ impl RawValue {
         }
     }
 
+    /// An array of unsigned 64-bit integers.
+    pub fn u64_array(values: &[u64]) -> RawValue {
+        RawValue::Array {
+            ty: sys::GGUF_TYPE_UINT64,
+            bytes: bytemuck::cast_slice(values).to_vec(),
+            len: values.len(),
+        }
+    }
+
     /// An array of signed 32-bit integers.
     pub fn i32_array(values: &[i32]) -> RawValue {
         RawValue::Array {

@@ -1,6 +1,7 @@
 //! The whole way from a GGUF to a pruned and verified GGUF.
 
 mod output;
+mod state;
 
 pub use output::remove_temporary;
 
@@ -10,9 +11,10 @@ use crate::evaluate;
 use crate::ggml::{FileType, GgmlError, LlamaModel, Type, quantize_file};
 use crate::gguf::GgufError;
 use crate::model::{BlockShape, Carrier, Model, ModelError};
-use crate::pipeline::{self, Method, Observer, Plan, PruneError, Settings};
+use crate::pipeline::{self, Journal, Method, Observer, Plan, PruneError, Settings};
 use output::{check_paths, finish, temporary};
 use sha2::{Digest, Sha256};
+use state::State;
 use std::io::{BufWriter, Write};
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
@@ -43,6 +45,17 @@ pub struct Job {
     pub windows: Option<Windows>,
     /// How to prune.
     pub settings: Settings,
+    /// Where the state of the run is kept, if anywhere.
+    pub state: Option<KeepState>,
+}
+
+/// Where an interrupted run leaves what it has settled: text, heads, widths and finished blocks.
+#[derive(Clone, Debug)]
+pub struct KeepState {
+    /// A folder of its own; it is emptied when the job is done.
+    pub folder: PathBuf,
+    /// Go on from what is there already, instead of refusing it.
+    pub resume: bool,
 }
 
 /// How to quantise a whole model.
@@ -125,6 +138,12 @@ pub enum JobError {
     SameOutput(PathBuf),
     #[error("{} exists; --force replaces it", .0.display())]
     Exists(PathBuf),
+    #[error("{} holds the state of an unfinished run; --resume goes on with it, or remove the folder", .0.display())]
+    StateExists(PathBuf),
+    #[error(
+        "{} holds the state of another run: there \"{then}\", here \"{now}\"; remove the folder or name another", path.display()
+    )]
+    StateMismatch { path: PathBuf, then: String, now: String },
     #[error("{}: {source}", path.display())]
     Io { path: PathBuf, source: std::io::Error },
     #[error("the result does not load: {0}")]
@@ -166,19 +185,37 @@ pub fn run(job: &Job, observer: &mut dyn Observer) -> Result<Outcome, JobError> 
         return Err(JobError::Model { path: job.input.clone(), source: ModelError::Unusable(problem) });
     }
 
-    let (windows, source_sha256) = std::thread::scope(|scope| {
-        let sha = scope.spawn(|| hex(&Sha256::digest(source.file.bytes())));
-        let windows = match &job.windows {
-            Some(windows) => Ok(windows.clone()),
-            None => collect(&source, job, observer),
-        };
-        (windows, sha.join().expect("hashing does not panic"))
-    });
-    let windows = windows?;
+    let sha256 = || hex(&Sha256::digest(source.file.bytes()));
+    let (windows, source_sha256, mut state) = match &job.state {
+        None => {
+            let (windows, sha) = std::thread::scope(|scope| {
+                let sha = scope.spawn(sha256);
+                (windows(&source, job, observer), sha.join().expect("hashing does not panic"))
+            });
+            (windows?, sha, None)
+        }
+        Some(keep) => {
+            let sha = sha256();
+            let state = State::open(&keep.folder, keep.resume, job, &source, &sha)?;
+            let windows = match state.windows()? {
+                Some(windows) => windows,
+                None => {
+                    let windows = windows(&source, job, observer)?;
+                    state.keep_windows(&windows)?;
+                    windows
+                }
+            };
+            (windows, sha, Some(state))
+        }
+    };
     let quantised = job.quantise.map(|q| quantise(job, q, &source, &windows, observer)).transpose()?;
     let model = quantised.as_ref().map_or(&source, |(model, _)| model);
     let budgets = pipeline::budgets(model, &job.settings.types);
-    let pruned = pipeline::run(model, &source, &windows, &job.settings, observer)?;
+    let journal: &mut dyn Journal = match &mut state {
+        Some(state) => state,
+        None => &mut (),
+    };
+    let pruned = pipeline::run(model, &source, &windows, &job.settings, journal, observer)?;
     let sparsity = pruned.plan.sparsity(&budgets);
     let provenance = Provenance {
         source_sha256,
@@ -236,6 +273,7 @@ pub fn run(job: &Job, observer: &mut dyn Observer) -> Result<Outcome, JobError> 
         finish(job, temp, path)?;
     }
     let bytes = finish(job, temp, &job.output)?;
+    state.into_iter().for_each(State::remove);
     observer.step(2, "");
     let shapes = pruned.plan.shapes(model);
     let before = size_of(&source);
@@ -336,6 +374,14 @@ fn n_parallel(model: &Model, job: &Job) -> usize {
     let per_token: usize =
         model.hparams.blocks.iter().map(|b| 4 * b.n_head_kv * model.hparams.head_dim).sum();
     (KV_BYTES / (per_token * job.recipe.n_ctx).max(1)).clamp(1, job.recipe.n_parallel)
+}
+
+/// The windows that `job` was given, or those that it asks for.
+fn windows(model: &Model, job: &Job, observer: &mut dyn Observer) -> Result<Windows, JobError> {
+    match &job.windows {
+        Some(windows) => Ok(windows.clone()),
+        None => collect(model, job, observer),
+    }
 }
 
 fn collect(model: &Model, job: &Job, observer: &mut dyn Observer) -> Result<Windows, JobError> {

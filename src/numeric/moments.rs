@@ -21,7 +21,10 @@ impl SymMatrix {
 
     /// From its elements (i, j) with i ≤ j.
     pub fn from_fn(n: usize, value: impl Fn(usize, usize) -> f64) -> SymMatrix {
-        SymMatrix { n, upper: (0..n).flat_map(|i| (i..n).map(move |j| (i, j))).map(|(i, j)| value(i, j)).collect() }
+        SymMatrix {
+            n,
+            upper: (0..n).flat_map(|i| (i..n).map(move |j| (i, j))).map(|(i, j)| value(i, j)).collect(),
+        }
     }
 
     /// Rows and columns.

@@ -4,7 +4,7 @@ use super::judge::{Judge, Loss};
 use super::{Method, Plan, PruneError, Run};
 use crate::forward::{Block, Forward, Wanted, embed};
 use crate::model::Model;
-use crate::prune::{Budget, GroupId, lazy_greedy, rounds};
+use crate::prune::{Budget, GroupId, LazyGreedy, rounds};
 
 /// Tokens of the one sequence that the paper's search judges by.
 const PAPER_TOKENS: usize = 2048;
@@ -17,8 +17,13 @@ const ROUGH_CTX: usize = 128;
 const STREAM_BYTES: usize = 256 << 20;
 
 impl Run<'_> {
-    /// Takes `n_remove` groups out of the plan.
-    pub(super) fn search_heads(&mut self, budgets: &[Budget], n_remove: usize) -> Result<(), PruneError> {
+    /// Takes `n_remove` groups out of the plan. Our search goes on from `begun`.
+    pub(super) fn search_heads(
+        &mut self,
+        budgets: &[Budget],
+        n_remove: usize,
+        begun: Option<LazyGreedy>,
+    ) -> Result<(), PruneError> {
         if n_remove == 0 {
             return Ok(());
         }
@@ -30,7 +35,7 @@ impl Run<'_> {
             |b: usize| self.plan.blocks[b].groups.iter().map(move |&group| GroupId { block: b, group });
         let candidates: Vec<GroupId> = (0..self.plan.blocks.len()).flat_map(groups).collect();
         let removed = match self.settings.method {
-            Method::Putri => self.least_divergent(candidates, n_remove, may_remove)?,
+            Method::Putri => self.least_divergent(candidates, n_remove, begun, may_remove)?,
             Method::Paper => {
                 let n_kv = self.model.hparams.blocks[0].n_head_kv.max(1);
                 let rescored = self.settings.rescored;
@@ -54,18 +59,31 @@ impl Run<'_> {
         &mut self,
         candidates: Vec<GroupId>,
         n_remove: usize,
+        begun: Option<LazyGreedy>,
         may_remove: impl Fn(&[GroupId], GroupId) -> bool,
     ) -> Result<Vec<GroupId>, PruneError> {
         let s = self.settings;
         let (loss, n_tokens, n_ctx) = (s.head_loss, s.head_tokens, s.head_ctx);
-        self.observer.stage("heads, first look", 1);
-        let mut search = Search::new(self, ROUGH_TOKENS, ROUGH_CTX, loss, Unit::Group)?;
-        let scores = search.score(&[], &candidates)?;
-        self.observer.step(1, "");
-        let rough = candidates.into_iter().zip(scores).collect();
-        let mut search = Search::new(self, n_tokens, n_ctx, loss, Unit::Group)?;
-        search.run.observer.stage("heads", n_remove);
-        lazy_greedy(rough, n_remove, may_remove, |removed, ask| search.score(removed, ask))
+        let mut greedy = match begun {
+            Some(begun) => begun,
+            None => {
+                self.observer.stage("heads, first look", 1);
+                let mut search = Search::new(self, ROUGH_TOKENS, ROUGH_CTX, loss, Unit::Group)?;
+                let scores = search.score(&[], &candidates)?;
+                self.observer.step(1, "");
+                LazyGreedy::new(candidates.into_iter().zip(scores))
+            }
+        };
+        if greedy.removed.len() < n_remove {
+            let mut search = Search::new(self, n_tokens, n_ctx, loss, Unit::Group)?;
+            search.run.observer.stage("heads", n_remove);
+            while greedy.removed.len() < n_remove
+                && greedy.step(&may_remove, |removed, ask| search.score(removed, ask))?
+            {
+                search.run.journal.heads(&greedy)?;
+            }
+        }
+        Ok(greedy.removed)
     }
 
     /// 2SSP's search: the whole attention of one block at a time, under the name of its first group.

@@ -9,6 +9,7 @@
 
 mod curves;
 mod heads;
+mod journal;
 mod judge;
 mod plan;
 mod sensitivity;
@@ -16,6 +17,7 @@ mod sequential;
 mod stream;
 mod tune;
 
+pub use journal::{Journal, Settled};
 pub use judge::Loss;
 pub use plan::{BlockPlan, Plan};
 use sensitivity::Sensitivity;
@@ -198,7 +200,8 @@ pub struct Outcome {
 
 /// Plans the pruning of `model` on the calibration `windows`. `reference` is the same model before it was
 /// quantised, or `model` itself: what the result is fitted to, and where attn_output and ffn_down, which
-/// get new values anyway, come from.
+/// get new values anyway, come from. What `journal` remembers of an earlier run on the same terms is taken over; the
+/// outcome is the same as without.
 ///
 /// # Errors
 /// [`PruneError`] if the sparsity cannot be reached, the engine fails, or the observer interrupts.
@@ -207,6 +210,7 @@ pub fn run(
     reference: &Model,
     windows: &Windows,
     s: &Settings,
+    journal: &mut dyn Journal,
     observer: &mut dyn Observer,
 ) -> Result<Outcome, PruneError> {
     let budgets = budgets(model, &s.types);
@@ -218,12 +222,14 @@ pub fn run(
             Settings { error_feedback: false, token_weight: 0.0, biases: false, tune: 0, ..s.clone() }
         }
     };
+    let settled = journal.settled()?;
     let mut run = Run {
         forward: Forward::new(model, windows.n_ctx, s.n_threads)?,
         model,
         reference,
         windows,
         settings: s,
+        journal,
         observer,
         plan: Plan::whole(model),
         sensitivity: None,
@@ -235,13 +241,17 @@ pub fn run(
     let mut tuned = false;
     let (dense_ppl, pruned_ppl) = match s.method {
         Method::Putri => {
-            run.search_heads(&budgets, n_groups)?;
+            run.search_heads(&budgets, n_groups, settled.heads)?;
             let removed = run.plan.attention_params_removed(&budgets);
-            let widths = run.choose_widths(&budgets, removed)?;
-            if s.sensitivity_tokens > 0 {
+            let widths = match settled.widths {
+                Some(widths) => widths,
+                None => run.choose_widths(&budgets, removed)?,
+            };
+            run.journal.widths(&widths)?;
+            if s.sensitivity_tokens > 0 && settled.blocks.len() < widths.len() {
                 run.sensitivity = Some(run.sensitivity(s.sensitivity_tokens)?);
             }
-            let mut streams = run.sequential_pass(&widths)?;
+            let mut streams = run.sequential_pass(&widths, settled.blocks)?;
             run.sensitivity = None;
             tuned = run.tune(&mut streams)?;
             let held_out = run.forward.span(&(windows.n_fit..windows.n_windows()));
@@ -249,8 +259,8 @@ pub fn run(
         }
         Method::Paper | Method::TwoStage => {
             let widths = run.equal_widths(&budgets, n_groups * group_params)?;
-            run.sequential_pass(&widths)?;
-            run.search_heads(&budgets, n_groups)?;
+            run.sequential_pass(&widths, settled.blocks)?;
+            run.search_heads(&budgets, n_groups, None)?;
             run.evaluate_plan()?
         }
     };
@@ -382,6 +392,7 @@ struct Run<'a> {
     reference: &'a Model,
     windows: &'a Windows,
     settings: &'a Settings,
+    journal: &'a mut dyn Journal,
     observer: &'a mut dyn Observer,
     forward: Forward,
     plan: Plan,

@@ -1,6 +1,6 @@
 //! One pass over the blocks that refits, selects and requantises.
 
-use super::{Method, PruneError, Run, token_scales};
+use super::{BlockPlan, Method, PruneError, Run, token_scales};
 use crate::forward::{Block, Collect, Wanted, embed};
 use crate::ggml::Type;
 use crate::model::{BlockVector, BlockWeights, Matrix};
@@ -15,14 +15,28 @@ pub(super) struct Streams {
 }
 
 impl Run<'_> {
-    /// Narrows every block to its width. Returns the streams behind the last block.
-    pub(super) fn sequential_pass(&mut self, widths: &[usize]) -> Result<Streams, PruneError> {
+    /// Narrows every block to its width, but for the first, which are `done`. Returns the streams behind the last
+    /// block.
+    pub(super) fn sequential_pass(
+        &mut self,
+        widths: &[usize],
+        done: Vec<(BlockPlan, Vec<String>)>,
+    ) -> Result<Streams, PruneError> {
         let tokens = &self.windows.tokens;
         let mut streams =
             Streams { dense: embed(self.reference, tokens)?, pruned: embed(self.model, tokens)? };
         self.observer.stage("blocks", widths.len());
-        for (il, &width) in widths.iter().enumerate() {
+        let n_done = done.len();
+        for (il, (plan, warnings)) in done.into_iter().enumerate() {
             self.checkpoint()?;
+            self.plan.blocks[il] = plan;
+            self.warnings.extend(warnings);
+            self.carry_over(il, &mut streams)?;
+            self.observer.step(il + 1, "from before");
+        }
+        for (il, &width) in widths.iter().enumerate().skip(n_done) {
+            self.checkpoint()?;
+            let n_warnings = self.warnings.len();
             let whole = self.reference.block(il)?;
             let dense_block = self.forward.upload(&whole)?;
             let mut w = if std::ptr::eq(self.model, self.reference) {
@@ -42,9 +56,29 @@ impl Run<'_> {
             }
             let heads = self.attention_step(il, dense_block, &mut w, &mut streams)?;
             let note = self.ffn_step(il, &mut w, width, heads, &mut streams)?;
+            self.journal.block(il, &self.plan.blocks[il], &self.warnings[n_warnings..])?;
             self.observer.step(il + 1, &note);
         }
         Ok(streams)
+    }
+
+    /// Moves both streams over block `il`, which the plan holds, in the steps in which a block that is being pruned
+    /// moves them, so that they are the same to the last bit.
+    fn carry_over(&mut self, il: usize, streams: &mut Streams) -> Result<(), PruneError> {
+        let dense_block = self.forward.upload(&self.reference.block(il)?)?;
+        let block = self.forward.upload(&self.plan.block(self.model, il)?)?;
+        for (chunk, _) in self.all_chunks() {
+            let span = self.forward.span(&chunk);
+            let (mut mid, mut out) = (vec![0.0; span.len()], vec![0.0; span.len()]);
+            self.forward.block(&dense_block, &streams.dense[span.clone()], Some(&mut mid), &mut out)?;
+            streams.dense[span.clone()].copy_from_slice(&out);
+            let x = &mut streams.pruned[span];
+            let heads = self.forward.heads(&block, x, None)?;
+            let wanted = Wanted { mid: Some(&mut mid), ..Wanted::default() };
+            self.forward.from_heads(&block, x, &heads, wanted)?;
+            self.forward.ffn(&block, &mid, x)?;
+        }
+        Ok(())
     }
 
     /// Moves the dense stream over the whole block, and refits attn_output of `w` on what the pruned

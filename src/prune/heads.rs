@@ -15,45 +15,70 @@ const MAX_FRESH: usize = 6;
 /// Candidates that are scored again together: the block sweep that scores one scores two cheaply.
 const BATCH: usize = 2;
 
-/// Removes `n_remove` groups one after another, each time the one whose removal costs least.
-///
-/// `rough` holds a first score of every candidate, which only orders the list: at each step the top
-/// of the list is scored again until its top is fresh (Minoux's lazy greedy). `may_remove` says whether a group may go, given those that
-/// went; `score` returns what the loss grows by without each of the candidates, given those that
-/// went.
-///
-/// # Errors
-/// What `score` returns. If no candidate is left, fewer groups are removed.
-pub fn lazy_greedy<E>(
-    rough: Vec<(GroupId, f64)>,
-    n_remove: usize,
-    may_remove: impl Fn(&[GroupId], GroupId) -> bool,
-    mut score: impl FnMut(&[GroupId], &[GroupId]) -> Result<Vec<f64>, E>,
-) -> Result<Vec<GroupId>, E> {
-    let mut removed: Vec<GroupId> = Vec::new();
-    // Candidate, score, and how many groups had gone when it was scored.
-    let mut list: Vec<(GroupId, f64, usize)> = rough.into_iter().map(|(c, s)| (c, s, usize::MAX)).collect();
-    while removed.len() < n_remove {
-        list.retain(|(c, ..)| may_remove(&removed, *c));
-        list.sort_by(|a, b| a.1.total_cmp(&b.1).then(a.0.cmp(&b.0)));
-        let now = removed.len();
-        let mut fresh = list.iter().filter(|c| c.2 == now).count();
-        while list.first().is_some_and(|top| top.2 != now) && fresh < MAX_FRESH {
-            let stale: Vec<usize> =
-                (0..list.len()).filter(|&i| list[i].2 != now).take(BATCH.min(MAX_FRESH - fresh)).collect();
-            let ids: Vec<GroupId> = stale.iter().map(|&i| list[i].0).collect();
-            for (i, s) in stale.iter().zip(score(&removed, &ids)?) {
-                (list[*i].1, list[*i].2) = (s, now);
+/// A search that removes groups one after another, each time the one whose removal costs least (Minoux's lazy
+/// greedy): scores only order the list, and at each step its top is scored again until it is fresh.
+#[derive(Clone, Debug, PartialEq, Default)]
+pub struct LazyGreedy {
+    /// Groups that went, in that order.
+    pub removed: Vec<GroupId>,
+    /// Those that did not.
+    pub candidates: Vec<Candidate>,
+}
+
+/// A group that may go.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Candidate {
+    /// The group.
+    pub id: GroupId,
+    /// What the loss grows by without it.
+    pub score: f64,
+    /// How many groups had gone when it was scored; none if the score is only a rough one.
+    pub scored_at: Option<usize>,
+}
+
+impl LazyGreedy {
+    /// Before the first group goes; `rough` holds a first score of every candidate, which only orders the list.
+    pub fn new(rough: impl IntoIterator<Item = (GroupId, f64)>) -> LazyGreedy {
+        let candidate = |(id, score)| Candidate { id, score, scored_at: None };
+        LazyGreedy { removed: Vec::new(), candidates: rough.into_iter().map(candidate).collect() }
+    }
+
+    /// Removes one more group. `may_remove` says whether a group may go, given those that went; `score` returns what
+    /// the loss grows by without each of the candidates, given those that went. Returns whether there was one to
+    /// remove.
+    ///
+    /// # Errors
+    /// What `score` returns.
+    pub fn step<E>(
+        &mut self,
+        may_remove: impl Fn(&[GroupId], GroupId) -> bool,
+        mut score: impl FnMut(&[GroupId], &[GroupId]) -> Result<Vec<f64>, E>,
+    ) -> Result<bool, E> {
+        let list = &mut self.candidates;
+        let sort = |list: &mut Vec<Candidate>| {
+            list.sort_by(|a, b| a.score.total_cmp(&b.score).then(a.id.cmp(&b.id)));
+        };
+        list.retain(|c| may_remove(&self.removed, c.id));
+        sort(list);
+        let now = Some(self.removed.len());
+        let mut fresh = list.iter().filter(|c| c.scored_at == now).count();
+        while list.first().is_some_and(|top| top.scored_at != now) && fresh < MAX_FRESH {
+            let stale: Vec<usize> = (0..list.len())
+                .filter(|&i| list[i].scored_at != now)
+                .take(BATCH.min(MAX_FRESH - fresh))
+                .collect();
+            let ids: Vec<GroupId> = stale.iter().map(|&i| list[i].id).collect();
+            for (i, s) in stale.iter().zip(score(&self.removed, &ids)?) {
+                (list[*i].score, list[*i].scored_at) = (s, now);
             }
             fresh += ids.len();
-            list.sort_by(|a, b| a.1.total_cmp(&b.1).then(a.0.cmp(&b.0)));
+            sort(list);
         }
         // Scores from before are not comparable with fresh ones when the limit was hit.
-        let best = list.iter().position(|c| c.2 == now);
-        let Some(best) = best else { break };
-        removed.push(list.remove(best).0);
+        let best = list.iter().position(|c| c.scored_at == now);
+        self.removed.extend(best.map(|i| list.remove(i).id));
+        Ok(best.is_some())
     }
-    Ok(removed)
 }
 
 /// The paper's search: in every round all candidates are scored, and the `per_round` best of that
@@ -115,17 +140,14 @@ mod tests {
     fn lazy_greedy_is_greedy_on_growing_costs() {
         let all = ids(30);
         let mut calls = 0;
-        let rough = all.iter().map(|&c| (c, cost(&[], c))).collect();
-        let lazy = lazy_greedy(
-            rough,
-            12,
-            |_, _| true,
-            |removed, ask| {
+        let mut lazy = LazyGreedy::new(all.iter().map(|&c| (c, cost(&[], c))));
+        for _ in 0..12 {
+            let score = |removed: &[GroupId], ask: &[GroupId]| {
                 calls += ask.len();
                 Ok::<_, Infallible>(ask.iter().map(|&c| cost(removed, c)).collect())
-            },
-        )
-        .unwrap();
+            };
+            assert_eq!(lazy.step(|_, _| true, score), Ok(true));
+        }
         let mut exact: Vec<GroupId> = Vec::new();
         for _ in 0..12 {
             let best = all
@@ -134,7 +156,7 @@ mod tests {
                 .min_by(|a, b| cost(&exact, **a).total_cmp(&cost(&exact, **b)));
             exact.push(*best.unwrap());
         }
-        assert_eq!(lazy, exact);
+        assert_eq!(lazy.removed, exact);
         assert!(calls < 12 * MAX_FRESH, "{calls} evaluations");
     }
 
@@ -171,10 +193,9 @@ mod tests {
         let score = |_: &[GroupId], ask: &[GroupId]| {
             Ok::<_, Infallible>(ask.iter().map(|c| c.block as f64).collect())
         };
-        let rough = all.iter().map(|&c| (c, 0.0)).collect();
-        for removed in
-            [lazy_greedy(rough, 9, may, score).unwrap(), rounds(&all, 9, 3, None, may, score).unwrap()]
-        {
+        let mut lazy = LazyGreedy::new(all.iter().map(|&c| (c, 0.0)));
+        while lazy.step(may, score).unwrap() {}
+        for removed in [lazy.removed, rounds(&all, 9, 3, None, may, score).unwrap()] {
             assert_eq!(removed.len(), 8);
             assert_eq!(removed.iter().filter(|r| r.block == 0).count(), 2);
         }

@@ -16,7 +16,7 @@ use faer::Mat;
 use rayon::prelude::*;
 
 pub use budget::{Budget, BudgetError, ffn_params_to_remove, head_groups_paper};
-pub use heads::{GroupId, lazy_greedy, rounds};
+pub use heads::{Candidate, GroupId, LazyGreedy, rounds};
 pub use metric::Metric;
 pub use obs::Obs;
 pub(crate) use refit::factor;

@@ -130,7 +130,8 @@ impl Obs {
         let s = SymMatrix::from_fn(k, |a, b| across[(go[b], a)]);
         // Positive definite but for rounding, which the ridge makes up for where it must.
         let factored = factor(&s, None, 0.0, s.mean_diagonal());
-        let factored = factored.expect("a principal block of a positive definite matrix is positive definite").0;
+        let factored =
+            factored.expect("a principal block of a positive definite matrix is positive definite").0;
         let mut gains = across.transpose().to_owned();
         factored.solve_in_place(gains.as_mut());
         let gone = Mat::from_fn(m, k, |i, a| self.w[(i, go[a])]);

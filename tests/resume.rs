@@ -1,0 +1,152 @@
+//! Runs that were interrupted end where an undisturbed one does.
+
+mod common;
+
+use common::cli::Cli;
+use common::small::Small;
+use putri_gguf::calibrate::Recipe;
+use putri_gguf::ggml::silence_logs;
+use putri_gguf::pipeline::{Method, Observer, Settings};
+use putri_gguf::{Job, JobError, KeepState, run};
+use std::cell::Cell;
+use std::path::Path;
+use std::process::{Command, Stdio};
+use std::time::Duration;
+
+/// Stops the work when it has been asked so many times.
+struct StopsAfter(Cell<usize>);
+
+impl Observer for StopsAfter {
+    fn stage(&mut self, _: &str, _: usize) {}
+    fn step(&mut self, _: usize, _: &str) {}
+    fn interrupted(&self) -> bool {
+        self.0.set(self.0.get().saturating_sub(1));
+        self.0.get() == 0
+    }
+}
+
+fn job(folder: &Path, method: Method) -> Job {
+    let n_threads = 1;
+    Job {
+        input: folder.join("in.gguf"),
+        output: folder.join("out.gguf"),
+        imatrix_out: None,
+        quantise: None,
+        force: false,
+        verify: true,
+        recipe: Recipe {
+            n_ctx: 64,
+            n_windows: 8,
+            files: Vec::new(),
+            self_share: 1.0,
+            chat_share: 0.0,
+            seed: 1,
+            n_threads,
+            n_parallel: 8,
+        },
+        windows: None,
+        settings: Settings { sparsity: 0.5, method, n_threads, ..Settings::default() },
+        state: None,
+    }
+}
+
+#[test]
+fn interrupted_anywhere_a_run_ends_in_the_same_bytes() {
+    silence_logs();
+    let cli = Cli::new();
+    Small { blocks: vec![(4, 2, 256); 4], ..Small::default() }.write(&cli.path("in.gguf"));
+    for method in [Method::Putri, Method::Paper] {
+        let mut job = job(cli.dir.path(), method);
+        run(&job, &mut StopsAfter(Cell::new(usize::MAX))).unwrap();
+        let undisturbed = std::fs::read(&job.output).unwrap();
+        let state = cli.path("state");
+        job.state = Some(KeepState { folder: state.clone(), resume: true });
+        // Alone, and one interruption after another.
+        for one_by_one in [false, true] {
+            let mut n_stopped = 0;
+            for patience in (2..).step_by(3) {
+                std::fs::remove_file(&job.output).unwrap();
+                let ended = run(&job, &mut StopsAfter(Cell::new(patience)));
+                match ended {
+                    Ok(_) => {}
+                    Err(JobError::Interrupted) => n_stopped += 1,
+                    Err(e) => panic!("{method:?} after {patience}: {e}"),
+                }
+                let ready = ended.is_ok();
+                if !ready && !one_by_one {
+                    run(&job, &mut StopsAfter(Cell::new(usize::MAX))).unwrap();
+                }
+                if job.output.exists() {
+                    assert!(
+                        std::fs::read(&job.output).unwrap() == undisturbed,
+                        "{method:?} after {patience}"
+                    );
+                    assert!(!state.exists(), "a finished run leaves no state");
+                } else {
+                    std::fs::write(&job.output, "").unwrap();
+                }
+                if ready {
+                    break;
+                }
+            }
+            assert!(n_stopped > 5, "only {n_stopped} interruptions");
+        }
+        std::fs::remove_file(&job.output).unwrap();
+    }
+}
+
+#[test]
+fn killed_a_run_ends_in_the_same_bytes() {
+    let cli = Cli::new();
+    Small { blocks: vec![(4, 2, 256); 6], ..Small::default() }.write(&cli.path("in.gguf"));
+    let common = ["--sparsity", "0.5", "-c", "64", "--chunks", "8", "-t", "1", "-q"];
+    cli.ok(&[&["in.gguf", "whole.gguf"][..], &common].concat());
+    let whole = std::fs::read(cli.path("whole.gguf")).unwrap();
+    let args = [&["in.gguf", "out.gguf", "--state-dir", "state", "--resume"][..], &common].concat();
+    let mut n_killed = 0;
+    for wait in (30..).step_by(30) {
+        let mut child = Command::new(env!("CARGO_BIN_EXE_putri-gguf"))
+            .current_dir(cli.dir.path())
+            .args(&args)
+            .stdout(Stdio::null())
+            .spawn()
+            .unwrap();
+        std::thread::sleep(Duration::from_millis(wait));
+        child.kill().unwrap();
+        if child.wait().unwrap().success() {
+            break;
+        }
+        n_killed += 1;
+        assert!(!cli.path("out.gguf").exists(), "an output that is not finished");
+    }
+    assert!(n_killed > 0);
+    assert!(std::fs::read(cli.path("out.gguf")).unwrap() == whole);
+    assert!(!cli.path("state").exists());
+}
+
+#[test]
+fn a_state_is_only_taken_over_on_the_same_terms() {
+    silence_logs();
+    let cli = Cli::new();
+    Small { blocks: vec![(4, 2, 256); 4], ..Small::default() }.write(&cli.path("in.gguf"));
+    let mut job = job(cli.dir.path(), Method::Putri);
+    job.state = Some(KeepState { folder: cli.path("state"), resume: true });
+    let windows = cli.path("state/windows.gguf");
+    for patience in (5..).step_by(5).take_while(|_| !windows.exists()) {
+        assert!(matches!(run(&job, &mut StopsAfter(Cell::new(patience))), Err(JobError::Interrupted)));
+    }
+    let common = ["-c", "64", "--chunks", "8", "-q", "--state-dir", "state"];
+    let fails = |more: &[&str], parts: &[&str]| {
+        cli.fails(&[&["in.gguf", "out.gguf"][..], &common, more].concat(), 1, parts);
+    };
+    fails(&["--sparsity", "0.5"], &["state", "unfinished", "--resume"]);
+    fails(&["--sparsity", "0.4", "--resume"], &["another run", "sparsity: 0.5", "sparsity: 0.4"]);
+    fails(&["--sparsity", "0.5", "--resume", "--seed", "2"], &["another run", "seed: 1", "seed: 2"]);
+    // Damage is found.
+    let bytes = std::fs::read(&windows).unwrap();
+    std::fs::write(&windows, &bytes[..bytes.len() / 2]).unwrap();
+    fails(&["--sparsity", "0.5", "--resume"], &["windows.gguf"]);
+    std::fs::write(&windows, bytes).unwrap();
+    // More threads are no other terms.
+    cli.ok(&[&["in.gguf", "out.gguf"][..], &common, &["--sparsity", "0.5", "--resume", "-t", "2"]].concat());
+}
