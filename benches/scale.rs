@@ -115,6 +115,7 @@ fn measure(shape: Shape, args: &Args, rate: f64) {
         output,
         imatrix_out: None,
         state: None,
+        max_memory: None,
         quantise: None,
         force: false,
         verify: false,

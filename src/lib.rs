@@ -20,7 +20,9 @@ pub mod pipeline;
 pub mod prune;
 pub mod report;
 pub mod requant;
+pub mod spill;
 
 pub use job::{
-    Job, JobError, KeepState, Outcome, Quality, Quantise, Size, calibration, remove_temporary, run,
+    DryRun, Job, JobError, KeepState, Outcome, Quality, Quantise, Size, calibration, dry_run, remove_temporary,
+    run,
 };

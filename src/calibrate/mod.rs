@@ -71,6 +71,29 @@ pub struct Recipe {
     pub n_parallel: usize,
 }
 
+impl Recipe {
+    /// How many windows the model writes itself.
+    fn n_self(&self) -> usize {
+        let share = if self.files.is_empty() { 1.0 } else { self.self_share };
+        let n_self = (self.n_windows as f64 * share).round() as usize;
+        // Whoever asks for a mixture gets some of each.
+        if share > 0.0 && share < 1.0 { n_self.clamp(1, (self.n_windows - 1).max(1)) } else { n_self }
+    }
+
+    /// Tokens that the model writes itself.
+    pub fn self_written(&self) -> usize {
+        let n_self = self.n_self();
+        if n_self > 0 { (n_self + held_out(n_self)) * self.n_ctx } else { 0 }
+    }
+
+    /// Windows to fit on, and windows held out, if there is text enough.
+    pub fn expected(&self) -> (usize, usize) {
+        let n_self = self.n_self();
+        let sources = [n_self, self.n_windows - n_self];
+        (self.n_windows, sources.into_iter().filter(|n| *n > 0).map(held_out).sum())
+    }
+}
+
 /// Calibration windows: first those to fit on, then those held out.
 #[derive(Clone, Debug)]
 pub struct Windows {
@@ -146,12 +169,7 @@ pub fn collect(
     mut progress: impl FnMut(usize, usize) -> bool,
 ) -> Result<Windows, CalibrateError> {
     assert!(recipe.n_ctx > 1 && recipe.n_windows > 0);
-    let share = if recipe.files.is_empty() { 1.0 } else { recipe.self_share };
-    let mut n_self = (recipe.n_windows as f64 * share).round() as usize;
-    // Whoever asks for a mixture gets some of each.
-    if share > 0.0 && share < 1.0 {
-        n_self = n_self.clamp(1, (recipe.n_windows - 1).max(1));
-    }
+    let n_self = recipe.n_self();
     let (mut fit, mut judge) = (Vec::new(), Vec::new());
     if n_self < recipe.n_windows {
         let wanted = recipe.n_windows - n_self;

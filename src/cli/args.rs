@@ -70,6 +70,12 @@ pub struct Args {
     /// Threads [default: all cores]
     #[arg(short, long, value_name = "N", help_heading = "Machine")]
     pub threads: Option<usize>,
+    /// Do with so much memory, as in 8G: streams go into files beside the output where they must
+    #[arg(long, value_name = "SIZE", help_heading = "Machine")]
+    pub max_memory: Option<String>,
+    /// Only say what would be removed, and the size, time and memory to expect
+    #[arg(long, help_heading = "Machine")]
+    pub dry_run: bool,
     /// Also print where the time went, and what the matrix products of each stage reached
     #[arg(long, help_heading = "Machine")]
     pub timings: bool,

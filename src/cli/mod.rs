@@ -7,8 +7,8 @@ pub use args::Args;
 pub use resolve::resolve;
 
 use clap::Parser;
-use putri_gguf::report::{Progress, Timings, summary};
-use putri_gguf::{JobError, ggml};
+use putri_gguf::report::{Progress, Timings, dry_run_table, summary};
+use putri_gguf::{Job, JobError, ggml};
 use std::io::Write;
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -28,7 +28,7 @@ pub fn main() -> ExitCode {
         putri_gguf::remove_temporary();
         std::process::exit(1);
     });
-    let (quiet, timings) = (args.quiet, args.timings);
+    let (quiet, timings, dry) = (args.quiet, args.timings, args.dry_run);
     let job = match resolve(args) {
         Ok(job) => job,
         Err(e) => {
@@ -46,6 +46,9 @@ pub fn main() -> ExitCode {
     if let Err(e) = rayon::ThreadPoolBuilder::new().num_threads(job.settings.n_threads).build_global() {
         eprintln!("error: cannot start {} threads: {e}", job.settings.n_threads);
         return ExitCode::FAILURE;
+    }
+    if dry {
+        return dry_run(&job);
     }
     let mut progress = Progress::new(quiet, stop);
     let mut watched = Timings::new(&mut progress);
@@ -71,6 +74,21 @@ pub fn main() -> ExitCode {
                 None => eprintln!("interrupted; nothing was written"),
             }
             ExitCode::from(INTERRUPTED)
+        }
+        Err(e) => {
+            eprintln!("error: {e}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// Prints what `job` would come to.
+fn dry_run(job: &Job) -> ExitCode {
+    match putri_gguf::dry_run(job) {
+        Ok(found) => {
+            let rate = ggml::product_rate(job.settings.n_threads).ok();
+            let _ = write!(std::io::stdout(), "{}", dry_run_table(&found, rate));
+            ExitCode::SUCCESS
         }
         Err(e) => {
             eprintln!("error: {e}");

@@ -32,6 +32,7 @@ pub fn resolve(args: Args) -> Result<Job> {
         s > 0.0 || args.tune.is_none_or(|n| n == 0),
         "--tune needs a pruned model; --sparsity 0 only copies"
     );
+    ensure!(s > 0.0 || !args.dry_run, "--dry-run needs a model to prune; --sparsity 0 only copies");
     ensure!(
         s > 0.0 || args.state_dir.is_none(),
         "--state-dir needs a model to prune; --sparsity 0 only copies"
@@ -64,6 +65,7 @@ pub fn resolve(args: Args) -> Result<Job> {
         imatrix_out: args.imatrix_out,
         quantise: args.to.map(|name| quantise(&name, args.allow_requantize)).transpose()?,
         state: args.state_dir.map(|folder| KeepState { folder, resume: args.resume }),
+        max_memory: args.max_memory.as_deref().map(bytes).transpose()?,
         force: args.force,
         verify: !args.no_verify,
         recipe: Recipe {
@@ -86,6 +88,26 @@ pub fn resolve(args: Args) -> Result<Job> {
             ..Settings::default()
         },
     })
+}
+
+/// Reads `--max-memory`: a number of bytes, or with K, M, G or T of 1024 of the one before.
+fn bytes(text: &str) -> Result<u64> {
+    let upper = text.to_ascii_uppercase();
+    let number = upper.trim_end_matches(['B', 'I', 'K', 'M', 'G', 'T']);
+    let power = match upper[number.len()..].trim_end_matches('B').trim_end_matches('I') {
+        "" => 0,
+        "K" => 1,
+        "M" => 2,
+        "G" => 3,
+        "T" => 4,
+        _ => bail!("--max-memory {text} is not a size, as in 8G or 512M"),
+    };
+    let value: f64 = number
+        .trim()
+        .parse()
+        .with_context(|| format!("--max-memory {text} is not a size, as in 8G or 512M"))?;
+    ensure!(value.is_finite() && value > 0.0, "--max-memory {text} is not a size, as in 8G or 512M");
+    Ok((value * 1024f64.powi(power)) as u64)
 }
 
 /// Reads `--type`.
@@ -158,6 +180,14 @@ mod tests {
     }
 
     #[test]
+    fn sizes_are_in_powers_of_1024() {
+        let sizes = [("8G", 8 << 30), ("1.5g", 3 << 29), ("512M", 512 << 20), ("2GiB", 2 << 30), ("1000", 1000)];
+        for (text, expected) in sizes {
+            assert_eq!(job(&["--sparsity", "0.2", "--max-memory", text]).unwrap().max_memory, Some(expected));
+        }
+    }
+
+    #[test]
     fn nonsense_is_refused() {
         for bad in [
             &["--sparsity", "1.0"][..],
@@ -175,6 +205,12 @@ mod tests {
             &["--sparsity", "0.2", "--allow-requantize"],
             &["--sparsity", "0.2", "--type", "q99"],
             &["--sparsity", "0", "--type", "q8_0"],
+            &["--sparsity", "0.2", "--max-memory", "much"],
+            &["--sparsity", "0.2", "--max-memory", "8Q"],
+            &["--sparsity", "0.2", "--max-memory", "-1G"],
+            &["--sparsity", "0", "--dry-run"],
+            &["--sparsity", "0", "--state-dir", "s"],
+            &["--sparsity", "0.2", "--resume"],
             &["--sparsity", "0.2", "--tensor-type", "q8_0"],
             &["--sparsity", "0.2", "--tensor-type", "ffn_down=q99"],
             &["--sparsity", "0.2", "--tensor-type", "ffn_down=i32"],

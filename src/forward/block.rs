@@ -351,7 +351,7 @@ impl Net {
 }
 
 /// Queries of a window of `n_ctx` tokens that are attended at a time.
-pub(super) fn query_slice(n_ctx: usize) -> usize {
+pub(crate) fn query_slice(n_ctx: usize) -> usize {
     QUERY_SLICE.max(n_ctx.div_ceil(MAX_SLICES))
 }
 

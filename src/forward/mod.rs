@@ -10,6 +10,7 @@ mod head;
 mod stats;
 
 pub use block::Block;
+pub(crate) use block::query_slice;
 pub use gradient::BlockGradient;
 pub use head::Head;
 pub use stats::{Collect, InputSquares, Wanted};
@@ -23,8 +24,8 @@ use std::ops::Range;
 /// in memory at once.
 pub const MAX_GRADIENT_CTX: usize = 512;
 
-/// Tokens that pass through a block in one graph, at least one window.
-const CHUNK_TOKENS: usize = 2048;
+/// Tokens that pass through a block in one graph where nothing else is said, at least one window.
+pub const CHUNK_TOKENS: usize = 2048;
 
 /// What a forward pass can fail on.
 #[derive(Debug, thiserror::Error)]
@@ -47,6 +48,8 @@ pub struct Forward {
 struct Net {
     hparams: Hparams,
     n_ctx: usize,
+    /// Windows that pass through a block in one graph.
+    chunk: usize,
     /// The causal mask (`mask`), and what the two below point at.
     fixed: Resident,
     /// Mask of blocks that attend to a sliding window; the causal one where windows are no longer than that.
@@ -70,7 +73,7 @@ impl Forward {
         let engine = Engine::cpu(n_threads)?;
         let factors = model.rope_factors(n_ctx)?;
         let hparams = model.hparams.clone();
-        let mask_rows = if n_ctx <= MAX_GRADIENT_CTX { n_ctx } else { block::query_slice(n_ctx) };
+        let mask_rows = if n_ctx <= MAX_GRADIENT_CTX { n_ctx } else { query_slice(n_ctx) };
         let causal = mask(n_ctx, mask_rows, n_ctx);
         let sliding =
             hparams.sliding.as_ref().filter(|s| s.n_swa < n_ctx).map(|s| mask(n_ctx, mask_rows, s.n_swa));
@@ -84,18 +87,26 @@ impl Forward {
             specs.len() - 1
         });
         let fixed = Resident::upload(&engine, &specs)?;
-        let windows = chunk_windows(n_ctx);
         let net = Net {
             n_ctx,
+            chunk: 0,
             fixed,
             sliding_mask,
             mask_rows,
             factors: factors_at,
             attention_scale: hparams.attention_scale(hparams.blocks[0].n_head),
-            positions: (0..windows * n_ctx).map(|i| (i % n_ctx) as i32).collect(),
+            positions: Vec::new(),
             hparams,
         };
-        Ok(Forward { engine, net })
+        Ok(Forward { engine, net }.in_chunks_of(CHUNK_TOKENS))
+    }
+
+    /// The same with up to `n_tokens` tokens in one graph, but at least one window.
+    pub fn in_chunks_of(mut self, n_tokens: usize) -> Forward {
+        let n_ctx = self.net.n_ctx;
+        self.net.chunk = (n_tokens / n_ctx).max(1);
+        self.net.positions = (0..self.net.chunk * n_ctx).map(|i| (i % n_ctx) as i32).collect();
+        self
     }
 
     /// Length of a window.
@@ -110,7 +121,7 @@ impl Forward {
 
     /// The windows `windows` cut into chunks that pass through a block in one graph.
     pub fn chunks(&self, windows: Range<usize>) -> Vec<Range<usize>> {
-        let n = chunk_windows(self.net.n_ctx);
+        let n = self.net.chunk;
         windows.clone().step_by(n).map(|start| start..(start + n).min(windows.end)).collect()
     }
 
@@ -119,10 +130,6 @@ impl Forward {
         let row = self.net.n_ctx * self.net.hparams.n_embd;
         windows.start * row..windows.end * row
     }
-}
-
-fn chunk_windows(n_ctx: usize) -> usize {
-    (CHUNK_TOKENS / n_ctx).max(1)
 }
 
 /// What is added to scores, for any queries of a window `[n_ctx + n_rows, n_rows]`: 0 where the key is the query's own or

@@ -19,7 +19,7 @@ pub use graph::{Computed, Graph, RopeParams, T};
 pub use llama::{BatchToken, Context, LlamaModel, Token, Vocab};
 pub use product::{operations, product_rate};
 pub use quantize::{FileType, quantize_file};
-pub use system::{cpu_features, engine_version, install_abort_handler, map_file, silence_logs};
+pub use system::{cpu_features, engine_version, install_abort_handler, map_file, map_scratch, silence_logs};
 pub use types::Type;
 
 /// What can go wrong behind the fence.

@@ -87,3 +87,18 @@ pub fn map_file(file: &std::fs::File) -> std::io::Result<memmap2::Mmap> {
     // does in llama.cpp; that is the price of a map.
     unsafe { memmap2::Mmap::map(file) }
 }
+
+/// A map of `n_bytes` zero bytes in a temporary file of `folder` that has no name and goes with the map.
+///
+/// # Errors
+/// What the system says; a disk without enough room is noticed here.
+pub fn map_scratch(folder: &std::path::Path, n_bytes: usize) -> std::io::Result<memmap2::MmapMut> {
+    const ZEROS: &[u8] = &[0; 1 << 20];
+    let mut file = tempfile::tempfile_in(folder)?;
+    // Not just a longer file: where the disk turned out to be full later, a write to the map would be a SIGBUS.
+    for start in (0..n_bytes).step_by(ZEROS.len()) {
+        std::io::Write::write_all(&mut file, &ZEROS[..ZEROS.len().min(n_bytes - start)])?;
+    }
+    // SAFETY: nobody else knows the file, so nobody changes or shortens it.
+    unsafe { memmap2::MmapMut::map_mut(&file) }
+}

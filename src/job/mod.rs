@@ -11,8 +11,10 @@ use crate::evaluate;
 use crate::ggml::{FileType, GgmlError, LlamaModel, Type, quantize_file};
 use crate::gguf::GgufError;
 use crate::model::{BlockShape, Carrier, Model, ModelError};
-use crate::pipeline::{self, Journal, Method, Observer, Plan, PruneError, Settings};
-use output::{check_paths, finish, temporary};
+use crate::pipeline::{
+    self, Calibration, Forecast, Journal, Method, NoRoom, Observer, Plan, PruneError, Settings,
+};
+use output::{check_paths, finish, folder_of, temporary};
 use sha2::{Digest, Sha256};
 use state::State;
 use std::io::{BufWriter, Write};
@@ -47,6 +49,8 @@ pub struct Job {
     pub settings: Settings,
     /// Where the state of the run is kept, if anywhere.
     pub state: Option<KeepState>,
+    /// Bytes of memory to do with, the mapped files not counted.
+    pub max_memory: Option<u64>,
 }
 
 /// Where an interrupted run leaves what it has settled: text, heads, widths and finished blocks.
@@ -130,6 +134,8 @@ pub enum JobError {
         "{}: tensor {tensor} is {ty} already, and --type would round it again; take an F16 source, or say --allow-requantize", path.display()
     )]
     Quantised { path: PathBuf, tensor: String, ty: Type },
+    #[error("--max-memory: {0}")]
+    NoRoom(NoRoom),
     #[error("--type: {0}")]
     Quantise(GgmlError),
     #[error("{} is the input itself; choose another name", .0.display())]
@@ -176,15 +182,7 @@ pub fn run(job: &Job, observer: &mut dyn Observer) -> Result<Outcome, JobError> 
     if job.settings.sparsity == 0.0 {
         return copy_as_is(job, &source, start, observer.interrupted());
     }
-    pipeline::check_budget(&source, &job.settings)?;
-    check_types(job, &source)?;
-    let n_ctx_train = source.hparams.n_ctx_train;
-    if job.recipe.n_ctx > n_ctx_train {
-        let problem =
-            format!("was trained for {n_ctx_train} tokens; --ctx-size {} is more", job.recipe.n_ctx);
-        return Err(JobError::Model { path: job.input.clone(), source: ModelError::Unusable(problem) });
-    }
-
+    let job = &Job { settings: settings(job, &source)?, ..job.clone() };
     let sha256 = || hex(&Sha256::digest(source.file.bytes()));
     let (windows, source_sha256, mut state) = match &job.state {
         None => {
@@ -286,6 +284,58 @@ pub fn run(job: &Job, observer: &mut dyn Observer) -> Result<Outcome, JobError> 
     let mut warnings = pruned.warnings;
     warnings.extend(advice(sparsity, &quality, carrier));
     Ok(Outcome { before, after, carrier, sparsity, quality: Some(quality), warnings, time: start.elapsed() })
+}
+
+/// What a job will need, and what comes of it, as far as shapes say.
+#[derive(Clone, Debug)]
+pub struct DryRun {
+    /// The source.
+    pub before: Size,
+    /// What it comes to.
+    pub forecast: Forecast,
+    /// What it was made for: those of the job, within its memory.
+    pub settings: Settings,
+    /// Tokens that the model writes itself, the held-out ones with them.
+    pub self_written: usize,
+}
+
+/// Refuses what [`run`] would refuse, and says what it would need, without doing anything.
+///
+/// # Errors
+/// [`JobError`].
+pub fn dry_run(job: &Job) -> Result<DryRun, JobError> {
+    check_paths(job)?;
+    let source = open(job)?;
+    let settings = settings(job, &source)?;
+    let forecast = pipeline::forecast(&source, &expected_calibration(job), &settings)
+        .map_err(|e| JobError::Prune(e.into()))?;
+    Ok(DryRun { before: size_of(&source), forecast, settings, self_written: job.recipe.self_written() })
+}
+
+/// Refuses what cannot come out well. The settings of `job`, within its memory.
+fn settings(job: &Job, source: &Model) -> Result<Settings, JobError> {
+    pipeline::check_budget(source, &job.settings)?;
+    check_types(job, source)?;
+    let n_ctx_train = source.hparams.n_ctx_train;
+    if job.recipe.n_ctx > n_ctx_train {
+        let problem =
+            format!("was trained for {n_ctx_train} tokens; --ctx-size {} is more", job.recipe.n_ctx);
+        return Err(JobError::Model { path: job.input.clone(), source: ModelError::Unusable(problem) });
+    }
+    let Some(limit) = job.max_memory else {
+        return Ok(job.settings.clone());
+    };
+    let calibration = expected_calibration(job);
+    pipeline::within_memory(source, &calibration, &job.settings, limit, folder_of(&job.output))
+        .map_err(JobError::NoRoom)
+}
+
+fn expected_calibration(job: &Job) -> Calibration {
+    let (n_fit, n_held_out) = match &job.windows {
+        Some(w) => (w.n_fit, w.n_held_out),
+        None => job.recipe.expected(),
+    };
+    Calibration { n_ctx: job.recipe.n_ctx, n_fit, n_held_out }
 }
 
 fn open(job: &Job) -> Result<Model, JobError> {

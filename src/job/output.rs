@@ -77,9 +77,14 @@ fn unregister_temporary(path: &Path) {
     }
 }
 
+/// The folder that a file lies in.
+pub(super) fn folder_of(path: &Path) -> &Path {
+    path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."))
+}
+
 /// A temporary file beside the output, so that the final rename stays on one file system.
 pub(super) fn temporary(output: &Path) -> Result<tempfile::NamedTempFile, JobError> {
-    let folder = output.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    let folder = folder_of(output);
     let name = output.file_name().unwrap_or_default().to_string_lossy();
     let temp = tempfile::Builder::new()
         .prefix(&format!(".{name}."))

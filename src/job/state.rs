@@ -271,7 +271,7 @@ fn numbers(values: impl IntoIterator<Item = usize>) -> Value {
 
 /// All that the outcome depends on, a line each; how many threads there are is not among it.
 fn terms(job: &Job, source_sha256: &str) -> String {
-    let settings = Settings { n_threads: 0, ..job.settings.clone() };
+    let settings = Settings { n_threads: 0, shelf: Default::default(), ..job.settings.clone() };
     let given = job.windows.as_ref().map(|w| hex(&Sha256::digest(bytemuck::cast_slice::<_, u8>(&w.tokens))));
     let recipe = Recipe { n_threads: 0, n_parallel: 0, ..job.recipe.clone() };
     format!(

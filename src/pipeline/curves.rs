@@ -1,15 +1,17 @@
 //! Widths per block, from what each block loses as it narrows.
 
 use super::judge::{Judge, Loss};
-use super::{PruneError, Run, token_scales};
-use crate::forward::{Collect, Forward, Wanted, embed};
+use super::stream::embedded;
+use super::{PruneError, Run, forward, token_scales};
+use crate::forward::{Collect, Wanted, embed};
 use crate::model::{BlockWeights, Matrix};
 use crate::numeric::Moments;
 use crate::prune::{self, Budget, Curve};
+use crate::spill::Array;
 
 /// Length of the windows on which the model's predictions are judged with one block narrowed: short, so that
 /// they come from many places and a stream per block takes little memory.
-const PROBE_CTX: usize = 128;
+pub(super) const PROBE_CTX: usize = 128;
 
 /// The least divergence in nats that is told from none.
 const MIN_DIVERGENCE: f64 = 1e-9;
@@ -37,14 +39,14 @@ impl Run<'_> {
         let (n_ctx, n_embd) = (self.windows.n_ctx, self.forward.n_embd());
         let tokens = self.windows.sample(self.settings.curve_tokens, n_ctx);
         let n_windows = tokens.len() / n_ctx;
-        let mut stream = embed(self.model, &tokens)?;
         let s = self.settings;
-        let mut probe = Forward::new(self.model, PROBE_CTX.min(n_ctx), s.n_threads)?;
+        let mut stream = embedded(self.model, &tokens, &s.shelf)?;
+        let mut probe = forward(self.model, PROBE_CTX.min(n_ctx), s)?;
         let probe_tokens = self.windows.sample(s.probe_tokens, probe.n_ctx());
         let mut base = embed(self.model, &probe_tokens)?;
         let mut next = vec![0.0; base.len()];
         // The stream behind each block when only that block is narrowed.
-        let mut narrowed: Vec<Vec<f32>> = Vec::with_capacity(n_layer);
+        let mut narrowed: Vec<Array<f32>> = Vec::with_capacity(n_layer);
         let mut curves: Vec<Curve> = Vec::with_capacity(n_layer);
         let mut losses_probed = Vec::with_capacity(n_layer);
         self.observer.stage("widths", n_layer);
@@ -52,11 +54,6 @@ impl Run<'_> {
             self.checkpoint()?;
             let w = self.plan.block(self.model, il)?;
             let block = self.forward.upload(&w)?;
-            let probe_block = probe.upload(&w)?;
-            for other in &mut narrowed {
-                probe.stream(&probe_block, other, &mut next)?;
-                std::mem::swap(other, &mut next);
-            }
             let mut moments = Moments::new(w.shape.n_ff, 0);
             for chunk in self.forward.chunks(0..n_windows) {
                 let span = self.forward.span(&chunk);
@@ -72,13 +69,20 @@ impl Run<'_> {
             if self.settings.biases {
                 moments.centre();
             }
+            // The algebra needs the room.
+            drop(block);
             let widths = prune::possible_widths(budget.n_ff, budget.ff_step);
             let at = self.probe_at(&widths);
             let n = prune::narrow(&w.ffn_down, &moments.gram, self.settings.ridge_ffn, &widths, widths[at])
                 .map_err(|source| PruneError::Singular { block: il, part: "ffn_down", source })?;
             losses_probed.push(n.losses[at]);
+            let probe_block = probe.upload(&w)?;
+            for other in &mut narrowed {
+                probe.stream(&probe_block, other, &mut next)?;
+                other.copy_from_slice(&next);
+            }
             let less = probe.upload(&self.narrowed(w, n.kept, n.weights, &moments))?;
-            let mut without = vec![0.0; base.len()];
+            let mut without = s.shelf.zeros(base.len())?;
             probe.stream(&less, &base, &mut without)?;
             narrowed.push(without);
             probe.stream(&probe_block, &base, &mut next)?;

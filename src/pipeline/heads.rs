@@ -1,20 +1,22 @@
 //! The search for attention groups to remove, over cached residual streams.
 
 use super::judge::{Judge, Loss};
-use super::{Method, Plan, PruneError, Run};
-use crate::forward::{Block, Forward, Wanted, embed};
+use super::stream::embedded;
+use super::{Method, Plan, PruneError, Run, forward};
+use crate::forward::{Block, Forward, Wanted};
 use crate::model::Model;
 use crate::prune::{Budget, GroupId, LazyGreedy, rounds};
+use crate::spill::Array;
 
 /// Tokens of the one sequence that the paper's search judges by.
 const PAPER_TOKENS: usize = 2048;
 
 /// Tokens, and tokens per window, that put the candidates in a first order.
-const ROUGH_TOKENS: usize = 256;
-const ROUGH_CTX: usize = 128;
+pub(super) const ROUGH_TOKENS: usize = 256;
+pub(super) const ROUGH_CTX: usize = 128;
 
 /// Bytes that the candidates' residual streams may take at a time.
-const STREAM_BYTES: usize = 256 << 20;
+pub(super) const STREAM_BYTES: usize = 256 << 20;
 
 impl Run<'_> {
     /// Takes `n_remove` groups out of the plan. Our search goes on from `begun`.
@@ -138,7 +140,7 @@ struct Search<'r, 'a> {
     judge: Judge,
     n_windows: usize,
     /// Input of every block under the plan, and the last block's output.
-    base: Vec<Vec<f32>>,
+    base: Vec<Array<f32>>,
     base_loss: f64,
 }
 
@@ -155,13 +157,13 @@ impl<'r, 'a> Search<'r, 'a> {
         let tokens = run.windows.sample(n_tokens, n_ctx);
         let n_windows = tokens.len() / n_ctx;
         let s = run.settings;
-        let mut forward = Forward::new(run.model, n_ctx, s.n_threads)?;
+        let mut forward = forward(run.model, n_ctx, s)?;
         let plan = run.plan.clone();
-        let mut base = vec![embed(run.model, &tokens)?];
+        let mut base = vec![embedded(run.model, &tokens, &s.shelf)?];
         for il in 0..run.model.hparams.n_layer() {
             let block = forward.upload(&plan.block(run.model, il)?)?;
             let x = &base[il];
-            let mut y = vec![0.0; x.len()];
+            let mut y = s.shelf.zeros(x.len())?;
             forward.stream(&block, x, &mut y)?;
             base.push(y);
         }

@@ -8,6 +8,7 @@
 //! 5. `tune`: norms and biases, by descent on what the whole model's predictions lose.
 
 mod curves;
+mod forecast;
 mod heads;
 mod journal;
 mod judge;
@@ -17,17 +18,20 @@ mod sequential;
 mod stream;
 mod tune;
 
+pub use forecast::{Calibration, Forecast, NoRoom, StageForecast, forecast, within_memory};
 pub use journal::{Journal, Settled};
 pub use judge::Loss;
 pub use plan::{BlockPlan, Plan};
 use sensitivity::Sensitivity;
+use stream::embedded;
 
 use crate::calibrate::Windows;
-use crate::forward::{Forward, ForwardError, InputSquares, embed};
+use crate::forward::{CHUNK_TOKENS, Forward, ForwardError, InputSquares, embed};
 use crate::ggml::{GgmlError, Type};
 use crate::gguf::GgufError;
 use crate::model::Model;
 use crate::prune::{self, Budget, BudgetError, Singular};
+use crate::spill::Shelf;
 
 /// How to prune.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
@@ -100,6 +104,10 @@ pub struct Settings {
     pub tune_tokens: usize,
     /// Types of the matrices that get new values.
     pub types: TensorTypes,
+    /// Tokens that pass through a block in one graph, at least one window.
+    pub chunk_tokens: usize,
+    /// Where the streams of all tokens live.
+    pub shelf: Shelf,
 }
 
 /// Types in which matrices with new values are written; those of the source where none is given.
@@ -138,6 +146,8 @@ impl Default for Settings {
             tune_limit: 16384,
             tune_tokens: 2048,
             types: TensorTypes::default(),
+            chunk_tokens: CHUNK_TOKENS,
+            shelf: Shelf::default(),
         }
     }
 }
@@ -179,6 +189,9 @@ pub enum PruneError {
         /// Why.
         source: Singular,
     },
+    /// A temporary file failed.
+    #[error("temporary file: {0}")]
+    Spill(#[from] std::io::Error),
     /// The observer asked to stop.
     #[error("interrupted")]
     Interrupted,
@@ -224,7 +237,7 @@ pub fn run(
     };
     let settled = journal.settled()?;
     let mut run = Run {
-        forward: Forward::new(model, windows.n_ctx, s.n_threads)?,
+        forward: forward(model, windows.n_ctx, s)?,
         model,
         reference,
         windows,
@@ -291,8 +304,8 @@ pub fn input_squares(
     s: &Settings,
     observer: &mut dyn Observer,
 ) -> Result<Vec<InputSquares>, PruneError> {
-    let mut forward = Forward::new(model, windows.n_ctx, s.n_threads)?;
-    let mut stream = embed(model, windows.tokens_of(0..windows.n_fit))?;
+    let mut forward = forward(model, windows.n_ctx, s)?;
+    let mut stream = embedded(model, windows.tokens_of(0..windows.n_fit), &s.shelf)?;
     let n_layer = model.hparams.n_layer();
     observer.stage("importance matrix", n_layer);
     let mut all = vec![InputSquares::default(); n_layer];
@@ -310,6 +323,11 @@ pub fn input_squares(
         observer.step(il + 1, "");
     }
     Ok(all)
+}
+
+/// A forward pass over windows of `n_ctx` tokens.
+fn forward(model: &Model, n_ctx: usize, s: &Settings) -> Result<Forward, ForwardError> {
+    Ok(Forward::new(model, n_ctx, s.n_threads)?.in_chunks_of(s.chunk_tokens))
 }
 
 /// The settings as far as the architecture of `model` can hold what comes of them.

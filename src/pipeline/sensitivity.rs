@@ -5,24 +5,25 @@
 //! arXiv 2505.22988); here they say which neurons matter.
 
 use super::stream::planned_stream;
-use super::{Plan, PruneError, Run, mean_square};
-use crate::forward::{BlockGradient, Forward};
+use super::{Plan, PruneError, Run, forward, mean_square};
+use crate::forward::BlockGradient;
 use crate::model::{BlockWeights, Matrix};
 use crate::prune::{Metric, Singular};
+use crate::spill::Array;
 use half::bf16;
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use std::borrow::Cow;
 
 /// Length of the windows that are measured on: short, so that they come from many places.
-const CTX: usize = 256;
+pub(super) const CTX: usize = 256;
 
 /// Tokens whose streams before all blocks are in memory at a time.
-const BATCH_TOKENS: usize = 2048;
+pub(super) const BATCH_TOKENS: usize = 2048;
 
 /// Per block, random directions `[n_tokens, n_embd]` of length 1 that the predictions mind.
 pub(super) struct Sensitivity {
-    behind: Vec<Vec<bf16>>,
+    behind: Vec<Array<bf16>>,
     n_embd: usize,
 }
 
@@ -52,24 +53,29 @@ impl Run<'_> {
         let n_ctx = self.windows.n_ctx.min(CTX);
         let tokens = self.windows.sample(n_tokens, n_ctx);
         let whole = Plan::whole(self.model);
-        let mut forward = Forward::new(self.model, n_ctx, s.n_threads)?;
+        let mut forward = forward(self.model, n_ctx, s)?;
         let head = forward.head(self.model)?;
         let (n_layer, n_embd) = (whole.blocks.len(), forward.n_embd());
-        let mut behind = vec![Vec::new(); n_layer];
+        let behind = (0..n_layer).map(|_| s.shelf.zeros(tokens.len() * n_embd));
+        let mut behind: Vec<Array<bf16>> = behind.collect::<Result<_, _>>()?;
         let mut rng = ChaCha8Rng::seed_from_u64(0);
         let batch = (BATCH_TOKENS / n_ctx).max(1) * n_ctx;
         self.observer.stage("sensitivity", n_layer * tokens.len().div_ceil(batch));
         let mut done = 0;
-        for tokens in tokens.chunks(batch) {
+        for (i, tokens) in tokens.chunks(batch).enumerate() {
             let mut inputs = Vec::with_capacity(n_layer);
-            let keep = |x| inputs.push(x);
+            let keep = |x| {
+                inputs.push(s.shelf.put(x)?);
+                Ok(())
+            };
             let last = planned_stream(&mut forward, self.model, &whole, tokens, &*self.observer, keep)?;
             let mut grad = forward.curvature_sample(&head, &last, || rng.random())?;
             for (il, x) in inputs.into_iter().enumerate().rev() {
                 self.checkpoint()?;
-                for g in grad.chunks_exact(n_embd) {
+                let samples = behind[il][i * batch * n_embd..].chunks_exact_mut(n_embd);
+                for (sample, g) in samples.zip(grad.chunks_exact(n_embd)) {
                     let norm = (mean_square(g) * n_embd as f32).sqrt().max(f32::MIN_POSITIVE);
-                    behind[il].extend(g.iter().map(|g| bf16::from_f32(g / norm)));
+                    sample.iter_mut().zip(g).for_each(|(s, g)| *s = bf16::from_f32(g / norm));
                 }
                 // Nobody asks for what is before the first block.
                 if il > 0 {

@@ -1,17 +1,19 @@
 //! One pass over the blocks that refits, selects and requantises.
 
+use super::stream::embedded;
 use super::{BlockPlan, Method, PruneError, Run, token_scales};
-use crate::forward::{Block, Collect, Wanted, embed};
+use crate::forward::{Block, Collect, Wanted};
 use crate::ggml::Type;
 use crate::model::{BlockVector, BlockWeights, Matrix};
 use crate::numeric::Moments;
 use crate::prune::{self, Singular};
+use crate::spill::Array;
 use crate::requant::{FeedbackError, Quantised, quantise, quantise_with_feedback};
 
 /// The two residual streams `[n_tokens, n_embd]` of all windows, at the input of the same block.
 pub(super) struct Streams {
-    pub(super) dense: Vec<f32>,
-    pub(super) pruned: Vec<f32>,
+    pub(super) dense: Array<f32>,
+    pub(super) pruned: Array<f32>,
 }
 
 impl Run<'_> {
@@ -22,9 +24,11 @@ impl Run<'_> {
         widths: &[usize],
         done: Vec<(BlockPlan, Vec<String>)>,
     ) -> Result<Streams, PruneError> {
-        let tokens = &self.windows.tokens;
-        let mut streams =
-            Streams { dense: embed(self.reference, tokens)?, pruned: embed(self.model, tokens)? };
+        let (tokens, shelf) = (&self.windows.tokens, &self.settings.shelf);
+        let mut streams = Streams {
+            dense: embedded(self.reference, tokens, shelf)?,
+            pruned: embedded(self.model, tokens, shelf)?,
+        };
         self.observer.stage("blocks", widths.len());
         let n_done = done.len();
         for (il, (plan, warnings)) in done.into_iter().enumerate() {
@@ -90,11 +94,13 @@ impl Run<'_> {
         dense_block: Block,
         w: &mut BlockWeights,
         streams: &mut Streams,
-    ) -> Result<Vec<Vec<f32>>, PruneError> {
+    ) -> Result<Array<f32>, PruneError> {
         let block = self.forward.upload(w)?;
         let refits = self.settings.method == Method::Putri && block.has_attention();
         let mut moments = Moments::new(w.attn_output.n_in, if refits { w.attn_output.n_out } else { 0 });
-        let mut heads = Vec::new();
+        let row = if block.has_attention() { w.attn_output.n_in } else { 0 };
+        let n_embd = self.forward.n_embd();
+        let mut heads = self.settings.shelf.zeros(streams.pruned.len() / n_embd * row)?;
         for (chunk, fit) in self.all_chunks() {
             let span = self.forward.span(&chunk);
             let x = &mut streams.dense[span.clone()];
@@ -107,7 +113,8 @@ impl Run<'_> {
                 scales: &scales,
                 into: &mut moments,
             });
-            heads.push(self.forward.heads(&block, &streams.pruned[span], collect)?);
+            let at = span.start / n_embd * row..span.end / n_embd * row;
+            heads[at].copy_from_slice(&self.forward.heads(&block, &streams.pruned[span], collect)?);
         }
         // The algebra needs the room.
         drop((dense_block, block));
@@ -141,24 +148,27 @@ impl Run<'_> {
         il: usize,
         w: &mut BlockWeights,
         width: usize,
-        heads: Vec<Vec<f32>>,
+        heads: Array<f32>,
         streams: &mut Streams,
     ) -> Result<String, PruneError> {
         let block = self.forward.upload(w)?;
         let n_out = if self.settings.method == Method::Putri { w.ffn_down.n_out } else { 0 };
         let mut moments = Moments::new(w.ffn_down.n_in, n_out);
-        for ((chunk, fit), a) in self.all_chunks().into_iter().zip(heads) {
+        let (n_embd, n_tokens) = (self.forward.n_embd(), self.windows.tokens.len());
+        let row = heads.len() / n_tokens;
+        for (chunk, fit) in self.all_chunks() {
             let span = self.forward.span(&chunk);
+            let a = &heads[span.start / n_embd * row..span.end / n_embd * row];
             let mut mid = vec![0.0; span.len()];
             let dense = &streams.dense[span.clone()];
             let target = (n_out > 0).then_some(dense);
             let scales = token_scales(dense, self.forward.n_embd(), self.settings.token_weight);
             let collect = fit.then_some(Collect { target, scales: &scales, into: &mut moments });
             let wanted = Wanted { mid: Some(&mut mid), out: None, moments: collect };
-            self.forward.from_heads(&block, &streams.pruned[span.clone()], &a, wanted)?;
+            self.forward.from_heads(&block, &streams.pruned[span.clone()], a, wanted)?;
             streams.pruned[span].copy_from_slice(&mid);
         }
-        drop(block);
+        drop((heads, block));
         if self.settings.biases {
             moments.centre();
         }

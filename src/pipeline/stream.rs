@@ -4,6 +4,20 @@ use super::{Observer, Plan, PruneError};
 use crate::forward::{Forward, embed};
 use crate::ggml::Token;
 use crate::model::Model;
+use crate::spill::{Array, Shelf};
+
+/// Embeddings that are in memory besides where they are put.
+const PART: usize = 2048;
+
+/// Embeddings `[n_tokens, n_embd]` of `tokens` on the shelf.
+pub(super) fn embedded(model: &Model, tokens: &[Token], shelf: &Shelf) -> Result<Array<f32>, PruneError> {
+    let n_embd = model.hparams.n_embd;
+    let mut out = shelf.zeros(tokens.len() * n_embd)?;
+    for (tokens, out) in tokens.chunks(PART).zip(out.chunks_mut(PART * n_embd)) {
+        out.copy_from_slice(&embed(model, tokens)?);
+    }
+    Ok(out)
+}
 
 /// The last stream of `tokens` under the plan; the streams before the blocks go to `before`.
 pub(super) fn planned_stream(
@@ -12,7 +26,7 @@ pub(super) fn planned_stream(
     plan: &Plan,
     tokens: &[Token],
     observer: &dyn Observer,
-    mut before: impl FnMut(Vec<f32>),
+    mut before: impl FnMut(Vec<f32>) -> Result<(), PruneError>,
 ) -> Result<Vec<f32>, PruneError> {
     let mut x = embed(model, tokens)?;
     for il in 0..plan.blocks.len() {
@@ -22,7 +36,7 @@ pub(super) fn planned_stream(
         let block = forward.upload(&plan.block(model, il)?)?;
         let mut next = vec![0.0; x.len()];
         forward.stream(&block, &x, &mut next)?;
-        before(std::mem::replace(&mut x, next));
+        before(std::mem::replace(&mut x, next))?;
     }
     Ok(x)
 }

@@ -9,10 +9,11 @@
 use super::judge::{Judge, Loss};
 use super::sequential::Streams;
 use super::stream::planned_stream;
-use super::{Plan, PruneError, Run};
+use super::{Plan, PruneError, Run, forward};
 use crate::forward::{BlockGradient, Forward, Head, MAX_GRADIENT_CTX};
 use crate::ggml::Token;
 use crate::model::BlockVector;
+use crate::spill::Array;
 use rand::SeedableRng;
 use rand::seq::SliceRandom;
 use std::f32::consts::PI;
@@ -68,7 +69,7 @@ struct Lessons<'a> {
     dense: Option<Head>,
     windows: Vec<&'a [Token]>,
     /// The dense model's last stream of these windows.
-    target: Vec<f32>,
+    target: Array<f32>,
 }
 
 impl<'a> Run<'a> {
@@ -80,15 +81,16 @@ impl<'a> Run<'a> {
             return Ok(false);
         }
         self.observer.stage("tune, preparing", 1);
-        let mut lessons = self.lessons(&streams.dense)?;
-        let per_step = (self.settings.tune_tokens / lessons.forward.n_ctx()).clamp(1, lessons.windows.len());
-        let n_steps = self.settings.tune * lessons.windows.len().div_ceil(per_step);
         let held_out = self.windows.n_fit..self.windows.n_windows();
         let span = self.forward.span(&held_out);
         let tokens = self.windows.tokens_of(held_out);
         let dense = &streams.dense[span.clone()];
         let (model, reference) = (self.model, self.reference);
+        // It reads a whole head, and is done with it before the lessons need theirs.
         let judge = Judge::new(&mut self.forward, model, reference, tokens, dense, Loss::Divergence)?;
+        let mut lessons = self.lessons(&streams.dense)?;
+        let per_step = (self.settings.tune_tokens / lessons.forward.n_ctx()).clamp(1, lessons.windows.len());
+        let n_steps = self.settings.tune * lessons.windows.len().div_ceil(per_step);
         let before = judge.loss(&mut self.forward, &streams.pruned[span.clone()])?;
         let untuned: Vec<_> = self.plan.blocks.iter().map(|b| b.vectors.clone()).collect();
         let mut state: Vec<BlockState> =
@@ -109,7 +111,7 @@ impl<'a> Run<'a> {
             }
         }
         let tuned =
-            planned_stream(&mut self.forward, self.model, &self.plan, tokens, &*self.observer, |_| {})?;
+            planned_stream(&mut self.forward, self.model, &self.plan, tokens, &*self.observer, |_| Ok(()))?;
         let after = judge.loss(&mut self.forward, &tuned)?;
         let better = after < before;
         if better {
@@ -127,7 +129,7 @@ impl<'a> Run<'a> {
     fn lessons(&self, dense: &[f32]) -> Result<Lessons<'a>, PruneError> {
         let (w, s) = (self.windows, self.settings);
         let n_ctx = w.n_ctx / w.n_ctx.div_ceil(MAX_GRADIENT_CTX);
-        let mut forward = Forward::new(self.model, n_ctx, s.n_threads)?;
+        let mut forward = forward(self.model, n_ctx, s)?;
         let pieces: Vec<&[Token]> = w.tokens_of(0..w.n_fit).chunks_exact(n_ctx).collect();
         let n = (s.tune_limit / n_ctx).clamp(1, pieces.len());
         let chosen: Vec<usize> = (0..n).map(|i| (2 * i + 1) * pieces.len() / (2 * n)).collect();
@@ -138,8 +140,9 @@ impl<'a> Run<'a> {
         } else {
             let whole = Plan::whole(self.reference);
             let tokens = windows.concat();
-            planned_stream(&mut forward, self.reference, &whole, &tokens, &*self.observer, |_| {})?
+            planned_stream(&mut forward, self.reference, &whole, &tokens, &*self.observer, |_| Ok(()))?
         };
+        let target = s.shelf.put(target)?;
         let own = forward.head(self.model)?;
         let same = std::ptr::eq(self.model, self.reference);
         let dense = if same { None } else { Some(forward.head(self.reference)?) };
@@ -160,8 +163,11 @@ impl<'a> Run<'a> {
         let spans = batch.iter().map(|&i| forward.span(&(i..i + 1)));
         let target: Vec<f32> = spans.flat_map(|span| &target[span]).copied().collect();
         let mut inputs = Vec::with_capacity(state.len());
-        let last =
-            planned_stream(forward, self.model, &self.plan, &tokens, &*self.observer, |x| inputs.push(x))?;
+        let keep = |x| {
+            inputs.push(self.settings.shelf.put(x)?);
+            Ok(())
+        };
+        let last = planned_stream(forward, self.model, &self.plan, &tokens, &*self.observer, keep)?;
         let mut grad = forward.divergence_gradient(own, dense.as_ref(), &last, &target)?;
         for ((il, vectors), x) in state.iter_mut().enumerate().zip(inputs).rev() {
             self.checkpoint()?;

@@ -1,9 +1,11 @@
 //! What the user sees: progress while it runs, and a summary at the end.
 
+mod forecast;
 mod progress;
 mod table;
 mod timings;
 
+pub use forecast::dry_run_table;
 pub use progress::Progress;
 pub use table::{peak_memory, summary};
 pub use timings::{Stage, StageTimes, Timings};

@@ -73,7 +73,7 @@ fn blocks(out: &mut String, o: &Outcome) {
     }
 }
 
-fn megabytes(bytes: u64) -> String {
+pub(super) fn megabytes(bytes: u64) -> String {
     let mib = bytes as f64 / (1024.0 * 1024.0);
     if mib >= 10_240.0 { format!("{:.2} GiB", mib / 1024.0) } else { format!("{mib:.1} MiB") }
 }
@@ -83,7 +83,7 @@ fn millions(n: usize) -> String {
     if m >= 10_000.0 { format!("{:.2} B", m / 1e3) } else { format!("{m:.1} M") }
 }
 
-fn percent(before: f64, after: f64) -> String {
+pub(super) fn percent(before: f64, after: f64) -> String {
     if before == 0.0 { String::new() } else { format!("{:+.1} %", (after / before - 1.0) * 100.0) }
 }
 

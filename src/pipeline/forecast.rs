@@ -1,0 +1,542 @@
+//! What a run will need, from shapes alone: operations and memory of every stage.
+//!
+//! Counts follow the passes as they are written in this room; tests hold them against what graphs count. What depends
+//! on the weights is taken at its usual size: how often candidates are scored, and how many tokens are likely
+//! somewhere.
+
+use super::heads::{ROUGH_CTX, ROUGH_TOKENS, STREAM_BYTES};
+use super::{Method, Settings, budgets, curves, groups_to_remove, sensitivity, within_family};
+use crate::forward::{MAX_GRADIENT_CTX, query_slice};
+use crate::ggml::Type;
+use crate::model::{BlockShape, BlockTensors, Model, Segment};
+use crate::prune::{self, BudgetError};
+use crate::requant::output_type;
+use crate::spill::Shelf;
+use std::path::Path;
+
+/// Whole models that a step of the search for heads comes to: the streams behind the group that went are refreshed,
+/// and a few candidates carried to the end (measured: 1.4 on SmolLM2).
+const SWEEPS_PER_STEP: f64 = 1.4;
+
+/// What the process takes besides arrays.
+const BASE_BYTES: f64 = 64e6;
+
+/// Calibration windows: tokens per window, windows to fit on, windows held out.
+#[derive(Clone, Copy, Debug)]
+pub struct Calibration {
+    /// Tokens per window.
+    pub n_ctx: usize,
+    /// Windows to fit on.
+    pub n_fit: usize,
+    /// Windows held out.
+    pub n_held_out: usize,
+}
+
+/// What a run will come to.
+#[derive(Clone, Debug)]
+pub struct Forecast {
+    /// Attention groups that go.
+    pub n_groups: usize,
+    /// Neurons that stay in a block, on average.
+    pub mean_width: f64,
+    /// Share of the blocks' parameters that goes.
+    pub sparsity: f64,
+    /// Bytes of the written file, about.
+    pub file_bytes: u64,
+    /// In the order in which they run.
+    pub stages: Vec<StageForecast>,
+}
+
+/// What one stage needs.
+#[derive(Clone, Debug)]
+pub struct StageForecast {
+    /// As it is announced.
+    pub name: &'static str,
+    /// Floating-point operations of matrix products in graphs, in 32 bits.
+    pub operations: f64,
+    /// Those of the algebra, in 64 bits.
+    pub algebra: f64,
+    /// Bytes in memory at its peak, without the mapped file.
+    pub memory: f64,
+}
+
+impl Forecast {
+    /// Bytes in memory at the peak of all stages, without the mapped file.
+    pub fn memory(&self) -> f64 {
+        self.stages.iter().map(|s| s.memory).fold(0.0, f64::max)
+    }
+}
+
+/// What `settings` will need on `model`, for our own method.
+///
+/// # Errors
+/// [`BudgetError`] if the sparsity is out of reach.
+pub fn forecast(model: &Model, c: &Calibration, settings: &Settings) -> Result<Forecast, BudgetError> {
+    let s = &within_family(model, settings);
+    let budgets = budgets(model, &s.types);
+    let n_groups = groups_to_remove(model, &budgets, s);
+    let group_params = budgets.iter().filter(|b| b.n_groups > 0).map(|b| b.group_params).min().unwrap_or(0);
+    let params = prune::ffn_params_to_remove(&budgets, s.sparsity, n_groups * group_params)?;
+    let n_neurons = params.div_ceil(budgets[0].neuron_params);
+    let widths: Vec<_> = budgets.iter().map(|b| prune::possible_widths(b.n_ff, b.ff_step)).collect();
+    let widths = prune::uniform(&widths, n_neurons);
+    let all_groups: usize = budgets.iter().map(|b| b.n_groups).sum();
+    let kept = if all_groups > 0 { 1.0 - n_groups as f64 / all_groups as f64 } else { 1.0 };
+    let total: usize = budgets.iter().map(prune::Budget::params).sum();
+    let neurons: usize = budgets.iter().zip(&widths).map(|(b, w)| b.n_ff - w).sum();
+    let removed = n_groups * group_params + neurons * budgets[0].neuron_params;
+    let w = Work { model, c, s, kept, widths: &widths };
+    let stages = match s.method {
+        Method::Putri => vec![w.first_look(), w.heads(n_groups), w.widths(), w.sensitivity(), w.blocks(), w.tune()],
+        Method::Paper | Method::TwoStage => vec![w.blocks()],
+    };
+    Ok(Forecast {
+        n_groups,
+        mean_width: widths.iter().sum::<usize>() as f64 / widths.len() as f64,
+        sparsity: removed as f64 / total as f64,
+        file_bytes: w.file_bytes(),
+        stages: stages.into_iter().filter(|s| s.operations > 0.0).collect(),
+    })
+}
+
+/// The settings with which a run stays within `limit` bytes, without the mapped file: streams go into files of
+/// `folder` where they must, and then less passes through a block at a time.
+///
+/// # Errors
+/// [`NoRoom`] with the least that is needed, or [`BudgetError`].
+pub fn within_memory(
+    model: &Model,
+    c: &Calibration,
+    settings: &Settings,
+    limit: u64,
+    folder: &Path,
+) -> Result<Settings, NoRoom> {
+    let spilling = Settings { shelf: Shelf::in_files(folder.into()), ..settings.clone() };
+    let smaller = [1024, 512, 1].map(|chunk_tokens| Settings { chunk_tokens, ..spilling.clone() });
+    let mut least = (f64::INFINITY, "");
+    for s in [settings.clone(), spilling].into_iter().chain(smaller) {
+        let forecast = forecast(model, c, &s)?;
+        if forecast.memory() <= limit as f64 {
+            return Ok(s);
+        }
+        let stage = forecast.stages.iter().max_by(|a, b| a.memory.total_cmp(&b.memory));
+        if forecast.memory() < least.0 {
+            least = (forecast.memory(), stage.map_or("", |s| s.name));
+        }
+    }
+    Err(NoRoom::Memory { limit, least: least.0 as u64, stage: least.1 })
+}
+
+/// Why a run cannot do with so little memory.
+#[derive(Debug, thiserror::Error)]
+pub enum NoRoom {
+    /// It needs more.
+    #[error(
+        "{:.2} GB of memory are not enough: stage \"{stage}\" needs {:.2} GB even with streams in files and one window at a time",
+        *limit as f64 / 1e9,
+        *least as f64 / 1e9
+    )]
+    Memory {
+        /// What is there.
+        limit: u64,
+        /// What would do.
+        least: u64,
+        /// What it is needed for.
+        stage: &'static str,
+    },
+    /// Nor with more.
+    #[error(transparent)]
+    Budget(#[from] BudgetError),
+}
+
+/// Sizes of one block, as far as work depends on them. Whole numbers but for means over blocks.
+#[derive(Clone, Copy)]
+struct Sizes {
+    /// Width of all query heads, and of all key heads.
+    q: f64,
+    kv: f64,
+    /// Neurons.
+    ff: f64,
+}
+
+struct Work<'a> {
+    model: &'a Model,
+    c: &'a Calibration,
+    s: &'a Settings,
+    /// Share of the attention that stays, in all blocks alike.
+    kept: f64,
+    widths: &'a [usize],
+}
+
+impl Work<'_> {
+    fn n_embd(&self) -> f64 {
+        self.model.hparams.n_embd as f64
+    }
+
+    fn n_vocab(&self) -> f64 {
+        self.model.hparams.n_vocab as f64
+    }
+
+    fn n_layer(&self) -> f64 {
+        self.model.hparams.n_layer() as f64
+    }
+
+    fn n_all(&self) -> f64 {
+        ((self.c.n_fit + self.c.n_held_out) * self.c.n_ctx) as f64
+    }
+
+    fn n_fit(&self) -> f64 {
+        (self.c.n_fit * self.c.n_ctx) as f64
+    }
+
+    fn n_held_out(&self) -> f64 {
+        (self.c.n_held_out * self.c.n_ctx) as f64
+    }
+
+    fn sizes(&self, b: &BlockShape, kept: f64, width: usize) -> Sizes {
+        let d = self.model.hparams.head_dim as f64 * kept;
+        Sizes { q: d * b.n_head as f64, kv: d * b.n_head_kv as f64, ff: width as f64 }
+    }
+
+    /// Every block whole, with fewer heads, and narrowed as well.
+    fn whole(&self) -> Vec<Sizes> {
+        self.model.hparams.blocks.iter().map(|b| self.sizes(b, 1.0, b.n_ff)).collect()
+    }
+
+    fn headless(&self) -> Vec<Sizes> {
+        self.model.hparams.blocks.iter().map(|b| self.sizes(b, self.kept, b.n_ff)).collect()
+    }
+
+    fn pruned(&self) -> Vec<Sizes> {
+        let blocks = self.model.hparams.blocks.iter().zip(self.widths);
+        blocks.map(|(b, &w)| self.sizes(b, self.kept, w)).collect()
+    }
+
+    /// Tokens that `Windows::sample` gives.
+    fn sampled(&self, n_tokens: usize, n_ctx: usize) -> f64 {
+        (n_tokens.div_ceil(n_ctx).clamp(1, self.c.n_fit) * n_ctx) as f64
+    }
+
+    /// Tokens that are likely at one of `n` positions, about.
+    fn known(&self, n: f64) -> f64 {
+        (128.0 * n.sqrt()).min(self.n_vocab())
+    }
+
+    /// Up to the input of attn_output.
+    fn heads_ops(&self, il: usize, b: Sizes, n_tokens: f64, n_ctx: usize) -> f64 {
+        let slides = self.model.hparams.slides(il);
+        let n_swa = self.model.hparams.sliding.as_ref().filter(|_| slides).map_or(n_ctx, |s| s.n_swa);
+        let slice = query_slice(n_ctx);
+        let pairs: usize = (0..n_ctx)
+            .step_by(slice)
+            .map(|start| {
+                let n = slice.min(n_ctx - start);
+                n * (start + n - (start + 1).saturating_sub(n_swa))
+            })
+            .sum();
+        n_tokens * (2.0 * self.n_embd() * (b.q + 2.0 * b.kv) + 4.0 * b.q * pairs as f64 / n_ctx as f64)
+    }
+
+    /// attn_output and the feed-forward.
+    fn rest_ops(&self, b: Sizes, n_tokens: f64) -> f64 {
+        2.0 * n_tokens * self.n_embd() * (b.q + 3.0 * b.ff)
+    }
+
+    fn block_ops(&self, il: usize, b: Sizes, n_tokens: f64, n_ctx: usize) -> f64 {
+        self.heads_ops(il, b, n_tokens, n_ctx) + self.rest_ops(b, n_tokens)
+    }
+
+    fn model_ops(&self, blocks: &[Sizes], n_tokens: f64, n_ctx: usize) -> f64 {
+        blocks.iter().enumerate().map(|(il, b)| self.block_ops(il, *b, n_tokens, n_ctx)).sum()
+    }
+
+    /// Back through a block, the forward pass included.
+    fn gradient_ops(&self, b: Sizes, n_tokens: f64, n_ctx: usize) -> f64 {
+        let matrices = 2.0 * self.n_embd() * (2.0 * b.q + 2.0 * b.kv + 3.0 * b.ff);
+        n_tokens * (2.0 * matrices + 12.0 * b.q * n_ctx as f64)
+    }
+
+    fn logit_ops(&self, n_vocab: f64, n_tokens: f64) -> f64 {
+        2.0 * self.n_embd() * n_vocab * n_tokens
+    }
+
+    /// Gram matrix of `n` inputs, by the panels of `forward`.
+    fn gram_ops(&self, n: f64, n_tokens: f64) -> f64 {
+        n * n * n_tokens * 7.0 / 6.0
+    }
+
+    /// A judge of `n_tokens` positions, and `n_losses` losses by it.
+    fn judge_ops(&self, n_tokens: f64, n_losses: f64) -> f64 {
+        self.logit_ops(self.n_vocab() + (1.0 + n_losses) * self.known(n_tokens), n_tokens)
+    }
+
+    /// Bytes of the largest block in floats.
+    fn block_bytes(&self) -> f64 {
+        let bytes = |b: &Sizes| 4.0 * self.n_embd() * (2.0 * b.q + 2.0 * b.kv + 3.0 * b.ff);
+        self.whole().iter().map(bytes).fold(0.0, f64::max)
+    }
+
+    fn max_ff(&self) -> f64 {
+        self.whole().iter().map(|b| b.ff).fold(0.0, f64::max)
+    }
+
+    fn max_q(&self) -> f64 {
+        self.whole().iter().map(|b| b.q).fold(0.0, f64::max)
+    }
+
+    /// Bytes of streams of `n` numbers.
+    fn stream_bytes(&self, n: f64) -> f64 {
+        if self.s.shelf.is_memory() { 4.0 * n } else { 0.0 }
+    }
+
+    /// Tokens in one graph.
+    fn chunk(&self, n_ctx: usize, n_tokens: f64) -> f64 {
+        n_tokens.min(((self.s.chunk_tokens / n_ctx).max(1) * n_ctx) as f64)
+    }
+
+    /// Bytes of the graph of a block: what is alive at its widest place.
+    fn graph_bytes(&self, n_ctx: usize, n_tokens: f64) -> f64 {
+        let chunk = self.chunk(n_ctx, n_tokens);
+        let slice = query_slice(n_ctx) as f64;
+        let head_dim = self.model.hparams.head_dim as f64;
+        let scores = 2.0 * self.max_q() / head_dim * slice * chunk;
+        let attention = chunk * (3.0 * self.max_q() + self.n_embd()) + scores;
+        let ffn = chunk * 3.0 * self.max_ff();
+        4.0 * (attention.max(ffn) + chunk * 3.0 * self.n_embd()) + 8.0 * slice * n_ctx as f64
+    }
+
+    /// Bytes of the graph that sums moments at ffn_down.
+    fn moment_graph_bytes(&self, n_ctx: usize, n_tokens: f64, n_out: f64) -> f64 {
+        let n = self.max_ff();
+        let sums = n * n * 7.0 / 12.0 + n * n_out;
+        self.graph_bytes(n_ctx, n_tokens) + 4.0 * (sums + self.chunk(n_ctx, n_tokens) * (n + 2.0 * self.n_embd()))
+    }
+
+    /// Bytes of a whole output head in floats.
+    fn head_bytes(&self) -> f64 {
+        4.0 * self.n_embd() * self.n_vocab()
+    }
+
+    /// Bytes while a whole head is read, and of the logits.
+    fn reading_head_bytes(&self) -> f64 {
+        2.0 * self.head_bytes()
+    }
+
+    /// Bytes of moments and of choosing neurons on them.
+    fn choosing_bytes(&self, n_out: f64, carried: bool) -> f64 {
+        let n = self.max_ff();
+        let gram = 4.0 * n * n + 8.0 * n * n_out;
+        let maps = if carried { 2.0 } else { 1.0 };
+        let obs = 16.0 * n * n + maps * 8.0 * n * self.n_embd() + 3.0 * 8.0 * 256.0 * n;
+        gram + obs
+    }
+
+    fn first_look(&self) -> StageForecast {
+        let n_ctx = ROUGH_CTX.min(self.c.n_ctx);
+        self.search("heads, first look", ROUGH_TOKENS, n_ctx, 0.0)
+    }
+
+    fn heads(&self, n_groups: usize) -> StageForecast {
+        self.search("heads", self.s.head_tokens, self.s.head_ctx.min(self.c.n_ctx), n_groups as f64)
+    }
+
+    /// A search that takes `n_steps` steps, or scores every candidate once.
+    fn search(&self, name: &'static str, n_tokens: usize, n_ctx: usize, n_steps: f64) -> StageForecast {
+        let (n, blocks) = (self.sampled(n_tokens, n_ctx), self.whole());
+        let whole = self.model_ops(&blocks, n, n_ctx);
+        let first = name != "heads";
+        let n_scores = if first { self.n_groups() } else { 4.0 * n_steps };
+        let candidates = if first {
+            let mut behind = 0.0;
+            let mut sum = 0.0;
+            for (il, b) in blocks.iter().enumerate().rev() {
+                let here = self.model.hparams.blocks[il].n_head_kv as f64;
+                sum += here * (self.rest_ops(*b, n) + behind) + self.heads_ops(il, *b, n, n_ctx);
+                behind += self.block_ops(il, *b, n, n_ctx);
+            }
+            sum
+        } else {
+            n_steps * SWEEPS_PER_STEP * whole
+        };
+        let idle = if first { self.kept == 1.0 } else { n_steps == 0.0 };
+        let streams = self.stream_bytes((self.n_layer() + 1.0) * n * self.n_embd());
+        let width = n * self.n_embd() * 4.0;
+        let together = (n_scores * width).min(STREAM_BYTES as f64);
+        let searching = together + 2.0 * self.block_bytes() + self.graph_bytes(n_ctx, n) + 3.0 * width;
+        StageForecast {
+            name,
+            operations: if idle { 0.0 } else { whole + candidates + self.judge_ops(n, 1.0 + n_scores) },
+            algebra: 0.0,
+            memory: BASE_BYTES + streams + searching.max(self.reading_head_bytes()),
+        }
+    }
+
+    fn n_groups(&self) -> f64 {
+        self.model.hparams.blocks.iter().map(|b| b.n_head_kv as f64).sum()
+    }
+
+    fn widths(&self) -> StageForecast {
+        let n_ctx = self.c.n_ctx;
+        let probe_ctx = curves::PROBE_CTX.min(n_ctx);
+        let (n, n_probe) = (self.sampled(self.s.curve_tokens, n_ctx), self.sampled(self.s.probe_tokens, probe_ctx));
+        let (mut operations, mut algebra) = (self.judge_ops(n_probe, self.n_layer()), 0.0);
+        for (il, b) in self.headless().into_iter().enumerate() {
+            let narrowed = Sizes { ff: b.ff * (1.0 - self.s.sparsity), ..b };
+            operations += self.block_ops(il, b, n, n_ctx) + self.gram_ops(b.ff, n);
+            operations += (il as f64 + 1.0) * self.block_ops(il, b, n_probe, probe_ctx);
+            operations += self.block_ops(il, narrowed, n_probe, probe_ctx);
+            algebra += inverse_ops(b.ff) + removal_ops(b.ff, 0.0, self.n_embd());
+        }
+        let streams = self.stream_bytes(self.n_layer() * n_probe * self.n_embd() + n * self.n_embd());
+        let probes = 3.0 * 4.0 * n_probe * self.n_embd();
+        let collecting = 2.0 * self.block_bytes()
+            + 4.0 * self.max_ff().powi(2)
+            + self.moment_graph_bytes(n_ctx, n, 0.0);
+        let choosing = self.block_bytes() + self.choosing_bytes(0.0, false);
+        let needed = !self.s.per_block_widths;
+        StageForecast {
+            name: "widths",
+            operations: if needed { 0.0 } else { operations },
+            algebra,
+            memory: BASE_BYTES + streams + probes + collecting.max(choosing).max(self.reading_head_bytes()),
+        }
+    }
+
+    fn sensitivity(&self) -> StageForecast {
+        let n_ctx = sensitivity::CTX.min(self.c.n_ctx);
+        let blocks = self.whole();
+        let n = self.sampled(self.s.sensitivity_tokens.max(1), n_ctx);
+        let back: f64 = blocks[1..].iter().map(|b| self.gradient_ops(*b, n, n_ctx)).sum();
+        let operations = self.model_ops(&blocks, n, n_ctx) + back + 2.0 * self.logit_ops(self.n_vocab(), n);
+        let batch = n.min(sensitivity::BATCH_TOKENS as f64);
+        let streams = self.stream_bytes(self.n_layer() * self.n_embd() * (0.5 * n + batch));
+        StageForecast {
+            name: "sensitivity",
+            operations: if self.s.sensitivity_tokens > 0 { operations } else { 0.0 },
+            algebra: 0.0,
+            memory: BASE_BYTES + streams + self.back_bytes(n_ctx),
+        }
+    }
+
+    /// Bytes while gradients go back, the head they begin at included.
+    fn back_bytes(&self, n_ctx: usize) -> f64 {
+        let n = (512 / n_ctx).max(1) as f64 * n_ctx as f64;
+        let head_dim = self.model.hparams.head_dim as f64;
+        let scores = 4.0 * self.max_q() / head_dim * n_ctx as f64 * n;
+        let block = n * (7.0 * self.max_ff() + 8.0 * self.n_embd() + 8.0 * self.max_q()) + scores;
+        let logits = 6.0 * 128.0 * self.n_vocab();
+        self.head_bytes() + (2.0 * self.block_bytes() + 4.0 * block).max(4.0 * logits).max(self.head_bytes())
+    }
+
+    fn blocks(&self) -> StageForecast {
+        let (n_all, n_fit, n_ctx, e) = (self.n_all(), self.n_fit(), self.c.n_ctx, self.n_embd());
+        let ours = self.s.method == Method::Putri;
+        let (mut operations, mut algebra) = (0.0, 0.0);
+        let blocks = self.whole().into_iter().zip(self.headless()).zip(self.pruned());
+        for (il, ((whole, headless), pruned)) in blocks.enumerate() {
+            operations += self.block_ops(il, whole, n_all, n_ctx) + self.heads_ops(il, headless, n_all, n_ctx);
+            operations += 2.0 * e * headless.q * n_all + 6.0 * e * headless.ff * n_fit;
+            operations += self.gram_ops(headless.ff, n_fit) + 6.0 * e * pruned.ff * n_all;
+            algebra += (headless.ff.powi(3) + pruned.ff.powi(3)) / 3.0 + e * pruned.ff.powi(2);
+            if ours {
+                operations += self.gram_ops(headless.q, n_fit) + 4.0 * e * headless.q * n_fit;
+                operations += 2.0 * e * headless.ff * n_fit;
+                algebra += 2.0 / 3.0 * headless.q.powi(3) + 3.0 * e * headless.q.powi(2);
+                algebra += 2.0 * e * headless.ff.powi(2) + 2.0 * e * e * headless.ff + e.powi(3) * 4.0 / 3.0;
+                algebra += inverse_ops(headless.ff) + removal_ops(headless.ff, pruned.ff, 2.0 * e);
+            }
+        }
+        let streams = self.stream_bytes(n_all * (2.0 * e + self.max_q()));
+        let sensitivity = self.stream_bytes(self.n_layer() * e * 0.5 * self.s.sensitivity_tokens as f64);
+        let n_out = if ours { e } else { 0.0 };
+        let moments = 4.0 * self.max_ff().powi(2) + 8.0 * self.max_ff() * n_out;
+        let crossing = 3.0 * self.block_bytes() + self.graph_bytes(n_ctx, n_all);
+        let collecting = 2.0 * self.block_bytes() + moments + self.moment_graph_bytes(n_ctx, n_fit, n_out);
+        let maps = 2.0 * 4.0 * self.max_ff() * e;
+        let choosing = self.block_bytes() + maps + self.choosing_bytes(n_out, true);
+        StageForecast {
+            name: "blocks",
+            operations,
+            algebra,
+            memory: BASE_BYTES
+                + streams
+                + sensitivity
+                + self.new_bytes()
+                + crossing.max(collecting).max(choosing),
+        }
+    }
+
+    fn tune(&self) -> StageForecast {
+        let n_ctx = self.c.n_ctx / self.c.n_ctx.div_ceil(MAX_GRADIENT_CTX);
+        let n = (self.s.tune_limit / n_ctx).clamp(1, self.n_fit() as usize / n_ctx) as f64 * n_ctx as f64;
+        let (pruned, n_held_out) = (self.pruned(), self.n_held_out());
+        let pass = self.model_ops(&pruned, n, n_ctx)
+            + pruned.iter().map(|b| self.gradient_ops(*b, n, n_ctx)).sum::<f64>()
+            + 3.0 * self.logit_ops(self.n_vocab(), n);
+        let mut operations = self.s.tune as f64 * pass + self.judge_ops(n_held_out, 2.0);
+        operations += self.model_ops(&pruned, n_held_out, self.c.n_ctx);
+        operations += 2.0 * self.logit_ops(self.n_vocab(), n_held_out);
+        if n_ctx != self.c.n_ctx {
+            operations += self.model_ops(&self.whole(), n, n_ctx);
+        }
+        let step = (self.s.tune_tokens / n_ctx).max(1) as f64 * n_ctx as f64;
+        let streams = self.stream_bytes(self.n_embd() * (n + self.n_layer() * step.min(n) + 2.0 * self.n_all()));
+        StageForecast {
+            name: "tune",
+            operations: if self.s.tune > 0 { operations } else { 0.0 },
+            algebra: 0.0,
+            memory: BASE_BYTES + streams + self.new_bytes() + self.back_bytes(n_ctx),
+        }
+    }
+
+    /// Encoded bytes of a block's attn_output and ffn_down as they will be written.
+    fn new_block_bytes(&self, b: Sizes, shape: &BlockShape, t: &BlockTensors) -> f64 {
+        let encoded = |wanted: Option<Type>, old: &Segment, n_in: f64, step: usize| {
+            let ty = output_type(wanted.unwrap_or(self.model.tensor(old).ty), step);
+            n_in * self.n_embd() * ty.row_bytes(ty.block_size()) as f64 / ty.block_size() as f64
+        };
+        // Rows of attn_output are made of whole groups.
+        let group = shape.heads_per_group() * self.model.hparams.head_dim;
+        let attn_output =
+            t.attn_output.as_ref().map_or(0.0, |o| encoded(self.s.types.attn_output, o, b.q, group));
+        attn_output + encoded(self.s.types.ffn_down, &t.ffn_down, b.ff, b.ff as usize)
+    }
+
+    /// Those of all blocks.
+    fn new_bytes(&self) -> f64 {
+        let blocks = self.model.hparams.blocks.iter().zip(&self.model.blocks);
+        self.pruned().into_iter().zip(blocks).map(|(b, (shape, t))| self.new_block_bytes(b, shape, t)).sum()
+    }
+
+    /// Bytes of the file once rows and columns are gone.
+    fn file_bytes(&self) -> u64 {
+        let rows = |s: &Segment| {
+            let t = self.model.tensor(s);
+            s.n as f64 * t.ty.row_bytes(t.ne[0]) as f64
+        };
+        let mut bytes = self.model.file.bytes().len() as f64;
+        let blocks = self.model.hparams.blocks.iter().zip(&self.model.blocks);
+        for ((b, (shape, t)), whole) in self.pruned().into_iter().zip(blocks).zip(self.whole()) {
+            let gone = t.qkv.iter().flatten().map(rows).sum::<f64>() * (1.0 - self.kept)
+                + (rows(&t.ffn_gate) + rows(&t.ffn_up)) * (1.0 - b.ff / whole.ff)
+                + t.attn_output.as_ref().map_or(0.0, rows)
+                + rows(&t.ffn_down);
+            bytes += self.new_block_bytes(b, shape, t) - gone;
+            if self.s.biases {
+                let new = [t.attn_output_bias.is_none(), t.ffn_down_bias.is_none()];
+                bytes += new.into_iter().filter(|n| *n).count() as f64 * 4.0 * self.n_embd();
+            }
+        }
+        bytes as u64
+    }
+}
+
+/// Operations of a Cholesky factor of `n` rows and its inverse.
+fn inverse_ops(n: f64) -> f64 {
+    n.powi(3)
+}
+
+/// Operations of taking inputs out from `n` down to `end`, for maps with `n_out` outputs in all.
+fn removal_ops(n: f64, end: f64, n_out: f64) -> f64 {
+    (n.powi(3) - end.powi(3)) / 3.0 + n_out * (n.powi(2) - end.powi(2))
+}
