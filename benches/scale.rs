@@ -3,8 +3,9 @@
 //!     cargo bench --bench scale -- --shape 1b --shape 8b --blocks 2
 //!
 //! Models of a few blocks with random weights in the shapes of Llama 3, pruned on random tokens. Prints a row per
-//! stage, and peak memory after each shape (of the process so far: shapes go from small to large). How many
-//! neurons go, and what the search for heads looks at, does depend on the weights; what a block costs hardly does.
+//! stage: time and operations of a block, memory at the stage's peak (without mapped files), and what shapes said
+//! beforehand. How many neurons go, and what the search for heads looks at, does depend on the weights; what a block
+//! costs hardly does.
 
 #[path = "../tests/common/small.rs"]
 #[allow(dead_code)]
@@ -14,9 +15,12 @@ use clap::{Parser, ValueEnum};
 use putri_gguf::calibrate::{Recipe, Windows};
 use putri_gguf::ggml::{Token, Type, product_rate, silence_logs};
 use putri_gguf::pipeline::{Observer, Settings};
-use putri_gguf::report::{Timings, peak_memory};
+use putri_gguf::report::Timings;
 use putri_gguf::{Job, run};
 use small::{Rng, Small};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
 #[derive(Clone, Copy, Debug, ValueEnum, PartialEq, Eq, PartialOrd, Ord)]
 enum Shape {
@@ -67,11 +71,16 @@ struct Args {
     bench: bool,
 }
 
-/// Nobody watches.
-struct Silent;
+/// Says to whoever watches memory which stage it is; 0 is before the first.
+struct Silent {
+    peaks: Arc<Mutex<Vec<u64>>>,
+    stage: Arc<AtomicUsize>,
+}
 
 impl Observer for Silent {
-    fn stage(&mut self, _: &str, _: usize) {}
+    fn stage(&mut self, _: &str, _: usize) {
+        self.stage.fetch_add(1, Ordering::Relaxed);
+    }
     fn step(&mut self, _: usize, _: &str) {}
 }
 
@@ -81,13 +90,12 @@ fn main() {
     args.shape.sort_unstable();
     let rate = product_rate(args.threads).expect("engine");
     println!("Products of 2048 x 2048 floats on {} threads: {:.0} GFLOP/s.\n", args.threads, rate / 1e9);
-    println!("| shape | stage | seconds a block | GFLOP a block | GFLOP/s | of peak |");
-    println!("|---|---|---|---|---|---|");
+    println!(
+        "| shape | stage | seconds a block | GFLOP a block | expected | f64 | of peak | GiB | expected |"
+    );
+    println!("|---|---|---|---|---|---|---|---|---|");
     for shape in &args.shape {
         measure(*shape, &args, rate);
-        let memory =
-            peak_memory().map_or("unknown".into(), |b| format!("{:.2} GiB", b as f64 / f64::from(1 << 30)));
-        println!("| {shape:?} | peak memory | {memory} | | | |");
     }
 }
 
@@ -132,20 +140,52 @@ fn measure(shape: Shape, args: &Args, rate: f64) {
         windows: Some(windows),
         settings: Settings { sparsity: args.sparsity, n_threads: args.threads, ..Settings::default() },
     };
-    let mut silent = Silent;
+    let mut silent = Silent { peaks: Arc::default(), stage: Arc::default() };
+    let (peaks, stage) = (Arc::clone(&silent.peaks), Arc::clone(&silent.stage));
+    let done = Arc::new(AtomicBool::new(false));
+    let watch = {
+        let done = Arc::clone(&done);
+        std::thread::spawn(move || {
+            while !done.load(Ordering::Relaxed) {
+                let at = stage.load(Ordering::Relaxed);
+                let mut peaks = peaks.lock().expect("no panic");
+                let n = peaks.len().max(at + 1);
+                peaks.resize(n, 0);
+                peaks[at] = peaks[at].max(anonymous_memory());
+                drop(peaks);
+                std::thread::sleep(Duration::from_millis(5));
+            }
+        })
+    };
     let mut watched = Timings::new(&mut silent);
-    run(&job, &mut watched).expect("a pruned model");
-    for stage in watched.finish().0 {
+    let outcome = run(&job, &mut watched).expect("a pruned model");
+    let stages = watched.finish().0;
+    done.store(true, Ordering::Relaxed);
+    watch.join().expect("no panic");
+    let forecast = outcome.forecast.expect("a model was pruned");
+    let peaks = silent.peaks.lock().expect("no panic");
+    for (i, stage) in stages.iter().enumerate() {
         let per_block = 1.0 / args.blocks as f64;
         let (seconds, operations) =
             (stage.time.as_secs_f64() * per_block, stage.operations as f64 * per_block);
-        let reached = operations / seconds;
+        let expected = forecast.stages.iter().find(|e| e.name == stage.name);
+        let [counted, algebra, memory] = expected.map_or([0.0; 3], |e| [e.operations, e.algebra, e.memory]);
         println!(
-            "| {shape:?} | {} | {seconds:.1} | {:.0} | {:.0} | {:.0} % |",
+            "| {shape:?} | {} | {seconds:.1} | {:.0} | {:.0} | {:.0} | {:.0} % | {:.2} | {:.2} |",
             stage.name,
             operations / 1e9,
-            reached / 1e9,
-            reached / rate * 100.0
+            counted * per_block / 1e9,
+            algebra * per_block / 1e9,
+            (operations + 2.0 * algebra * per_block) / seconds / rate * 100.0,
+            peaks.get(i + 1).copied().unwrap_or(0) as f64 / f64::from(1 << 30),
+            memory / f64::from(1 << 30),
         );
     }
+}
+
+/// Bytes of the process that are no file's.
+fn anonymous_memory() -> u64 {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let line = status.lines().find_map(|l| l.strip_prefix("RssAnon:"));
+    line.and_then(|l| l.trim().trim_end_matches("kB").trim().parse::<u64>().ok()).unwrap_or(0) * 1024
 }

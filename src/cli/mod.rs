@@ -60,7 +60,7 @@ pub fn main() -> ExitCode {
             // The job is done; that nobody reads the summary does not make it a failure.
             let mut text = summary(&outcome);
             if timings && let Ok(rate) = ggml::product_rate(job.settings.n_threads) {
-                text += &format!("\n{}", stages.table(rate));
+                text += &format!("\n{}", stages.table(rate, outcome.forecast.as_ref()));
             }
             let _ = writeln!(std::io::stdout(), "{text}{}", job.output.display());
             ExitCode::SUCCESS

@@ -181,7 +181,8 @@ mod tests {
 
     #[test]
     fn sizes_are_in_powers_of_1024() {
-        let sizes = [("8G", 8 << 30), ("1.5g", 3 << 29), ("512M", 512 << 20), ("2GiB", 2 << 30), ("1000", 1000)];
+        let sizes =
+            [("8G", 8 << 30), ("1.5g", 3 << 29), ("512M", 512 << 20), ("2GiB", 2 << 30), ("1000", 1000)];
         for (text, expected) in sizes {
             assert_eq!(job(&["--sparsity", "0.2", "--max-memory", text]).unwrap().max_memory, Some(expected));
         }

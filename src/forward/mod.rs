@@ -13,6 +13,7 @@ pub use block::Block;
 pub(crate) use block::query_slice;
 pub use gradient::BlockGradient;
 pub use head::Head;
+pub(crate) use stats::moment_products;
 pub use stats::{Collect, InputSquares, Wanted};
 
 use crate::ggml::{Engine, GgmlError, Resident, TensorSpec, Token};

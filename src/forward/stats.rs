@@ -8,6 +8,18 @@ use crate::numeric::Moments;
 /// Panels of rows that a symmetric product is cut into, each from its diagonal on: (p + 1) / 2p of the work.
 const PANELS: usize = 6;
 
+/// Rows of a panel of a symmetric matrix of `n` rows.
+fn panel_rows(n: usize) -> usize {
+    n.div_ceil(PANELS).next_multiple_of(16)
+}
+
+/// Products of two numbers that a token adds to the moments of `n` inputs and `m` residuals.
+pub(crate) fn moment_products(n: usize, m: usize) -> usize {
+    let width = panel_rows(n.max(1));
+    let panels = (0..n).step_by(width).map(|start| width.min(n - start) * (n - start));
+    panels.sum::<usize>() + n * m + n + m
+}
+
 /// Outputs of a graph that [`Moments::add`] reads.
 struct Sums {
     panels: Vec<(usize, T)>,
@@ -228,7 +240,7 @@ fn sums<'a>(g: &mut Graph<'a>, x: T, residual: Option<T>, scales: T) -> Sums {
         g.output(product);
         product
     };
-    let width = n.div_ceil(PANELS).next_multiple_of(16);
+    let width = panel_rows(n);
     let panels = (0..n).step_by(width).map(|start| {
         let panel = g.slice(x, 0, start, width.min(n - start));
         let behind = g.slice(x, 0, start, n - start);

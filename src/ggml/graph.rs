@@ -74,8 +74,8 @@ pub struct Graph<'a> {
     id: u32,
     tensors: Vec<NonNull<sys::ggml_tensor>>,
     inputs: Vec<(NonNull<sys::ggml_tensor>, &'a [u8])>,
-    /// Floating-point operations of its matrix products.
-    operations: u64,
+    /// Its matrix products, with their floating-point operations.
+    products: Vec<(T, u64)>,
     _weights: PhantomData<&'a Resident>,
 }
 
@@ -99,7 +99,7 @@ impl<'a> Graph<'a> {
                 id,
                 tensors: Vec::new(),
                 inputs: Vec::new(),
-                operations: 0,
+                products: Vec::new(),
                 _weights: PhantomData,
             }
         }
@@ -167,7 +167,7 @@ impl<'a> Graph<'a> {
             x[0] == y[0] && y[2].is_multiple_of(x[2]) && y[3].is_multiple_of(x[3]),
             "mul_mat of {x:?} and {y:?}"
         );
-        self.operations += 2 * (x[0] * x[1] * y[1] * y[2] * y[3]) as u64;
+        let operations = 2 * (x[0] * x[1] * y[1] * y[2] * y[3]) as u64;
         let [m, n, n2, n3] = [x[1], y[1], y[2], y[3]].map(|n| n as i64);
         let mut sources = [self.raw(a), self.raw(b)];
         // SAFETY: live F32 headers of this context, of the sizes that `multiply` expects.
@@ -187,7 +187,9 @@ impl<'a> Graph<'a> {
                 std::ptr::null_mut(),
             )
         };
-        self.push(raw)
+        let product = self.push(raw);
+        self.products.push((product, operations));
+        product
     }
 
     fn assert_repeats(&self, a: T, b: T, op: &str) {
@@ -464,7 +466,9 @@ impl<'a> Graph<'a> {
                 return Err(GgmlError::Compute(status));
             }
         }
-        count(self.operations);
+        // SAFETY: live headers; what no result depends on was given no memory, and did not run.
+        let ran = |t: &T| unsafe { !(*self.raw(*t)).buffer.is_null() };
+        count(self.products.iter().filter(|(t, _)| ran(t)).map(|(_, n)| n).sum());
         Ok(Computed { graph: self, _engine: PhantomData })
     }
 }

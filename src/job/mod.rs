@@ -97,6 +97,8 @@ pub struct Outcome {
     pub sparsity: f64,
     /// What was measured; absent when nothing was pruned.
     pub quality: Option<Quality>,
+    /// What shapes said beforehand; absent when nothing was pruned.
+    pub forecast: Option<Forecast>,
     /// What the user should know.
     pub warnings: Vec<String>,
     /// Wall time.
@@ -213,6 +215,9 @@ pub fn run(job: &Job, observer: &mut dyn Observer) -> Result<Outcome, JobError> 
         Some(state) => state,
         None => &mut (),
     };
+    let calibration =
+        Calibration { n_ctx: windows.n_ctx, n_fit: windows.n_fit, n_held_out: windows.n_held_out };
+    let forecast = forecast(model, &calibration, &job.settings)?;
     let pruned = pipeline::run(model, &source, &windows, &job.settings, journal, observer)?;
     let sparsity = pruned.plan.sparsity(&budgets);
     let provenance = Provenance {
@@ -283,7 +288,16 @@ pub fn run(job: &Job, observer: &mut dyn Observer) -> Result<Outcome, JobError> 
     };
     let mut warnings = pruned.warnings;
     warnings.extend(advice(sparsity, &quality, carrier));
-    Ok(Outcome { before, after, carrier, sparsity, quality: Some(quality), warnings, time: start.elapsed() })
+    Ok(Outcome {
+        before,
+        after,
+        carrier,
+        sparsity,
+        quality: Some(quality),
+        forecast: Some(forecast),
+        warnings,
+        time: start.elapsed(),
+    })
 }
 
 /// What a job will need, and what comes of it, as far as shapes say.
@@ -307,8 +321,7 @@ pub fn dry_run(job: &Job) -> Result<DryRun, JobError> {
     check_paths(job)?;
     let source = open(job)?;
     let settings = settings(job, &source)?;
-    let forecast = pipeline::forecast(&source, &expected_calibration(job), &settings)
-        .map_err(|e| JobError::Prune(e.into()))?;
+    let forecast = forecast(&source, &expected_calibration(job), &settings)?;
     Ok(DryRun { before: size_of(&source), forecast, settings, self_written: job.recipe.self_written() })
 }
 
@@ -328,6 +341,10 @@ fn settings(job: &Job, source: &Model) -> Result<Settings, JobError> {
     let calibration = expected_calibration(job);
     pipeline::within_memory(source, &calibration, &job.settings, limit, folder_of(&job.output))
         .map_err(JobError::NoRoom)
+}
+
+fn forecast(model: &Model, c: &Calibration, settings: &Settings) -> Result<Forecast, JobError> {
+    pipeline::forecast(model, c, settings).map_err(|e| JobError::Prune(e.into()))
 }
 
 fn expected_calibration(job: &Job) -> Calibration {
@@ -471,6 +488,7 @@ fn copy_as_is(job: &Job, model: &Model, start: Instant, interrupted: bool) -> Re
         carrier: Carrier::Same(model.hparams.family),
         sparsity: 0.0,
         quality: None,
+        forecast: None,
         warnings: Vec::new(),
         time: start.elapsed(),
     })

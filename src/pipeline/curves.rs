@@ -2,7 +2,7 @@
 
 use super::judge::{Judge, Loss};
 use super::stream::embedded;
-use super::{PruneError, Run, forward, token_scales};
+use super::{PruneError, Run, equal_widths, forward, neurons_to_remove, token_scales};
 use crate::forward::{Collect, Wanted, embed};
 use crate::model::{BlockWeights, Matrix};
 use crate::numeric::Moments;
@@ -24,9 +24,9 @@ impl Run<'_> {
         attention_removed: usize,
     ) -> Result<Vec<usize>, PruneError> {
         if !self.settings.per_block_widths {
-            return self.equal_widths(budgets, attention_removed);
+            return Ok(equal_widths(self.model, budgets, self.settings, attention_removed)?);
         }
-        let n_remove = self.neurons_to_remove(budgets, attention_removed)?;
+        let n_remove = neurons_to_remove(budgets, self.settings, attention_removed)?;
         let curves = self.loss_curves(budgets)?;
         Ok(prune::allocate(&curves, n_remove))
     }

@@ -5,8 +5,8 @@
 //! somewhere.
 
 use super::heads::{ROUGH_CTX, ROUGH_TOKENS, STREAM_BYTES};
-use super::{Method, Settings, budgets, curves, groups_to_remove, sensitivity, within_family};
-use crate::forward::{MAX_GRADIENT_CTX, query_slice};
+use super::{Method, Settings, budgets, curves, equal_widths, groups_to_remove, sensitivity, within_family};
+use crate::forward::{MAX_GRADIENT_CTX, moment_products, query_slice};
 use crate::ggml::Type;
 use crate::model::{BlockShape, BlockTensors, Model, Segment};
 use crate::prune::{self, BudgetError};
@@ -18,8 +18,8 @@ use std::path::Path;
 /// and a few candidates carried to the end (measured: 1.4 on SmolLM2).
 const SWEEPS_PER_STEP: f64 = 1.4;
 
-/// What the process takes besides arrays.
-const BASE_BYTES: f64 = 64e6;
+/// What the process takes besides arrays, and what the allocator does not give back between them.
+const BASE_BYTES: f64 = 150e6;
 
 /// Calibration windows: tokens per window, windows to fit on, windows held out.
 #[derive(Clone, Copy, Debug)]
@@ -76,10 +76,7 @@ pub fn forecast(model: &Model, c: &Calibration, settings: &Settings) -> Result<F
     let budgets = budgets(model, &s.types);
     let n_groups = groups_to_remove(model, &budgets, s);
     let group_params = budgets.iter().filter(|b| b.n_groups > 0).map(|b| b.group_params).min().unwrap_or(0);
-    let params = prune::ffn_params_to_remove(&budgets, s.sparsity, n_groups * group_params)?;
-    let n_neurons = params.div_ceil(budgets[0].neuron_params);
-    let widths: Vec<_> = budgets.iter().map(|b| prune::possible_widths(b.n_ff, b.ff_step)).collect();
-    let widths = prune::uniform(&widths, n_neurons);
+    let widths = equal_widths(model, &budgets, s, n_groups * group_params)?;
     let all_groups: usize = budgets.iter().map(|b| b.n_groups).sum();
     let kept = if all_groups > 0 { 1.0 - n_groups as f64 / all_groups as f64 } else { 1.0 };
     let total: usize = budgets.iter().map(prune::Budget::params).sum();
@@ -87,7 +84,15 @@ pub fn forecast(model: &Model, c: &Calibration, settings: &Settings) -> Result<F
     let removed = n_groups * group_params + neurons * budgets[0].neuron_params;
     let w = Work { model, c, s, kept, widths: &widths };
     let stages = match s.method {
-        Method::Putri => vec![w.first_look(), w.heads(n_groups), w.widths(), w.sensitivity(), w.blocks(), w.tune()],
+        Method::Putri => vec![
+            w.first_look(),
+            w.heads(n_groups),
+            w.widths(),
+            w.sensitivity(),
+            w.blocks(),
+            w.prepare_tuning(),
+            w.tune(),
+        ],
         Method::Paper | Method::TwoStage => vec![w.blocks()],
     };
     Ok(Forecast {
@@ -252,17 +257,19 @@ impl Work<'_> {
 
     /// Back through a block, the forward pass included.
     fn gradient_ops(&self, b: Sizes, n_tokens: f64, n_ctx: usize) -> f64 {
-        let matrices = 2.0 * self.n_embd() * (2.0 * b.q + 2.0 * b.kv + 3.0 * b.ff);
-        n_tokens * (2.0 * matrices + 12.0 * b.q * n_ctx as f64)
+        // Forward, ffn_down is only needed where a norm follows it, and attn_output then once more.
+        let maps = if self.model.hparams.family.traits().post_norms { b.q + b.ff } else { 0.0 };
+        let matrices = 4.0 * b.q + 4.0 * b.kv + 5.0 * b.ff + maps;
+        n_tokens * (2.0 * self.n_embd() * matrices + 12.0 * b.q * n_ctx as f64)
     }
 
     fn logit_ops(&self, n_vocab: f64, n_tokens: f64) -> f64 {
         2.0 * self.n_embd() * n_vocab * n_tokens
     }
 
-    /// Gram matrix of `n` inputs, by the panels of `forward`.
-    fn gram_ops(&self, n: f64, n_tokens: f64) -> f64 {
-        n * n * n_tokens * 7.0 / 6.0
+    /// Moments of `n` inputs and `m` residuals.
+    fn moment_ops(&self, n: f64, m: f64, n_tokens: f64) -> f64 {
+        2.0 * n_tokens * moment_products(n.round() as usize, m as usize) as f64
     }
 
     /// A judge of `n_tokens` positions, and `n_losses` losses by it.
@@ -309,7 +316,8 @@ impl Work<'_> {
     fn moment_graph_bytes(&self, n_ctx: usize, n_tokens: f64, n_out: f64) -> f64 {
         let n = self.max_ff();
         let sums = n * n * 7.0 / 12.0 + n * n_out;
-        self.graph_bytes(n_ctx, n_tokens) + 4.0 * (sums + self.chunk(n_ctx, n_tokens) * (n + 2.0 * self.n_embd()))
+        self.graph_bytes(n_ctx, n_tokens)
+            + 4.0 * (sums + self.chunk(n_ctx, n_tokens) * (n + 2.0 * self.n_embd()))
     }
 
     /// Bytes of a whole output head in floats.
@@ -378,20 +386,20 @@ impl Work<'_> {
     fn widths(&self) -> StageForecast {
         let n_ctx = self.c.n_ctx;
         let probe_ctx = curves::PROBE_CTX.min(n_ctx);
-        let (n, n_probe) = (self.sampled(self.s.curve_tokens, n_ctx), self.sampled(self.s.probe_tokens, probe_ctx));
+        let (n, n_probe) =
+            (self.sampled(self.s.curve_tokens, n_ctx), self.sampled(self.s.probe_tokens, probe_ctx));
         let (mut operations, mut algebra) = (self.judge_ops(n_probe, self.n_layer()), 0.0);
         for (il, b) in self.headless().into_iter().enumerate() {
             let narrowed = Sizes { ff: b.ff * (1.0 - self.s.sparsity), ..b };
-            operations += self.block_ops(il, b, n, n_ctx) + self.gram_ops(b.ff, n);
+            operations += self.block_ops(il, b, n, n_ctx) + self.moment_ops(b.ff, 0.0, n);
             operations += (il as f64 + 1.0) * self.block_ops(il, b, n_probe, probe_ctx);
             operations += self.block_ops(il, narrowed, n_probe, probe_ctx);
             algebra += inverse_ops(b.ff) + removal_ops(b.ff, 0.0, self.n_embd());
         }
         let streams = self.stream_bytes(self.n_layer() * n_probe * self.n_embd() + n * self.n_embd());
         let probes = 3.0 * 4.0 * n_probe * self.n_embd();
-        let collecting = 2.0 * self.block_bytes()
-            + 4.0 * self.max_ff().powi(2)
-            + self.moment_graph_bytes(n_ctx, n, 0.0);
+        let collecting =
+            2.0 * self.block_bytes() + 4.0 * self.max_ff().powi(2) + self.moment_graph_bytes(n_ctx, n, 0.0);
         let choosing = self.block_bytes() + self.choosing_bytes(0.0, false);
         let needed = !self.s.per_block_widths;
         StageForecast {
@@ -434,13 +442,14 @@ impl Work<'_> {
         let (mut operations, mut algebra) = (0.0, 0.0);
         let blocks = self.whole().into_iter().zip(self.headless()).zip(self.pruned());
         for (il, ((whole, headless), pruned)) in blocks.enumerate() {
-            operations += self.block_ops(il, whole, n_all, n_ctx) + self.heads_ops(il, headless, n_all, n_ctx);
+            operations +=
+                self.block_ops(il, whole, n_all, n_ctx) + self.heads_ops(il, headless, n_all, n_ctx);
             operations += 2.0 * e * headless.q * n_all + 6.0 * e * headless.ff * n_fit;
-            operations += self.gram_ops(headless.ff, n_fit) + 6.0 * e * pruned.ff * n_all;
+            let n_out = if ours { e } else { 0.0 };
+            operations += self.moment_ops(headless.ff, n_out, n_fit) + 6.0 * e * pruned.ff * n_all;
             algebra += (headless.ff.powi(3) + pruned.ff.powi(3)) / 3.0 + e * pruned.ff.powi(2);
             if ours {
-                operations += self.gram_ops(headless.q, n_fit) + 4.0 * e * headless.q * n_fit;
-                operations += 2.0 * e * headless.ff * n_fit;
+                operations += self.moment_ops(headless.q, e, n_fit) + 2.0 * e * headless.q * n_fit;
                 algebra += 2.0 / 3.0 * headless.q.powi(3) + 3.0 * e * headless.q.powi(2);
                 algebra += 2.0 * e * headless.ff.powi(2) + 2.0 * e * e * headless.ff + e.powi(3) * 4.0 / 3.0;
                 algebra += inverse_ops(headless.ff) + removal_ops(headless.ff, pruned.ff, 2.0 * e);
@@ -466,24 +475,45 @@ impl Work<'_> {
         }
     }
 
-    fn tune(&self) -> StageForecast {
+    /// Tokens per window that gradients go through, and how many tokens there are to learn from.
+    fn lessons(&self) -> (usize, f64) {
         let n_ctx = self.c.n_ctx / self.c.n_ctx.div_ceil(MAX_GRADIENT_CTX);
-        let n = (self.s.tune_limit / n_ctx).clamp(1, self.n_fit() as usize / n_ctx) as f64 * n_ctx as f64;
+        let n = (self.s.tune_limit / n_ctx).clamp(1, self.n_fit() as usize / n_ctx);
+        (n_ctx, (n * n_ctx) as f64)
+    }
+
+    fn prepare_tuning(&self) -> StageForecast {
+        let (n_ctx, n) = self.lessons();
+        let again = n_ctx != self.c.n_ctx;
+        let operations = self.judge_ops(self.n_held_out(), 1.0)
+            + if again { self.model_ops(&self.whole(), n, n_ctx) } else { 0.0 };
+        let streams = self.stream_bytes(self.n_embd() * 2.0 * self.n_all());
+        let lessons = 4.0 * self.n_embd() * n * if again { 2.0 } else { 1.0 };
+        StageForecast {
+            name: "tune, preparing",
+            operations: if self.s.tune > 0 { operations } else { 0.0 },
+            algebra: 0.0,
+            memory: BASE_BYTES
+                + streams
+                + self.new_bytes()
+                + self.reading_head_bytes().max(lessons + 2.0 * self.block_bytes()),
+        }
+    }
+
+    fn tune(&self) -> StageForecast {
+        let (n_ctx, n) = self.lessons();
         let (pruned, n_held_out) = (self.pruned(), self.n_held_out());
         let pass = self.model_ops(&pruned, n, n_ctx)
             + pruned.iter().map(|b| self.gradient_ops(*b, n, n_ctx)).sum::<f64>()
             + 3.0 * self.logit_ops(self.n_vocab(), n);
-        let mut operations = self.s.tune as f64 * pass + self.judge_ops(n_held_out, 2.0);
-        operations += self.model_ops(&pruned, n_held_out, self.c.n_ctx);
-        operations += 2.0 * self.logit_ops(self.n_vocab(), n_held_out);
-        if n_ctx != self.c.n_ctx {
-            operations += self.model_ops(&self.whole(), n, n_ctx);
-        }
+        let held_out = self.model_ops(&pruned, n_held_out, self.c.n_ctx)
+            + self.logit_ops(2.0 * self.n_vocab() + self.known(n_held_out), n_held_out);
         let step = (self.s.tune_tokens / n_ctx).max(1) as f64 * n_ctx as f64;
-        let streams = self.stream_bytes(self.n_embd() * (n + self.n_layer() * step.min(n) + 2.0 * self.n_all()));
+        let streams =
+            self.stream_bytes(self.n_embd() * (n + self.n_layer() * step.min(n) + 2.0 * self.n_all()));
         StageForecast {
             name: "tune",
-            operations: if self.s.tune > 0 { operations } else { 0.0 },
+            operations: if self.s.tune > 0 { self.s.tune as f64 * pass + held_out } else { 0.0 },
             algebra: 0.0,
             memory: BASE_BYTES + streams + self.new_bytes() + self.back_bytes(n_ctx),
         }

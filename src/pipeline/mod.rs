@@ -271,7 +271,7 @@ pub fn run(
             run.held_out_ppl([&streams.dense[held_out.clone()], &streams.pruned[held_out]])?
         }
         Method::Paper | Method::TwoStage => {
-            let widths = run.equal_widths(&budgets, n_groups * group_params)?;
+            let widths = equal_widths(model, &budgets, s, n_groups * group_params)?;
             run.sequential_pass(&widths, settled.blocks)?;
             run.search_heads(&budgets, n_groups, None)?;
             run.evaluate_plan()?
@@ -361,6 +361,33 @@ fn groups_to_remove(model: &Model, budgets: &[Budget], s: &Settings) -> usize {
     if whole_blocks { wanted - wanted % budgets[0].n_groups.max(1) } else { wanted }
 }
 
+/// Neurons to remove once attention gave up so many parameters.
+fn neurons_to_remove(
+    budgets: &[Budget],
+    s: &Settings,
+    attention_removed: usize,
+) -> Result<usize, BudgetError> {
+    let params = prune::ffn_params_to_remove(budgets, s.sparsity, attention_removed)?;
+    Ok(params.div_ceil(budgets[0].neuron_params))
+}
+
+/// Widths that are the same for all blocks, or as nearly as steps allow if they may differ.
+fn equal_widths(
+    model: &Model,
+    budgets: &[Budget],
+    s: &Settings,
+    attention_removed: usize,
+) -> Result<Vec<usize>, BudgetError> {
+    let n_remove = neurons_to_remove(budgets, s, attention_removed)?;
+    let widths: Vec<_> = budgets.iter().map(|b| prune::possible_widths(b.n_ff, b.ff_step)).collect();
+    let mut widths = prune::uniform(&widths, n_remove);
+    if !model.hparams.family.traits().per_block() {
+        let narrowest = widths.iter().copied().min().unwrap_or(0);
+        widths.fill(narrowest);
+    }
+    Ok(widths)
+}
+
 /// What every block can give up if changed tensors are written in `types`.
 pub fn budgets(model: &Model, types: &TensorTypes) -> Vec<Budget> {
     let h = &model.hparams;
@@ -422,23 +449,6 @@ struct Run<'a> {
 impl Run<'_> {
     fn checkpoint(&self) -> Result<(), PruneError> {
         if self.observer.interrupted() { Err(PruneError::Interrupted) } else { Ok(()) }
-    }
-
-    /// Widths that are the same for all blocks, or as nearly as steps allow if they may differ.
-    fn equal_widths(&self, budgets: &[Budget], attention_removed: usize) -> Result<Vec<usize>, PruneError> {
-        let n_remove = self.neurons_to_remove(budgets, attention_removed)?;
-        let widths: Vec<_> = budgets.iter().map(|b| prune::possible_widths(b.n_ff, b.ff_step)).collect();
-        let mut widths = prune::uniform(&widths, n_remove);
-        if !self.model.hparams.family.traits().per_block() {
-            let narrowest = widths.iter().copied().min().unwrap_or(0);
-            widths.fill(narrowest);
-        }
-        Ok(widths)
-    }
-
-    fn neurons_to_remove(&self, budgets: &[Budget], attention_removed: usize) -> Result<usize, PruneError> {
-        let params = prune::ffn_params_to_remove(budgets, self.settings.sparsity, attention_removed)?;
-        Ok(params.div_ceil(budgets[0].neuron_params))
     }
 
     /// Perplexity of two final residual streams of the held-out windows.

@@ -7,8 +7,8 @@ use crate::ggml::Type;
 use crate::model::{BlockVector, BlockWeights, Matrix};
 use crate::numeric::Moments;
 use crate::prune::{self, Singular};
-use crate::spill::Array;
 use crate::requant::{FeedbackError, Quantised, quantise, quantise_with_feedback};
+use crate::spill::Array;
 
 /// The two residual streams `[n_tokens, n_embd]` of all windows, at the input of the same block.
 pub(super) struct Streams {

@@ -28,10 +28,16 @@ pub fn dry_run_table(d: &DryRun, rate: Option<f64>) -> String {
         (groups - f.n_groups).to_string(),
         percent(groups as f64, (groups - f.n_groups) as f64),
     );
-    line("neurons a block", format!("{width:.0}"), format!("{:.0}", f.mean_width), percent(width, f.mean_width));
+    line(
+        "neurons a block",
+        format!("{width:.0}"),
+        format!("{:.0}", f.mean_width),
+        percent(width, f.mean_width),
+    );
     let _ = writeln!(out, "\nSparsity {:.1} % of the blocks.\n", f.sparsity * 100.0);
 
-    let _ = writeln!(out, "{:<22} {:>9} {:>10} {:>12} {:>12}", "", "seconds", "GFLOP", "GFLOP (f64)", "memory");
+    let _ =
+        writeln!(out, "{:<22} {:>9} {:>10} {:>12} {:>12}", "", "seconds", "GFLOP", "GFLOP (f64)", "memory");
     let seconds = |graphs: f64, algebra: f64| {
         rate.map(|rate| graphs / (rate * GRAPHS) + algebra / (rate / 2.0 * ALGEBRA))
     };

@@ -1,7 +1,7 @@
 //! Where the time went.
 
 use crate::ggml::operations;
-use crate::pipeline::Observer;
+use crate::pipeline::{Forecast, Observer};
 use std::fmt::Write;
 use std::time::{Duration, Instant};
 
@@ -46,25 +46,38 @@ impl Timings<'_> {
 pub struct StageTimes(pub Vec<Stage>);
 
 impl StageTimes {
-    /// A line per stage, with what its matrix products reached in GFLOP/s over its whole time; `rate` is what the
-    /// machine reaches in a plain product, in operations per second.
-    pub fn table(&self, rate: f64) -> String {
-        let mut out =
-            format!("{:<22} {:>9} {:>10} {:>9} {:>7}\n", "", "seconds", "GFLOP", "GFLOP/s", "of peak");
-        let mut line = |name: &str, time: Duration, operations: u64| {
-            let (seconds, giga) = (time.as_secs_f64(), operations as f64 / 1e9);
-            let reached = giga / seconds.max(1e-9);
-            let share = reached * 1e9 / rate * 100.0;
-            let _ = writeln!(out, "{name:<22} {seconds:>9.1} {giga:>10.0} {reached:>9.1} {share:>5.0} %");
+    /// A line per stage: seconds, the operations of its products, those that `forecast` expected and the algebra's,
+    /// and what was reached. `rate` is what the machine reaches in a plain product, in operations per second.
+    pub fn table(&self, rate: f64, forecast: Option<&Forecast>) -> String {
+        let mut out = format!(
+            "{:<22} {:>9} {:>9} {:>9} {:>9} {:>9} {:>8}\n",
+            "", "seconds", "GFLOP", "expected", "f64", "GFLOP/s", "of peak"
+        );
+        let mut sums = (Duration::ZERO, 0.0, 0.0, 0.0);
+        let mut line = |name: &str, time: Duration, counted: f64, expected: f64, algebra: f64| {
+            let seconds = time.as_secs_f64().max(1e-9);
+            let _ = writeln!(
+                out,
+                "{name:<22} {seconds:>9.1} {:>9.0} {:>9.0} {:>9.0} {:>9.1} {:>6.0} %",
+                counted / 1e9,
+                expected / 1e9,
+                algebra / 1e9,
+                (counted + algebra) / seconds / 1e9,
+                // Half as many numbers of 64 bits fit into a register.
+                (counted + 2.0 * algebra) / seconds / rate * 100.0
+            );
         };
         for s in &self.0 {
-            line(&s.name, s.time, s.operations);
+            let expected = forecast.and_then(|f| f.stages.iter().find(|e| e.name == s.name));
+            let [operations, algebra] = expected.map_or([0.0; 2], |e| [e.operations, e.algebra]);
+            let counted = s.operations as f64;
+            line(&s.name, s.time, counted, operations, algebra);
+            sums = (sums.0 + s.time, sums.1 + counted, sums.2 + operations, sums.3 + algebra);
         }
-        let total = self.0.iter().fold((Duration::ZERO, 0), |t, s| (t.0 + s.time, t.1 + s.operations));
-        line("all stages", total.0, total.1);
+        line("all stages", sums.0, sums.1, sums.2, sums.3);
         let _ = writeln!(
             out,
-            "\nOnly matrix products of forward and backward passes are counted, not attention's softmax, libllama, or the\nalgebra in f64. Peak is a plain product of 2048 x 2048 floats on as many threads: {:.0} GFLOP/s.",
+            "\nGFLOP: products of forward and backward passes, counted and as expected from shapes. f64: the algebra, as\nexpected; of peak, such an operation counts as two. Not counted: softmax, libllama. Peak is a plain product of\n2048 x 2048 floats on as many threads: {:.0} GFLOP/s.",
             rate / 1e9
         );
         out

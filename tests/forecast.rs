@@ -1,0 +1,125 @@
+//! What a run is said to need beforehand, against what it then took.
+
+mod common;
+
+use common::cli::Cli;
+use common::small::Small;
+use putri_gguf::calibrate::Windows;
+use putri_gguf::ggml::{Token, silence_logs};
+use putri_gguf::gguf::GgufFile;
+use putri_gguf::model::Model;
+use putri_gguf::pipeline::{Calibration, NoRoom, Observer, Settings, forecast, run, within_memory};
+use putri_gguf::report::Timings;
+
+struct Silent;
+
+impl Observer for Silent {
+    fn stage(&mut self, _: &str, _: usize) {}
+    fn step(&mut self, _: usize, _: &str) {}
+}
+
+fn models() -> [(&'static str, Small, usize); 3] {
+    [
+        ("short windows", Small { blocks: vec![(8, 4, 512); 4], n_embd: 256, ..Small::default() }, 256),
+        (
+            "long windows",
+            Small { blocks: vec![(4, 2, 384); 3], n_embd: 128, n_ctx_train: 1024, ..Small::default() },
+            1024,
+        ),
+        (
+            "gemma3",
+            Small { arch: "gemma3", blocks: vec![(4, 1, 512); 7], n_embd: 128, ..Small::default() },
+            256,
+        ),
+    ]
+}
+
+#[test]
+fn operations_are_those_that_graphs_count() {
+    silence_logs();
+    let cli = Cli::new();
+    for (name, small, n_ctx) in models() {
+        small.write(&cli.path("in.gguf"));
+        let model = Model::open(&cli.path("in.gguf")).unwrap();
+        let c = Calibration { n_ctx, n_fit: 6, n_held_out: 2 };
+        let n_vocab = model.hparams.n_vocab as Token;
+        let tokens = (0..(8 * n_ctx) as Token).map(|i| 3 + i * 31 % (n_vocab - 3)).collect();
+        let windows = Windows { n_ctx, tokens, n_fit: 6, n_held_out: 2, n_self: 0 };
+        let settings = Settings { sparsity: 0.4, tune_limit: 1024, ..Settings::default() };
+        let said = forecast(&model, &c, &settings).unwrap();
+        let mut silent = Silent;
+        let mut watched = Timings::new(&mut silent);
+        run(&model, &model, &windows, &settings, &mut (), &mut watched).unwrap();
+        let stages = watched.finish().0;
+        assert_eq!(stages.len(), said.stages.len(), "{name}");
+        for (stage, said) in stages.iter().zip(&said.stages) {
+            let ratio = said.operations / stage.operations as f64;
+            println!(
+                "{name}, {}: {ratio:.3} of what was counted, {} {}",
+                stage.name, said.operations, stage.operations
+            );
+            assert_eq!(stage.name, said.name);
+            // How often candidates are scored depends on the weights.
+            let bound = if stage.name == "heads" { 2.0 } else { 1.06 };
+            assert!(ratio < bound && ratio > 1.0 / bound, "{name}, {}: {ratio}", stage.name);
+        }
+    }
+}
+
+#[test]
+fn a_dry_run_says_how_large_the_file_will_be_and_writes_nothing() {
+    let cli = Cli::new();
+    for (name, small, _) in models() {
+        small.write(&cli.path("in.gguf"));
+        let common = ["--sparsity", "0.4", "-c", "64", "--chunks", "8", "-t", "1", "-q"];
+        let before = cli.listing();
+        let text = cli.ok(&[&["in.gguf", "out.gguf", "--dry-run"][..], &common].concat());
+        assert_eq!(cli.listing(), before);
+        assert!(text.contains("tune") && text.contains("GiB"), "{text}");
+        let model = Model::open(&cli.path("in.gguf")).unwrap();
+        let settings = Settings { sparsity: 0.4, ..Settings::default() };
+        let c = Calibration { n_ctx: 64, n_fit: 8, n_held_out: 1 };
+        let said = forecast(&model, &c, &settings).unwrap();
+        cli.ok(&[&["in.gguf", "out.gguf", "--force"][..], &common].concat());
+        let written = GgufFile::open(&cli.path("out.gguf")).unwrap();
+        // Our own metadata and the padding are not counted, and weigh more in a small file.
+        let (said, is) = (said.file_bytes as f64, written.bytes().len() as f64);
+        assert!((said / is - 1.0).abs() < 0.02, "{name}: {said} for {is}");
+        std::fs::remove_file(cli.path("out.gguf")).unwrap();
+    }
+}
+
+#[test]
+fn streams_go_into_files_where_memory_is_short() {
+    silence_logs();
+    let cli = Cli::new();
+    Small { blocks: vec![(4, 2, 256); 4], ..Small::default() }.write(&cli.path("in.gguf"));
+    let model = Model::open(&cli.path("in.gguf")).unwrap();
+    let settings = Settings { sparsity: 0.4, ..Settings::default() };
+    let c = Calibration { n_ctx: 64, n_fit: 4096, n_held_out: 8 };
+    let whole = forecast(&model, &c, &settings).unwrap().memory() as u64;
+    let within = |limit| within_memory(&model, &c, &settings, limit, cli.dir.path());
+    assert!(within(whole + 1).unwrap().shelf.is_memory());
+    let spilling = within(whole - 1).unwrap();
+    assert!(!spilling.shelf.is_memory());
+    assert!(forecast(&model, &c, &spilling).unwrap().memory() < whole as f64);
+    let Err(NoRoom::Memory { least, .. }) = within(1 << 20) else { panic!("a megabyte is not enough") };
+    assert!(within(least).is_ok(), "what is said to be needed is enough");
+
+    // It changes nothing in what comes out.
+    let common = ["--sparsity", "0.4", "-c", "64", "--chunks", "64", "-t", "1", "-q"];
+    cli.ok(&[&["in.gguf", "memory.gguf"][..], &common].concat());
+    let c = Calibration { n_fit: 64, ..c };
+    let limit = (forecast(&model, &c, &settings).unwrap().memory() as u64 - 1).to_string();
+    let args = [&["in.gguf", "files.gguf", "--max-memory", &limit][..], &common].concat();
+    let said = cli.ok(&[&args[..], &["--dry-run"]].concat());
+    assert!(said.contains("in files beside the output, and 2048 tokens"), "{said}");
+    cli.ok(&args);
+    let [a, b] = ["memory.gguf", "files.gguf"].map(|f| std::fs::read(cli.path(f)).unwrap());
+    assert!(a == b);
+    cli.fails(
+        &[&["in.gguf", "x.gguf", "--max-memory", "1M"][..], &common].concat(),
+        1,
+        &["--max-memory", "not enough", "needs"],
+    );
+}
