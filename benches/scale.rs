@@ -1,6 +1,7 @@
 //! What a block of a large model costs: time, memory, and what its matrix products reach.
 //!
 //!     cargo bench --bench scale -- --shape 1b --shape 8b --blocks 2
+//!     cargo bench --bench scale -- --shape 8b --shape 70b --whole
 //!
 //! Models of a few blocks with random weights in the shapes of Llama 3, pruned on random tokens. Prints a row per
 //! stage: time and operations of a block, memory at the stage's peak (without mapped files), and what shapes said
@@ -13,11 +14,12 @@ mod small;
 
 use clap::{Parser, ValueEnum};
 use putri_gguf::calibrate::{Recipe, Windows};
-use putri_gguf::ggml::{Token, Type, product_rate, silence_logs};
+use putri_gguf::ggml::{RawGguf, Token, Type, product_rate, silence_logs};
 use putri_gguf::pipeline::{Observer, Settings};
-use putri_gguf::report::Timings;
-use putri_gguf::{Job, run};
+use putri_gguf::report::{Timings, dry_run_table};
+use putri_gguf::{Job, dry_run, run};
 use small::{Rng, Small};
+use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
@@ -33,6 +35,12 @@ enum Shape {
     /// Llama 3.1 8B.
     #[value(name = "8b")]
     B8,
+    /// Qwen 2.5 32B, as a Llama.
+    #[value(name = "32b")]
+    B32,
+    /// Llama 3.1 70B.
+    #[value(name = "70b")]
+    B70,
 }
 
 impl Shape {
@@ -42,6 +50,19 @@ impl Shape {
             Shape::B1 => (2048, 64, (32, 8, 8192)),
             Shape::B3 => (3072, 128, (24, 8, 8192)),
             Shape::B8 => (4096, 128, (32, 8, 14336)),
+            Shape::B32 => (5120, 128, (40, 8, 27648)),
+            Shape::B70 => (8192, 128, (64, 8, 28672)),
+        }
+    }
+
+    /// Blocks and vocabulary of the whole model.
+    fn whole(self) -> (usize, usize) {
+        match self {
+            Shape::B1 => (16, 128_256),
+            Shape::B3 => (28, 128_256),
+            Shape::B8 => (32, 128_256),
+            Shape::B32 => (64, 152_064),
+            Shape::B70 => (80, 128_256),
         }
     }
 }
@@ -66,6 +87,9 @@ struct Args {
     /// Threads.
     #[arg(long, default_value_t = 2)]
     threads: usize,
+    /// Instead, what whole models of these shapes are expected to need.
+    #[arg(long)]
+    whole: bool,
     /// What `cargo bench` adds.
     #[arg(long, hide = true)]
     bench: bool,
@@ -90,12 +114,80 @@ fn main() {
     args.shape.sort_unstable();
     let rate = product_rate(args.threads).expect("engine");
     println!("Products of 2048 x 2048 floats on {} threads: {:.0} GFLOP/s.\n", args.threads, rate / 1e9);
+    if args.whole {
+        return args.shape.iter().for_each(|shape| expect(*shape, &args, rate));
+    }
     println!(
         "| shape | stage | seconds a block | GFLOP a block | expected | f64 | of peak | GiB | expected |"
     );
     println!("|---|---|---|---|---|---|---|---|---|");
     for shape in &args.shape {
         measure(*shape, &args, rate);
+    }
+}
+
+/// Prints the forecast for a whole model: of a file that has a header, and a hole for its tensors.
+fn expect(shape: Shape, args: &Args, rate: f64) {
+    let (n_embd, head_dim, block) = shape.sizes();
+    let (n_layer, n_vocab) = shape.whole();
+    let folder = tempfile::tempdir().expect("temporary folder");
+    let input = folder.path().join("in.gguf");
+    let model = Small {
+        n_embd,
+        head_dim,
+        n_vocab,
+        blocks: vec![block; n_layer],
+        n_ctx_train: args.ctx,
+        ty: Type::Q8_0,
+        tied: false,
+        ..Small::default()
+    };
+    let mut header = RawGguf::empty();
+    model.metadata().iter().for_each(|(key, value)| header.set(key, value));
+    let mut len = 0;
+    for (name, ty, ne, _) in model.layout() {
+        header.add_tensor(&name, ty, &ne);
+        len += (ty.row_bytes(ne[0]) * ne[1..].iter().product::<usize>()).next_multiple_of(32);
+    }
+    let header = header.to_bytes();
+    std::fs::write(&input, &header).expect("a header");
+    let file = std::fs::File::options().write(true).open(&input).expect("our own file");
+    file.set_len((header.len() + len) as u64).expect("a file with a hole");
+    let job = Job {
+        recipe: Recipe { files: vec!["text".into()], ..recipe(args) },
+        ..job(args, input, folder.path().join("out.gguf"))
+    };
+    let found = dry_run(&job).expect("a forecast");
+    println!("{shape:?}, {n_layer} blocks, {} windows of {} tokens from a file:\n", args.chunks, args.ctx);
+    println!("{}", dry_run_table(&found, Some(rate)));
+}
+
+fn recipe(args: &Args) -> Recipe {
+    Recipe {
+        n_ctx: args.ctx,
+        n_windows: args.chunks,
+        files: Vec::new(),
+        self_share: 0.0,
+        chat_share: 0.0,
+        seed: 1,
+        n_threads: args.threads,
+        n_parallel: 1,
+    }
+}
+
+fn job(args: &Args, input: PathBuf, output: PathBuf) -> Job {
+    Job {
+        input,
+        output,
+        imatrix_out: None,
+        state: None,
+        max_memory: None,
+        quantise: None,
+        force: false,
+        verify: false,
+        recipe: recipe(args),
+        windows: None,
+        settings: Settings { sparsity: args.sparsity, n_threads: args.threads, ..Settings::default() },
     }
 }
 
@@ -118,28 +210,7 @@ fn measure(shape: Shape, args: &Args, rate: f64) {
     let tokens = (0..n_tokens).map(|_| 3 + (rng.next_u64() % (model.n_vocab as u64 - 3)) as Token);
     let windows =
         Windows { n_ctx: args.ctx, tokens: tokens.collect(), n_fit: args.chunks, n_held_out, n_self: 0 };
-    let job = Job {
-        input,
-        output,
-        imatrix_out: None,
-        state: None,
-        max_memory: None,
-        quantise: None,
-        force: false,
-        verify: false,
-        recipe: Recipe {
-            n_ctx: args.ctx,
-            n_windows: args.chunks,
-            files: Vec::new(),
-            self_share: 0.0,
-            chat_share: 0.0,
-            seed: 1,
-            n_threads: args.threads,
-            n_parallel: 1,
-        },
-        windows: Some(windows),
-        settings: Settings { sparsity: args.sparsity, n_threads: args.threads, ..Settings::default() },
-    };
+    let job = Job { windows: Some(windows), ..job(args, input, output) };
     let mut silent = Silent { peaks: Arc::default(), stage: Arc::default() };
     let (peaks, stage) = (Arc::clone(&silent.peaks), Arc::clone(&silent.stage));
     let done = Arc::new(AtomicBool::new(false));

@@ -93,6 +93,13 @@ fn gemma3_agrees_with_libllama() {
 }
 
 #[test]
+fn families_of_one_row_agree_with_libllama() {
+    for (name, small) in Small::rows() {
+        check_small(name, &small);
+    }
+}
+
+#[test]
 fn quantised_weights_agree_with_libllama() {
     for ty in [Type::Q8_0, Type::F16, Type::BF16] {
         // libllama also rounds the activations for quantised kernels: a wider bound.

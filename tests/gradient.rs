@@ -145,6 +145,13 @@ fn uneven_blocks() {
 }
 
 #[test]
+fn families_of_one_row() {
+    for (name, small) in Small::rows() {
+        check(name, &small);
+    }
+}
+
+#[test]
 fn gemma3_blocks() {
     check("gemma3", &Small::gemma3());
 }

@@ -117,6 +117,28 @@ fn deci_with_everything_kept_gives_the_sources_logits() {
 }
 
 #[test]
+fn families_that_deci_carries_give_the_sources_logits_there() {
+    silence_logs();
+    let dir = tempfile::tempdir().unwrap();
+    let (source, target) = (dir.path().join("a.gguf"), dir.path().join("b.gguf"));
+    let tokens: Vec<i32> = (0..150).map(|i| 3 + (i * 31) % 250).collect();
+    let mut n_carried = 0;
+    for (name, small) in Small::rows() {
+        small.write(&source);
+        let model = Model::open(&source).unwrap();
+        let carrier = write(&model, &Plan::whole(&model), &target);
+        assert_eq!(carrier == Carrier::Deci, !model.hparams.family.traits().stays, "{name}");
+        n_carried += usize::from(carrier == Carrier::Deci);
+        let (a, b) = (libllama_logits(&source, &tokens), libllama_logits(&target, &tokens));
+        let (max, kl) = compare_logits(&a, &b, small.n_vocab);
+        println!("{name} in {}: largest difference {max:.2e}, KL divergence {kl:.2e}", carrier.name());
+        // In another order of rows, sums of halves round otherwise.
+        assert!(max < 0.02 && kl < 1e-6, "{name}: {max} {kl}");
+    }
+    assert!(n_carried >= 5);
+}
+
+#[test]
 fn gemma3_computes_the_same_with_fewer_heads() {
     silence_logs();
     let dir = tempfile::tempdir().unwrap();

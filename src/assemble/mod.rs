@@ -26,7 +26,7 @@ pub fn assemble(
     path: &Path,
 ) -> Result<Carrier, GgufError> {
     let carrier = carrier_for(model.hparams.family, &plan.shapes(model));
-    let tensors = tensors::tensors(model, plan)?;
+    let tensors = tensors::tensors(model, plan, carrier)?;
     let n_params = tensors.iter().map(|t| t.ne.iter().product::<usize>()).sum();
     let metadata = metadata::metadata(model, plan, carrier, n_params, provenance);
     write_gguf(out, path, &metadata, &tensors)?;

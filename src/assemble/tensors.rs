@@ -2,7 +2,7 @@
 
 use crate::ggml::Type;
 use crate::gguf::{GgufError, OutTensor, TensorInfo};
-use crate::model::{BlockVector, Model, Segment, group_rows};
+use crate::model::{BlockVector, Carrier, Model, Segment, group_rows};
 use crate::pipeline::Plan;
 use crate::requant::{Quantised, output_type, quantise, select_columns, select_rows};
 use std::borrow::Cow;
@@ -26,7 +26,11 @@ enum Action<'p> {
 ///
 /// # Errors
 /// [`GgufError`] if a tensor cannot be converted.
-pub(super) fn tensors<'m>(model: &'m Model, plan: &'m Plan) -> Result<Vec<OutTensor<'m>>, GgufError> {
+pub(super) fn tensors<'m>(
+    model: &'m Model,
+    plan: &'m Plan,
+    carrier: Carrier,
+) -> Result<Vec<OutTensor<'m>>, GgufError> {
     let mut actions: Vec<Action> = model.file.tensors().iter().map(|_| Action::Copy).collect();
     let mut biases: Vec<Option<&[f32]>> = vec![None; actions.len()];
     let query_scale = query_scale(model, plan);
@@ -37,11 +41,13 @@ pub(super) fn tensors<'m>(model: &'m Model, plan: &'m Plan) -> Result<Vec<OutTen
         }
     }
     for il in 0..plan.blocks.len() {
-        plan_block(model, plan, il, &mut actions, &mut biases);
+        plan_block(model, plan, il, carrier, &mut actions, &mut biases);
     }
+    let [old, new] = [model.hparams.family, carrier.family()].map(|f| format!(".{}.", f.traits().ffn_norm));
     let mut out = Vec::new();
     for ((t, action), bias) in model.file.tensors().iter().zip(actions).zip(biases) {
-        out.extend(output(model, t, action)?);
+        let renamed = |o: OutTensor<'m>| OutTensor { name: o.name.replace(&old, &new), ..o };
+        out.extend(output(model, t, action)?.map(renamed));
         out.extend(bias.map(|data| values(t.name.replace(".weight", ".bias"), data)));
     }
     Ok(out)
@@ -68,6 +74,7 @@ fn plan_block<'p>(
     model: &Model,
     plan: &'p Plan,
     il: usize,
+    carrier: Carrier,
     actions: &mut [Action<'p>],
     biases: &mut [Option<&'p [f32]>],
 ) {
@@ -85,13 +92,20 @@ fn plan_block<'p>(
         let pair = t.qk_norm.iter().flatten();
         single.into_iter().flatten().chain(triple).chain(pair).for_each(|s| set(Some(s), Action::Drop));
     } else {
-        if p.groups.len() < shape.n_head_kv {
-            let kept = [heads, head_dim, head_dim].map(|n| group_rows(&p.groups, n));
+        let turned = model.hparams.family.traits().rope_neox && !carrier.family().traits().rope_neox;
+        let fewer = p.groups.len() < shape.n_head_kv;
+        if fewer || turned {
+            let mut kept = [heads, head_dim, head_dim].map(|n| group_rows(&p.groups, n));
+            if turned {
+                kept[..2].iter_mut().for_each(|rows| pairs_together(rows, head_dim));
+            }
             for segments in [&t.qkv, &t.qkv_bias].into_iter().flatten() {
                 for (tensor, rows) in joined(segments, &kept) {
                     set(Some(&Segment { tensor, start: 0, n: 0 }), Action::Rows(rows));
                 }
             }
+        }
+        if fewer {
             set(t.attn_output.as_ref(), Action::Columns(heads, &p.groups));
         }
         if let Some(q) = &p.attn_output {
@@ -121,6 +135,15 @@ fn plan_block<'p>(
             (None, _) => unreachable!("a plan gives new values to norms that are there"),
         }
     }
+}
+
+/// Reorders the rows of each head from pairs (j, j + n/2), which are rotated together in NEOX's order, to pairs
+/// (2j, 2j + 1), as `LlamaModel.permute` of llama.cpp's converter does. A permutation of queries and keys alike changes
+/// none of their products.
+fn pairs_together(rows: &mut Vec<usize>, head_dim: usize) {
+    let half = head_dim / 2;
+    let head = |head: &[usize]| (0..head_dim).map(|i| head[i % 2 * half + i / 2]).collect::<Vec<_>>();
+    *rows = rows.chunks_exact(head_dim).flat_map(head).collect();
 }
 
 /// Kept rows per tensor, where several segments may share one tensor.

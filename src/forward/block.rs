@@ -25,6 +25,7 @@ pub struct Block {
     pub(super) set: Resident,
     pub(super) shape: BlockShape,
     pub(super) sliding: bool,
+    pub(super) rotated: bool,
     pub(super) roles: Roles,
 }
 
@@ -145,7 +146,7 @@ impl Forward {
         };
         let specs: Vec<_> = up.list.iter().map(|(ne, data)| TensorSpec::f32(*ne, data)).collect();
         let set = Resident::upload(&self.engine, &specs)?;
-        Ok(Block { set, shape: w.shape, sliding: w.sliding, roles })
+        Ok(Block { set, shape: w.shape, sliding: w.sliding, rotated: w.rotated, roles })
     }
 
     /// A chunk through the whole block: `x` `[n_tokens, n_embd]` in, the residual stream after the
@@ -305,7 +306,7 @@ impl Net {
                 Some(Some(norm)) => self.norm(g, b, Some(*norm), raw[i]),
                 _ => raw[i],
             };
-            let y = if i == 2 { y } else { g.rope(y, positions, factors, self.rope_of(b)) };
+            let y = if i == 2 || !b.rotated { y } else { g.rope(y, positions, factors, self.rope_of(b)) };
             let y = g.reshape(y, [d, heads[i], t, n_tokens / t]);
             g.permute(y, [0, 2, 1, 3])
         });

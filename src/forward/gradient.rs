@@ -256,7 +256,7 @@ impl Net {
                 let at = g.permute(at, [0, 2, 1, 3]);
                 let at = g.cont(at);
                 let mut at = g.reshape(at, [d, heads, n_tokens, 1]);
-                if i < 2 {
+                if i < 2 && b.rotated {
                     at = g.rope_back(at, positions, factors, self.rope_of(b));
                 }
                 if let Some(Some(norm)) = b.roles.qk_norm.get(i) {

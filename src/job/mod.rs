@@ -287,7 +287,8 @@ pub fn run(job: &Job, observer: &mut dyn Observer) -> Result<Outcome, JobError> 
         blocks: shapes,
     };
     let mut warnings = pruned.warnings;
-    warnings.extend(advice(sparsity, &quality, carrier));
+    let deci_biases = carrier == Carrier::Deci && source.blocks.iter().any(|b| b.qkv_bias.is_some());
+    warnings.extend(advice(sparsity, &quality, carrier, deci_biases));
     Ok(Outcome {
         before,
         after,
@@ -517,7 +518,7 @@ fn calibration_text(job: &Job, w: &Windows) -> String {
 }
 
 /// What a user needs to hear about a result like this.
-fn advice(sparsity: f64, q: &Quality, carrier: Carrier) -> Vec<String> {
+fn advice(sparsity: f64, q: &Quality, carrier: Carrier, deci_biases: bool) -> Vec<String> {
     let mut out = Vec::new();
     if sparsity >= 0.4 {
         out.push(format!(
@@ -530,7 +531,15 @@ fn advice(sparsity: f64, q: &Quality, carrier: Carrier) -> Vec<String> {
         out.push("perplexity more than doubled: compare with a smaller quant or a smaller model before you ship this".into());
     }
     if carrier == Carrier::Deci {
-        out.push("blocks differ in size: the file is of architecture deci, for llama.cpp since 2025 and Ollama since 0.9.3".into());
+        let since = if deci_biases {
+            // With biases of Q, K and V: llama.cpp's pull request 21245.
+            "llama.cpp since April 2026 and Ollama since 0.30"
+        } else {
+            "llama.cpp since 2025 and Ollama since 0.9.3"
+        };
+        out.push(format!(
+            "the file is of architecture deci, in which blocks may differ in size, for {since}"
+        ));
     }
     out
 }

@@ -5,30 +5,35 @@ use super::{BlockShape, Family};
 /// The architecture of the output.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Carrier {
-    /// Every block has the same sizes: the source's own architecture.
+    /// The source's own architecture: every block has the same sizes.
     Same(Family),
-    /// Blocks differ: `deci`, which reads head counts and widths per block.
+    /// `deci`, which reads head counts and widths per block.
     Deci,
 }
 
 impl Carrier {
+    /// Block structure of the output.
+    pub fn family(self) -> Family {
+        match self {
+            Carrier::Same(family) => family,
+            Carrier::Deci => Family::Deci,
+        }
+    }
+
     /// Value of `general.architecture`.
     pub fn name(self) -> &'static str {
-        match self {
-            Carrier::Same(family) => family.name(),
-            Carrier::Deci => Family::Deci.name(),
-        }
+        self.family().name()
     }
 }
 
 /// The carrier for blocks of these shapes (`src/models/llama.cpp` of llama.cpp uses block 0's sizes
-/// for all blocks, `src/models/deci.cpp` each block's own).
+/// for all blocks, `src/models/deci.cpp` each block's own; some loaders take no fewer heads at all, or no biases).
 ///
 /// # Panics
 /// If blocks differ in size and no architecture takes blocks of that family so
 /// ([`Traits::per_block`](super::Traits::per_block)).
 pub fn carrier_for(family: Family, shapes: &[BlockShape]) -> Carrier {
-    if shapes.iter().all(|s| *s == shapes[0]) {
+    if family.traits().stays && shapes.iter().all(|s| *s == shapes[0]) {
         return Carrier::Same(family);
     }
     assert_eq!(family.traits().uneven, Some(Family::Deci), "blocks of {} must be equal", family.name());
@@ -45,8 +50,11 @@ mod tests {
     #[test]
     fn equal_blocks_stay_what_they_are_and_others_become_deci() {
         for &family in Family::ALL {
-            assert_eq!(carrier_for(family, &[WIDE; 3]), Carrier::Same(family));
+            let stays = family.traits().stays;
+            let expected = if stays { Carrier::Same(family) } else { Carrier::Deci };
+            assert_eq!(carrier_for(family, &[WIDE; 3]), expected);
         }
+        assert_eq!(carrier_for(Family::Qwen2, &[WIDE; 3]), Carrier::Deci);
         assert_eq!(carrier_for(Family::Llama, &[WIDE, NARROW]), Carrier::Deci);
         assert_eq!(carrier_for(Family::Deci, &[WIDE, NARROW]), Carrier::Deci);
     }

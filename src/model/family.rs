@@ -9,6 +9,20 @@ pub enum Family {
     Deci,
     /// `gemma3`: Gemma 3, the text model.
     Gemma3,
+    /// `qwen2`: Qwen 2 and 2.5.
+    Qwen2,
+    /// `qwen3`: Qwen 3, dense.
+    Qwen3,
+    /// `smollm3`: SmolLM3.
+    SmolLm3,
+    /// `internlm2`: InternLM 2 and 2.5.
+    InternLm2,
+    /// `ernie4_5`: ERNIE 4.5, dense.
+    Ernie45,
+    /// `exaone`: EXAONE 3.
+    Exaone,
+    /// `seed_oss`: Seed-OSS.
+    SeedOss,
 }
 
 /// How gate and up become the input of ffn_down.
@@ -29,6 +43,13 @@ pub struct Traits {
     /// The stock architecture that computes the same blocks and reads head counts and widths per block,
     /// if there is one; else all blocks keep equal sizes.
     pub uneven: Option<Family>,
+    /// A pruned model with equal blocks is written in this architecture: it takes fewer heads than n_embd / head_dim, and
+    /// the biases that pruning adds, if any. Others are always written in `uneven`.
+    pub stays: bool,
+    /// The norm before the feed-forward, as its tensor is called.
+    pub ffn_norm: &'static str,
+    /// Of so many blocks in a row the last does not rotate queries and keys.
+    pub unrotated: Option<usize>,
     /// Rotary embedding of pairs (j, j + n_rot/2) instead of (2j, 2j+1).
     pub rope_neox: bool,
     /// `rope_freqs` and the like are read.
@@ -56,6 +77,9 @@ pub struct Traits {
 const LLAMA: Traits = Traits {
     name: "llama",
     uneven: Some(Family::Deci),
+    stays: true,
+    ffn_norm: "ffn_norm",
+    unrotated: None,
     rope_neox: false,
     rope_factors: true,
     activation: Activation::SwiGlu,
@@ -73,6 +97,9 @@ const DECI: Traits = Traits { name: "deci", ..LLAMA };
 const GEMMA3: Traits = Traits {
     name: "gemma3",
     uneven: None,
+    stays: true,
+    ffn_norm: "ffn_norm",
+    unrotated: None,
     rope_neox: true,
     rope_factors: false,
     activation: Activation::GeGlu,
@@ -86,7 +113,41 @@ const GEMMA3: Traits = Traits {
     width_scaled: Some(62),
 };
 
+const QWEN2: Traits = Traits {
+    name: "qwen2",
+    stays: false,
+    rope_neox: true,
+    rope_factors: false,
+    output_biases: false,
+    ..LLAMA
+};
+
+const QWEN3: Traits = Traits { name: "qwen3", uneven: None, stays: true, qk_norm: true, ..QWEN2 };
+
+const SMOLLM3: Traits = Traits {
+    name: "smollm3",
+    uneven: None,
+    unrotated: Some(4),
+    rope_factors: false,
+    output_biases: false,
+    ..LLAMA
+};
+
+const INTERNLM2: Traits =
+    Traits { name: "internlm2", stays: false, rope_factors: false, output_biases: false, ..LLAMA };
+
+const ERNIE45: Traits = Traits { name: "ernie4_5", output_biases: true, ..INTERNLM2 };
+
+const EXAONE: Traits = Traits { name: "exaone", rope_factors: true, ..QWEN2 };
+
+const SEED_OSS: Traits = Traits { name: "seed_oss", ffn_norm: "post_attention_norm", ..QWEN2 };
+
 impl Traits {
+    /// Whether a pruned model may have biases of attn_output and ffn_down.
+    pub fn adds_biases(&self) -> bool {
+        self.output_biases || self.uneven.is_some_and(|f| f.traits().output_biases)
+    }
+
     /// Whether blocks of a pruned model may differ in size.
     pub fn per_block(&self) -> bool {
         self.uneven.is_some()
@@ -95,7 +156,18 @@ impl Traits {
 
 impl Family {
     /// All that are supported.
-    pub const ALL: &'static [Family] = &[Family::Llama, Family::Deci, Family::Gemma3];
+    pub const ALL: &'static [Family] = &[
+        Family::Llama,
+        Family::Deci,
+        Family::Gemma3,
+        Family::Qwen2,
+        Family::Qwen3,
+        Family::SmolLm3,
+        Family::InternLm2,
+        Family::Ernie45,
+        Family::Exaone,
+        Family::SeedOss,
+    ];
 
     /// What tells it from the others.
     pub fn traits(self) -> &'static Traits {
@@ -103,6 +175,13 @@ impl Family {
             Family::Llama => &LLAMA,
             Family::Deci => &DECI,
             Family::Gemma3 => &GEMMA3,
+            Family::Qwen2 => &QWEN2,
+            Family::Qwen3 => &QWEN3,
+            Family::SmolLm3 => &SMOLLM3,
+            Family::InternLm2 => &INTERNLM2,
+            Family::Ernie45 => &ERNIE45,
+            Family::Exaone => &EXAONE,
+            Family::SeedOss => &SEED_OSS,
         }
     }
 

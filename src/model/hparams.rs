@@ -177,6 +177,11 @@ impl Hparams {
         self.sliding.as_ref().is_some_and(|s| s.blocks[il])
     }
 
+    /// Whether block `il` rotates queries and keys.
+    pub fn rotates(&self, il: usize) -> bool {
+        self.family.traits().unrotated.is_none_or(|n| !(il + 1).is_multiple_of(n))
+    }
+
     /// Factor of the products of queries and keys where the first block has `n_head` heads
     /// (`f_attention_scale` of llama.cpp, which for one model depends on them).
     pub fn attention_scale(&self, n_head: usize) -> f32 {

@@ -130,6 +130,8 @@ pub struct BlockWeights {
     pub shape: BlockShape,
     /// Attention sees a sliding window only.
     pub sliding: bool,
+    /// Queries and keys are rotated.
+    pub rotated: bool,
     pub attn_norm: Vec<f32>,
     /// `[n_embd, n_head·head_dim]`, `[n_embd, n_head_kv·head_dim]` twice.
     pub qkv: [Matrix; 3],
@@ -336,6 +338,7 @@ impl Model {
         Ok(BlockWeights {
             shape: self.hparams.blocks[il],
             sliding: self.hparams.slides(il),
+            rotated: self.hparams.rotates(il),
             attn_norm: vector(&t.attn_norm)?.unwrap_or_default(),
             qkv: [matrix(part(0))?, matrix(part(1))?, matrix(part(2))?],
             qkv_bias,
@@ -447,7 +450,7 @@ impl Finder<'_> {
             attn_output,
             attn_output_bias,
             attn_post_norm,
-            ffn_norm: self.required(&name("ffn_norm.weight"), &[d])?,
+            ffn_norm: self.required(&name(&format!("{}.weight", traits.ffn_norm)), &[d])?,
             ffn_gate: self.required(&name("ffn_gate.weight"), &[d, b.n_ff])?,
             ffn_up: self.required(&name("ffn_up.weight"), &[d, b.n_ff])?,
             ffn_down: self.required(&name("ffn_down.weight"), &[b.n_ff, d])?,

@@ -335,7 +335,7 @@ fn within_family(model: &Model, s: &Settings) -> Settings {
     let t = model.hparams.family.traits();
     Settings {
         per_block_widths: s.per_block_widths && t.per_block(),
-        biases: s.biases && t.output_biases,
+        biases: s.biases && t.adds_biases(),
         ..s.clone()
     }
 }

@@ -36,6 +36,24 @@ impl Small {
     }
 }
 
+impl Small {
+    /// Models of the families that are one table row each, in the variants that they come in.
+    pub fn rows() -> Vec<(&'static str, Small)> {
+        let of = |arch| Small { arch, blocks: vec![(4, 2, 96); 5], ..Small::default() };
+        vec![
+            ("qwen2", Small { biases: true, ..of("qwen2") }),
+            ("qwen2, untied, fused", Small { biases: true, tied: false, fused_qkv: true, ..of("qwen2") }),
+            ("qwen3", of("qwen3")),
+            ("qwen3, untied, wide heads", Small { tied: false, head_dim: 32, ..of("qwen3") }),
+            ("smollm3", of("smollm3")),
+            ("internlm2", Small { tied: false, ..of("internlm2") }),
+            ("ernie4_5", of("ernie4_5")),
+            ("exaone", Small { rope_freqs: true, ..of("exaone") }),
+            ("seed_oss", Small { biases: true, head_dim: 32, ..of("seed_oss") }),
+        ]
+    }
+}
+
 impl Default for Small {
     fn default() -> Small {
         Small {
@@ -138,9 +156,7 @@ impl Small {
     /// Names, types, sizes and values of all tensors.
     pub fn tensors(&self) -> Vec<(String, Type, Vec<usize>, Vec<f32>)> {
         let mut rng = Rng(self.seed);
-        let mut out = Vec::new();
-        let d = self.n_embd;
-        let mut add = |name: String, ne: &[usize], norm: bool| {
+        let with_values = |(name, ty, ne, norm): (String, Type, Vec<usize>, bool)| {
             let n = ne.iter().product();
             let values = if norm {
                 rng.vec(n, 0.3).iter().map(|v| v + 1.0).collect()
@@ -149,14 +165,27 @@ impl Small {
             } else {
                 rng.vec(n, 1.5 / (ne[0] as f32).sqrt())
             };
+            (name, ty, ne, values)
+        };
+        self.layout().into_iter().map(with_values).collect()
+    }
+
+    /// Names, types and sizes of all tensors, and whether they are weights of norms.
+    pub fn layout(&self) -> Vec<(String, Type, Vec<usize>, bool)> {
+        let mut out = Vec::new();
+        let d = self.n_embd;
+        let mut add = |name: String, ne: &[usize], norm: bool| {
             let ty = if ne.len() == 1 || !ne[0].is_multiple_of(self.ty.block_size()) {
                 Type::F32
             } else {
                 self.ty
             };
-            out.push((name, ty, ne.to_vec(), values));
+            out.push((name, ty, ne.to_vec(), norm));
         };
         let gemma3 = self.arch == "gemma3";
+        // Others know biases of Q, K and V only.
+        let more_biases = self.biases && ["llama", "deci"].contains(&self.arch);
+        let ffn_norm = if self.arch == "seed_oss" { "post_attention_norm" } else { "ffn_norm" };
         add("token_embd.weight".into(), &[d, self.n_vocab], false);
         add("output_norm.weight".into(), &[d], true);
         if !self.tied {
@@ -178,23 +207,25 @@ impl Small {
                         blk(&format!("{name}.bias"), &[*n], false);
                     }
                 }
-                if gemma3 {
+                if gemma3 || self.arch == "qwen3" {
                     blk("attn_q_norm.weight", &[self.head_dim], true);
                     blk("attn_k_norm.weight", &[self.head_dim], true);
+                }
+                if gemma3 {
                     blk("post_attention_norm.weight", &[d], true);
                 }
                 blk("attn_output.weight", &[q, d], false);
-                if self.biases && !gemma3 {
+                if more_biases {
                     blk("attn_output.bias", &[d], false);
                 }
             }
-            blk("ffn_norm.weight", &[d], true);
+            blk(&format!("{ffn_norm}.weight"), &[d], true);
             if gemma3 {
                 blk("post_ffw_norm.weight", &[d], true);
             }
             for (name, ne) in [("ffn_gate", [d, ff]), ("ffn_up", [d, ff]), ("ffn_down", [ff, d])] {
                 blk(&format!("{name}.weight"), &ne, false);
-                if self.biases && !gemma3 {
+                if more_biases {
                     blk(&format!("{name}.bias"), &ne[1..], false);
                 }
             }
