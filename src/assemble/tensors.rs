@@ -196,7 +196,7 @@ fn output<'m>(
                         .select_cols(&group_rows(runs, run));
                     let q = quantise(&m, output_type(t.ty, n_in), &vec![1.0; n_in])
                         .map_err(|source| GgufError::Tensor { name: t.name.clone(), source })?;
-                    (q.ty, ne, Box::new(move || Ok(Cow::Owned(q.bytes.clone()))))
+                    (q.ty, ne, Box::new(move || Ok(Cow::Owned(q.bytes.to_vec()))))
                 }
             }
         }

@@ -167,14 +167,8 @@ impl State {
             let sound = sorted.len() == found.len() && sorted.last().is_none_or(|&last| last < n);
             if sound { Ok(found) } else { Err(self.damaged(&name, key)) }
         };
-        let matrix = |key| {
-            file.find(key).map(|t| Quantised {
-                ty: t.ty,
-                n_in: t.ne[0],
-                n_out: t.n_rows(),
-                bytes: file.data(t).to_vec(),
-            })
-        };
+        let matrix =
+            |key| file.find(key).map(|t| Quantised::new(t.ty, t.ne[0], t.n_rows(), file.data(t).to_vec()));
         let vector =
             |v: BlockVector| file.find(&format!("{v:?}")).map(|t| file.floats(t, 0..t.n_rows())).transpose();
         let mut vectors: [Option<Vec<f32>>; BlockVector::ALL.len()] = Default::default();

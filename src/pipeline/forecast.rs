@@ -532,8 +532,11 @@ impl Work<'_> {
         attn_output + encoded(self.s.types.ffn_down, &t.ffn_down, b.ff, b.ff as usize)
     }
 
-    /// Those of all blocks.
+    /// Those of all blocks, as far as they are in memory.
     fn new_bytes(&self) -> f64 {
+        if !self.s.shelf.is_memory() {
+            return 0.0;
+        }
         let blocks = self.model.hparams.blocks.iter().zip(&self.model.blocks);
         self.pruned().into_iter().zip(blocks).map(|(b, (shape, t))| self.new_block_bytes(b, shape, t)).sum()
     }

@@ -33,7 +33,12 @@ impl Run<'_> {
         let n_done = done.len();
         for (il, (plan, warnings)) in done.into_iter().enumerate() {
             self.checkpoint()?;
-            self.plan.blocks[il] = plan;
+            let shelved = |q: Option<Quantised>| q.map(|q| q.on(&self.settings.shelf)).transpose();
+            self.plan.blocks[il] = BlockPlan {
+                attn_output: shelved(plan.attn_output)?,
+                ffn_down: shelved(plan.ffn_down)?,
+                ..plan
+            };
             self.warnings.extend(warnings);
             self.carry_over(il, &mut streams)?;
             self.observer.step(il + 1, "from before");
@@ -137,7 +142,7 @@ impl Run<'_> {
             w.attn_output_bias =
                 self.adapted_bias(w.attn_output_bias.take(), maps, &keep, &moments, s.mixture);
             self.plan.blocks[il].set_vector(BlockVector::AttnOutputBias, w.attn_output_bias.clone());
-            self.plan.blocks[il].attn_output = Some(q);
+            self.plan.blocks[il].attn_output = Some(q.on(&s.shelf)?);
         }
         Ok(heads)
     }
@@ -187,7 +192,7 @@ impl Run<'_> {
         w.keep_neurons(&keep);
         w.ffn_down = new;
         self.plan.blocks[il].neurons = keep;
-        self.plan.blocks[il].ffn_down = Some(q);
+        self.plan.blocks[il].ffn_down = Some(q.on(&self.settings.shelf)?);
 
         let block = self.forward.upload(w)?;
         for (chunk, _) in self.all_chunks() {

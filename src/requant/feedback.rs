@@ -38,12 +38,7 @@ pub fn quantise_with_feedback(
     let ty = output_type(wanted, m.n_in);
     let width = ty.block_size();
     if width == 1 {
-        return Ok(Quantised {
-            ty,
-            n_in: m.n_in,
-            n_out: m.n_out,
-            bytes: ty.quantize(&m.data, m.n_in, None)?,
-        });
+        return Ok(Quantised::new(ty, m.n_in, m.n_out, ty.quantize(&m.data, m.n_in, None)?));
     }
     let row_bytes = ty.row_bytes(m.n_in);
     let mut bytes = vec![0u8; row_bytes * m.n_out];
@@ -63,7 +58,7 @@ pub fn quantise_with_feedback(
         }
         rounding.settle(&Mat::from_fn(m.n_out, k, |i, j| f64::from(decoded[i * k + j])));
     }
-    Ok(Quantised { ty, n_in: m.n_in, n_out: m.n_out, bytes })
+    Ok(Quantised::new(ty, m.n_in, m.n_out, bytes))
 }
 
 /// A map W at the minimum of a quadratic loss with curvature H + λI = L Lᵀ, whose columns are fixed from the last to

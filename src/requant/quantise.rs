@@ -2,6 +2,8 @@
 
 use crate::ggml::{GgmlError, Type};
 use crate::model::Matrix;
+use crate::spill::{Array, Shelf};
+use std::sync::Arc;
 
 /// A matrix as it will stand in the file.
 #[derive(Clone, Debug)]
@@ -13,10 +15,26 @@ pub struct Quantised {
     /// ne\[1\].
     pub n_out: usize,
     /// Encoded rows.
-    pub bytes: Vec<u8>,
+    pub bytes: Arc<Array<u8>>,
 }
 
 impl Quantised {
+    /// Rows of `n_in` elements, encoded by `ty`.
+    pub fn new(ty: Type, n_in: usize, n_out: usize, bytes: Vec<u8>) -> Quantised {
+        Quantised { ty, n_in, n_out, bytes: Arc::new(bytes.into()) }
+    }
+
+    /// The same on a shelf.
+    ///
+    /// # Errors
+    /// What the system says if a file cannot be made or the disk is full.
+    pub fn on(self, shelf: &Shelf) -> std::io::Result<Quantised> {
+        if shelf.is_memory() {
+            return Ok(self);
+        }
+        Ok(Quantised { bytes: Arc::new(shelf.put(self.bytes.to_vec())?), ..self })
+    }
+
     /// The values that a reader of the file will see.
     ///
     /// # Errors
@@ -55,5 +73,5 @@ pub fn output_type(wanted: Type, n_per_row: usize) -> Type {
 pub fn quantise(m: &Matrix, wanted: Type, importance: &[f32]) -> Result<Quantised, GgmlError> {
     let ty = output_type(wanted, m.n_in);
     let bytes = ty.quantize(&m.data, m.n_in, Some(importance))?;
-    Ok(Quantised { ty, n_in: m.n_in, n_out: m.n_out, bytes })
+    Ok(Quantised::new(ty, m.n_in, m.n_out, bytes))
 }
