@@ -90,6 +90,9 @@ struct Args {
     /// Instead, what whole models of these shapes are expected to need.
     #[arg(long)]
     whole: bool,
+    /// GiB of memory that they have to do with.
+    #[arg(long, requires = "whole")]
+    max_memory: Option<f64>,
     /// What `cargo bench` adds.
     #[arg(long, hide = true)]
     bench: bool,
@@ -155,9 +158,13 @@ fn expect(shape: Shape, args: &Args, rate: f64) {
     file.set_len((header.len() + len) as u64).expect("a file with a hole");
     let job = Job {
         recipe: Recipe { files: vec!["text".into()], ..recipe(args) },
+        max_memory: args.max_memory.map(|gib| (gib * f64::from(1 << 30)) as u64),
         ..job(args, input, folder.path().join("out.gguf"))
     };
-    let found = dry_run(&job).expect("a forecast");
+    let found = match dry_run(&job) {
+        Ok(found) => found,
+        Err(e) => return println!("{shape:?}: {e}\n"),
+    };
     println!("{shape:?}, {n_layer} blocks, {} windows of {} tokens from a file:\n", args.chunks, args.ctx);
     println!("{}", dry_run_table(&found, Some(rate)));
 }

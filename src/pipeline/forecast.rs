@@ -137,9 +137,9 @@ pub fn within_memory(
 pub enum NoRoom {
     /// It needs more.
     #[error(
-        "{:.2} GB of memory are not enough: stage \"{stage}\" needs {:.2} GB even with streams in files and one window at a time",
-        *limit as f64 / 1e9,
-        *least as f64 / 1e9
+        "{:.2} GiB of memory are not enough: stage \"{stage}\" needs {:.2} GiB even with streams in files and one window at a time",
+        *limit as f64 / f64::from(1 << 30),
+        *least as f64 / f64::from(1 << 30)
     )]
     Memory {
         /// What is there.
