@@ -56,6 +56,8 @@ fn rope_scaling_agrees_with_libllama() {
 fn blocks_of_different_shapes_agree_with_libllama() {
     let blocks = vec![(4, 2, 96), (2, 1, 64), (0, 0, 32), (6, 3, 160), (0, 0, 64)];
     check_small("deci", &Small { arch: "deci", blocks, ..Small::default() });
+    let blocks = vec![(4, 2, 96), (2, 1, 64), (6, 3, 160)];
+    check_small("openelm", &Small { arch: "openelm", fused_qkv: true, blocks, ..Small::default() });
 }
 
 #[test]

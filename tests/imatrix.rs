@@ -80,8 +80,9 @@ fn squares_are_those_of_the_inputs() {
 fn it_is_written_beside_the_model_in_its_shapes() {
     silence_logs();
     let cli = Cli::new();
-    for fused_qkv in [false, true] {
-        let small = Small { ty: Type::Q4_0, blocks: vec![(4, 2, 256); 3], fused_qkv, ..Small::default() };
+    for (arch, fused_qkv) in [("llama", false), ("llama", true), ("qwen3", false)] {
+        let small =
+            Small { arch, ty: Type::Q4_0, blocks: vec![(4, 2, 256); 3], fused_qkv, ..Small::default() };
         small.write(&cli.path("in.gguf"));
         let args = ["in.gguf", "out.gguf", "--sparsity", "0.4", "--imatrix-out", "imatrix.gguf", "--force"];
         cli.ok(&[&args[..], &["--ctx-size", "64", "--chunks", "8", "--threads", "1"]].concat());

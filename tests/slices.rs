@@ -7,7 +7,7 @@ use common::{compare_logits, libllama_logits, our_logits};
 use putri_gguf::assemble::{Provenance, assemble};
 use putri_gguf::ggml::{Type, silence_logs};
 use putri_gguf::gguf::{GgufFile, Value};
-use putri_gguf::model::{BlockVector, Carrier, Model};
+use putri_gguf::model::{BlockVector, Carrier, Family, Model};
 use putri_gguf::pipeline::Plan;
 use std::path::Path;
 
@@ -47,7 +47,7 @@ fn removed_rows_leave_the_others_as_they_were() {
         plan.blocks[1].groups = vec![1];
         plan.blocks[2].groups = vec![];
         plan.blocks[0].neurons = vec![5, 3, 90];
-        assert_eq!(write(&model, &plan, &target), Carrier::Deci);
+        assert_eq!(write(&model, &plan, &target), Carrier::Uneven(Family::Deci));
         let out = GgufFile::open(&target).unwrap();
 
         // Block 1: two query heads per KV head, 32 rows each; group 1 is rows 64.. of Q, 32.. of K and V.
@@ -127,8 +127,9 @@ fn families_that_deci_carries_give_the_sources_logits_there() {
         small.write(&source);
         let model = Model::open(&source).unwrap();
         let carrier = write(&model, &Plan::whole(&model), &target);
-        assert_eq!(carrier == Carrier::Deci, !model.hparams.family.traits().stays, "{name}");
-        n_carried += usize::from(carrier == Carrier::Deci);
+        let stays = model.hparams.family.traits().stays;
+        assert_eq!(matches!(carrier, Carrier::Same(_)), stays, "{name}");
+        n_carried += usize::from(!stays);
         let (a, b) = (libllama_logits(&source, &tokens), libllama_logits(&target, &tokens));
         let (max, kl) = compare_logits(&a, &b, small.n_vocab);
         println!("{name} in {}: largest difference {max:.2e}, KL divergence {kl:.2e}", carrier.name());
@@ -136,6 +137,59 @@ fn families_that_deci_carries_give_the_sources_logits_there() {
         assert!(max < 0.02 && kl < 1e-6, "{name}: {max} {kl}");
     }
     assert!(n_carried >= 5);
+}
+
+#[test]
+fn a_qwen3_with_uneven_blocks_is_an_openelm() {
+    silence_logs();
+    let dir = tempfile::tempdir().unwrap();
+    let (source, target) = (dir.path().join("a.gguf"), dir.path().join("b.gguf"));
+    let tokens: Vec<i32> = (0..150).map(|i| 3 + (i * 31) % 250).collect();
+    for (fused_qkv, ty) in [(false, Type::F32), (true, Type::F32), (false, Type::Q8_0)] {
+        let small = Small { arch: "qwen3", fused_qkv, ty, ..Small::default() };
+        small.write(&source);
+        let model = Model::open(&source).unwrap();
+        let mut plan = Plan::whole(&model);
+        plan.blocks[1].groups = vec![1];
+        assert_eq!(write(&model, &plan, &target), Carrier::Uneven(Family::OpenElm));
+        let ours = common::logits(&model, &tokens, |il| plan.block(&model, il).unwrap());
+        let (max, kl) = compare_logits(&libllama_logits(&target, &tokens), &ours, small.n_vocab);
+        println!("{ty}: largest difference {max:.2e}, KL divergence {kl:.2e}");
+        assert!(kl < if ty == Type::F32 { 2e-5 } else { 2e-3 }, "{ty}: {max} {kl}");
+        // All of the rows of Q, then those of K and V, as they were.
+        let found = rows(&GgufFile::open(&target).unwrap(), "blk.0.attn_qkv.weight");
+        let names = if fused_qkv { vec!["attn_qkv"] } else { vec!["attn_q", "attn_k", "attn_v"] };
+        let old = names.iter().flat_map(|n| rows(&model.file, &format!("blk.0.{n}.weight")));
+        assert!(old.eq(found));
+    }
+    // There is no room for a head of its own.
+    Small { arch: "qwen3", tied: false, ..Small::default() }.write(&source);
+    assert_eq!(Model::open(&source).unwrap().uneven(), None);
+}
+
+#[test]
+fn rows_of_different_types_are_joined_in_the_widest() {
+    silence_logs();
+    let dir = tempfile::tempdir().unwrap();
+    let (source, mixed, target) =
+        (dir.path().join("a.gguf"), dir.path().join("m.gguf"), dir.path().join("b.gguf"));
+    let small = Small { arch: "qwen3", ..Small::default() };
+    small.write(&source);
+    common::retype(&GgufFile::open(&source).unwrap(), &mixed, |name| {
+        let narrow = name.contains("attn_q.") || name.contains("attn_k.");
+        narrow.then_some(Type::Q4_0).or(name.contains("attn_v.").then_some(Type::Q8_0))
+    });
+    let model = Model::open(&mixed).unwrap();
+    let mut plan = Plan::whole(&model);
+    plan.blocks[1].groups = vec![0];
+    write(&model, &plan, &target);
+    let out = GgufFile::open(&target).unwrap();
+    assert_eq!(out.find("blk.1.attn_qkv.weight").unwrap().ty, Type::Q8_0);
+    let tokens: Vec<i32> = (0..150).map(|i| 3 + (i * 31) % 250).collect();
+    let ours = common::logits(&model, &tokens, |il| plan.block(&model, il).unwrap());
+    let (max, kl) = compare_logits(&libllama_logits(&target, &tokens), &ours, small.n_vocab);
+    println!("largest difference {max:.2e}, KL divergence {kl:.2e}");
+    assert!(kl < 2e-3, "{max} {kl}");
 }
 
 #[test]

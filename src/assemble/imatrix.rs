@@ -4,7 +4,7 @@ use crate::calibrate::Windows;
 use crate::forward::InputSquares;
 use crate::ggml::Type;
 use crate::gguf::{GgufError, OutTensor, Value, write_gguf};
-use crate::model::{Model, Segment};
+use crate::model::{Carrier, Model, Segment};
 use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::io::Write;
@@ -12,7 +12,7 @@ use std::path::Path;
 
 /// Writes what `llama-quantize --imatrix` reads: per matrix the sums of its squared inputs, `squares`
 /// block by block over the fitted `windows`, and the number of tokens. `dataset` says what they are;
-/// `path` only names the file in errors. The output head has no entry, as in llama-imatrix.
+/// `path` only names the file in errors. Matrices are named as in a model of `carrier`. The output head has no entry, as in llama-imatrix.
 ///
 /// # Errors
 /// [`GgufError`] if the output cannot be written.
@@ -20,6 +20,7 @@ pub fn write_imatrix(
     out: &mut impl Write,
     path: &Path,
     model: &Model,
+    carrier: Carrier,
     squares: &[InputSquares],
     windows: &Windows,
     dataset: &str,
@@ -33,7 +34,15 @@ pub fn write_imatrix(
     .map(|(k, v)| (k.to_string(), v));
     let n_tokens = (windows.n_fit * windows.n_ctx) as f64;
     let mut tensors = Vec::new();
-    for (name, sums) in entries(model, squares) {
+    let joined = carrier.family().traits().one_qkv;
+    let named = |name: &str| match name.rsplit_once(".attn_") {
+        Some((block, "q.weight" | "k.weight" | "v.weight")) if joined => format!("{block}.attn_qkv.weight"),
+        _ => name.to_string(),
+    };
+    // What is one matrix now had the same inputs before.
+    let entries: BTreeMap<String, &[f64]> =
+        entries(model, squares).into_iter().map(|(name, sums)| (named(name), sums)).collect();
+    for (name, sums) in entries {
         tensors.push(floats(format!("{name}.in_sum2"), vec![sums.len(), 1], sums));
         tensors.push(floats(format!("{name}.counts"), vec![1, 1], &[n_tokens]));
     }

@@ -13,6 +13,11 @@ use crate::pipeline::Plan;
 use std::io::Write;
 use std::path::Path;
 
+/// The architecture that the pruned model is written in.
+pub fn carrier(model: &Model, plan: &Plan) -> Carrier {
+    carrier_for(model.hparams.family, model.uneven(), &plan.shapes(model))
+}
+
 /// Writes the pruned model to `out`; `path` only names the file in errors. Returns the architecture
 /// it is written in.
 ///
@@ -25,7 +30,7 @@ pub fn assemble(
     out: &mut impl Write,
     path: &Path,
 ) -> Result<Carrier, GgufError> {
-    let carrier = carrier_for(model.hparams.family, &plan.shapes(model));
+    let carrier = carrier(model, plan);
     let tensors = tensors::tensors(model, plan, carrier)?;
     let n_params = tensors.iter().map(|t| t.ne.iter().product::<usize>()).sum();
     let metadata = metadata::metadata(model, plan, carrier, n_params, provenance);

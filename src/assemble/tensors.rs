@@ -13,6 +13,8 @@ enum Action<'p> {
     Drop,
     /// These rows (elements of a vector), in this order.
     Rows(Vec<usize>),
+    /// One tensor of that name, of rows of several.
+    Joined(String, Vec<(usize, Vec<usize>)>),
     /// These runs of columns of this length.
     Columns(usize, &'p [usize]),
     Replace(&'p Quantised),
@@ -94,14 +96,22 @@ fn plan_block<'p>(
     } else {
         let turned = model.hparams.family.traits().rope_neox && !carrier.family().traits().rope_neox;
         let fewer = p.groups.len() < shape.n_head_kv;
-        if fewer || turned {
+        let one = carrier.family().traits().one_qkv;
+        if fewer || turned || one {
             let mut kept = [heads, head_dim, head_dim].map(|n| group_rows(&p.groups, n));
             if turned {
                 kept[..2].iter_mut().for_each(|rows| pairs_together(rows, head_dim));
             }
             for segments in [&t.qkv, &t.qkv_bias].into_iter().flatten() {
-                for (tensor, rows) in joined(segments, &kept) {
-                    set(Some(&Segment { tensor, start: 0, n: 0 }), Action::Rows(rows));
+                let parts = joined(segments, &kept);
+                let at = |tensor: usize| Segment { tensor, start: 0, n: 0 };
+                if one && parts.len() > 1 {
+                    // In the place of the first.
+                    parts[1..].iter().for_each(|(tensor, _)| set(Some(&at(*tensor)), Action::Drop));
+                    let first = at(parts[0].0);
+                    set(Some(&first), Action::Joined(format!("blk.{il}.attn_qkv.weight"), parts));
+                } else {
+                    parts.into_iter().for_each(|(tensor, rows)| set(Some(&at(tensor)), Action::Rows(rows)));
                 }
             }
         }
@@ -135,6 +145,30 @@ fn plan_block<'p>(
             (None, _) => unreachable!("a plan gives new values to norms that are there"),
         }
     }
+}
+
+/// Rows of several tensors as one, in the widest of their types: what has another is encoded anew.
+fn join(model: &Model, name: String, parts: Vec<(usize, Vec<usize>)>) -> Result<OutTensor<'_>, GgufError> {
+    let tensor = |(i, _): &(usize, Vec<usize>)| &model.file.tensors()[*i];
+    let n_in = tensor(&parts[0]).ne[0];
+    let types = parts.iter().map(|p| tensor(p).ty);
+    let ty = types.max_by_key(|t| t.row_bytes(n_in)).map(|t| output_type(t, n_in)).expect("there are parts");
+    let n_rows = parts.iter().map(|p| p.1.len()).sum();
+    let data = move || {
+        let mut bytes = Vec::new();
+        for (i, rows) in &parts {
+            let t = &model.file.tensors()[*i];
+            let encoded = if t.ty == ty {
+                Cow::Borrowed(model.file.data(t))
+            } else {
+                let failed = |source| GgufError::Tensor { name: t.name.clone(), source };
+                Cow::Owned(ty.quantize(&model.file.floats(t, 0..t.n_rows())?, n_in, None).map_err(failed)?)
+            };
+            bytes.extend(select_rows(&encoded, ty, n_in, rows));
+        }
+        Ok(Cow::Owned(bytes))
+    };
+    Ok(OutTensor { name, ty, ne: vec![n_in, n_rows], data: Box::new(data) })
 }
 
 /// Reorders the rows of each head from pairs (j, j + n/2), which are rotated together in NEOX's order, to pairs
@@ -184,6 +218,7 @@ fn output<'m>(
             };
             (t.ty, ne, Box::new(move || Ok(Cow::Owned(select_rows(model.file.data(t), t.ty, row, &rows)))))
         }
+        Action::Joined(name, parts) => return Ok(Some(join(model, name, parts)?)),
         Action::Columns(run, runs) => {
             let n_in = run * runs.len();
             let ne = vec![n_in, t.n_rows()];

@@ -5,12 +5,12 @@ mod state;
 
 pub use output::remove_temporary;
 
-use crate::assemble::{Provenance, assemble, importance, write_imatrix};
+use crate::assemble::{Provenance, assemble, carrier, importance, write_imatrix};
 use crate::calibrate::{self, CalibrateError, Recipe, Windows};
 use crate::evaluate;
 use crate::ggml::{FileType, GgmlError, LlamaModel, Type, quantize_file};
 use crate::gguf::GgufError;
-use crate::model::{BlockShape, Carrier, Model, ModelError};
+use crate::model::{BlockShape, Carrier, Family, Model, ModelError};
 use crate::pipeline::{
     self, Calibration, Forecast, Journal, Method, NoRoom, Observer, Plan, PruneError, Settings,
 };
@@ -237,7 +237,8 @@ pub fn run(job: &Job, observer: &mut dyn Observer) -> Result<Outcome, JobError> 
             let squares = pipeline::input_squares(model, &pruned.plan, &windows, &job.settings, observer)?;
             let temp = temporary(path)?;
             let mut out = BufWriter::new(temp.as_file());
-            write_imatrix(&mut out, path, model, &squares, &windows, &provenance.calibration)?;
+            let carrier = carrier(model, &pruned.plan);
+            write_imatrix(&mut out, path, model, carrier, &squares, &windows, &provenance.calibration)?;
             drop(out);
             Some((path, temp))
         }
@@ -287,7 +288,7 @@ pub fn run(job: &Job, observer: &mut dyn Observer) -> Result<Outcome, JobError> 
         blocks: shapes,
     };
     let mut warnings = pruned.warnings;
-    let deci_biases = carrier == Carrier::Deci && source.blocks.iter().any(|b| b.qkv_bias.is_some());
+    let deci_biases = carrier.family() == Family::Deci && source.blocks.iter().any(|b| b.qkv_bias.is_some());
     warnings.extend(advice(sparsity, &quality, carrier, deci_biases));
     Ok(Outcome {
         before,
@@ -530,15 +531,16 @@ fn advice(sparsity: f64, q: &Quality, carrier: Carrier, deci_biases: bool) -> Ve
     if q.pruned_ppl > 2.0 * q.dense_ppl {
         out.push("perplexity more than doubled: compare with a smaller quant or a smaller model before you ship this".into());
     }
-    if carrier == Carrier::Deci {
-        let since = if deci_biases {
-            // With biases of Q, K and V: llama.cpp's pull request 21245.
-            "llama.cpp since April 2026 and Ollama since 0.30"
-        } else {
-            "llama.cpp since 2025 and Ollama since 0.9.3"
-        };
+    let since = match carrier.family() {
+        // With biases of Q, K and V: llama.cpp's pull request 21245.
+        Family::Deci if deci_biases => Some("llama.cpp since April 2026 and Ollama since 0.30"),
+        Family::Deci | Family::OpenElm => Some("llama.cpp since 2025 and Ollama since 0.9.3"),
+        _ => None,
+    };
+    if let (Carrier::Uneven(family), Some(since)) = (carrier, since) {
+        let name = family.name();
         out.push(format!(
-            "the file is of architecture deci, in which blocks may differ in size, for {since}"
+            "the file is of architecture {name}, in which blocks may differ in size, for {since}"
         ));
     }
     out

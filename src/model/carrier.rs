@@ -5,18 +5,17 @@ use super::{BlockShape, Family};
 /// The architecture of the output.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Carrier {
-    /// The source's own architecture: every block has the same sizes.
+    /// The source's own: every block has the same sizes.
     Same(Family),
-    /// `deci`, which reads head counts and widths per block.
-    Deci,
+    /// One that reads head counts and widths per block.
+    Uneven(Family),
 }
 
 impl Carrier {
     /// Block structure of the output.
     pub fn family(self) -> Family {
         match self {
-            Carrier::Same(family) => family,
-            Carrier::Deci => Family::Deci,
+            Carrier::Same(family) | Carrier::Uneven(family) => family,
         }
     }
 
@@ -26,18 +25,17 @@ impl Carrier {
     }
 }
 
-/// The carrier for blocks of these shapes (`src/models/llama.cpp` of llama.cpp uses block 0's sizes
-/// for all blocks, `src/models/deci.cpp` each block's own; some loaders take no fewer heads at all, or no biases).
+/// The carrier for blocks of these shapes, of a model of `family` that `uneven` can carry if they differ
+/// (`src/models/llama.cpp` of llama.cpp uses block 0's sizes for all blocks, `src/models/deci.cpp` each block's own; some
+/// loaders take no fewer heads at all, or no biases).
 ///
 /// # Panics
-/// If blocks differ in size and no architecture takes blocks of that family so
-/// ([`Traits::per_block`](super::Traits::per_block)).
-pub fn carrier_for(family: Family, shapes: &[BlockShape]) -> Carrier {
+/// If blocks differ in size and there is no carrier for that.
+pub fn carrier_for(family: Family, uneven: Option<Family>, shapes: &[BlockShape]) -> Carrier {
     if family.traits().stays && shapes.iter().all(|s| *s == shapes[0]) {
         return Carrier::Same(family);
     }
-    assert_eq!(family.traits().uneven, Some(Family::Deci), "blocks of {} must be equal", family.name());
-    Carrier::Deci
+    Carrier::Uneven(uneven.unwrap_or_else(|| panic!("blocks of {} must be equal", family.name())))
 }
 
 #[cfg(test)]
@@ -48,20 +46,25 @@ mod tests {
     const NARROW: BlockShape = BlockShape { n_ff: 64, ..WIDE };
 
     #[test]
-    fn equal_blocks_stay_what_they_are_and_others_become_deci() {
-        for &family in Family::ALL {
-            let stays = family.traits().stays;
-            let expected = if stays { Carrier::Same(family) } else { Carrier::Deci };
-            assert_eq!(carrier_for(family, &[WIDE; 3]), expected);
+    fn equal_blocks_stay_what_they_are_where_they_can() {
+        let carrier = |f: Family, shapes: &[BlockShape]| carrier_for(f, f.traits().uneven, shapes);
+        for &family in Family::ALL.iter().filter(|f| f.traits().stays) {
+            assert_eq!(carrier(family, &[WIDE; 3]), Carrier::Same(family));
         }
-        assert_eq!(carrier_for(Family::Qwen2, &[WIDE; 3]), Carrier::Deci);
-        assert_eq!(carrier_for(Family::Llama, &[WIDE, NARROW]), Carrier::Deci);
-        assert_eq!(carrier_for(Family::Deci, &[WIDE, NARROW]), Carrier::Deci);
+        for (family, uneven) in [
+            (Family::Llama, Family::Deci),
+            (Family::Deci, Family::Deci),
+            (Family::Qwen2, Family::Deci),
+            (Family::Qwen3, Family::OpenElm),
+        ] {
+            assert_eq!(carrier(family, &[WIDE, NARROW]), Carrier::Uneven(uneven));
+        }
+        assert_eq!(carrier(Family::Qwen2, &[WIDE; 3]), Carrier::Uneven(Family::Deci));
     }
 
     #[test]
     #[should_panic(expected = "blocks of gemma3 must be equal")]
     fn gemma3_has_no_carrier_for_uneven_blocks() {
-        carrier_for(Family::Gemma3, &[WIDE, NARROW]);
+        carrier_for(Family::Gemma3, None, &[WIDE, NARROW]);
     }
 }

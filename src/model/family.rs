@@ -23,6 +23,8 @@ pub enum Family {
     Exaone,
     /// `seed_oss`: Seed-OSS.
     SeedOss,
+    /// `openelm`: OpenELM, and Qwen 3 with blocks that have their own head counts and widths each.
+    OpenElm,
 }
 
 /// How gate and up become the input of ffn_down.
@@ -41,8 +43,13 @@ pub struct Traits {
     /// Value of `general.architecture` and prefix of the metadata keys.
     pub name: &'static str,
     /// The stock architecture that computes the same blocks and reads head counts and widths per block,
-    /// if there is one; else all blocks keep equal sizes.
+    /// if there is one; else all blocks keep equal sizes. Where it has no room for all of a model's tensors, that model
+    /// goes without ([`Model::uneven`](super::Model::uneven)).
     pub uneven: Option<Family>,
+    /// Q, K and V of a block are rows of one tensor, none has a bias, and no block goes without.
+    pub one_qkv: bool,
+    /// The output head may be a tensor of its own.
+    pub untied: bool,
     /// A pruned model with equal blocks is written in this architecture: it takes fewer heads than n_embd / head_dim, and
     /// the biases that pruning adds, if any. Others are always written in `uneven`.
     pub stays: bool,
@@ -77,6 +84,8 @@ pub struct Traits {
 const LLAMA: Traits = Traits {
     name: "llama",
     uneven: Some(Family::Deci),
+    one_qkv: false,
+    untied: true,
     stays: true,
     ffn_norm: "ffn_norm",
     unrotated: None,
@@ -97,6 +106,8 @@ const DECI: Traits = Traits { name: "deci", ..LLAMA };
 const GEMMA3: Traits = Traits {
     name: "gemma3",
     uneven: None,
+    one_qkv: false,
+    untied: true,
     stays: true,
     ffn_norm: "ffn_norm",
     unrotated: None,
@@ -122,7 +133,10 @@ const QWEN2: Traits = Traits {
     ..LLAMA
 };
 
-const QWEN3: Traits = Traits { name: "qwen3", uneven: None, stays: true, qk_norm: true, ..QWEN2 };
+const QWEN3: Traits =
+    Traits { name: "qwen3", uneven: Some(Family::OpenElm), stays: true, qk_norm: true, ..QWEN2 };
+
+const OPENELM: Traits = Traits { name: "openelm", one_qkv: true, untied: false, ..QWEN3 };
 
 const SMOLLM3: Traits = Traits {
     name: "smollm3",
@@ -142,18 +156,6 @@ const EXAONE: Traits = Traits { name: "exaone", rope_factors: true, ..QWEN2 };
 
 const SEED_OSS: Traits = Traits { name: "seed_oss", ffn_norm: "post_attention_norm", ..QWEN2 };
 
-impl Traits {
-    /// Whether a pruned model may have biases of attn_output and ffn_down.
-    pub fn adds_biases(&self) -> bool {
-        self.output_biases || self.uneven.is_some_and(|f| f.traits().output_biases)
-    }
-
-    /// Whether blocks of a pruned model may differ in size.
-    pub fn per_block(&self) -> bool {
-        self.uneven.is_some()
-    }
-}
-
 impl Family {
     /// All that are supported.
     pub const ALL: &'static [Family] = &[
@@ -167,6 +169,7 @@ impl Family {
         Family::Ernie45,
         Family::Exaone,
         Family::SeedOss,
+        Family::OpenElm,
     ];
 
     /// What tells it from the others.
@@ -182,6 +185,7 @@ impl Family {
             Family::Ernie45 => &ERNIE45,
             Family::Exaone => &EXAONE,
             Family::SeedOss => &SEED_OSS,
+            Family::OpenElm => &OPENELM,
         }
     }
 

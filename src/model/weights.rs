@@ -1,6 +1,6 @@
 //! Tensors by role, and a block's weights as floats.
 
-use super::{BlockShape, Hparams, ModelError};
+use super::{BlockShape, Family, Hparams, ModelError};
 use crate::gguf::{GgufError, GgufFile, TensorInfo};
 
 /// A dense matrix of floats in ggml's layout: `n_out` rows of `n_in` numbers, y = M x.
@@ -38,7 +38,7 @@ impl Matrix {
 }
 
 /// Some rows of a tensor: one role inside a tensor that may be shared (a fused attn_qkv).
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Segment {
     /// Index into [`GgufFile::tensors`].
     pub tensor: usize,
@@ -252,7 +252,10 @@ impl Model {
         let (n_embd, n_vocab) = (hparams.n_embd, hparams.n_vocab);
         let token_embd = finder.required("token_embd.weight", &[n_embd, n_vocab])?;
         let output_norm = finder.required("output_norm.weight", &[n_embd])?;
-        let output = finder.optional("output.weight", &[n_embd, n_vocab])?.unwrap_or(token_embd);
+        let output = match hparams.family.traits().untied {
+            true => finder.optional("output.weight", &[n_embd, n_vocab])?.unwrap_or(token_embd),
+            false => token_embd,
+        };
         let n_freqs = [hparams.rope.n_rot / 2];
         let rope_factors = if !hparams.family.traits().rope_factors {
             [Ok(None), Ok(None)]
@@ -282,6 +285,16 @@ impl Model {
             }
         }
         Ok(Model { hparams, blocks, token_embd, output_norm, output, rope_factors, file })
+    }
+
+    /// The stock architecture that can carry this model with blocks of different sizes, if there is one.
+    pub fn uneven(&self) -> Option<Family> {
+        let fits = |f: &Family| {
+            let t = f.traits();
+            let tied = self.output == self.token_embd;
+            (t.untied || tied) && !(t.one_qkv && self.blocks.iter().any(|b| b.qkv_bias.is_some()))
+        };
+        self.hparams.family.traits().uneven.filter(fits)
     }
 
     /// The tensor that a segment lies in.

@@ -4,7 +4,7 @@ use super::judge::{Judge, Loss};
 use super::stream::embedded;
 use super::{Method, Plan, PruneError, Run, forward};
 use crate::forward::{Block, Forward, Wanted};
-use crate::model::Model;
+use crate::model::{Family, Model};
 use crate::prune::{Budget, GroupId, LazyGreedy, rounds};
 use crate::spill::Array;
 
@@ -107,17 +107,20 @@ impl Run<'_> {
     }
 }
 
-/// How many groups may go from each block so that stock llama.cpp can run what is left.
+/// How many of the groups may go from each block so that stock llama.cpp can run what is left, if `n_remove` go in all.
 fn group_limits(model: &Model, budgets: &[Budget], n_remove: usize) -> Vec<usize> {
-    if !model.hparams.family.traits().per_block() {
-        return vec![n_remove / budgets.len(); budgets.len()];
+    match model.uneven() {
+        None => vec![n_remove / budgets.len(); budgets.len()],
+        Some(carrier) => removable_groups(carrier, budgets),
     }
-    // It reads head_dim only if the first block has heads.
-    budgets
-        .iter()
-        .enumerate()
-        .map(|(il, b)| if il == 0 { b.n_groups.saturating_sub(1) } else { b.n_groups })
-        .collect()
+}
+
+/// How many groups may go from each block where blocks may differ.
+pub(super) fn removable_groups(carrier: Family, budgets: &[Budget]) -> Vec<usize> {
+    // deci reads head_dim only if the first block has heads.
+    let keeps_one = |il: usize| il == 0 || carrier.traits().one_qkv;
+    let limit = |(il, b): (usize, &Budget)| b.n_groups.saturating_sub(usize::from(keeps_one(il)));
+    budgets.iter().enumerate().map(limit).collect()
 }
 
 /// What goes at a time.

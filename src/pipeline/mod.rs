@@ -332,10 +332,11 @@ fn forward(model: &Model, n_ctx: usize, s: &Settings) -> Result<Forward, Forward
 
 /// The settings as far as the architecture of `model` can hold what comes of them.
 fn within_family(model: &Model, s: &Settings) -> Settings {
-    let t = model.hparams.family.traits();
+    let carriers = [Some(model.hparams.family), model.uneven()];
+    let has_biases = carriers.into_iter().flatten().any(|f| f.traits().output_biases);
     Settings {
-        per_block_widths: s.per_block_widths && t.per_block(),
-        biases: s.biases && t.adds_biases(),
+        per_block_widths: s.per_block_widths && model.uneven().is_some(),
+        biases: s.biases && has_biases,
         ..s.clone()
     }
 }
@@ -348,15 +349,17 @@ fn groups_to_remove(model: &Model, budgets: &[Budget], s: &Settings) -> usize {
     let affordable = (total as f64 * s.sparsity) as usize / largest;
     let wanted = s.groups.unwrap_or_else(|| prune::head_groups_paper(budgets, s.sparsity)).min(affordable);
     let whole_blocks = s.method == Method::TwoStage;
-    if !model.hparams.family.traits().per_block() {
+    let Some(carrier) = model.uneven() else {
         if whole_blocks {
             return 0;
         }
         let per_block = (wanted as f64 / budgets.len() as f64).round() as usize;
         let per_block = per_block.min(affordable / budgets.len()).min(budgets[0].n_groups.saturating_sub(1));
         return per_block * budgets.len();
-    }
-    let available = budgets.iter().map(|b| b.n_groups).sum::<usize>() - usize::from(budgets[0].n_groups > 0);
+    };
+    let limits = heads::removable_groups(carrier, budgets);
+    let counts = |(limit, b): &(usize, &Budget)| !whole_blocks || *limit == b.n_groups;
+    let available: usize = limits.into_iter().zip(budgets).filter(counts).map(|(limit, _)| limit).sum();
     let wanted = wanted.min(available);
     if whole_blocks { wanted - wanted % budgets[0].n_groups.max(1) } else { wanted }
 }
@@ -381,7 +384,7 @@ fn equal_widths(
     let n_remove = neurons_to_remove(budgets, s, attention_removed)?;
     let widths: Vec<_> = budgets.iter().map(|b| prune::possible_widths(b.n_ff, b.ff_step)).collect();
     let mut widths = prune::uniform(&widths, n_remove);
-    if !model.hparams.family.traits().per_block() {
+    if model.uneven().is_none() {
         let narrowest = widths.iter().copied().min().unwrap_or(0);
         widths.fill(narrowest);
     }
@@ -403,7 +406,7 @@ pub fn budgets(model: &Model, types: &TensorTypes) -> Vec<Budget> {
             ff_step: ff_step(types.ffn_down.unwrap_or(model.tensor(&t.ffn_down).ty)),
         })
         .collect();
-    if !h.family.traits().per_block() {
+    if model.uneven().is_none() {
         // All take the widest step, so that all can take the same widths.
         let widest = budgets.iter().map(|b| b.ff_step).max().unwrap_or(1);
         budgets.iter_mut().for_each(|b| b.ff_step = widest);

@@ -31,20 +31,38 @@ to the next for two hundred years, since no captain wanted to be the one who fai
 
 /// Writes `source` anew: with the metadata that `keep` keeps, and the tensors in `ty` if that is given.
 pub fn rewrite(source: &GgufFile, target: &Path, keep: impl Fn(&str) -> bool, ty: Option<Type>) {
+    write_again(source, target, keep, |_| ty);
+}
+
+/// Writes `source` anew, with tensors in the types that `ty` gives by name.
+pub fn retype(source: &GgufFile, target: &Path, ty: impl Fn(&str) -> Option<Type>) {
+    write_again(source, target, |_| true, ty);
+}
+
+fn write_again(
+    source: &GgufFile,
+    target: &Path,
+    keep: impl Fn(&str) -> bool,
+    ty: impl Fn(&str) -> Option<Type>,
+) {
     let metadata: Vec<_> = source.metadata().iter().filter(|(k, _)| keep(k)).cloned().collect();
     let tensors: Vec<OutTensor> = source
         .tensors()
         .iter()
-        .map(|t| OutTensor {
-            name: t.name.clone(),
-            ty: ty.unwrap_or(t.ty),
-            ne: t.ne.clone(),
-            data: Box::new(move || match ty {
-                None => Ok(Cow::Borrowed(source.data(t))),
-                Some(ty) => {
-                    Ok(Cow::Owned(ty.quantize(&source.floats(t, 0..t.n_rows())?, t.ne[0], None).unwrap()))
-                }
-            }),
+        .map(|t| {
+            let ty = ty(&t.name);
+            OutTensor {
+                name: t.name.clone(),
+                ty: ty.unwrap_or(t.ty),
+                ne: t.ne.clone(),
+                data: Box::new(move || match ty {
+                    None => Ok(Cow::Borrowed(source.data(t))),
+                    Some(ty) => {
+                        let floats = source.floats(t, 0..t.n_rows())?;
+                        Ok(Cow::Owned(ty.quantize(&floats, t.ne[0], None).unwrap()))
+                    }
+                }),
+            }
         })
         .collect();
     let mut file = BufWriter::new(File::create(target).unwrap());

@@ -44,6 +44,8 @@ impl Small {
             ("qwen2", Small { biases: true, ..of("qwen2") }),
             ("qwen2, untied, fused", Small { biases: true, tied: false, fused_qkv: true, ..of("qwen2") }),
             ("qwen3", of("qwen3")),
+            ("qwen3, fused", Small { fused_qkv: true, ..of("qwen3") }),
+            ("openelm", Small { fused_qkv: true, ..of("openelm") }),
             ("qwen3, untied, wide heads", Small { tied: false, head_dim: 32, ..of("qwen3") }),
             ("smollm3", of("smollm3")),
             ("internlm2", Small { tied: false, ..of("internlm2") }),
@@ -207,7 +209,7 @@ impl Small {
                         blk(&format!("{name}.bias"), &[*n], false);
                     }
                 }
-                if gemma3 || self.arch == "qwen3" {
+                if gemma3 || ["qwen3", "openelm"].contains(&self.arch) {
                     blk("attn_q_norm.weight", &[self.head_dim], true);
                     blk("attn_k_norm.weight", &[self.head_dim], true);
                 }
