@@ -23,6 +23,6 @@ pub mod requant;
 pub mod spill;
 
 pub use job::{
-    DryRun, Job, JobError, KeepState, Outcome, Quality, Quantise, Size, calibration, dry_run,
-    remove_temporary, run,
+    DryRun, Inspection, Job, JobError, KeepState, Outcome, Quality, Quantise, Size, calibration, dry_run,
+    inspect, remove_temporary, run,
 };

@@ -1,6 +1,6 @@
 //! What the user typed.
 
-use clap::{Parser, ValueEnum};
+use clap::{Parser, Subcommand, ValueEnum};
 use std::path::PathBuf;
 
 /// Make a GGUF language model smaller and faster by structured pruning.
@@ -8,7 +8,39 @@ use std::path::PathBuf;
 /// Removes whole attention heads and feed-forward neurons, refits what stays, and writes a GGUF that
 /// stock llama.cpp and Ollama run. Without --file the model writes its own calibration text.
 #[derive(Parser, Clone, Debug)]
-#[command(name = "putri-gguf", version = version(), max_term_width = 100, after_help = EXAMPLES)]
+#[command(
+    name = "putri-gguf",
+    version = version(),
+    max_term_width = 100,
+    after_help = EXAMPLES,
+    args_conflicts_with_subcommands = true,
+    subcommand_negates_reqs = true,
+    override_usage = "putri-gguf [OPTIONS] --sparsity <S> <INPUT> <OUTPUT>\n       putri-gguf inspect [--json] <INPUT>"
+)]
+pub struct Cli {
+    /// What to do instead of pruning.
+    #[command(subcommand)]
+    pub command: Option<Command>,
+    /// How to prune.
+    #[command(flatten)]
+    pub prune: Option<Args>,
+}
+
+/// Other things than pruning.
+#[derive(Subcommand, Clone, Debug)]
+pub enum Command {
+    /// Say what is in a model, and what could go, from its header alone
+    Inspect {
+        /// The model (GGUF)
+        input: PathBuf,
+        /// As a JSON object
+        #[arg(long)]
+        json: bool,
+    },
+}
+
+/// Arguments of pruning.
+#[derive(clap::Args, Clone, Debug)]
 pub struct Args {
     /// The model to prune (GGUF, any quantisation that llama.cpp reads); never written to
     pub input: PathBuf,
@@ -102,6 +134,7 @@ pub enum MethodArg {
 
 const EXAMPLES: &str = "\
 Examples:
+  putri-gguf inspect model.gguf
   putri-gguf model.gguf smaller.gguf --sparsity 0.2
   putri-gguf model.gguf smaller.gguf --sparsity 0.25 --file notes.txt --file manual.txt
   putri-gguf model.gguf smaller.gguf --sparsity 0.5 --ctx-size 1024 --chunks 64 --threads 8";

@@ -3,13 +3,14 @@
 mod args;
 mod resolve;
 
-pub use args::Args;
+pub use args::{Cli, Command};
 pub use resolve::resolve;
 
 use clap::Parser;
-use putri_gguf::report::{Progress, Timings, dry_run_table, summary};
+use putri_gguf::report::{Progress, Timings, dry_run_table, inspection_json, inspection_table, summary};
 use putri_gguf::{Job, JobError, ggml};
 use std::io::Write;
+use std::path::Path;
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -21,13 +22,18 @@ const INTERRUPTED: u8 = 130;
 /// 130 interrupted.
 pub fn main() -> ExitCode {
     // clap prints usage errors itself and exits with 2; help and version with 0.
-    let args = Args::parse();
+    let cli = Cli::parse();
     ggml::silence_logs();
     ggml::install_abort_handler(|message| {
         eprintln!("error: llama.cpp stopped on an inconsistency in the model or in our use of it: {message}");
         putri_gguf::remove_temporary();
         std::process::exit(1);
     });
+    let args = match (cli.command, cli.prune) {
+        (Some(Command::Inspect { input, json }), _) => return inspect(&input, json),
+        (None, Some(args)) => args,
+        (None, None) => unreachable!("clap demands a command or what to prune"),
+    };
     let (quiet, timings, dry) = (args.quiet, args.timings, args.dry_run);
     let job = match resolve(args) {
         Ok(job) => job,
@@ -74,6 +80,21 @@ pub fn main() -> ExitCode {
                 None => eprintln!("interrupted; nothing was written"),
             }
             ExitCode::from(INTERRUPTED)
+        }
+        Err(e) => {
+            eprintln!("error: {e}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// Prints what is in the model at `path`.
+fn inspect(path: &Path, json: bool) -> ExitCode {
+    match putri_gguf::inspect(path) {
+        Ok(found) => {
+            let text = if json { inspection_json(&found) + "\n" } else { inspection_table(&found) };
+            let _ = write!(std::io::stdout(), "{text}");
+            ExitCode::SUCCESS
         }
         Err(e) => {
             eprintln!("error: {e}");

@@ -143,11 +143,13 @@ fn tensor_types(given: &[String]) -> Result<TensorTypes> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::cli::Cli;
     use clap::Parser;
 
     fn job(extra: &[&str]) -> Result<Job> {
         let base = ["putri-gguf", "in.gguf", "out.gguf"];
-        resolve(Args::try_parse_from(base.iter().chain(extra))?)
+        let cli = Cli::try_parse_from(base.iter().chain(extra))?;
+        resolve(cli.prune.expect("arguments of pruning"))
     }
 
     #[test]

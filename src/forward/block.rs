@@ -237,7 +237,13 @@ impl Net {
             Some(post) => self.norm(g, b, Some(post.weight), y),
             None => y,
         };
+        let y = self.scaled(g, y, self.hparams.residual_scale);
         g.add(y, x)
+    }
+
+    /// `factor · x`, without a step for nothing.
+    pub(super) fn scaled(&self, g: &mut Graph, x: T, factor: f32) -> T {
+        if factor == 1.0 { x } else { g.scale(x, factor, 0.0) }
     }
 
     /// What an error of 1 in [`Net::map`]'s output `y` is divided by on its way to the stream, per token

@@ -188,6 +188,7 @@ impl Net {
             let slope = g.scale(squares, -1.0, 1.0);
             d = g.mul(d, slope);
         }
+        let d = self.scaled(g, d, self.hparams.logit_scale);
         let w = g.resident(&head.set, 1);
         let w = g.transpose(w);
         let d = g.mul_mat(w, d);
@@ -303,6 +304,7 @@ impl Net {
         inputs: T,
         behind: T,
     ) -> (T, T, Option<T>) {
+        let behind = self.scaled(g, behind, self.hparams.residual_scale);
         let (mut at_y, mut by_post) = (behind, None);
         if let Some(post) = b.post_norm(half) {
             let y = self.map(g, b, half, inputs);

@@ -110,7 +110,8 @@ impl Net {
         let w = g.resident(&head.set, 0);
         let h = g.mul(h, w);
         let w = g.resident(&head.set, 1);
-        let mut y = g.mul_mat(w, h);
+        let y = g.mul_mat(w, h);
+        let mut y = self.scaled(g, y, self.hparams.logit_scale);
         if let Some(cap) = self.hparams.softcap {
             y = g.scale(y, 1.0 / cap, 0.0);
             y = g.tanh(y);

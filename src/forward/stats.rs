@@ -210,7 +210,8 @@ impl Net {
         let mut residual = target.map(|target| {
             let [n_embd, n_tokens, ..] = g.ne(own);
             let target = g.input_f32([n_embd, n_tokens], target);
-            g.sub(target, own)
+            let r = g.sub(target, own);
+            self.scaled(g, r, 1.0 / self.hparams.residual_scale)
         });
         if let Some((rms, inverse)) = self.back(g, b, half, y) {
             residual = residual.map(|r| {

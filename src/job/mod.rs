@@ -1,8 +1,10 @@
 //! The whole way from a GGUF to a pruned and verified GGUF.
 
+mod inspect;
 mod output;
 mod state;
 
+pub use inspect::{Inspection, inspect};
 pub use output::remove_temporary;
 
 use crate::assemble::{Provenance, assemble, carrier, importance, write_imatrix};
@@ -18,7 +20,7 @@ use output::{check_paths, finish, folder_of, temporary};
 use sha2::{Digest, Sha256};
 use state::State;
 use std::io::{BufWriter, Write};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 /// How far libllama's perplexity of the written file may lie from our own forward of the pruned
@@ -358,7 +360,11 @@ fn expected_calibration(job: &Job) -> Calibration {
 }
 
 fn open(job: &Job) -> Result<Model, JobError> {
-    Model::open(&job.input).map_err(|e| match e {
+    open_model(&job.input)
+}
+
+fn open_model(path: &Path) -> Result<Model, JobError> {
+    Model::open(path).map_err(|e| match e {
         // These name the file already.
         ModelError::Gguf(
             e @ (GgufError::Io { .. }
@@ -367,7 +373,7 @@ fn open(job: &Job) -> Result<Model, JobError> {
             | GgufError::Truncated { .. }
             | GgufError::UnknownType { .. }),
         ) => JobError::Gguf(e),
-        source => JobError::Model { path: job.input.clone(), source },
+        source => JobError::Model { path: path.into(), source },
     })
 }
 

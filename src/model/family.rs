@@ -23,6 +23,8 @@ pub enum Family {
     Exaone,
     /// `seed_oss`: Seed-OSS.
     SeedOss,
+    /// `granite`: Granite 3, dense.
+    Granite,
     /// `openelm`: OpenELM, and Qwen 3 with blocks that have their own head counts and widths each.
     OpenElm,
 }
@@ -71,6 +73,8 @@ pub struct Traits {
     pub output_biases: bool,
     /// Embeddings are multiplied by sqrt(n_embd).
     pub scaled_embedding: bool,
+    /// `embedding_scale`, `residual_scale`, `attention.scale`, `logit_scale` and `rope.scaling.finetuned` are read.
+    pub scales: bool,
     /// `final_logit_softcapping` is read: logits are c · tanh(logits / c).
     pub softcap: bool,
     /// `attention.sliding_window` is read: of so many blocks in a row the last sees all tokens, the others a
@@ -96,6 +100,7 @@ const LLAMA: Traits = Traits {
     post_norms: false,
     output_biases: true,
     scaled_embedding: false,
+    scales: false,
     softcap: false,
     sliding_pattern: None,
     width_scaled: None,
@@ -118,6 +123,7 @@ const GEMMA3: Traits = Traits {
     post_norms: true,
     output_biases: false,
     scaled_embedding: true,
+    scales: false,
     softcap: true,
     sliding_pattern: Some(6),
     // The 27B model.
@@ -156,6 +162,9 @@ const EXAONE: Traits = Traits { name: "exaone", rope_factors: true, ..QWEN2 };
 
 const SEED_OSS: Traits = Traits { name: "seed_oss", ffn_norm: "post_attention_norm", ..QWEN2 };
 
+// deci could carry it only with its scales folded into quantised matrices.
+const GRANITE: Traits = Traits { name: "granite", uneven: None, scales: true, ..LLAMA };
+
 impl Family {
     /// All that are supported.
     pub const ALL: &'static [Family] = &[
@@ -170,6 +179,7 @@ impl Family {
         Family::Exaone,
         Family::SeedOss,
         Family::OpenElm,
+        Family::Granite,
     ];
 
     /// What tells it from the others.
@@ -186,6 +196,7 @@ impl Family {
             Family::Exaone => &EXAONE,
             Family::SeedOss => &SEED_OSS,
             Family::OpenElm => &OPENELM,
+            Family::Granite => &GRANITE,
         }
     }
 

@@ -46,6 +46,14 @@ pub struct Hparams {
     pub sliding: Option<SlidingWindow>,
     /// Factor of the token embeddings.
     pub embd_scale: f32,
+    /// Factor of what attention and feed-forward add to the stream.
+    pub residual_scale: f32,
+    /// Factor of the logits.
+    pub logit_scale: f32,
+    /// Factor of the products of queries and keys, where it is not what their width says.
+    pub kq_scale: Option<f32>,
+    /// Queries and keys are rotated, in all blocks but those that [`Traits::unrotated`](super::Traits) names.
+    pub rotates: bool,
     /// Logits are c · tanh(logits / c).
     pub softcap: Option<f32>,
     /// Sizes per block.
@@ -151,6 +159,7 @@ impl Hparams {
             .find("token_embd.weight")
             .ok_or_else(|| GgufError::MissingTensor("token_embd.weight".into()))?;
         let n_vocab = embd.ne.get(1).copied().unwrap_or(1);
+        let scales = read_scales(file, &key, traits)?;
         let h = Hparams {
             family,
             n_embd,
@@ -161,7 +170,11 @@ impl Hparams {
             rope,
             longrope,
             sliding,
-            embd_scale,
+            embd_scale: embd_scale * scales.embedding,
+            residual_scale: scales.residual,
+            logit_scale: scales.logit,
+            kq_scale: scales.attention,
+            rotates: scales.rotates,
             softcap,
             blocks,
         };
@@ -179,12 +192,15 @@ impl Hparams {
 
     /// Whether block `il` rotates queries and keys.
     pub fn rotates(&self, il: usize) -> bool {
-        self.family.traits().unrotated.is_none_or(|n| !(il + 1).is_multiple_of(n))
+        self.rotates && self.family.traits().unrotated.is_none_or(|n| !(il + 1).is_multiple_of(n))
     }
 
     /// Factor of the products of queries and keys where the first block has `n_head` heads
     /// (`f_attention_scale` of llama.cpp, which for one model depends on them).
     pub fn attention_scale(&self, n_head: usize) -> f32 {
+        if let Some(scale) = self.kq_scale {
+            return scale;
+        }
         let by_width = self.family.traits().width_scaled == Some(self.n_layer());
         let width = if by_width { self.n_embd / n_head } else { self.head_dim };
         1.0 / (width as f32).sqrt()
@@ -210,6 +226,45 @@ impl Hparams {
     pub fn block_params(&self, b: &BlockShape) -> (usize, usize) {
         (b.n_head_kv * self.group_params(b), b.n_ff * self.neuron_params())
     }
+}
+
+/// Factors of a family that has them.
+struct Scales {
+    embedding: f32,
+    residual: f32,
+    logit: f32,
+    attention: Option<f32>,
+    rotates: bool,
+}
+
+/// Reads them as `src/models/granite.cpp` of llama.cpp does, for which 0 is none.
+fn read_scales(
+    file: &GgufFile,
+    key: &impl Fn(&str) -> String,
+    traits: &super::Traits,
+) -> Result<Scales, ModelError> {
+    if !traits.scales {
+        return Ok(Scales { embedding: 1.0, residual: 1.0, logit: 1.0, attention: None, rotates: true });
+    }
+    let read = |suffix: &str| Ok::<_, GgufError>(file.get_f32(&key(suffix))?.filter(|v| *v != 0.0));
+    let logit = read("logit_scale")?;
+    let logit = logit.ok_or_else(|| GgufError::MissingKey(key("logit_scale")))?;
+    let finetuned = key("rope.scaling.finetuned");
+    let rotates = match file.get(&finetuned) {
+        None => true,
+        Some(Value::Bool(rotates)) => *rotates,
+        Some(other) => {
+            let problem = format!("is of type {}, not bool", other.type_name());
+            return Err(GgufError::BadKey { key: finetuned, problem }.into());
+        }
+    };
+    Ok(Scales {
+        embedding: read("embedding_scale")?.unwrap_or(1.0),
+        residual: read("residual_scale")?.unwrap_or(1.0),
+        logit: 1.0 / logit,
+        attention: read("attention.scale")?,
+        rotates,
+    })
 }
 
 fn check_block(

@@ -1,11 +1,13 @@
 //! What the user sees: progress while it runs, and a summary at the end.
 
 mod forecast;
+mod inspect;
 mod progress;
 mod table;
 mod timings;
 
 pub use forecast::dry_run_table;
+pub use inspect::{inspection_json, inspection_table};
 pub use progress::Progress;
 pub use table::{peak_memory, summary};
 pub use timings::{Stage, StageTimes, Timings};

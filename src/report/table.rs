@@ -78,7 +78,7 @@ pub(super) fn megabytes(bytes: u64) -> String {
     if mib >= 10_240.0 { format!("{:.2} GiB", mib / 1024.0) } else { format!("{mib:.1} MiB") }
 }
 
-fn millions(n: usize) -> String {
+pub(super) fn millions(n: usize) -> String {
     let m = n as f64 / 1e6;
     if m >= 10_000.0 { format!("{:.2} B", m / 1e3) } else { format!("{m:.1} M") }
 }

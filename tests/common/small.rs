@@ -39,12 +39,27 @@ impl Small {
 impl Small {
     /// Models of the families that are one table row each, in the variants that they come in.
     pub fn rows() -> Vec<(&'static str, Small)> {
+        let granite = vec![
+            ("logit_scale", Value::F32(3.0)),
+            ("residual_scale", Value::F32(0.4)),
+            ("embedding_scale", Value::F32(6.0)),
+            ("attention.scale", Value::F32(0.1)),
+        ];
         let of = |arch| Small { arch, blocks: vec![(4, 2, 96); 5], ..Small::default() };
         vec![
             ("qwen2", Small { biases: true, ..of("qwen2") }),
             ("qwen2, untied, fused", Small { biases: true, tied: false, fused_qkv: true, ..of("qwen2") }),
             ("qwen3", of("qwen3")),
             ("qwen3, fused", Small { fused_qkv: true, ..of("qwen3") }),
+            ("granite", Small { extra: granite.clone(), ..of("granite") }),
+            (
+                "granite, biases, not rotated",
+                Small {
+                    biases: true,
+                    extra: [granite, vec![("rope.scaling.finetuned", Value::Bool(false))]].concat(),
+                    ..of("granite")
+                },
+            ),
             ("openelm", Small { fused_qkv: true, ..of("openelm") }),
             ("qwen3, untied, wide heads", Small { tied: false, head_dim: 32, ..of("qwen3") }),
             ("smollm3", of("smollm3")),
@@ -186,7 +201,7 @@ impl Small {
         };
         let gemma3 = self.arch == "gemma3";
         // Others know biases of Q, K and V only.
-        let more_biases = self.biases && ["llama", "deci"].contains(&self.arch);
+        let more_biases = self.biases && ["llama", "deci", "granite"].contains(&self.arch);
         let ffn_norm = if self.arch == "seed_oss" { "post_attention_norm" } else { "ffn_norm" };
         add("token_embd.weight".into(), &[d, self.n_vocab], false);
         add("output_norm.weight".into(), &[d], true);

@@ -1,0 +1,126 @@
+//! What is in a model, and what could go, from its header alone.
+
+use super::{JobError, Size, open_model, size_of};
+use crate::ggml::Type;
+use crate::model::{Family, Model};
+use crate::pipeline::{Settings, check_budget};
+use std::path::Path;
+
+/// A model as its header describes it.
+#[derive(Clone, Debug)]
+pub struct Inspection {
+    /// `general.architecture`, and `general.name` if there is one.
+    pub arch: &'static str,
+    /// The model's name.
+    pub name: Option<String>,
+    /// Bytes, parameters, blocks.
+    pub size: Size,
+    /// Width of the residual stream, of a head, tokens in the vocabulary, tokens that it was trained for.
+    pub n_embd: usize,
+    /// Width of a head.
+    pub head_dim: usize,
+    /// Tokens in the vocabulary.
+    pub n_vocab: usize,
+    /// Tokens of context that it was trained for.
+    pub n_ctx_train: usize,
+    /// The output head is the token embedding.
+    pub tied: bool,
+    /// Parameters of attention matrices, of feed-forward matrices, of embedding and output head.
+    pub attention_params: usize,
+    /// Of feed-forward matrices.
+    pub ffn_params: usize,
+    /// Of embedding and output head.
+    pub embedding_params: usize,
+    /// Types, with their tensors and bytes, those with most bytes first.
+    pub types: Vec<(Type, usize, u64)>,
+    /// The architecture that a pruned model is written in.
+    pub carrier: Family,
+    /// Why that one.
+    pub why: String,
+    /// Blocks may get head counts and widths of their own.
+    pub per_block: bool,
+    /// The largest share of the blocks' parameters that can be removed, in hundredths.
+    pub reachable: f64,
+}
+
+/// Looks at the model at `path`; reads no tensor.
+///
+/// # Errors
+/// [`JobError`] if it cannot be opened or its architecture is not supported.
+pub fn inspect(path: &Path) -> Result<Inspection, JobError> {
+    let model = open_model(path)?;
+    let h = &model.hparams;
+    let size = size_of(&model);
+    let params = |part: fn((usize, usize)) -> usize| h.blocks.iter().map(|b| part(h.block_params(b))).sum();
+    let tied = model.output == model.token_embd;
+    let heads = 1 + usize::from(!tied);
+    let (carrier, why) = carrier(&model);
+    let can = |percent: &u32| {
+        let settings = Settings { sparsity: f64::from(*percent) / 100.0, ..Settings::default() };
+        check_budget(&model, &settings).is_ok()
+    };
+    Ok(Inspection {
+        arch: h.family.name(),
+        name: model.file.get_str("general.name")?.map(String::from),
+        n_embd: h.n_embd,
+        head_dim: h.head_dim,
+        n_vocab: h.n_vocab,
+        n_ctx_train: h.n_ctx_train,
+        tied,
+        attention_params: params(|p| p.0),
+        ffn_params: params(|p| p.1),
+        embedding_params: heads * h.n_embd * h.n_vocab,
+        types: types(&model),
+        carrier,
+        why,
+        per_block: model.uneven().is_some(),
+        reachable: f64::from((1..100).rev().find(can).unwrap_or(0)) / 100.0,
+        size,
+    })
+}
+
+/// Where the pruned model goes, and why.
+fn carrier(model: &Model) -> (Family, String) {
+    let family = model.hparams.family;
+    let (name, traits) = (family.name(), family.traits());
+    match (model.uneven(), traits.uneven) {
+        (Some(carrier), _) if carrier == family => {
+            (carrier, format!("{name} reads head counts and widths per block"))
+        }
+        (Some(carrier), _) => {
+            let other = carrier.name();
+            let own = if traits.stays {
+                format!("; stays {name} if all blocks end up equal")
+            } else {
+                format!("; {name} itself takes no fewer heads and no new biases")
+            };
+            let why =
+                format!("{other} computes the same blocks and reads head counts and widths per block{own}");
+            (carrier, why)
+        }
+        (None, Some(carrier)) => {
+            let other = carrier.name();
+            let why = format!(
+                "{other}, which reads sizes per block, has no room for a head of its own or for biases of Q, K and V"
+            );
+            (family, why)
+        }
+        (None, None) => (
+            family,
+            "no stock architecture computes such blocks in different sizes, so all stay equal".into(),
+        ),
+    }
+}
+
+fn types(model: &Model) -> Vec<(Type, usize, u64)> {
+    let mut types: Vec<(Type, usize, u64)> = Vec::new();
+    for t in model.file.tensors() {
+        let bytes = t.n_bytes() as u64;
+        match types.iter_mut().find(|(ty, ..)| *ty == t.ty) {
+            Some((_, n, sum)) => (*n, *sum) = (*n + 1, *sum + bytes),
+            None => types.push((t.ty, 1, bytes)),
+        }
+    }
+    types.sort_by_key(|(_, _, bytes)| std::cmp::Reverse(*bytes));
+    types
+}

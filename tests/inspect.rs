@@ -1,0 +1,72 @@
+//! What `inspect` says of a model.
+
+mod common;
+
+use common::cli::Cli;
+use common::small::Small;
+use putri_gguf::gguf::Value;
+use serde_json::Value as Json;
+
+fn inspect(cli: &Cli) -> Json {
+    serde_json::from_str(&cli.ok(&["inspect", "in.gguf", "--json"])).unwrap()
+}
+
+#[test]
+fn it_counts_what_is_there_and_names_the_carrier() {
+    let cli = Cli::new();
+    let variants = [
+        (Small::default(), "deci", true),
+        (Small { arch: "qwen2", biases: true, ..Small::default() }, "deci", true),
+        (Small { arch: "qwen3", ..Small::default() }, "openelm", true),
+        (Small { arch: "qwen3", tied: false, ..Small::default() }, "qwen3", false),
+        (Small { arch: "deci", blocks: vec![(4, 2, 96), (0, 0, 64)], ..Small::default() }, "deci", true),
+        (Small::gemma3(), "gemma3", false),
+    ];
+    for (small, carrier, per_block) in variants {
+        small.write(&cli.path("in.gguf"));
+        let found = inspect(&cli);
+        let count = |part: &str| -> usize {
+            let of = |name: &str| name.contains(part) && !name.contains("norm") && name.ends_with("weight");
+            let parts = small.layout().into_iter().filter(|(name, ..)| of(name));
+            parts.map(|(_, _, ne, _)| ne.iter().product::<usize>()).sum()
+        };
+        let params = &found["parameters"];
+        assert_eq!(params["attention"], count("attn_"), "{}", small.arch);
+        assert_eq!(params["feed_forward"], count("ffn_"), "{}", small.arch);
+        assert_eq!(
+            params["embeddings"],
+            count("token_embd") + count("output.weight") - count("attn_output.weight")
+        );
+        assert_eq!(found["architecture"], small.arch);
+        assert_eq!(found["bytes"], std::fs::metadata(cli.path("in.gguf")).unwrap().len());
+        let heads: Vec<usize> = small.blocks.iter().map(|b| b.0).collect();
+        assert_eq!(found["n_head"], Json::from(heads));
+        assert_eq!(found["carrier"]["architecture"], carrier);
+        assert_eq!(found["carrier"]["per_block"], per_block);
+        let text = cli.ok(&["inspect", "in.gguf"]);
+        assert!(text.contains(found["carrier"]["why"].as_str().unwrap()), "{text}");
+    }
+}
+
+#[test]
+fn the_sparsity_that_it_calls_reachable_is_and_more_is_not() {
+    let cli = Cli::new();
+    for small in [Small::default(), Small::gemma3()] {
+        small.write(&cli.path("in.gguf"));
+        let reachable = inspect(&cli)["reachable_sparsity"].as_f64().unwrap();
+        assert!(reachable > 0.3 && reachable < 1.0, "{reachable}");
+        let dry =
+            |s: f64| cli.run(&["in.gguf", "out.gguf", "--dry-run", "-c", "64", "--sparsity", &s.to_string()]);
+        assert!(dry(reachable).status.success());
+        assert!(!dry(reachable + 0.011).status.success());
+    }
+}
+
+#[test]
+fn what_cannot_be_pruned_is_said_in_a_line() {
+    let cli = Cli::new();
+    cli.fails(&["inspect", "nowhere.gguf"], 1, &["nowhere.gguf"]);
+    let experts = Small { extra: vec![("expert_count", Value::U32(8))], ..Small::default() };
+    experts.write(&cli.path("in.gguf"));
+    cli.fails(&["inspect", "in.gguf"], 1, &["in.gguf", "8 experts"]);
+}
