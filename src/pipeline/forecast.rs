@@ -394,7 +394,7 @@ impl Work<'_> {
             operations += self.block_ops(il, b, n, n_ctx) + self.moment_ops(b.ff, 0.0, n);
             operations += (il as f64 + 1.0) * self.block_ops(il, b, n_probe, probe_ctx);
             operations += self.block_ops(il, narrowed, n_probe, probe_ctx);
-            algebra += inverse_ops(b.ff) + removal_ops(b.ff, 0.0, self.n_embd());
+            algebra += inverse_ops(b.ff) + removal_ops(b.ff, 0.0, 2.0 * self.n_embd());
         }
         let streams = self.stream_bytes(self.n_layer() * n_probe * self.n_embd() + n * self.n_embd());
         let probes = 3.0 * 4.0 * n_probe * self.n_embd();
@@ -452,7 +452,7 @@ impl Work<'_> {
                 operations += self.moment_ops(headless.q, e, n_fit) + 2.0 * e * headless.q * n_fit;
                 algebra += 2.0 / 3.0 * headless.q.powi(3) + 3.0 * e * headless.q.powi(2);
                 algebra += 2.0 * e * headless.ff.powi(2) + 2.0 * e * e * headless.ff + e.powi(3) * 4.0 / 3.0;
-                algebra += inverse_ops(headless.ff) + removal_ops(headless.ff, pruned.ff, 2.0 * e);
+                algebra += inverse_ops(headless.ff) + removal_ops(headless.ff, pruned.ff, 3.0 * e);
             }
         }
         let streams = self.stream_bytes(n_all * (2.0 * e + self.max_q()));
@@ -569,7 +569,8 @@ fn inverse_ops(n: f64) -> f64 {
     n.powi(3)
 }
 
-/// Operations of taking inputs out from `n` down to `end`, for maps with `n_out` outputs in all.
+/// Operations of taking inputs out from `n` down to `end`, where maps of `n_out` outputs in all are gone through: the one
+/// that inputs are judged by twice, for lengths and for values.
 fn removal_ops(n: f64, end: f64, n_out: f64) -> f64 {
     (n.powi(3) - end.powi(3)) / 3.0 + n_out * (n.powi(2) - end.powi(2))
 }

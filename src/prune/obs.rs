@@ -6,7 +6,7 @@ use crate::model::Matrix;
 use crate::numeric::SymMatrix;
 use faer::linalg::matmul::matmul;
 use faer::linalg::matmul::triangular::{self, BlockStructure};
-use faer::{Accum, Mat, MatMut, Par};
+use faer::{Accum, Mat, MatMut, MatRef, Par};
 use rayon::prelude::*;
 
 /// Inputs that go before the inverse is brought up to date: each update of it goes through all of its memory,
@@ -16,17 +16,18 @@ const PENDING: usize = 256;
 /// A map W at the minimum of a quadratic loss with curvature H + λI, whose inputs are taken out a few at a
 /// time; what stays is moved to the new minimum each time.
 pub struct Obs {
-    /// What inputs are judged by `[n_out, n]`; columns of inputs that are gone are zero until they are dropped.
-    w: Mat<f64>,
-    /// The map, where inputs are judged by another.
-    carried: Option<Carried>,
+    /// What inputs are judged by.
+    judged: Follower,
+    /// The map, where that is another.
+    carried: Option<Follower>,
     /// (H + λI)⁻¹ of the inputs that were left at the last update, by columns; what is above the diagonal is not used.
     h_inv: Vec<f64>,
     /// Input that each column is, ascending, and whether it is left.
     inputs: Vec<usize>,
     left: Vec<bool>,
     alive: usize,
-    /// Diagonal of the inverse as it is now.
+    /// Squared length of each column of what inputs are judged by, and the diagonal of the inverse, as they are now.
+    lengths: Vec<f64>,
     diagonal: Vec<f64>,
     /// What to take from `h_inv`: across · gainsᵀ, in their first `pending` columns.
     across: Mat<f64>,
@@ -36,11 +37,49 @@ pub struct Obs {
     pub ridge: f64,
 }
 
-/// A map that follows; as of the last update.
-struct Carried {
+/// A map `[n_out, n]` that is moved when inputs go; as of the last update.
+struct Follower {
     w: Mat<f64>,
     /// What to take from it: gone · gainsᵀ, in the first `pending` columns.
     gone: Mat<f64>,
+}
+
+impl Follower {
+    fn new(w: &Matrix) -> Follower {
+        Follower { w: in_f64(w), gone: Mat::zeros(w.n_out, PENDING) }
+    }
+
+    /// Takes out the columns `go`, whose rows of the pending gains are `rows` `[go.len(), pending]`. Returns them as they
+    /// are now.
+    fn take(&mut self, go: &[usize], rows: &Mat<f64>) -> Mat<f64> {
+        let (k, pending) = (go.len(), rows.ncols());
+        let mut gone = Mat::from_fn(self.w.nrows(), k, |i, a| self.w[(i, go[a])]);
+        let before = self.gone.subcols(0, pending);
+        matmul(gone.as_mut(), Accum::Add, before, rows.transpose(), -1.0, Par::rayon(0));
+        if pending + k > self.gone.ncols() {
+            // More at a time than there is room for: nothing is pending then.
+            self.gone = Mat::zeros(self.w.nrows(), k);
+        }
+        self.gone.subcols_mut(pending, k).copy_from(&gone);
+        gone
+    }
+
+    /// Brings the map up to date by all `gains` `[n, pending]` and leaves the columns `keep`.
+    fn update(&mut self, gains: MatRef<f64>, keep: &[usize]) {
+        let gone = self.gone.subcols(0, gains.ncols());
+        matmul(self.w.as_mut(), Accum::Add, gone, gains.transpose(), -1.0, Par::rayon(0));
+        for (to, &from) in keep.iter().enumerate() {
+            for i in 0..self.w.nrows() {
+                self.w[(i, to)] = self.w[(i, from)];
+            }
+        }
+        self.w.truncate(self.w.nrows(), keep.len());
+    }
+
+    /// Squared lengths of the columns.
+    fn lengths(&self) -> Vec<f64> {
+        (0..self.w.ncols()).into_par_iter().map(|j| self.w.col(j).squared_norm_l2()).collect()
+    }
 }
 
 impl Obs {
@@ -58,9 +97,11 @@ impl Obs {
         let n = h.n();
         let (factored, ridge) = factor(h, None, ridge, h.mean_diagonal())?;
         let h_inv = factored.into_inverse();
+        let judged = Follower::new(costs.unwrap_or(w));
         Ok(Obs {
-            carried: costs.map(|_| Carried { w: in_f64(w), gone: Mat::zeros(w.n_out, PENDING) }),
-            w: in_f64(costs.unwrap_or(w)),
+            lengths: judged.lengths(),
+            judged,
+            carried: costs.map(|_| Follower::new(w)),
             diagonal: (0..n).map(|j| h_inv[j * n + j]).collect(),
             h_inv,
             inputs: (0..n).collect(),
@@ -91,7 +132,7 @@ impl Obs {
     /// The map on the inputs [`Obs::kept`], in that order.
     pub fn weights(&mut self) -> Matrix {
         self.update();
-        let w = self.carried.as_ref().map_or(&self.w, |c| &c.w);
+        let w = &self.carried.as_ref().unwrap_or(&self.judged).w;
         let mut data = vec![0.0; w.nrows() * w.ncols()];
         data.par_chunks_exact_mut(w.ncols()).enumerate().for_each(|(i, row)| {
             row.iter_mut().enumerate().for_each(|(j, v)| *v = w[(i, j)] as f32);
@@ -101,7 +142,7 @@ impl Obs {
 
     /// What the loss grows by if input at column `j` goes alone: Σ_i W_ij² / [H⁻¹]_jj.
     fn saliency(&self, j: usize) -> f64 {
-        self.w.col(j).squared_norm_l2() / self.diagonal[j]
+        self.lengths[j] / self.diagonal[j]
     }
 
     /// Takes out the `k` inputs with the least saliency, together, and moves the others to the minimum without
@@ -111,8 +152,7 @@ impl Obs {
         if self.pending + k > PENDING {
             self.update();
         }
-        let columns: Vec<usize> = self.columns().collect();
-        let mut ranked: Vec<(f64, usize)> = columns.into_par_iter().map(|j| (self.saliency(j), j)).collect();
+        let mut ranked: Vec<(f64, usize)> = self.columns().map(|j| (self.saliency(j), j)).collect();
         ranked.select_nth_unstable_by(k - 1, |a, b| a.0.total_cmp(&b.0).then(a.1.cmp(&b.1)));
         let mut go: Vec<usize> = ranked[..k].iter().map(|r| r.1).collect();
         go.sort_unstable();
@@ -120,13 +160,12 @@ impl Obs {
     }
 
     fn take_out(&mut self, go: &[usize]) -> f64 {
-        let (n, m, k) = (self.left.len(), self.w.nrows(), go.len());
+        let (n, k, pending) = (self.left.len(), go.len(), self.pending);
         let par = Par::rayon(0);
         // [H⁻¹]_(all, go) as it is now, S = [H⁻¹]_(go, go), and the gains S⁻¹ [H⁻¹]_(go, all).
         let mut across = Mat::from_fn(n, k, |i, a| self.h_inv[i.min(go[a]) * n + i.max(go[a])]);
-        let rows = Mat::from_fn(k, self.pending, |a, p| self.gains[(go[a], p)]);
-        let before = self.across.subcols(0, self.pending);
-        matmul(across.as_mut(), Accum::Add, before, rows.transpose(), -1.0, par);
+        let rows = Mat::from_fn(k, pending, |a, p| self.gains[(go[a], p)]);
+        matmul(across.as_mut(), Accum::Add, self.across.subcols(0, pending), rows.transpose(), -1.0, par);
         let s = SymMatrix::from_fn(k, |a, b| across[(go[b], a)]);
         // Positive definite but for rounding, which the ridge makes up for where it must.
         let factored = factor(&s, None, 0.0, s.mean_diagonal());
@@ -134,39 +173,41 @@ impl Obs {
             factored.expect("a principal block of a positive definite matrix is positive definite").0;
         let mut gains = across.transpose().to_owned();
         factored.solve_in_place(gains.as_mut());
-        let gone = Mat::from_fn(m, k, |i, a| self.w[(i, go[a])]);
-        let mut scaled = gone.transpose().to_owned();
+        // Columns change by −G g_j, with G those that go: their lengths by g_jᵀ GᵀG g_j − 2 g_jᵀ Gᵀ w_j.
+        let gone = self.judged.take(go, &rows);
+        let square = gone.transpose() * &gone;
+        let mut scaled = square.clone();
         factored.solve_in_place(scaled.as_mut());
-        let loss = (0..k).map(|a| (0..m).map(|i| gone[(i, a)] * scaled[(a, i)]).sum::<f64>()).sum();
-        matmul(self.w.as_mut(), Accum::Add, gone.as_ref(), gains.as_ref(), -1.0, par);
+        let loss = (0..k).map(|a| scaled[(a, a)]).sum();
+        let mut change = &square * &gains;
+        matmul(change.as_mut(), Accum::Add, gone.transpose(), self.judged.w.as_ref(), -2.0, par);
+        let overlap = gone.transpose() * self.judged.gone.subcols(0, pending);
+        let old_gains = self.gains.subcols(0, pending);
+        matmul(change.as_mut(), Accum::Add, overlap.as_ref(), old_gains.transpose(), 2.0, par);
         let gains_t = gains.transpose().to_owned();
+        self.lengths.par_iter_mut().enumerate().for_each(|(j, length)| {
+            *length += (0..k).map(|a| gains[(a, j)] * change[(a, j)]).sum::<f64>();
+        });
         for a in 0..k {
             let products = across.col(a).iter().zip(gains_t.col(a).iter()).map(|(x, y)| x * y);
             self.diagonal.iter_mut().zip(products).for_each(|(d, p)| *d -= p);
         }
-        for &j in go {
-            self.left[j] = false;
-            self.w.col_mut(j).fill(0.0);
-        }
+        go.iter().for_each(|&j| self.left[j] = false);
         self.alive -= k;
-        let places = self.pending..self.pending + k;
-        if places.end > self.across.ncols() {
+        if let Some(c) = &mut self.carried {
+            c.take(go, &rows);
+        }
+        if pending + k > self.across.ncols() {
             // More at a time than there is room for: `update` has just been called.
             (self.across, self.gains) = (Mat::zeros(n, k), Mat::zeros(n, k));
-            self.carried.iter_mut().for_each(|c| c.gone = Mat::zeros(c.w.nrows(), k));
         }
-        if let Some(c) = &mut self.carried {
-            let mut gone = Mat::from_fn(c.w.nrows(), k, |i, a| c.w[(i, go[a])]);
-            matmul(gone.as_mut(), Accum::Add, c.gone.subcols(0, places.start), rows.transpose(), -1.0, par);
-            c.gone.subcols_mut(places.start, k).copy_from(&gone);
-        }
-        self.across.subcols_mut(places.start, k).copy_from(&across);
-        self.gains.subcols_mut(places.start, k).copy_from(&gains_t);
-        self.pending = places.end;
+        self.across.subcols_mut(pending, k).copy_from(&across);
+        self.gains.subcols_mut(pending, k).copy_from(&gains_t);
+        self.pending = pending + k;
         loss
     }
 
-    /// Brings inverse and map up to date and drops what is gone.
+    /// Brings inverse and maps up to date and drops what is gone.
     fn update(&mut self) {
         if self.pending == 0 {
             return;
@@ -185,12 +226,10 @@ impl Obs {
             par,
         );
         let columns: Vec<usize> = self.columns().collect();
-        if let Some(c) = &mut self.carried {
-            let gone = c.gone.subcols(0, self.pending);
-            matmul(c.w.as_mut(), Accum::Add, gone, gains.transpose(), -1.0, par);
-            drop_columns(&mut c.w, &columns);
-        }
-        drop_columns(&mut self.w, &columns);
+        let followers = [Some(&mut self.judged), self.carried.as_mut()];
+        followers.into_iter().flatten().for_each(|f| f.update(gains, &columns));
+        // Without what rounding has added up in the meantime.
+        self.lengths = self.judged.lengths();
         // In place: what is copied from lies behind what it is copied to.
         let n = columns.len();
         for (to, &from) in columns.iter().enumerate() {
@@ -208,14 +247,4 @@ impl Obs {
         self.left = vec![true; n];
         self.pending = 0;
     }
-}
-
-/// Leaves the columns `keep`, ascending.
-fn drop_columns(w: &mut Mat<f64>, keep: &[usize]) {
-    for (to, &from) in keep.iter().enumerate() {
-        for i in 0..w.nrows() {
-            w[(i, to)] = w[(i, from)];
-        }
-    }
-    w.truncate(w.nrows(), keep.len());
 }
