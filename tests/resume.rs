@@ -148,6 +148,16 @@ fn a_state_is_only_taken_over_on_the_same_terms() {
     std::fs::write(&windows, &bytes[..bytes.len() / 2]).unwrap();
     fails(&["--sparsity", "0.5", "--resume"], &["windows.gguf"]);
     std::fs::write(&windows, bytes).unwrap();
+    // Without its terms the rest of it is of no use.
+    let quarter = ["--sparsity", "0.25"];
+    cli.ok(&[&["in.gguf", "expected.gguf", "-c", "64", "--chunks", "8", "-q"][..], &quarter].concat());
+    let kept = cli.listing_of("state");
+    std::fs::remove_file(cli.path("state/run.txt")).unwrap();
+    cli.ok(&[&["in.gguf", "quarter.gguf"][..], &common, &quarter].concat());
+    let [a, b] = ["expected.gguf", "quarter.gguf"].map(|f| std::fs::read(cli.path(f)).unwrap());
+    assert!(a == b);
+    std::fs::create_dir(cli.path("state")).unwrap();
+    kept.iter().for_each(|(path, bytes)| std::fs::write(path, bytes).unwrap());
     // More threads are no other terms.
     cli.ok(&[&["in.gguf", "out.gguf"][..], &common, &["--sparsity", "0.5", "--resume", "-t", "2"]].concat());
 }

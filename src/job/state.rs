@@ -24,7 +24,7 @@ fn block_file(il: usize) -> String {
 /// An open state folder.
 pub(super) struct State {
     folder: PathBuf,
-    /// Heads, heads per group and neurons of each block of the source.
+    /// KV heads and neurons of each block of the source.
     shapes: Vec<[usize; 2]>,
 }
 
@@ -57,6 +57,8 @@ impl State {
                 Err(JobError::StateMismatch { path: folder.into(), then, now })
             }
             Err(e) if e.kind() == std::io::ErrorKind::NotFound => {
+                // Without its terms nobody can say what the rest belongs to.
+                state.clear();
                 state.replace(TERMS, |file| std::io::Write::write_all(file, terms.as_bytes())).map_err(io)?;
                 Ok(state)
             }
@@ -87,11 +89,15 @@ impl State {
 
     /// Deletes what is kept here, and the folder if nothing else is in it.
     pub(super) fn remove(self) {
-        let blocks = (0..self.shapes.len()).map(block_file);
-        // The terms last: without them the rest is not taken for a state.
-        let files = blocks.chain([WINDOWS, HEADS, WIDTHS, TERMS].map(String::from));
-        files.for_each(|name| drop(std::fs::remove_file(self.folder.join(name))));
+        self.clear();
         let _ = std::fs::remove_dir(&self.folder);
+    }
+
+    /// Deletes what is kept here, the terms first.
+    fn clear(&self) {
+        let blocks = (0..self.shapes.len()).map(block_file);
+        let files = [TERMS, WINDOWS, HEADS, WIDTHS].map(String::from).into_iter().chain(blocks);
+        files.for_each(|name| drop(std::fs::remove_file(self.folder.join(name))));
     }
 
     /// Writes a file beside its name, and gives it its name when it is complete and on the disk.

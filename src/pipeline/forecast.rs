@@ -100,6 +100,7 @@ pub fn forecast(model: &Model, c: &Calibration, settings: &Settings) -> Result<F
         mean_width: widths.iter().sum::<usize>() as f64 / widths.len() as f64,
         sparsity: removed as f64 / total as f64,
         file_bytes: w.file_bytes(),
+        // Those that do run.
         stages: stages.into_iter().filter(|s| s.operations > 0.0).collect(),
     })
 }
@@ -339,41 +340,46 @@ impl Work<'_> {
         gram + obs
     }
 
+    /// Every candidate is carried through the blocks behind it once.
     fn first_look(&self) -> StageForecast {
         let n_ctx = ROUGH_CTX.min(self.c.n_ctx);
-        self.search("heads, first look", ROUGH_TOKENS, n_ctx, 0.0)
+        let n = self.sampled(ROUGH_TOKENS, n_ctx);
+        let (mut behind, mut sum) = (0.0, 0.0);
+        for (il, b) in self.whole().into_iter().enumerate().rev() {
+            let here = self.model.hparams.blocks[il].n_head_kv as f64;
+            sum += here * (self.rest_ops(b, n) + behind) + self.heads_ops(il, b, n, n_ctx);
+            behind += self.block_ops(il, b, n, n_ctx);
+        }
+        self.search("heads, first look", n, n_ctx, sum, self.n_groups())
     }
 
+    /// `n_groups` steps.
     fn heads(&self, n_groups: usize) -> StageForecast {
-        self.search("heads", self.s.head_tokens, self.s.head_ctx.min(self.c.n_ctx), n_groups as f64)
+        let n_ctx = self.s.head_ctx.min(self.c.n_ctx);
+        let n = self.sampled(self.s.head_tokens, n_ctx);
+        let sweeps = n_groups as f64 * SWEEPS_PER_STEP * self.model_ops(&self.whole(), n, n_ctx);
+        self.search("heads", n, n_ctx, sweeps, 4.0 * n_groups as f64)
     }
 
-    /// A search that takes `n_steps` steps, or scores every candidate once.
-    fn search(&self, name: &'static str, n_tokens: usize, n_ctx: usize, n_steps: f64) -> StageForecast {
-        let (n, blocks) = (self.sampled(n_tokens, n_ctx), self.whole());
-        let whole = self.model_ops(&blocks, n, n_ctx);
-        let first = name != "heads";
-        let n_scores = if first { self.n_groups() } else { 4.0 * n_steps };
-        let candidates = if first {
-            let mut behind = 0.0;
-            let mut sum = 0.0;
-            for (il, b) in blocks.iter().enumerate().rev() {
-                let here = self.model.hparams.blocks[il].n_head_kv as f64;
-                sum += here * (self.rest_ops(*b, n) + behind) + self.heads_ops(il, *b, n, n_ctx);
-                behind += self.block_ops(il, *b, n, n_ctx);
-            }
-            sum
-        } else {
-            n_steps * SWEEPS_PER_STEP * whole
-        };
-        let idle = if first { self.kept == 1.0 } else { n_steps == 0.0 };
-        let streams = self.stream_bytes((self.n_layer() + 1.0) * n * self.n_embd());
+    /// A search over `n` tokens that takes so many operations for its candidates, and `n_scores` losses.
+    fn search(
+        &self,
+        name: &'static str,
+        n: f64,
+        n_ctx: usize,
+        candidates: f64,
+        n_scores: f64,
+    ) -> StageForecast {
+        let whole = self.model_ops(&self.whole(), n, n_ctx);
         let width = n * self.n_embd() * 4.0;
+        let streams = self.stream_bytes((self.n_layer() + 1.0) * n * self.n_embd());
         let together = (n_scores * width).min(STREAM_BYTES as f64);
         let searching = together + 2.0 * self.block_bytes() + self.graph_bytes(n_ctx, n) + 3.0 * width;
+        // No groups go: there is no search.
+        let runs = self.kept < 1.0;
         StageForecast {
             name,
-            operations: if idle { 0.0 } else { whole + candidates + self.judge_ops(n, 1.0 + n_scores) },
+            operations: if runs { whole + candidates + self.judge_ops(n, 1.0 + n_scores) } else { 0.0 },
             algebra: 0.0,
             memory: BASE_BYTES + streams + searching.max(self.reading_head_bytes()),
         }
@@ -401,10 +407,9 @@ impl Work<'_> {
         let collecting =
             2.0 * self.block_bytes() + 4.0 * self.max_ff().powi(2) + self.moment_graph_bytes(n_ctx, n, 0.0);
         let choosing = self.block_bytes() + self.choosing_bytes(0.0, false);
-        let needed = !self.s.per_block_widths;
         StageForecast {
             name: "widths",
-            operations: if needed { 0.0 } else { operations },
+            operations: if self.s.per_block_widths { operations } else { 0.0 },
             algebra,
             memory: BASE_BYTES + streams + probes + collecting.max(choosing).max(self.reading_head_bytes()),
         }

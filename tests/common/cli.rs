@@ -50,7 +50,12 @@ impl Cli {
 
     /// Names and contents of the folder.
     pub fn listing(&self) -> Vec<(PathBuf, Vec<u8>)> {
-        let mut all: Vec<_> = std::fs::read_dir(self.dir.path())
+        self.listing_of("")
+    }
+
+    /// Names and contents of a folder in it.
+    pub fn listing_of(&self, name: &str) -> Vec<(PathBuf, Vec<u8>)> {
+        let mut all: Vec<_> = std::fs::read_dir(self.dir.path().join(name))
             .unwrap()
             .map(|e| e.unwrap().path())
             .map(|p| if p.is_file() { (p.clone(), std::fs::read(p).unwrap()) } else { (p, Vec::new()) })
