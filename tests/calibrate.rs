@@ -80,7 +80,7 @@ fn a_likely_continuation_is_likely() {
     )
     .unwrap()
     .concat();
-    let ppl = putri_gguf::evaluate::perplexity(&path, &own, 64, 1).unwrap();
+    let ppl = putri_gguf::evaluate::perplexity(&model, &own, 64, 1).unwrap();
     println!("perplexity of self-generated text: {ppl:.1}");
     assert!(ppl < 1000.0, "{ppl}");
 }

@@ -8,20 +8,23 @@ pub use compare::{Comparison, Judge};
 use crate::ggml::{BatchToken, Context, GgmlError, LlamaModel, Token};
 use crate::numeric::log_sum_exp;
 use rayon::prelude::*;
-use std::path::Path;
 
-/// Perplexity of the model at `path` on windows of `n_ctx` tokens: every position but the last of
+/// Perplexity of `model` on windows of `n_ctx` tokens: every position but the last of
 /// each window is scored, from an empty context.
 ///
 /// # Errors
-/// [`GgmlError`] if libllama refuses the file or fails.
+/// [`GgmlError`] if libllama fails.
 ///
 /// # Panics
 /// If `tokens` is not made of whole windows.
-pub fn perplexity(path: &Path, tokens: &[Token], n_ctx: usize, n_threads: usize) -> Result<f64, GgmlError> {
+pub fn perplexity(
+    model: &LlamaModel,
+    tokens: &[Token],
+    n_ctx: usize,
+    n_threads: usize,
+) -> Result<f64, GgmlError> {
     assert!(n_ctx > 1 && !tokens.is_empty() && tokens.len().is_multiple_of(n_ctx));
-    let model = LlamaModel::load(path)?;
-    let mut context = Context::new(&model, n_ctx, 1, n_ctx.min(BATCH), n_threads)?;
+    let mut context = Context::new(model, n_ctx, 1, n_ctx.min(BATCH), n_threads)?;
     let (mut sum, mut n) = (0.0, 0usize);
     for window in tokens.chunks_exact(n_ctx) {
         context.clear();

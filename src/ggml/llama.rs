@@ -40,7 +40,7 @@ impl LlamaModel {
     /// # Errors
     /// [`GgmlError::Llama`] if libllama refuses the file.
     pub fn load(path: &Path) -> Result<LlamaModel, GgmlError> {
-        LlamaModel::open(path, false)
+        LlamaModel::open(path, false, true)
     }
 
     /// Loads only the vocabulary: enough for tokenising, fast and small.
@@ -48,10 +48,19 @@ impl LlamaModel {
     /// # Errors
     /// [`GgmlError::Llama`] if libllama refuses the file.
     pub fn load_vocab(path: &Path) -> Result<LlamaModel, GgmlError> {
-        LlamaModel::open(path, true)
+        LlamaModel::open(path, true, false)
     }
 
-    fn open(path: &Path, vocab_only: bool) -> Result<LlamaModel, GgmlError> {
+    /// Loads the model so that its weights stay in the mapped file: slower where libllama has faster kernels for
+    /// weights in another order, of which it would make a copy.
+    ///
+    /// # Errors
+    /// [`GgmlError::Llama`] if libllama refuses the file.
+    pub fn load_mapped(path: &Path) -> Result<LlamaModel, GgmlError> {
+        LlamaModel::open(path, false, false)
+    }
+
+    fn open(path: &Path, vocab_only: bool, repack: bool) -> Result<LlamaModel, GgmlError> {
         init_once();
         let _ = with_cause(String::new());
         let c_path = c_path(path)?;
@@ -59,6 +68,7 @@ impl LlamaModel {
         let raw = unsafe {
             let mut params = sys::llama_model_default_params();
             params.vocab_only = vocab_only;
+            params.use_extra_bufts = repack;
             params.n_gpu_layers = 0;
             sys::llama_model_load_from_file(c_path.as_ptr(), params)
         };

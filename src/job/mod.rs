@@ -261,7 +261,9 @@ pub fn run(job: &Job, observer: &mut dyn Observer) -> Result<Outcome, JobError> 
     };
     if job.verify {
         let held_out = windows.tokens_of(windows.n_fit..windows.n_windows());
-        let file = evaluate::perplexity(temp.path(), held_out, windows.n_ctx, job.settings.n_threads)
+        let n_threads = job.settings.n_threads;
+        let file = llama(job, temp.path())
+            .and_then(|model| evaluate::perplexity(&model, held_out, windows.n_ctx, n_threads))
             .map_err(JobError::DoesNotLoad)?;
         let own = quality.pruned_ppl;
         // A NaN on either side is no agreement.
@@ -315,6 +317,8 @@ pub struct DryRun {
     pub settings: Settings,
     /// Tokens that the model writes itself, the held-out ones with them.
     pub self_written: usize,
+    /// The result is to have other types than the source, in which the forecast is.
+    pub quantises: bool,
 }
 
 /// Refuses what [`run`] would refuse, and says what it would need, without doing anything.
@@ -326,7 +330,13 @@ pub fn dry_run(job: &Job) -> Result<DryRun, JobError> {
     let source = open(job)?;
     let settings = settings(job, &source)?;
     let forecast = forecast(&source, &expected_calibration(job), &settings)?;
-    Ok(DryRun { before: size_of(&source), forecast, settings, self_written: job.recipe.self_written() })
+    Ok(DryRun {
+        before: size_of(&source),
+        forecast,
+        settings,
+        self_written: job.recipe.self_written(),
+        quantises: job.quantise.is_some(),
+    })
 }
 
 /// Refuses what cannot come out well. The settings of `job`, within its memory.
@@ -441,14 +451,21 @@ fn removed_params(model: &Model, shapes: &[BlockShape]) -> usize {
     h.blocks.iter().zip(shapes).map(|(a, b)| sum(h.block_params(a)) - sum(h.block_params(b))).sum()
 }
 
-/// Bytes of KV cache that generating calibration text may take.
+/// Loads a model into libllama, within the memory of `job`.
+fn llama(job: &Job, path: &Path) -> Result<LlamaModel, GgmlError> {
+    if job.max_memory.is_some() { LlamaModel::load_mapped(path) } else { LlamaModel::load(path) }
+}
+
+/// Bytes of KV cache that generating calibration text may take, and their largest share of `--max-memory`.
 const KV_BYTES: usize = 512 << 20;
+const KV_SHARE: u64 = 4;
 
 /// Windows that may be generated side by side: each has its F16 keys and values.
 fn n_parallel(model: &Model, job: &Job) -> usize {
     let per_token: usize =
         model.hparams.blocks.iter().map(|b| 4 * b.n_head_kv * model.hparams.head_dim).sum();
-    (KV_BYTES / (per_token * job.recipe.n_ctx).max(1)).clamp(1, job.recipe.n_parallel)
+    let room = job.max_memory.map_or(KV_BYTES, |limit| KV_BYTES.min((limit / KV_SHARE) as usize));
+    (room / (per_token * job.recipe.n_ctx).max(1)).clamp(1, job.recipe.n_parallel)
 }
 
 /// The windows that `job` was given, or those that it asks for.
@@ -460,7 +477,10 @@ fn windows(model: &Model, job: &Job, observer: &mut dyn Observer) -> Result<Wind
 }
 
 fn collect(model: &Model, job: &Job, observer: &mut dyn Observer) -> Result<Windows, JobError> {
-    let llama = LlamaModel::load(&job.input).map_err(CalibrateError::Llama)?;
+    // What only tokenises needs no copies of weights; that libllama takes the file is seen all the same.
+    let writes = job.recipe.self_written() > 0;
+    let llama = if writes { llama(job, &job.input) } else { LlamaModel::load_mapped(&job.input) };
+    let llama = llama.map_err(CalibrateError::Llama)?;
     let mut begun = false;
     let recipe = Recipe { n_parallel: n_parallel(model, job), ..job.recipe.clone() };
     let windows = calibrate::collect(&llama, &recipe, |done, total| {

@@ -76,6 +76,9 @@ pub fn dry_run_table(d: &DryRun, rate: Option<f64>) -> String {
             d.settings.chunk_tokens
         );
     }
+    if d.quantises {
+        out += "\nSizes are those in the source's types, not in those of --type.\n";
+    }
     let _ = writeln!(
         out,
         "\nAll of it is an estimate from shapes: the size within a percent or two, memory (without the mapped file)\nwithin a fifth, time by a product of 2048 x 2048 floats that was just timed."
