@@ -1,21 +1,21 @@
 //! The whole way from a GGUF to a pruned and verified GGUF.
 
+mod error;
 mod inspect;
 mod output;
 mod state;
 
+pub use error::JobError;
 pub use inspect::{Inspection, inspect};
 pub use output::remove_temporary;
 
 use crate::assemble::{Provenance, assemble, carrier, importance, write_imatrix};
 use crate::calibrate::{self, CalibrateError, Recipe, Windows};
 use crate::evaluate;
-use crate::ggml::{FileType, GgmlError, LlamaModel, Type, quantize_file};
+use crate::ggml::{FileType, GgmlError, LlamaModel, quantize_file};
 use crate::gguf::GgufError;
 use crate::model::{BlockShape, Carrier, Family, Model, ModelError};
-use crate::pipeline::{
-    self, Calibration, Forecast, Journal, Method, NoRoom, Observer, Plan, PruneError, Settings,
-};
+use crate::pipeline::{self, Calibration, Forecast, Journal, Method, Observer, Plan, Settings};
 use output::{check_paths, finish, folder_of, temporary};
 use sha2::{Digest, Sha256};
 use state::State;
@@ -120,59 +120,6 @@ pub struct Quality {
     pub fit_tokens: (usize, usize),
     /// Tokens judged on.
     pub held_out_tokens: usize,
-}
-
-/// Why a job failed. Nothing is left behind, and the source is as it was.
-#[derive(Debug, thiserror::Error)]
-#[allow(missing_docs)]
-pub enum JobError {
-    #[error("{}: {source}", path.display())]
-    Model { path: PathBuf, source: ModelError },
-    #[error("calibration: {0}")]
-    Calibrate(#[from] CalibrateError),
-    #[error(transparent)]
-    Prune(PruneError),
-    #[error(transparent)]
-    Gguf(#[from] GgufError),
-    #[error(
-        "{}: tensor {tensor} is {ty} already, and --type would round it again; take an F16 source, or say --allow-requantize", path.display()
-    )]
-    Quantised { path: PathBuf, tensor: String, ty: Type },
-    #[error("--max-memory: {0}")]
-    NoRoom(NoRoom),
-    #[error("--type: {0}")]
-    Quantise(GgmlError),
-    #[error("{} is the input itself; choose another name", .0.display())]
-    SameFile(PathBuf),
-    #[error("{} is the output as well as --imatrix-out; choose another name for one", .0.display())]
-    SameOutput(PathBuf),
-    #[error("{} exists; --force replaces it", .0.display())]
-    Exists(PathBuf),
-    #[error("{} holds the state of an unfinished run; --resume goes on with it, or remove the folder", .0.display())]
-    StateExists(PathBuf),
-    #[error(
-        "{} holds the state of another run: there \"{then}\", here \"{now}\"; remove the folder or name another", path.display()
-    )]
-    StateMismatch { path: PathBuf, then: String, now: String },
-    #[error("{}: {source}", path.display())]
-    Io { path: PathBuf, source: std::io::Error },
-    #[error("the result does not load: {0}")]
-    DoesNotLoad(GgmlError),
-    #[error(
-        "the result loads, but llama.cpp's perplexity on it is {file:.2} and ours of the pruned model {own:.2}; nothing was written"
-    )]
-    Disagrees { file: f64, own: f64 },
-    #[error("interrupted")]
-    Interrupted,
-}
-
-impl From<PruneError> for JobError {
-    fn from(e: PruneError) -> JobError {
-        match e {
-            PruneError::Interrupted => JobError::Interrupted,
-            other => JobError::Prune(other),
-        }
-    }
 }
 
 /// Runs `job`.

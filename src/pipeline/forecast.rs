@@ -11,8 +11,6 @@ use crate::ggml::Type;
 use crate::model::{BlockShape, BlockTensors, Model, Segment};
 use crate::prune::{self, BudgetError};
 use crate::requant::output_type;
-use crate::spill::Shelf;
-use std::path::Path;
 
 /// Whole models that a step of the search for heads comes to: the streams behind the group that went are refreshed,
 /// and a few candidates carried to the end (measured: 1.4 on SmolLM2).
@@ -103,56 +101,6 @@ pub fn forecast(model: &Model, c: &Calibration, settings: &Settings) -> Result<F
         // Those that do run.
         stages: stages.into_iter().filter(|s| s.operations > 0.0).collect(),
     })
-}
-
-/// The settings with which a run stays within `limit` bytes, without the mapped file: streams go into files of
-/// `folder` where they must, and then less passes through a block at a time.
-///
-/// # Errors
-/// [`NoRoom`] with the least that is needed, or [`BudgetError`].
-pub fn within_memory(
-    model: &Model,
-    c: &Calibration,
-    settings: &Settings,
-    limit: u64,
-    folder: &Path,
-) -> Result<Settings, NoRoom> {
-    let spilling = Settings { shelf: Shelf::in_files(folder.into()), ..settings.clone() };
-    let smaller = [1024, 512, 1].map(|chunk_tokens| Settings { chunk_tokens, ..spilling.clone() });
-    let mut least = (f64::INFINITY, "");
-    for s in [settings.clone(), spilling].into_iter().chain(smaller) {
-        let forecast = forecast(model, c, &s)?;
-        if forecast.memory() <= limit as f64 {
-            return Ok(s);
-        }
-        let stage = forecast.stages.iter().max_by(|a, b| a.memory.total_cmp(&b.memory));
-        if forecast.memory() < least.0 {
-            least = (forecast.memory(), stage.map_or("", |s| s.name));
-        }
-    }
-    Err(NoRoom::Memory { limit, least: least.0 as u64, stage: least.1 })
-}
-
-/// Why a run cannot do with so little memory.
-#[derive(Debug, thiserror::Error)]
-pub enum NoRoom {
-    /// It needs more.
-    #[error(
-        "{:.2} GiB of memory are not enough: stage \"{stage}\" needs {:.2} GiB even with streams in files and one window at a time",
-        *limit as f64 / f64::from(1 << 30),
-        *least as f64 / f64::from(1 << 30)
-    )]
-    Memory {
-        /// What is there.
-        limit: u64,
-        /// What would do.
-        least: u64,
-        /// What it is needed for.
-        stage: &'static str,
-    },
-    /// Nor with more.
-    #[error(transparent)]
-    Budget(#[from] BudgetError),
 }
 
 /// Sizes of one block, as far as work depends on them. Whole numbers but for means over blocks.

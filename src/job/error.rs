@@ -1,0 +1,61 @@
+//! What can go wrong, in the words that a user sees.
+
+use crate::calibrate::CalibrateError;
+use crate::ggml::{GgmlError, Type};
+use crate::gguf::GgufError;
+use crate::model::ModelError;
+use crate::pipeline::{NoRoom, PruneError};
+use std::path::PathBuf;
+
+/// Why a job failed. Nothing is left behind, and the source is as it was.
+#[derive(Debug, thiserror::Error)]
+#[allow(missing_docs)]
+pub enum JobError {
+    #[error("{}: {source}", path.display())]
+    Model { path: PathBuf, source: ModelError },
+    #[error("calibration: {0}")]
+    Calibrate(#[from] CalibrateError),
+    #[error(transparent)]
+    Prune(PruneError),
+    #[error(transparent)]
+    Gguf(#[from] GgufError),
+    #[error(
+        "{}: tensor {tensor} is {ty} already, and --type would round it again; take an F16 source, or say --allow-requantize", path.display()
+    )]
+    Quantised { path: PathBuf, tensor: String, ty: Type },
+    #[error("--max-memory: {0}")]
+    NoRoom(NoRoom),
+    #[error("--type: {0}")]
+    Quantise(GgmlError),
+    #[error("{} is the input itself; choose another name", .0.display())]
+    SameFile(PathBuf),
+    #[error("{} is the output as well as --imatrix-out; choose another name for one", .0.display())]
+    SameOutput(PathBuf),
+    #[error("{} exists; --force replaces it", .0.display())]
+    Exists(PathBuf),
+    #[error("{} holds the state of an unfinished run; --resume goes on with it, or remove the folder", .0.display())]
+    StateExists(PathBuf),
+    #[error(
+        "{} holds the state of another run: there \"{then}\", here \"{now}\"; remove the folder or name another", path.display()
+    )]
+    StateMismatch { path: PathBuf, then: String, now: String },
+    #[error("{}: {source}", path.display())]
+    Io { path: PathBuf, source: std::io::Error },
+    #[error("the result does not load: {0}")]
+    DoesNotLoad(GgmlError),
+    #[error(
+        "the result loads, but llama.cpp's perplexity on it is {file:.2} and ours of the pruned model {own:.2}; nothing was written"
+    )]
+    Disagrees { file: f64, own: f64 },
+    #[error("interrupted")]
+    Interrupted,
+}
+
+impl From<PruneError> for JobError {
+    fn from(e: PruneError) -> JobError {
+        match e {
+            PruneError::Interrupted => JobError::Interrupted,
+            other => JobError::Prune(other),
+        }
+    }
+}

@@ -1,0 +1,109 @@
+//! How much goes: groups and neurons for a sparsity, in steps and places that the architecture can hold.
+
+use super::heads::removable_groups;
+use super::{Method, PruneError, Settings, TensorTypes};
+use crate::ggml::Type;
+use crate::model::Model;
+use crate::prune::{self, Budget, BudgetError};
+
+/// Checks that the sparsity can be reached in the types that `model` has.
+///
+/// # Errors
+/// [`PruneError::Budget`] with what can be had.
+pub fn check_budget(model: &Model, s: &Settings) -> Result<(), PruneError> {
+    let budgets = budgets(model, &s.types);
+    let s = &within_family(model, s);
+    let attention = groups_to_remove(model, &budgets, s)
+        * budgets.iter().filter(|b| b.n_groups > 0).map(|b| b.group_params).min().unwrap_or(0);
+    prune::ffn_params_to_remove(&budgets, s.sparsity, attention)?;
+    Ok(())
+}
+
+/// The settings as far as the architecture of `model` can hold what comes of them.
+pub(super) fn within_family(model: &Model, s: &Settings) -> Settings {
+    let carriers = [Some(model.hparams.family), model.uneven()];
+    let has_biases = carriers.into_iter().flatten().any(|f| f.traits().output_biases);
+    Settings {
+        per_block_widths: s.per_block_widths && model.uneven().is_some(),
+        biases: s.biases && has_biases,
+        ..s.clone()
+    }
+}
+
+/// Groups to remove, capped by the budget and by what may go: the first block keeps one, and where all
+/// blocks must stay equal every block keeps as many.
+pub(super) fn groups_to_remove(model: &Model, budgets: &[Budget], s: &Settings) -> usize {
+    let total: usize = budgets.iter().map(Budget::params).sum();
+    let largest = budgets.iter().map(|b| b.group_params).max().unwrap_or(0).max(1);
+    let affordable = (total as f64 * s.sparsity) as usize / largest;
+    let wanted = s.groups.unwrap_or_else(|| prune::head_groups_paper(budgets, s.sparsity)).min(affordable);
+    let whole_blocks = s.method == Method::TwoStage;
+    let Some(carrier) = model.uneven() else {
+        if whole_blocks {
+            return 0;
+        }
+        let per_block = (wanted as f64 / budgets.len() as f64).round() as usize;
+        let per_block = per_block.min(affordable / budgets.len()).min(budgets[0].n_groups.saturating_sub(1));
+        return per_block * budgets.len();
+    };
+    let limits = removable_groups(carrier, budgets);
+    let counts = |(limit, b): &(usize, &Budget)| !whole_blocks || *limit == b.n_groups;
+    let available: usize = limits.into_iter().zip(budgets).filter(counts).map(|(limit, _)| limit).sum();
+    let wanted = wanted.min(available);
+    if whole_blocks { wanted - wanted % budgets[0].n_groups.max(1) } else { wanted }
+}
+
+/// Neurons to remove once attention gave up so many parameters.
+pub(super) fn neurons_to_remove(
+    budgets: &[Budget],
+    s: &Settings,
+    attention_removed: usize,
+) -> Result<usize, BudgetError> {
+    let params = prune::ffn_params_to_remove(budgets, s.sparsity, attention_removed)?;
+    Ok(params.div_ceil(budgets[0].neuron_params))
+}
+
+/// Widths that are the same for all blocks, or as nearly as steps allow if they may differ.
+pub(super) fn equal_widths(
+    model: &Model,
+    budgets: &[Budget],
+    s: &Settings,
+    attention_removed: usize,
+) -> Result<Vec<usize>, BudgetError> {
+    let n_remove = neurons_to_remove(budgets, s, attention_removed)?;
+    let widths: Vec<_> = budgets.iter().map(|b| prune::possible_widths(b.n_ff, b.ff_step)).collect();
+    let mut widths = prune::uniform(&widths, n_remove);
+    if model.uneven().is_none() {
+        let narrowest = widths.iter().copied().min().unwrap_or(0);
+        widths.fill(narrowest);
+    }
+    Ok(widths)
+}
+
+/// What every block can give up if changed tensors are written in `types`.
+pub fn budgets(model: &Model, types: &TensorTypes) -> Vec<Budget> {
+    let h = &model.hparams;
+    let mut budgets: Vec<Budget> = h
+        .blocks
+        .iter()
+        .zip(&model.blocks)
+        .map(|(b, t)| Budget {
+            n_groups: b.n_head_kv,
+            group_params: h.group_params(b),
+            n_ff: b.n_ff,
+            neuron_params: h.neuron_params(),
+            ff_step: ff_step(types.ffn_down.unwrap_or(model.tensor(&t.ffn_down).ty)),
+        })
+        .collect();
+    if model.uneven().is_none() {
+        // All take the widest step, so that all can take the same widths.
+        let widest = budgets.iter().map(|b| b.ff_step).max().unwrap_or(1);
+        budgets.iter_mut().for_each(|b| b.ff_step = widest);
+    }
+    budgets
+}
+
+/// Widths change in steps that keep ffn_down in its type, and rows long enough for vector kernels.
+fn ff_step(ty: Type) -> usize {
+    ty.block_size().max(32)
+}

@@ -1,0 +1,125 @@
+//! What can be set, and what it is where nothing is said.
+
+use super::Loss;
+use crate::forward::CHUNK_TOKENS;
+use crate::ggml::Type;
+use crate::spill::Shelf;
+
+/// How to prune.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
+pub enum Method {
+    /// Heads first by lazy greedy search, widths per block from loss curves, one sequential pass that
+    /// refits towards a mixture of the block's own output and the dense model's stream, and norms and biases
+    /// tuned on the whole.
+    #[default]
+    Putri,
+    /// The paper's method as its authors' code does it: neurons first by its score with equal widths,
+    /// refit to the block's own output, then heads in rounds by perplexity on one sequence.
+    Paper,
+    /// A simpler rival, after 2SSP (arXiv 2501.17771): neurons by the norm of their activations with equal
+    /// widths and no refit, then whole blocks' attention by perplexity.
+    TwoStage,
+}
+
+/// Settings of the passes.
+#[derive(Clone, Debug)]
+pub struct Settings {
+    /// Share of the blocks' parameters to remove, 0 < s < 1.
+    pub sparsity: f64,
+    /// How to prune.
+    pub method: Method,
+    /// Threads.
+    pub n_threads: usize,
+    /// Weight of the dense model's stream in the refit's target.
+    pub mixture: f64,
+    /// How far a token's error counts relative to its residual stream, which the next norm divides by:
+    /// 0 counts all errors alike, so that the few tokens with massive activations decide; 1 counts
+    /// relative errors.
+    pub token_weight: f64,
+    /// Ridge of a map's correction towards the dense model's stream, relative to the mean of its Gram
+    /// matrix's diagonal.
+    pub ridge_stream: f64,
+    /// Ridge of what makes up for neurons that went, and for the rounding of ffn_down.
+    pub ridge_ffn: f64,
+    /// Ridge of what makes up for the rounding of attn_output.
+    pub ridge_attn: f64,
+    /// Attention groups to remove, instead of the paper's formula.
+    pub groups: Option<usize>,
+    /// Tokens that heads are judged on.
+    pub head_tokens: usize,
+    /// Longest window that our search compares candidates on.
+    pub head_ctx: usize,
+    /// Candidates that the paper's rounds score again after the first round, instead of all.
+    pub rescored: Option<usize>,
+    /// What heads are judged by.
+    pub head_loss: Loss,
+    /// Tokens that the widths' loss curves are measured on.
+    pub curve_tokens: usize,
+    /// Tokens that the model's predictions are judged on with one block narrowed.
+    pub probe_tokens: usize,
+    /// Columns that are still to be rounded make up for the rounding of those before.
+    pub error_feedback: bool,
+    /// Tokens on which it is measured how much the predictions mind each output of a block, so that neurons are
+    /// chosen by it; 0 counts all outputs alike.
+    pub sensitivity_tokens: usize,
+    /// Every block gets its own width.
+    pub per_block_widths: bool,
+    /// Biases take over the mean of what was removed.
+    pub biases: bool,
+    /// Times that tuning goes over its part of the calibration windows; 0 is no tuning.
+    pub tune: usize,
+    /// Largest step of tuning, relative to a vector's size.
+    pub tune_rate: f64,
+    /// Tokens that tuning goes over at a time at most, spread evenly over the calibration windows.
+    pub tune_limit: usize,
+    /// Tokens per step of tuning, at least one window.
+    pub tune_tokens: usize,
+    /// Types of the matrices that get new values.
+    pub types: TensorTypes,
+    /// Tokens that pass through a block in one graph, at least one window.
+    pub chunk_tokens: usize,
+    /// Where the streams of all tokens live.
+    pub shelf: Shelf,
+}
+
+/// Types in which matrices with new values are written; those of the source where none is given.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct TensorTypes {
+    /// Of attn_output.
+    pub attn_output: Option<Type>,
+    /// Of ffn_down, whose block size is also the step of the widths.
+    pub ffn_down: Option<Type>,
+}
+
+impl Default for Settings {
+    fn default() -> Settings {
+        Settings {
+            sparsity: 0.25,
+            method: Method::Putri,
+            n_threads: 1,
+            mixture: 0.35,
+            token_weight: 1.0,
+            ridge_stream: 0.1,
+            ridge_ffn: 1e-3,
+            ridge_attn: 1e-2,
+            groups: None,
+            head_tokens: 1024,
+            head_ctx: 256,
+            rescored: None,
+            head_loss: Loss::Divergence,
+            curve_tokens: 4096,
+            probe_tokens: 2048,
+            sensitivity_tokens: 2048,
+            error_feedback: true,
+            per_block_widths: true,
+            biases: true,
+            tune: 1,
+            tune_rate: 0.005,
+            tune_limit: 16384,
+            tune_tokens: 2048,
+            types: TensorTypes::default(),
+            chunk_tokens: CHUNK_TOKENS,
+            shelf: Shelf::default(),
+        }
+    }
+}
