@@ -16,6 +16,9 @@ const TERMS: &str = "run.txt";
 const WINDOWS: &str = "windows.gguf";
 const HEADS: &str = "heads.gguf";
 const WIDTHS: &str = "widths.gguf";
+/// What is being written. Always the same name, so that a run that was killed leaves one at most, which the next
+/// one writes over or deletes.
+const UNFINISHED: &str = "unfinished.part";
 
 fn block_file(il: usize) -> String {
     format!("block-{il:03}.gguf")
@@ -96,7 +99,7 @@ impl State {
     /// Deletes what is kept here, the terms first.
     fn clear(&self) {
         let blocks = (0..self.shapes.len()).map(block_file);
-        let files = [TERMS, WINDOWS, HEADS, WIDTHS].map(String::from).into_iter().chain(blocks);
+        let files = [TERMS, WINDOWS, HEADS, WIDTHS, UNFINISHED].map(String::from).into_iter().chain(blocks);
         files.for_each(|name| drop(std::fs::remove_file(self.folder.join(name))));
     }
 
@@ -106,10 +109,11 @@ impl State {
         name: &str,
         write: impl FnOnce(&mut std::fs::File) -> std::io::Result<()>,
     ) -> std::io::Result<()> {
-        let mut temp = tempfile::NamedTempFile::new_in(&self.folder)?;
-        write(temp.as_file_mut())?;
-        temp.as_file().sync_data()?;
-        temp.persist(self.folder.join(name)).map_err(|e| e.error)?;
+        let unfinished = self.folder.join(UNFINISHED);
+        let mut file = std::fs::File::create(&unfinished)?;
+        write(&mut file)?;
+        file.sync_data()?;
+        std::fs::rename(unfinished, self.folder.join(name))?;
         Ok(())
     }
 
