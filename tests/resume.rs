@@ -128,6 +128,29 @@ fn killed_a_run_ends_in_the_same_bytes() {
 }
 
 #[test]
+fn a_state_that_did_not_fit_on_the_disk_is_not_taken_for_one() {
+    // A limit on file sizes stands for a full disk, as in `bad_input.rs`: the first block does not fit.
+    let cli = Cli::new();
+    Small { blocks: vec![(4, 2, 256); 4], ..Small::default() }.write(&cli.path("in.gguf"));
+    let common = ["--sparsity", "0.25", "-c", "64", "--chunks", "8", "-t", "1", "-q"];
+    cli.ok(&[&["in.gguf", "whole.gguf"][..], &common].concat());
+    let args = [&["in.gguf", "out.gguf", "--state-dir", "state", "--resume"][..], &common].concat();
+    let out = Command::new("sh")
+        .current_dir(cli.dir.path())
+        .args(["-c", "trap '' XFSZ; ulimit -f 64; exec \"$0\" \"$@\"", env!("CARGO_BIN_EXE_putri-gguf")])
+        .args(&args)
+        .output()
+        .unwrap();
+    let stderr = String::from_utf8_lossy(&out.stderr);
+    assert_eq!(out.status.code(), Some(1), "{stderr}");
+    assert!(stderr.contains("block-000.gguf") && stderr.contains("too large"), "{stderr}");
+    assert!(cli.path("state/widths.gguf").exists() && !cli.path("state/block-000.gguf").exists());
+    cli.ok(&args);
+    let [a, b] = ["whole.gguf", "out.gguf"].map(|f| std::fs::read(cli.path(f)).unwrap());
+    assert!(a == b);
+}
+
+#[test]
 fn what_a_killed_run_was_writing_is_not_left_behind() {
     silence_logs();
     let cli = Cli::new();

@@ -62,7 +62,10 @@ impl State {
             Err(e) if e.kind() == std::io::ErrorKind::NotFound => {
                 // Without its terms nobody can say what the rest belongs to.
                 state.clear();
-                state.replace(TERMS, |file| std::io::Write::write_all(file, terms.as_bytes())).map_err(io)?;
+                state.replace(TERMS, |file| {
+                    let written = std::io::Write::write_all(file, terms.as_bytes());
+                    written.map_err(|source| GgufError::Io { path, source })
+                })?;
                 Ok(state)
             }
             Err(e) => Err(JobError::Io { path, source: e }),
@@ -107,26 +110,20 @@ impl State {
     fn replace(
         &self,
         name: &str,
-        write: impl FnOnce(&mut std::fs::File) -> std::io::Result<()>,
-    ) -> std::io::Result<()> {
-        let unfinished = self.folder.join(UNFINISHED);
-        let mut file = std::fs::File::create(&unfinished)?;
+        write: impl FnOnce(&mut std::fs::File) -> Result<(), GgufError>,
+    ) -> Result<(), GgufError> {
+        let (unfinished, path) = (self.folder.join(UNFINISHED), self.folder.join(name));
+        let io = |source| GgufError::Io { path: path.clone(), source };
+        let mut file = std::fs::File::create(&unfinished).map_err(io)?;
         write(&mut file)?;
-        file.sync_data()?;
-        std::fs::rename(unfinished, self.folder.join(name))?;
-        Ok(())
+        file.sync_data().map_err(io)?;
+        std::fs::rename(unfinished, &path).map_err(io)
     }
 
     fn write(&self, name: &str, metadata: &[(&str, Value)], tensors: &[OutTensor]) -> Result<(), GgufError> {
         let metadata: Vec<_> = metadata.iter().map(|(k, v)| (k.to_string(), v.clone())).collect();
         let path = self.folder.join(name);
-        let mut failed = Ok(());
-        let written = self.replace(name, |file| {
-            failed = write_gguf(&mut std::io::BufWriter::new(file), &path, &metadata, tensors);
-            Ok(())
-        });
-        failed?;
-        written.map_err(|source| GgufError::Io { path, source })
+        self.replace(name, |file| write_gguf(&mut std::io::BufWriter::new(file), &path, &metadata, tensors))
     }
 
     fn read(&self, name: &str) -> Result<Option<GgufFile>, GgufError> {
