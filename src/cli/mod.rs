@@ -8,9 +8,8 @@ pub use resolve::resolve;
 
 use clap::Parser;
 use putri_gguf::report::{Progress, Timings, dry_run_table, inspection_json, inspection_table, summary};
-use putri_gguf::{Job, JobError, ggml};
+use putri_gguf::{JobError, ggml};
 use std::io::Write;
-use std::path::Path;
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -30,7 +29,10 @@ pub fn main() -> ExitCode {
         std::process::exit(1);
     });
     let args = match (cli.command, cli.prune) {
-        (Some(Command::Inspect { input, json }), _) => return inspect(&input, json),
+        (Some(Command::Inspect { input, json }), _) => {
+            let text = |found| if json { inspection_json(&found) + "\n" } else { inspection_table(&found) };
+            return show(putri_gguf::inspect(&input).map(text));
+        }
         (None, Some(args)) => args,
         (None, None) => unreachable!("clap demands a command or what to prune"),
     };
@@ -54,7 +56,8 @@ pub fn main() -> ExitCode {
         return ExitCode::FAILURE;
     }
     if dry {
-        return dry_run(&job);
+        let rate = || ggml::product_rate(job.settings.n_threads).ok();
+        return show(putri_gguf::dry_run(&job).map(|found| dry_run_table(&found, rate())));
     }
     let mut progress = Progress::new(quiet, stop);
     let mut watched = Timings::new(&mut progress);
@@ -88,27 +91,11 @@ pub fn main() -> ExitCode {
     }
 }
 
-/// Prints what is in the model at `path`.
-fn inspect(path: &Path, json: bool) -> ExitCode {
-    match putri_gguf::inspect(path) {
-        Ok(found) => {
-            let text = if json { inspection_json(&found) + "\n" } else { inspection_table(&found) };
+/// Prints what was found.
+fn show(found: Result<String, JobError>) -> ExitCode {
+    match found {
+        Ok(text) => {
             let _ = write!(std::io::stdout(), "{text}");
-            ExitCode::SUCCESS
-        }
-        Err(e) => {
-            eprintln!("error: {e}");
-            ExitCode::FAILURE
-        }
-    }
-}
-
-/// Prints what `job` would come to.
-fn dry_run(job: &Job) -> ExitCode {
-    match putri_gguf::dry_run(job) {
-        Ok(found) => {
-            let rate = ggml::product_rate(job.settings.n_threads).ok();
-            let _ = write!(std::io::stdout(), "{}", dry_run_table(&found, rate));
             ExitCode::SUCCESS
         }
         Err(e) => {

@@ -92,6 +92,7 @@ pub fn resolve(args: Args) -> Result<Job> {
 
 /// Reads `--max-memory`: a number of bytes, or with K, M, G or T of 1024 of the one before.
 fn bytes(text: &str) -> Result<u64> {
+    let problem = || format!("--max-memory {text} is not a size, as in 8G or 512M");
     let upper = text.to_ascii_uppercase();
     let number = upper.trim_end_matches(['B', 'I', 'K', 'M', 'G', 'T']);
     let power = match upper[number.len()..].trim_end_matches('B').trim_end_matches('I') {
@@ -100,13 +101,10 @@ fn bytes(text: &str) -> Result<u64> {
         "M" => 2,
         "G" => 3,
         "T" => 4,
-        _ => bail!("--max-memory {text} is not a size, as in 8G or 512M"),
+        _ => bail!(problem()),
     };
-    let value: f64 = number
-        .trim()
-        .parse()
-        .with_context(|| format!("--max-memory {text} is not a size, as in 8G or 512M"))?;
-    ensure!(value.is_finite() && value > 0.0, "--max-memory {text} is not a size, as in 8G or 512M");
+    let value: f64 = number.trim().parse().with_context(problem)?;
+    ensure!(value.is_finite() && value > 0.0, problem());
     Ok((value * 1024f64.powi(power)) as u64)
 }
 

@@ -13,11 +13,11 @@ use crate::model::{Activation, BlockVector};
 pub type BlockGradient = [Vec<f32>; BlockVector::ALL.len()];
 
 /// Positions whose logits are in memory at a time, several times over.
-const LOSS_ROWS: usize = 128;
+pub(crate) const LOSS_ROWS: usize = 128;
 
 /// Tokens that gradients go back through in one graph, at least one window: the attention weights of all heads
 /// are in memory at once.
-const GRADIENT_TOKENS: usize = 512;
+pub(crate) const GRADIENT_TOKENS: usize = 512;
 
 /// Steps of the attention that its derivatives need.
 struct Attention {

@@ -12,6 +12,7 @@ mod stats;
 pub use block::Block;
 pub(crate) use block::query_slice;
 pub use gradient::BlockGradient;
+pub(crate) use gradient::{GRADIENT_TOKENS, LOSS_ROWS};
 pub use head::Head;
 pub(crate) use stats::moment_products;
 pub use stats::{Collect, InputSquares, Wanted};

@@ -164,9 +164,7 @@ pub fn run(job: &Job, observer: &mut dyn Observer) -> Result<Outcome, JobError> 
         Some(state) => state,
         None => &mut (),
     };
-    let calibration =
-        Calibration { n_ctx: windows.n_ctx, n_fit: windows.n_fit, n_held_out: windows.n_held_out };
-    let forecast = forecast(model, &calibration, &job.settings)?;
+    let forecast = forecast(model, &Calibration::from(&windows), &job.settings)?;
     let pruned = pipeline::run(model, &source, &windows, &job.settings, journal, observer)?;
     let sparsity = pruned.plan.sparsity(&budgets);
     let provenance = Provenance {
@@ -309,10 +307,10 @@ fn forecast(model: &Model, c: &Calibration, settings: &Settings) -> Result<Forec
 }
 
 fn expected_calibration(job: &Job) -> Calibration {
-    let (n_fit, n_held_out) = match &job.windows {
-        Some(w) => (w.n_fit, w.n_held_out),
-        None => job.recipe.expected(),
-    };
+    if let Some(windows) = &job.windows {
+        return windows.into();
+    }
+    let (n_fit, n_held_out) = job.recipe.expected();
     Calibration { n_ctx: job.recipe.n_ctx, n_fit, n_held_out }
 }
 

@@ -13,10 +13,14 @@ use crate::prune::{self, Budget, BudgetError};
 pub fn check_budget(model: &Model, s: &Settings) -> Result<(), PruneError> {
     let budgets = budgets(model, &s.types);
     let s = &within_family(model, s);
-    let attention = groups_to_remove(model, &budgets, s)
-        * budgets.iter().filter(|b| b.n_groups > 0).map(|b| b.group_params).min().unwrap_or(0);
+    let attention = groups_to_remove(model, &budgets, s) * smallest_group(&budgets);
     prune::ffn_params_to_remove(&budgets, s.sparsity, attention)?;
     Ok(())
+}
+
+/// Parameters of the smallest group: what one is assumed to give before it is known which.
+pub(super) fn smallest_group(budgets: &[Budget]) -> usize {
+    budgets.iter().filter(|b| b.n_groups > 0).map(|b| b.group_params).min().unwrap_or(0)
 }
 
 /// The settings as far as the architecture of `model` can hold what comes of them.

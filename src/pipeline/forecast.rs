@@ -5,8 +5,12 @@
 //! somewhere.
 
 use super::heads::{ROUGH_CTX, ROUGH_TOKENS, STREAM_BYTES};
-use super::{Method, Settings, budgets, curves, equal_widths, groups_to_remove, sensitivity, within_family};
-use crate::forward::{MAX_GRADIENT_CTX, moment_products, query_slice};
+use super::{
+    Method, Settings, budgets, curves, equal_widths, groups_to_remove, sensitivity, smallest_group,
+    within_family,
+};
+use crate::calibrate::Windows;
+use crate::forward::{GRADIENT_TOKENS, LOSS_ROWS, MAX_GRADIENT_CTX, moment_products, query_slice};
 use crate::ggml::Type;
 use crate::model::{BlockShape, BlockTensors, Model, Segment};
 use crate::prune::{self, BudgetError};
@@ -28,6 +32,12 @@ pub struct Calibration {
     pub n_fit: usize,
     /// Windows held out.
     pub n_held_out: usize,
+}
+
+impl From<&Windows> for Calibration {
+    fn from(w: &Windows) -> Calibration {
+        Calibration { n_ctx: w.n_ctx, n_fit: w.n_fit, n_held_out: w.n_held_out }
+    }
 }
 
 /// What a run will come to.
@@ -73,7 +83,7 @@ pub fn forecast(model: &Model, c: &Calibration, settings: &Settings) -> Result<F
     let s = &within_family(model, settings);
     let budgets = budgets(model, &s.types);
     let n_groups = groups_to_remove(model, &budgets, s);
-    let group_params = budgets.iter().filter(|b| b.n_groups > 0).map(|b| b.group_params).min().unwrap_or(0);
+    let group_params = smallest_group(&budgets);
     let widths = equal_widths(model, &budgets, s, n_groups * group_params)?;
     let all_groups: usize = budgets.iter().map(|b| b.n_groups).sum();
     let kept = if all_groups > 0 { 1.0 - n_groups as f64 / all_groups as f64 } else { 1.0 };
@@ -264,7 +274,7 @@ impl Work<'_> {
     /// Bytes of the graph that sums moments at ffn_down.
     fn moment_graph_bytes(&self, n_ctx: usize, n_tokens: f64, n_out: f64) -> f64 {
         let n = self.max_ff();
-        let sums = n * n * 7.0 / 12.0 + n * n_out;
+        let sums = moment_products(n as usize, n_out as usize) as f64;
         self.graph_bytes(n_ctx, n_tokens)
             + 4.0 * (sums + self.chunk(n_ctx, n_tokens) * (n + 2.0 * self.n_embd()))
     }
@@ -284,7 +294,7 @@ impl Work<'_> {
         let n = self.max_ff();
         let gram = 4.0 * n * n + 8.0 * n * n_out;
         let maps = if carried { 2.0 } else { 1.0 };
-        let obs = 16.0 * n * n + maps * 8.0 * n * self.n_embd() + 3.0 * 8.0 * 256.0 * n;
+        let obs = 16.0 * n * n + maps * 8.0 * n * self.n_embd() + 3.0 * 8.0 * prune::PENDING as f64 * n;
         gram + obs
     }
 
@@ -381,11 +391,11 @@ impl Work<'_> {
 
     /// Bytes while gradients go back, the head they begin at included.
     fn back_bytes(&self, n_ctx: usize) -> f64 {
-        let n = (512 / n_ctx).max(1) as f64 * n_ctx as f64;
+        let n = ((GRADIENT_TOKENS / n_ctx).max(1) * n_ctx) as f64;
         let head_dim = self.model.hparams.head_dim as f64;
         let scores = 4.0 * self.max_q() / head_dim * n_ctx as f64 * n;
         let block = n * (7.0 * self.max_ff() + 8.0 * self.n_embd() + 8.0 * self.max_q()) + scores;
-        let logits = 6.0 * 128.0 * self.n_vocab();
+        let logits = 6.0 * LOSS_ROWS as f64 * self.n_vocab();
         self.head_bytes() + (2.0 * self.block_bytes() + 4.0 * block).max(4.0 * logits).max(self.head_bytes())
     }
 

@@ -22,7 +22,7 @@ mod stream;
 mod tune;
 
 pub use amounts::{budgets, check_budget};
-use amounts::{equal_widths, groups_to_remove, neurons_to_remove, within_family};
+use amounts::{equal_widths, groups_to_remove, neurons_to_remove, smallest_group, within_family};
 pub use forecast::{Calibration, Forecast, StageForecast, forecast};
 pub use journal::{Journal, Settled};
 pub use judge::Loss;
@@ -136,8 +136,6 @@ pub fn run(
         warnings: Vec::new(),
     };
     let n_groups = groups_to_remove(model, &budgets, s);
-    // Where groups differ in size, the paper's order (neurons before heads) has to assume the smallest.
-    let group_params = budgets.iter().filter(|b| b.n_groups > 0).map(|b| b.group_params).min().unwrap_or(0);
     let mut tuned = false;
     let (dense_ppl, pruned_ppl) = match s.method {
         Method::Putri => {
@@ -158,7 +156,8 @@ pub fn run(
             run.held_out_ppl([&streams.dense[held_out.clone()], &streams.pruned[held_out]])?
         }
         Method::Paper | Method::TwoStage => {
-            let widths = equal_widths(model, &budgets, s, n_groups * group_params)?;
+            // The paper's order, neurons before heads, does not know yet which groups go.
+            let widths = equal_widths(model, &budgets, s, n_groups * smallest_group(&budgets))?;
             run.sequential_pass(&widths, settled.blocks)?;
             run.search_heads(&budgets, n_groups, None)?;
             run.evaluate_plan()?

@@ -19,6 +19,7 @@ pub use budget::{Budget, BudgetError, ffn_params_to_remove, head_groups_paper};
 pub use heads::{Candidate, GroupId, LazyGreedy, rounds};
 pub use metric::Metric;
 pub use obs::Obs;
+pub(crate) use obs::PENDING;
 pub(crate) use refit::factor;
 pub use refit::{Refit, bias_change, refit};
 pub use select::{Narrowing, greedy, loudest, narrow, paper_keep};

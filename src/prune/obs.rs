@@ -11,7 +11,7 @@ use rayon::prelude::*;
 
 /// Inputs that go before the inverse is brought up to date: each update of it goes through all of its memory,
 /// whatever the number of inputs.
-const PENDING: usize = 256;
+pub(crate) const PENDING: usize = 256;
 
 /// A map W at the minimum of a quadratic loss with curvature H + λI, whose inputs are taken out a few at a
 /// time; what stays is moved to the new minimum each time.
