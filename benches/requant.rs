@@ -9,7 +9,7 @@
 
 use clap::Parser;
 use putri_gguf::calibrate::file_windows;
-use putri_gguf::forward::{Collect, Forward, Wanted, embed};
+use putri_gguf::forward::{Collect, Forward, Wanted};
 use putri_gguf::ggml::{LlamaModel, Type, silence_logs};
 use putri_gguf::model::{Matrix, Model};
 use putri_gguf::numeric::{Moments, SymMatrix};
@@ -69,7 +69,7 @@ fn main() {
     // Every third window judges, so that both kinds come from all over the text.
     let judges = |i: usize| i % 3 == 2;
     let mut forward = Forward::new(&model, args.ctx, args.threads).expect("engine");
-    let mut stream = embed(&model, &windows.concat()).expect("embeddings");
+    let mut stream = forward.embed(&model, &windows.concat()).expect("embeddings");
     let types: Vec<Type> = args
         .types
         .iter()

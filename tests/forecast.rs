@@ -18,7 +18,7 @@ impl Observer for Silent {
     fn step(&mut self, _: usize, _: &str) {}
 }
 
-fn models() -> [(&'static str, Small, usize); 3] {
+fn models() -> [(&'static str, Small, usize); 5] {
     [
         ("short windows", Small { blocks: vec![(8, 4, 512); 4], n_embd: 256, ..Small::default() }, 256),
         (
@@ -29,6 +29,28 @@ fn models() -> [(&'static str, Small, usize); 3] {
         (
             "gemma3",
             Small { arch: "gemma3", blocks: vec![(4, 1, 512); 7], n_embd: 128, ..Small::default() },
+            256,
+        ),
+        (
+            "no gate",
+            Small {
+                arch: "arcee",
+                head_dim: 32,
+                blocks: vec![(4, 2, 512); 4],
+                n_embd: 128,
+                ..Small::default()
+            },
+            256,
+        ),
+        (
+            "fused gate, written as deci",
+            Small {
+                arch: "phi3",
+                head_dim: 32,
+                blocks: vec![(4, 2, 512); 4],
+                n_embd: 128,
+                ..Small::default()
+            },
             256,
         ),
     ]
@@ -45,7 +67,7 @@ fn operations_are_those_that_graphs_count() {
         let n_vocab = model.hparams.n_vocab as Token;
         let tokens = (0..(8 * n_ctx) as Token).map(|i| 3 + i * 31 % (n_vocab - 3)).collect();
         let windows = Windows { n_ctx, tokens, n_fit: 6, n_held_out: 2, n_self: 0 };
-        let settings = Settings { sparsity: 0.4, tune_limit: 1024, ..Settings::default() };
+        let settings = Settings { sparsity: 0.4, groups: Some(4), tune_limit: 1024, ..Settings::default() };
         let said = forecast(&model, &c, &settings).unwrap();
         let mut silent = Silent;
         let mut watched = Timings::new(&mut silent);

@@ -99,6 +99,16 @@ fn families_of_one_row_agree_with_libllama() {
     for (name, small) in Small::rows() {
         check_small(name, &small);
     }
+    // What only models of a certain depth have: a scale by width, and a window.
+    check_small(
+        "gemma2 27B",
+        &Small { arch: "gemma2", blocks: vec![(4, 2, 32); 46], n_embd: 32, ..Small::default() },
+    );
+    let extra = vec![("attention.sliding_window", Value::U32(24))];
+    check_small(
+        "exaone4 32B",
+        &Small { arch: "exaone4", blocks: vec![(4, 2, 32); 64], extra, ..Small::default() },
+    );
 }
 
 #[test]

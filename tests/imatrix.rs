@@ -5,7 +5,7 @@ mod common;
 use common::cli::Cli;
 use common::small::{Rng, Small};
 use putri_gguf::calibrate::Windows;
-use putri_gguf::forward::{Collect, Forward, Wanted, embed};
+use putri_gguf::forward::{Collect, Forward, Wanted};
 use putri_gguf::ggml::{Type, silence_logs};
 use putri_gguf::gguf::{GgufFile, Value};
 use putri_gguf::model::Model;
@@ -53,12 +53,12 @@ fn squares_are_those_of_the_inputs() {
     let got = input_squares(&model, &Plan::whole(&model), &windows, &s, &mut Silent).unwrap();
 
     let mut forward = Forward::new(&model, n_ctx, 1).unwrap();
-    let mut x = embed(&model, windows.tokens_of(0..n_fit)).unwrap();
-    let eps = f64::from(model.hparams.rms_eps);
+    let mut x = forward.embed(&model, windows.tokens_of(0..n_fit)).unwrap();
+    let eps = f64::from(model.hparams.norm_eps);
     for (il, got) in got.iter().enumerate() {
         let w = model.block(il).unwrap();
         let block = forward.upload(&w).unwrap();
-        close(&got.qkv, &normed_squares(&x, &w.attn_norm, eps));
+        close(&got.qkv, &normed_squares(&x, w.attn_norm.as_deref().unwrap_or_default(), eps));
         // The diagonals of the Gram matrices that pruning collects.
         let scales = vec![1.0; n_ctx * n_fit];
         let mut at_heads = Moments::new(w.attn_output.n_in, 0);
@@ -70,7 +70,7 @@ fn squares_are_those_of_the_inputs() {
         let wanted = Wanted { mid: Some(&mut mid), out: Some(&mut out), moments: Some(collect) };
         forward.from_heads(&block, &x, &heads, wanted).unwrap();
         close(&got.attn_output, &at_heads.gram.diagonal());
-        close(&got.ffn, &normed_squares(&mid, &w.ffn_norm, eps));
+        close(&got.ffn, &normed_squares(&mid, w.ffn_norm.as_ref().unwrap(), eps));
         close(&got.ffn_down, &at_neurons.gram.diagonal());
         x = out;
     }

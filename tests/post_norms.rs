@@ -3,7 +3,7 @@
 mod common;
 
 use common::small::{Rng, Small};
-use putri_gguf::forward::{Collect, Forward, Wanted, embed};
+use putri_gguf::forward::{Collect, Forward, Wanted};
 use putri_gguf::model::{BlockWeights, Matrix, Model};
 use putri_gguf::numeric::Moments;
 use putri_gguf::prune::refit;
@@ -27,7 +27,7 @@ impl Setting {
         let model = Model::open(&path).unwrap();
         let forward = Forward::new(&model, N_CTX, 1).unwrap();
         let tokens: Vec<i32> = (0..N_WINDOWS * N_CTX).map(|i| 3 + (i * i * 7919 % 250) as i32).collect();
-        let x = embed(&model, &tokens).unwrap();
+        let x = forward.embed(&model, &tokens).unwrap();
         let scales = (0..tokens.len()).map(|i| 0.5 + (i % 5) as f32 / 4.0).collect();
         Setting { forward, w: model.block(1).unwrap(), x, scales }
     }

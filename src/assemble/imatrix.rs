@@ -35,13 +35,19 @@ pub fn write_imatrix(
     let n_tokens = (windows.n_fit * windows.n_ctx) as f64;
     let mut tensors = Vec::new();
     let joined = carrier.family().traits().one_qkv;
-    let named = |name: &str| match name.rsplit_once(".attn_") {
-        Some((block, "q.weight" | "k.weight" | "v.weight")) if joined => format!("{block}.attn_qkv.weight"),
-        _ => name.to_string(),
+    let split = model.hparams.family.traits().fused_gate_up && !carrier.family().traits().fused_gate_up;
+    let named = |name: &str| match name.rsplit_once('.').and_then(|(role, _)| role.rsplit_once('.')) {
+        Some((block, "attn_q" | "attn_k" | "attn_v")) if joined => vec![format!("{block}.attn_qkv.weight")],
+        Some((block, "ffn_up")) if split => {
+            ["gate", "up"].map(|part| format!("{block}.ffn_{part}.weight")).to_vec()
+        }
+        _ => vec![name.to_string()],
     };
-    // What is one matrix now had the same inputs before.
-    let entries: BTreeMap<String, &[f64]> =
-        entries(model, squares).into_iter().map(|(name, sums)| (named(name), sums)).collect();
+    // What is one matrix in one of the two has the same inputs in the other.
+    let entries: BTreeMap<String, &[f64]> = entries(model, squares)
+        .into_iter()
+        .flat_map(|(name, sums)| named(name).into_iter().map(move |name| (name, sums)))
+        .collect();
     for (name, sums) in entries {
         tensors.push(floats(format!("{name}.in_sum2"), vec![sums.len(), 1], sums));
         tensors.push(floats(format!("{name}.counts"), vec![1, 1], &[n_tokens]));
@@ -64,7 +70,7 @@ fn entries<'m>(model: &'m Model, squares: &'m [InputSquares]) -> BTreeMap<&'m st
         let qkv = t.qkv.iter().flatten().map(|segment| (segment, &s.qkv));
         let rest: [(Option<&Segment>, &Vec<f64>); 4] = [
             (t.attn_output.as_ref(), &s.attn_output),
-            (Some(&t.ffn_gate), &s.ffn),
+            (t.ffn_gate.as_ref(), &s.ffn),
             (Some(&t.ffn_up), &s.ffn),
             (Some(&t.ffn_down), &s.ffn_down),
         ];

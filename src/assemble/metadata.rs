@@ -1,7 +1,7 @@
 //! The output's metadata: the source's, in its order and with its types, brought up to date.
 
 use crate::gguf::Value;
-use crate::model::{BlockShape, Carrier, Model};
+use crate::model::{BlockShape, Carrier, Model, RopeFactors};
 use crate::pipeline::Plan;
 
 /// Where a pruned model comes from; written into `putri.*` keys.
@@ -32,7 +32,7 @@ pub(super) fn metadata(
     p: &Provenance,
 ) -> Vec<(String, Value)> {
     let (old, new) = (model.hparams.family.name(), carrier.name());
-    let mut shapes = ShapeKeys::new(model, plan);
+    let mut shapes = ShapeKeys::new(model, plan, carrier);
     let mut out: Vec<(String, Value)> = Vec::new();
     for (key, value) in model.file.metadata() {
         // Describes the importance matrix of a quantisation that is no longer the file's.
@@ -41,6 +41,10 @@ pub(super) fn metadata(
         }
         // A stray key of the carrier's would overrule the one that is written for it.
         if old != new && key.strip_prefix(new).is_some_and(|k| k.starts_with('.')) {
+            continue;
+        }
+        // Phi-3 has the key, but llama.cpp slides no window there.
+        if model.hparams.sliding.is_none() && old != new && key.ends_with(".attention.sliding_window") {
             continue;
         }
         let value = match (key.as_str(), value) {
@@ -66,29 +70,32 @@ pub(super) fn metadata(
     out
 }
 
-/// Keys that say how large blocks are, until they are used.
+/// Keys that say how large blocks are, and what the carrier would not know otherwise, until they are used.
 struct ShapeKeys {
     left: Vec<(&'static str, Value)>,
 }
 
 impl ShapeKeys {
-    fn new(model: &Model, plan: &Plan) -> ShapeKeys {
+    fn new(model: &Model, plan: &Plan, carrier: Carrier) -> ShapeKeys {
         let shapes = plan.shapes(model);
         let per_block = |f: fn(&BlockShape) -> usize| {
             let v: Vec<u32> = shapes.iter().map(|s| f(s) as u32).collect();
             if v.iter().all(|n| *n == v[0]) { Value::U32(v[0]) } else { Value::u32_array(&v) }
         };
         let head_dim = Value::U32(model.hparams.head_dim as u32);
-        ShapeKeys {
-            left: vec![
-                ("feed_forward_length", per_block(|s| s.n_ff)),
-                ("attention.head_count", per_block(|s| s.n_head)),
-                ("attention.head_count_kv", per_block(|s| s.n_head_kv)),
-                ("attention.key_length", head_dim.clone()),
-                ("attention.value_length", head_dim),
-                ("rope.dimension_count", Value::U32(model.hparams.rope.n_rot as u32)),
-            ],
+        let mut left = vec![
+            ("feed_forward_length", per_block(|s| s.n_ff)),
+            ("attention.head_count", per_block(|s| s.n_head)),
+            ("attention.head_count_kv", per_block(|s| s.n_head_kv)),
+            ("attention.key_length", head_dim.clone()),
+            ("attention.value_length", head_dim),
+            ("rope.dimension_count", Value::U32(model.hparams.rope.n_rot as u32)),
+        ];
+        let [old, new] = [model.hparams.family, carrier.family()].map(|f| f.traits().rope_factors);
+        if old == RopeFactors::Long && new == RopeFactors::ByType && model.has_rope_factors() {
+            left.push(("rope.scaling.type", Value::Str("longrope".into())));
         }
+        ShapeKeys { left }
     }
 
     fn take(&mut self, suffix: &str) -> Option<Value> {

@@ -2,7 +2,7 @@
 
 use crate::ggml::Type;
 use crate::gguf::{GgufError, OutTensor, TensorInfo};
-use crate::model::{BlockVector, Carrier, Model, Segment, group_rows};
+use crate::model::{BlockVector, Carrier, Family, Model, Segment, group_rows};
 use crate::pipeline::Plan;
 use crate::requant::{Quantised, output_type, quantise, select_columns, select_rows};
 use std::borrow::Cow;
@@ -15,6 +15,8 @@ enum Action<'p> {
     Rows(Vec<usize>),
     /// One tensor of that name, of rows of several.
     Joined(String, Vec<(usize, Vec<usize>)>),
+    /// Several tensors of these names and rows.
+    Split([(String, Vec<usize>); 2]),
     /// These runs of columns of this length.
     Columns(usize, &'p [usize]),
     Replace(&'p Quantised),
@@ -49,6 +51,13 @@ pub(super) fn tensors<'m>(
     let mut out = Vec::new();
     for ((t, action), bias) in model.file.tensors().iter().zip(actions).zip(biases) {
         let renamed = |o: OutTensor<'m>| OutTensor { name: o.name.replace(&old, &new), ..o };
+        if let Action::Split(parts) = action {
+            for (name, rows) in parts {
+                let part = output(model, t, Action::Rows(rows))?;
+                out.extend(part.map(|o| OutTensor { name, ..o }));
+            }
+            continue;
+        }
         out.extend(output(model, t, action)?.map(renamed));
         out.extend(bias.map(|data| values(t.name.replace(".weight", ".bias"), data)));
     }
@@ -89,12 +98,14 @@ fn plan_block<'p>(
         }
     };
     if p.groups.is_empty() {
-        let single = [&t.attn_norm, &t.attn_output, &t.attn_output_bias, &t.attn_post_norm];
+        let single =
+            [&t.attn_norm, &t.attn_norm_bias, &t.attn_output, &t.attn_output_bias, &t.attn_post_norm];
         let triple = [&t.qkv, &t.qkv_bias].into_iter().flatten().flatten();
         let pair = t.qk_norm.iter().flatten();
         single.into_iter().flatten().chain(triple).chain(pair).for_each(|s| set(Some(s), Action::Drop));
     } else {
-        let turned = model.hparams.family.traits().rope_neox && !carrier.family().traits().rope_neox;
+        let [old, new] = [model.hparams.family, carrier.family()].map(|f| f.traits().positions.neox());
+        let turned = old && !new;
         let fewer = p.groups.len() < shape.n_head_kv;
         let one = carrier.family().traits().one_qkv;
         if fewer || turned || one {
@@ -122,10 +133,26 @@ fn plan_block<'p>(
             set(t.attn_output.as_ref(), Action::Replace(q));
         }
     }
-    if p.neurons.iter().copied().ne(0..shape.n_ff) {
-        for s in [Some(&t.ffn_gate), Some(&t.ffn_up), t.ffn_gate_bias.as_ref(), t.ffn_up_bias.as_ref()] {
-            set(s, Action::Rows(p.neurons.clone()));
+    let narrower = p.neurons.iter().copied().ne(0..shape.n_ff);
+    let fused = |f: Family| f.traits().fused_gate_up;
+    match t.ffn_gate.filter(|gate| gate.tensor == t.ffn_up.tensor) {
+        Some(gate) if narrower || !fused(carrier.family()) => {
+            let [gate, up] =
+                [gate, t.ffn_up].map(|s| p.neurons.iter().map(|n| s.start + n).collect::<Vec<_>>());
+            let action = if fused(carrier.family()) {
+                Action::Rows([gate, up].concat())
+            } else {
+                let name = |part: &str| format!("blk.{il}.ffn_{part}.weight");
+                Action::Split([(name("gate"), gate), (name("up"), up)])
+            };
+            set(Some(&t.ffn_up), action);
         }
+        None if narrower => {
+            for s in [t.ffn_gate, Some(t.ffn_up), t.ffn_gate_bias, t.ffn_up_bias] {
+                set(s.as_ref(), Action::Rows(p.neurons.clone()));
+            }
+        }
+        _ => {}
     }
     if let Some(q) = &p.ffn_down {
         set(Some(&t.ffn_down), Action::Replace(q));
@@ -219,6 +246,7 @@ fn output<'m>(
             (t.ty, ne, Box::new(move || Ok(Cow::Owned(select_rows(model.file.data(t), t.ty, row, &rows)))))
         }
         Action::Joined(name, parts) => return Ok(Some(join(model, name, parts)?)),
+        Action::Split(_) => unreachable!("its parts are rows"),
         Action::Columns(run, runs) => {
             let n_in = run * runs.len();
             let ne = vec![n_in, t.n_rows()];

@@ -1,6 +1,6 @@
 //! Models against the dense one on a text, by our own forward pass.
 
-use crate::forward::{Forward, ForwardError, Head, embed};
+use crate::forward::{Forward, ForwardError, Head};
 use crate::ggml::Token;
 use crate::model::Model;
 use crate::numeric::{exp_neg, log_sum_exp};
@@ -109,7 +109,7 @@ fn final_stream(
     n_threads: usize,
 ) -> Result<FinalStream, ForwardError> {
     let mut forward = Forward::new(model, n_ctx, n_threads)?;
-    let mut stream = embed(model, tokens)?;
+    let mut stream = forward.embed(model, tokens)?;
     let mut out = vec![0.0; stream.len()];
     for il in 0..model.hparams.n_layer() {
         let block = forward.upload(&model.block(il)?)?;

@@ -1,9 +1,9 @@
-//! One block: its weights on the backend, and the graph of `src/models/llama.cpp`, `deci.cpp` and
-//! `gemma3.cpp` of llama.cpp in the pieces that pruning needs.
+//! One block: its weights on the backend, and its graph, as llama.cpp's `src/models/<name>.cpp` build it, in the pieces
+//! that pruning needs.
 
 use super::{Forward, ForwardError, Net};
 use crate::ggml::{Graph, Resident, RopeParams, T, TensorSpec};
-use crate::model::{Activation, BlockShape, BlockWeights, Matrix, SlidingWindow};
+use crate::model::{Activation, BlockShape, BlockWeights, Matrix, Norm, QkNorm, SlidingWindow};
 use std::borrow::Cow;
 use std::ops::Range;
 
@@ -26,6 +26,7 @@ pub struct Block {
     pub(super) shape: BlockShape,
     pub(super) sliding: bool,
     pub(super) rotated: bool,
+    pub(super) parallel: bool,
     pub(super) roles: Roles,
 }
 
@@ -33,6 +34,16 @@ impl Block {
     /// Whether the block has attention heads.
     pub fn has_attention(&self) -> bool {
         self.roles.attn_output.is_some()
+    }
+
+    /// Whether the feed-forward sees the stream as it is before attention.
+    pub fn is_parallel(&self) -> bool {
+        self.parallel
+    }
+
+    /// The norm that the feed-forward sees the stream through.
+    pub(super) fn ffn_norm(&self) -> Option<PreNorm> {
+        self.roles.ffn_norm.or(self.roles.attn_norm.filter(|_| self.parallel))
     }
 
     pub(super) fn post_norm(&self, half: Half) -> Option<PostNorm> {
@@ -46,14 +57,14 @@ impl Block {
 /// Index of each weight in the resident set.
 #[derive(Default)]
 pub(super) struct Roles {
-    pub(super) attn_norm: Option<usize>,
+    pub(super) attn_norm: Option<PreNorm>,
     pub(super) qkv: [Option<usize>; 3],
     pub(super) qkv_bias: [Option<usize>; 3],
     pub(super) qk_norm: [Option<usize>; 2],
     pub(super) attn_output: Option<usize>,
     pub(super) attn_output_bias: Option<usize>,
     pub(super) attn_post_norm: Option<PostNorm>,
-    pub(super) ffn_norm: Option<usize>,
+    pub(super) ffn_norm: Option<PreNorm>,
     pub(super) ffn_gate: Option<usize>,
     pub(super) ffn_gate_bias: Option<usize>,
     pub(super) ffn_up: Option<usize>,
@@ -63,6 +74,13 @@ pub(super) struct Roles {
     pub(super) ffn_post_norm: Option<PostNorm>,
 }
 
+/// The norm between the stream and a half of a block.
+#[derive(Clone, Copy)]
+pub(super) struct PreNorm {
+    pub(super) weight: usize,
+    pub(super) bias: Option<usize>,
+}
+
 /// The norm between a half of a block and the stream, out = x + g ⊙ y / rms(y).
 #[derive(Clone, Copy)]
 pub(super) struct PostNorm {
@@ -70,6 +88,14 @@ pub(super) struct PostNorm {
     pub(super) weight: usize,
     /// g / (g² + δ), which takes a difference in the stream back to y / rms(y).
     inverse: usize,
+}
+
+/// What attention is made of.
+pub(super) struct Qkv {
+    /// Queries and keys as they are before their norm, where there is one.
+    pub(super) before_norm: [Option<T>; 2],
+    /// Queries, keys and values, normed and rotated: `[head_dim, n_ctx, heads, n_seq]`.
+    pub(super) ready: [T; 3],
 }
 
 /// Half of a block, which ends in a map back to the stream.
@@ -102,6 +128,10 @@ impl<'w> Uploads<'w> {
         Some(self.list.len() - 1)
     }
 
+    fn pre_norm(&mut self, weight: &'w Option<Vec<f32>>, bias: &'w Option<Vec<f32>>) -> Option<PreNorm> {
+        Some(PreNorm { weight: self.optional(weight)?, bias: self.optional(bias) })
+    }
+
     fn post_norm(&mut self, v: &'w Option<Vec<f32>>) -> Option<PostNorm> {
         let g = v.as_ref()?;
         let ridge = POST_NORM_RIDGE * g.iter().map(|g| g * g).sum::<f32>() / g.len() as f32;
@@ -128,15 +158,15 @@ impl Forward {
         let bias = |i: usize| w.qkv_bias.as_ref().map_or(&[][..], |b| &b[i]);
         let norm = |i: usize| w.qk_norm.as_ref().map_or(&[][..], |n| &n[i]);
         let roles = Roles {
-            attn_norm: up.vector(&w.attn_norm),
+            attn_norm: up.pre_norm(&w.attn_norm, &w.attn_norm_bias),
             qkv: [up.matrix(q), up.matrix(k), up.matrix(v)],
             qkv_bias: [up.vector(bias(0)), up.vector(bias(1)), up.vector(bias(2))],
             qk_norm: [up.vector(norm(0)), up.vector(norm(1))],
             attn_output: up.matrix(&w.attn_output),
             attn_output_bias: up.optional(&w.attn_output_bias),
             attn_post_norm: up.post_norm(&w.attn_post_norm),
-            ffn_norm: up.vector(&w.ffn_norm),
-            ffn_gate: up.matrix(&w.ffn_gate),
+            ffn_norm: up.pre_norm(&w.ffn_norm, &w.ffn_norm_bias),
+            ffn_gate: w.ffn_gate.as_ref().and_then(|gate| up.matrix(gate)),
             ffn_gate_bias: up.optional(&w.ffn_gate_bias),
             ffn_up: up.matrix(&w.ffn_up),
             ffn_up_bias: up.optional(&w.ffn_up_bias),
@@ -146,7 +176,8 @@ impl Forward {
         };
         let specs: Vec<_> = up.list.iter().map(|(ne, data)| TensorSpec::f32(*ne, data)).collect();
         let set = Resident::upload(&self.engine, &specs)?;
-        Ok(Block { set, shape: w.shape, sliding: w.sliding, rotated: w.rotated, roles })
+        let (shape, sliding, rotated, parallel) = (w.shape, w.sliding, w.rotated, w.parallel);
+        Ok(Block { set, shape, sliding, rotated, parallel, roles })
     }
 
     /// A chunk through the whole block: `x` `[n_tokens, n_embd]` in, the residual stream after the
@@ -165,7 +196,7 @@ impl Forward {
         let x = g.input_f32([self.n_embd(), x.len() / self.n_embd()], x);
         let a = b.roles.attn_output.map(|_| self.net.heads(&mut g, b, x));
         let m = self.net.attention_residual(&mut g, b, x, a);
-        let h = self.net.neurons(&mut g, b, m);
+        let h = self.net.neurons(&mut g, b, x, m);
         let y = self.net.ffn_residual(&mut g, b, m, h);
         if mid.is_some() {
             g.output(m);
@@ -195,10 +226,14 @@ impl Forward {
     ///
     /// # Errors
     /// [`ForwardError`] if the backend fails.
+    ///
+    /// # Panics
+    /// If it sees the stream as it is before attention.
     pub fn ffn(&mut self, b: &Block, mid: &[f32], out: &mut [f32]) -> Result<(), ForwardError> {
+        assert!(!b.parallel, "the stream before attention is not known");
         let mut g = Graph::new(MAX_NODES);
         let mid = g.input_f32([self.n_embd(), mid.len() / self.n_embd()], mid);
-        let h = self.net.neurons(&mut g, b, mid);
+        let h = self.net.neurons(&mut g, b, mid, mid);
         let y = self.net.ffn_residual(&mut g, b, mid, h);
         g.output(y);
         g.compute(&mut self.engine)?.read(y, out);
@@ -234,7 +269,7 @@ impl Net {
     /// The stream `x` with what [`Net::map`] gave added to it.
     pub(super) fn join<'a>(&'a self, g: &mut Graph<'a>, b: &'a Block, half: Half, x: T, y: T) -> T {
         let y = match b.post_norm(half) {
-            Some(post) => self.norm(g, b, Some(post.weight), y),
+            Some(post) => self.rms_norm(g, b, post.weight, y),
             None => y,
         };
         let y = self.scaled(g, y, self.hparams.residual_scale);
@@ -253,34 +288,65 @@ impl Net {
         let post = b.post_norm(half)?;
         let squares = g.mul(y, y);
         let mean = g.mean(squares);
-        let mean = g.scale(mean, 1.0, self.hparams.rms_eps);
+        let mean = g.scale(mean, 1.0, self.hparams.norm_eps);
         Some((g.sqrt(mean), g.resident(&b.set, post.inverse)))
     }
 
-    /// The input of ffn_down: `[n_ff, n_tokens]`.
-    pub(super) fn neurons<'a>(&'a self, g: &mut Graph<'a>, b: &'a Block, mid: T) -> T {
-        let h = self.ffn_input(g, b, mid);
-        let gate = linear(g, b, b.roles.ffn_gate, b.roles.ffn_gate_bias, h);
+    /// The input of ffn_down: `[n_ff, n_tokens]`, for the streams before and after attention.
+    pub(super) fn neurons<'a>(&'a self, g: &mut Graph<'a>, b: &'a Block, x: T, mid: T) -> T {
+        let h = self.ffn_input(g, b, x, mid);
+        let gate = b.roles.ffn_gate.map(|gate| linear(g, b, Some(gate), b.roles.ffn_gate_bias, h));
         let up = linear(g, b, b.roles.ffn_up, b.roles.ffn_up_bias, h);
-        match self.hparams.family.traits().activation {
-            Activation::SwiGlu => g.swiglu(gate, up),
-            Activation::GeGlu => g.geglu(gate, up),
+        match (self.hparams.family.traits().activation, gate) {
+            (Activation::SwiGlu, Some(gate)) => g.swiglu(gate, up),
+            (Activation::GeGlu, Some(gate)) => g.geglu(gate, up),
+            (Activation::Gelu, _) => g.gelu(up),
+            (Activation::ReluSquared, _) => {
+                let up = g.relu(up);
+                g.mul(up, up)
+            }
+            (Activation::SwiGlu | Activation::GeGlu, None) => unreachable!("a block has its gate"),
         }
     }
 
     /// The input of attn_q, attn_k and attn_v: `[n_embd, n_tokens]`.
     pub(super) fn attn_input<'a>(&'a self, g: &mut Graph<'a>, b: &'a Block, x: T) -> T {
-        self.norm(g, b, b.roles.attn_norm, x)
+        self.pre_norm(g, b, b.roles.attn_norm, x)
     }
 
     /// The input of ffn_gate and ffn_up: `[n_embd, n_tokens]`.
-    pub(super) fn ffn_input<'a>(&'a self, g: &mut Graph<'a>, b: &'a Block, mid: T) -> T {
-        self.norm(g, b, b.roles.ffn_norm, mid)
+    pub(super) fn ffn_input<'a>(&'a self, g: &mut Graph<'a>, b: &'a Block, x: T, mid: T) -> T {
+        self.pre_norm(g, b, b.ffn_norm(), if b.parallel { x } else { mid })
     }
 
-    pub(super) fn norm<'a>(&'a self, g: &mut Graph<'a>, b: &'a Block, weight: Option<usize>, x: T) -> T {
-        let h = g.rms_norm(x, self.hparams.rms_eps);
-        let w = g.resident(&b.set, weight.expect("a block has its norms"));
+    /// The stream `x` as a half of a block sees it.
+    fn pre_norm<'a>(&'a self, g: &mut Graph<'a>, b: &'a Block, norm: Option<PreNorm>, x: T) -> T {
+        let Some(norm) = norm else {
+            return x;
+        };
+        let h = self.normed(g, x);
+        let w = g.resident(&b.set, norm.weight);
+        let h = g.mul(h, w);
+        match norm.bias {
+            Some(bias) => {
+                let bias = g.resident(&b.set, bias);
+                g.add(h, bias)
+            }
+            None => h,
+        }
+    }
+
+    /// The stream `x` before a norm's weight and bias.
+    pub(super) fn normed<'a>(&'a self, g: &mut Graph<'a>, x: T) -> T {
+        match self.hparams.family.traits().norm {
+            Norm::Rms => g.rms_norm(x, self.hparams.norm_eps),
+            Norm::Layer | Norm::LayerWithBias => g.layer_norm(x, self.hparams.norm_eps),
+        }
+    }
+
+    pub(super) fn rms_norm<'a>(&'a self, g: &mut Graph<'a>, b: &'a Block, weight: usize, x: T) -> T {
+        let h = g.rms_norm(x, self.hparams.norm_eps);
+        let w = g.resident(&b.set, weight);
         g.mul(h, w)
     }
 
@@ -293,30 +359,66 @@ impl Net {
         self.sliding_of(b).map_or(&self.hparams.rope, |s| &s.rope)
     }
 
-    /// Queries, keys and values of the stream `x`: as the matrices give them `[head_dim, heads, n_tokens]`, and
-    /// normed and rotated `[head_dim, n_ctx, heads, n_seq]`.
-    pub(super) fn qkv<'a>(&'a self, g: &mut Graph<'a>, b: &'a Block, x: T) -> ([T; 3], [T; 3]) {
+    /// Queries, keys and values of the stream `x`.
+    pub(super) fn qkv<'a>(&'a self, g: &mut Graph<'a>, b: &'a Block, x: T) -> Qkv {
         let (d, t) = (self.hparams.head_dim, self.n_ctx);
         let n_tokens = g.ne(x)[1];
         let h = self.attn_input(g, b, x);
         let positions = g.input_i32(&self.positions[..n_tokens]);
         let factors = self.factors.map(|i| g.resident(&self.fixed, i));
         let heads = [b.shape.n_head, b.shape.n_head_kv, b.shape.n_head_kv];
-        let raw: [T; 3] = std::array::from_fn(|i| {
-            let y = linear(g, b, b.roles.qkv[i], b.roles.qkv_bias[i], h);
-            g.reshape(y, [d, heads[i], n_tokens, 1])
-        });
+        let kind = self.hparams.family.traits().qk_norm;
+        let mut before_norm = [None; 2];
         let ready = std::array::from_fn(|i| {
+            let y = linear(g, b, b.roles.qkv[i], b.roles.qkv_bias[i], h);
+            let by_head = |g: &mut Graph<'a>, y: T| g.reshape(y, [d, heads[i], n_tokens, 1]);
             // Values are neither normed nor rotated.
-            let y = match b.roles.qk_norm.get(i) {
-                Some(Some(norm)) => self.norm(g, b, Some(*norm), raw[i]),
-                _ => raw[i],
+            let y = if i == 2 {
+                by_head(g, y)
+            } else {
+                let mut normed = |g: &mut Graph<'a>, y: T| {
+                    before_norm[i] = Some(y);
+                    self.rms_norm(
+                        g,
+                        b,
+                        b.roles.qk_norm[i].expect("a block has its norms of queries and keys"),
+                        y,
+                    )
+                };
+                let y = if kind == Some(QkNorm::Whole) { normed(g, y) } else { y };
+                let y = by_head(g, y);
+                let y = if kind == Some(QkNorm::Heads) { normed(g, y) } else { y };
+                let y = if b.rotated { g.rope(y, positions, factors, self.rope_of(b)) } else { y };
+                let y = if kind == Some(QkNorm::RotatedHeads) { normed(g, y) } else { y };
+                if i == 0 { self.tempered(g, y) } else { y }
             };
-            let y = if i == 2 || !b.rotated { y } else { g.rope(y, positions, factors, self.rope_of(b)) };
             let y = g.reshape(y, [d, heads[i], t, n_tokens / t]);
             g.permute(y, [0, 2, 1, 3])
         });
-        (raw, ready)
+        Qkv { before_norm, ready }
+    }
+
+    /// Queries `[head_dim, n_head, n_tokens]`, or a derivative by them, times the temperature of their positions.
+    pub(super) fn tempered<'a>(&'a self, g: &mut Graph<'a>, q: T) -> T {
+        if self.temperatures.is_empty() {
+            return q;
+        }
+        let n_tokens = g.ne(q)[2];
+        let by = g.input_f32([1, n_tokens], &self.temperatures[..n_tokens]);
+        let by = g.reshape(by, [1, 1, n_tokens, 1]);
+        g.mul(q, by)
+    }
+
+    /// Attention weights from the products `s` of keys and queries; and where those are capped, the tanh that does it.
+    pub(super) fn attention_weights<'a>(&self, g: &mut Graph<'a>, s: T, mask: T) -> (T, Option<T>) {
+        match self.hparams.attn_softcap {
+            None => (g.soft_max(s, Some(mask), self.attention_scale), None),
+            Some(cap) => {
+                let s = g.scale(s, self.attention_scale / cap, 0.0);
+                let tanh = g.tanh(s);
+                (g.soft_max(tanh, Some(mask), cap), Some(tanh))
+            }
+        }
     }
 
     /// What is added to the scores of the queries `queries` of each window and the keys from `first` to the last of
@@ -332,7 +434,7 @@ impl Net {
     /// The input of attn_output: `[n_head·head_dim, n_tokens]`.
     pub(super) fn heads<'a>(&'a self, g: &mut Graph<'a>, b: &'a Block, x: T) -> T {
         let (d, t, n_tokens) = (self.hparams.head_dim, self.n_ctx, g.ne(x)[1]);
-        let (_, [q, k, v]) = self.qkv(g, b, x);
+        let [q, k, v] = self.qkv(g, b, x).ready;
         let n_seen = self.sliding_of(b).map_or(t, |s| s.n_swa);
         let slice = query_slice(t);
         let slices: Vec<T> = (0..t)
@@ -345,7 +447,7 @@ impl Net {
                 let (k, v) = (g.slice(k, 1, first, n_keys), g.slice(v, 1, first, n_keys));
                 let mask = self.mask(g, b, start..start + n, first);
                 let scores = g.mul_mat(k, q);
-                let p = g.soft_max(scores, Some(mask), self.attention_scale);
+                let (p, _) = self.attention_weights(g, scores, mask);
                 let v = g.transpose(v);
                 g.mul_mat(v, p)
             })

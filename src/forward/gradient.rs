@@ -3,10 +3,10 @@
 //! The graphs repeat the forward pass in pieces whose derivatives ggml has, and go backwards op by op. What
 //! is derived by: the stream before the block, and the block's vectors.
 
-use super::block::{Half, MAX_NODES, linear};
+use super::block::{Half, MAX_NODES, PreNorm, Qkv, linear};
 use super::{Block, Forward, ForwardError, Head, Net};
 use crate::ggml::{Graph, T};
-use crate::model::{Activation, BlockVector};
+use crate::model::{Activation, BlockVector, Norm, QkNorm};
 
 /// Derivatives by a block's vectors, summed over tokens, in the order of [`BlockVector::ALL`]. Those of biases are
 /// there whether the block has the bias or not; a vector that cannot be there has an empty one.
@@ -19,10 +19,18 @@ pub(crate) const LOSS_ROWS: usize = 128;
 /// are in memory at once.
 pub(crate) const GRADIENT_TOKENS: usize = 512;
 
+/// A half of a block from behind: derivatives by what it sees of the stream, and each token's by the bias of its map
+/// and by the norm behind that.
+struct HalfBack {
+    at_input: T,
+    by_bias: T,
+    by_post: Option<T>,
+}
+
 /// Steps of the attention that its derivatives need.
 struct Attention {
-    /// What queries, keys and values are made of: `[head_dim, n_head or n_head_kv, n_tokens]`.
-    raw: [T; 3],
+    /// Queries and keys before their norm, where there is one.
+    before_norm: [Option<T>; 2],
     /// Queries and values, window by window: `[head_dim, n_ctx, n_head or n_head_kv, n_seq]`.
     q: T,
     v: T,
@@ -30,6 +38,8 @@ struct Attention {
     k_t: T,
     /// Attention weights `[n_ctx (keys), n_ctx (queries), n_head, n_seq]`.
     p: T,
+    /// The tanh that caps what they are made of, where one does.
+    tanh: Option<T>,
     /// The input of attn_output.
     out: T,
 }
@@ -146,11 +156,30 @@ impl Forward {
         let attention = b.has_attention().then(|| net.attention(&mut g, b, x));
         let mid = net.attention_residual(&mut g, b, x, attention.as_ref().map(|a| a.out));
         let behind = g.input_f32(ne, &before);
-        let (at_mid, ffn) = net.ffn_back(&mut g, b, mid, behind);
+        let ffn = net.ffn_back(&mut g, b, x, mid, behind);
+        // By what passes around both halves, by what enters the attention's norm, and by the feed-forward's own norm.
+        let (at_mid, shared, by_ffn_norm) = match (b.parallel, b.roles.ffn_norm) {
+            (true, None) => (behind, Some(ffn.at_input), None),
+            (true, norm) => {
+                let (at_x, by_norm) = net.pre_norm_back(&mut g, b, norm, x, ffn.at_input);
+                (g.add(at_x, behind), None, by_norm)
+            }
+            (false, norm) => {
+                let (at_mid, by_norm) = net.pre_norm_back(&mut g, b, norm, mid, ffn.at_input);
+                (g.add(at_mid, behind), None, by_norm)
+            }
+        };
         let (at_x, attn) = match &attention {
             None => (at_mid, [None; 3]),
-            Some(a) => net.attention_back(&mut g, b, x, a, at_mid),
+            Some(a) => {
+                // Behind attention the stream is what the block adds to, if the feed-forward does not see it.
+                let half = net.attention_back(&mut g, b, x, a, if b.parallel { behind } else { at_mid });
+                let at_input = shared.map_or(half.at_input, |shared| g.add(half.at_input, shared));
+                let (at_x, by_norm) = net.pre_norm_back(&mut g, b, b.roles.attn_norm, x, at_input);
+                (g.add(at_x, at_mid), [by_norm, Some(half.by_bias), half.by_post])
+            }
         };
+        let ffn = [by_ffn_norm, Some(ffn.by_bias), ffn.by_post];
         // Their order is that of `BlockVector::ALL`: what each token adds `[n_embd, n_tokens]`, and its sum.
         let ones = g.input_f32([ne[1], 1], &ones);
         let parts = [attn, ffn].concat().into_iter().map(|part| {
@@ -175,7 +204,7 @@ impl Forward {
 impl Net {
     /// Logits of the stream `x` behind the last block.
     fn stream_logits<'a>(&'a self, g: &mut Graph<'a>, head: &'a Head, x: T) -> T {
-        let normed = g.rms_norm(x, self.hparams.rms_eps);
+        let normed = self.normed(g, x);
         self.logits(g, head, normed)
     }
 
@@ -194,18 +223,22 @@ impl Net {
         let d = g.mul_mat(w, d);
         let w = g.resident(&head.set, 0);
         let d = g.mul(d, w);
-        g.rms_norm_back(d, x, self.hparams.rms_eps)
+        self.normed_back(g, d, x)
     }
 
-    /// Through the feed-forward: the derivative by `mid`, and each token's by ffn_norm, the bias of ffn_down and
-    /// the norm behind it, from the one by the stream `behind`.
-    fn ffn_back<'a>(&'a self, g: &mut Graph<'a>, b: &'a Block, mid: T, behind: T) -> (T, [Option<T>; 3]) {
+    /// Through the feed-forward, from the derivative by the stream `behind`; `x` and `mid` are the streams before
+    /// and after attention.
+    fn ffn_back<'a>(&'a self, g: &mut Graph<'a>, b: &'a Block, x: T, mid: T, behind: T) -> HalfBack {
         let r = &b.roles;
-        let normed = g.rms_norm(mid, self.hparams.rms_eps);
-        let weight = g.resident(&b.set, r.ffn_norm.expect("a block has its norms"));
-        let input = g.mul(normed, weight);
-        let gate = linear(g, b, r.ffn_gate, r.ffn_gate_bias, input);
+        let input = self.ffn_input(g, b, x, mid);
         let up = linear(g, b, r.ffn_up, r.ffn_up_bias, input);
+        let Some(gate) = r.ffn_gate else {
+            let h = self.activate(g, up);
+            let (at_h, by_bias, by_post) = self.map_back(g, b, Half::FeedForward, h, behind);
+            let at_up = self.activate_back(g, at_h, up);
+            return HalfBack { at_input: self.product_back(g, b, r.ffn_up, at_up), by_bias, by_post };
+        };
+        let gate = linear(g, b, Some(gate), r.ffn_gate_bias, input);
         let activated = self.activate(g, gate);
         let h = g.mul(activated, up);
         let (at_h, by_bias, by_post) = self.map_back(g, b, Half::FeedForward, h, behind);
@@ -214,13 +247,10 @@ impl Net {
         let at_gate = self.activate_back(g, at_activated, gate);
         let at_up = self.product_back(g, b, r.ffn_up, at_up);
         let at_gate = self.product_back(g, b, r.ffn_gate, at_gate);
-        let at_input = g.add(at_up, at_gate);
-        let (at_mid, by_norm) = self.norm_back(g, at_input, [mid, normed, weight]);
-        (g.add(at_mid, behind), [Some(by_norm), Some(by_bias), by_post])
+        HalfBack { at_input: g.add(at_up, at_gate), by_bias, by_post }
     }
 
-    /// Through the attention: the derivative by the stream `x` before it, and each token's by attn_norm, the bias
-    /// of attn_output and the norm behind it, from the one by the stream `behind`.
+    /// Through the attention, from the derivative by the stream `behind`; `x` is the one before it.
     fn attention_back<'a>(
         &'a self,
         g: &mut Graph<'a>,
@@ -228,7 +258,7 @@ impl Net {
         x: T,
         a: &Attention,
         behind: T,
-    ) -> (T, [Option<T>; 3]) {
+    ) -> HalfBack {
         let (at_out, by_bias, by_post) = self.map_back(g, b, Half::Attention, a.out, behind);
         let (d, t, n_tokens) = (self.hparams.head_dim, self.n_ctx, g.ne(x)[1]);
         let n_seq = n_tokens / t;
@@ -237,7 +267,7 @@ impl Net {
         let at_out = g.permute(at_out, [0, 2, 1, 3]);
         let at_out = g.cont(at_out);
         let at_p = g.mul_mat(a.v, at_out);
-        let at_s = g.soft_max_back(at_p, a.p, self.attention_scale);
+        let at_s = self.attention_weights_back(g, at_p, a);
         let at_q = g.mul_mat(a.k_t, at_s);
         // The query heads of a group side by side are one head with more queries: products over queries then
         // sum over the group.
@@ -252,46 +282,106 @@ impl Net {
         let at_v = g.mul_mat(out_t, p_t);
         let positions = g.input_i32(&self.positions[..n_tokens]);
         let factors = self.factors.map(|i| g.resident(&self.fixed, i));
+        let kind = self.hparams.family.traits().qk_norm;
         let inputs =
             [(at_q, n_head), (at_k, n_kv), (at_v, n_kv)].into_iter().enumerate().map(|(i, (at, heads))| {
                 let at = g.permute(at, [0, 2, 1, 3]);
                 let at = g.cont(at);
-                let mut at = g.reshape(at, [d, heads, n_tokens, 1]);
-                if i < 2 && b.rotated {
-                    at = g.rope_back(at, positions, factors, self.rope_of(b));
+                let at = g.reshape(at, [d, heads, n_tokens, 1]);
+                let flat = |g: &mut Graph<'a>, at: T| g.reshape(at, [d * heads, n_tokens, 1, 1]);
+                if i == 2 {
+                    let at = flat(g, at);
+                    return self.product_back(g, b, b.roles.qkv[i], at);
                 }
-                if let Some(Some(norm)) = b.roles.qk_norm.get(i) {
-                    let w = g.resident(&b.set, *norm);
+                let at = if i == 0 { self.tempered(g, at) } else { at };
+                let through_norm = |g: &mut Graph<'a>, at: T| {
+                    let w = g.resident(&b.set, b.roles.qk_norm[i].expect("a block has its norms"));
                     let scaled = g.mul(at, w);
-                    at = g.rms_norm_back(scaled, a.raw[i], self.hparams.rms_eps);
-                }
-                let at = g.reshape(at, [d * heads, n_tokens, 1, 1]);
+                    let before = a.before_norm[i].expect("what a norm saw is kept");
+                    g.rms_norm_back(scaled, before, self.hparams.norm_eps)
+                };
+                let at = if kind == Some(QkNorm::RotatedHeads) { through_norm(g, at) } else { at };
+                let at = if b.rotated { g.rope_back(at, positions, factors, self.rope_of(b)) } else { at };
+                let at = if kind == Some(QkNorm::Heads) { through_norm(g, at) } else { at };
+                let at = flat(g, at);
+                let at = if kind == Some(QkNorm::Whole) { through_norm(g, at) } else { at };
                 self.product_back(g, b, b.roles.qkv[i], at)
             });
         let inputs: Vec<T> = inputs.collect();
         let at_input = g.add(inputs[0], inputs[1]);
-        let at_input = g.add(at_input, inputs[2]);
-        let normed = g.rms_norm(x, self.hparams.rms_eps);
-        let weight = g.resident(&b.set, b.roles.attn_norm.expect("a block with attention has its norm"));
-        let (at_x, by_norm) = self.norm_back(g, at_input, [x, normed, weight]);
-        (g.add(at_x, behind), [Some(by_norm), Some(by_bias), by_post])
+        HalfBack { at_input: g.add(at_input, inputs[2]), by_bias, by_post }
+    }
+
+    /// Through [`Net::attention_weights`]: the derivative by the products of keys and queries.
+    fn attention_weights_back<'a>(&self, g: &mut Graph<'a>, at_p: T, a: &Attention) -> T {
+        let (Some(tanh), Some(cap)) = (a.tanh, self.hparams.attn_softcap) else {
+            return g.soft_max_back(at_p, a.p, self.attention_scale);
+        };
+        let at_tanh = g.soft_max_back(at_p, a.p, cap);
+        // (tanh(s / cap))' = (1 − tanh²) / cap
+        let squares = g.mul(tanh, tanh);
+        let by = self.attention_scale / cap;
+        let slope = g.scale(squares, -by, by);
+        g.mul(at_tanh, slope)
+    }
+
+    /// Through the norm that a half of a block sees the stream `x` through, if there is one: the derivative by `x`, and
+    /// each token's by the norm's weight.
+    fn pre_norm_back<'a>(
+        &'a self,
+        g: &mut Graph<'a>,
+        b: &'a Block,
+        norm: Option<PreNorm>,
+        x: T,
+        at: T,
+    ) -> (T, Option<T>) {
+        let Some(norm) = norm else {
+            return (at, None);
+        };
+        let normed = self.normed(g, x);
+        let by_weight = g.mul(at, normed);
+        let weight = g.resident(&b.set, norm.weight);
+        let scaled = g.mul(at, weight);
+        (self.normed_back(g, scaled, x), Some(by_weight))
+    }
+
+    /// Through [`Net::normed`] of `x`.
+    fn normed_back<'a>(&'a self, g: &mut Graph<'a>, at: T, x: T) -> T {
+        let eps = self.hparams.norm_eps;
+        if self.hparams.family.traits().norm == Norm::Rms {
+            return g.rms_norm_back(at, x, eps);
+        }
+        // (at − mean(at) − y · mean(at · y)) / σ, for y = (x − mean(x)) / σ
+        let mean = g.mean(x);
+        let centred = g.sub(x, mean);
+        let squares = g.mul(centred, centred);
+        let variance = g.mean(squares);
+        let variance = g.scale(variance, 1.0, eps);
+        let sigma = g.sqrt(variance);
+        let y = g.div(centred, sigma);
+        let along = g.mul(at, y);
+        let along = g.mean(along);
+        let along = g.mul(y, along);
+        let mean = g.mean(at);
+        let at = g.sub(at, mean);
+        let at = g.sub(at, along);
+        g.div(at, sigma)
     }
 
     /// The attention as [`Net::heads`] computes it, in single steps.
     fn attention<'a>(&'a self, g: &mut Graph<'a>, b: &'a Block, x: T) -> Attention {
         let n_tokens = g.ne(x)[1];
-        let (raw, ready) = self.qkv(g, b, x);
-        let [q, k, v] = ready;
+        let Qkv { before_norm, ready: [q, k, v] } = self.qkv(g, b, x);
         let q = g.cont(q);
         let mask = self.mask(g, b, 0..self.n_ctx, 0);
         let s = g.mul_mat(k, q);
-        let p = g.soft_max(s, Some(mask), self.attention_scale);
+        let (p, tanh) = self.attention_weights(g, s, mask);
         let v_t = g.transpose(v);
         let out = g.mul_mat(v_t, p);
         let out = g.permute(out, [0, 2, 1, 3]);
         let out = g.cont(out);
         let out = g.reshape(out, [self.hparams.head_dim * b.shape.n_head, n_tokens, 1, 1]);
-        Attention { raw, q, v, k_t: g.transpose(k), p, out }
+        Attention { before_norm, q, v, k_t: g.transpose(k), p, tanh, out }
     }
 
     /// Through [`Net::map`] and [`Net::join`]: the derivative by the map's `inputs`, and each token's by its bias
@@ -308,7 +398,7 @@ impl Net {
         let (mut at_y, mut by_post) = (behind, None);
         if let Some(post) = b.post_norm(half) {
             let y = self.map(g, b, half, inputs);
-            let normed = g.rms_norm(y, self.hparams.rms_eps);
+            let normed = g.rms_norm(y, self.hparams.norm_eps);
             let weight = g.resident(&b.set, post.weight);
             let (at, by) = self.norm_back(g, behind, [y, normed, weight]);
             (at_y, by_post) = (at, Some(by));
@@ -331,34 +421,44 @@ impl Net {
     fn norm_back<'a>(&'a self, g: &mut Graph<'a>, at: T, [x, normed, weight]: [T; 3]) -> (T, T) {
         let by_weight = g.mul(at, normed);
         let scaled = g.mul(at, weight);
-        (g.rms_norm_back(scaled, x, self.hparams.rms_eps), by_weight)
+        (g.rms_norm_back(scaled, x, self.hparams.norm_eps), by_weight)
     }
 
-    fn activate<'a>(&self, g: &mut Graph<'a>, gate: T) -> T {
+    /// The activation: of the gate, or of up where there is none.
+    fn activate<'a>(&self, g: &mut Graph<'a>, x: T) -> T {
         match self.hparams.family.traits().activation {
-            Activation::SwiGlu => g.silu(gate),
-            Activation::GeGlu => {
-                let t = gelu_tanh(g, gate);
+            Activation::SwiGlu => g.silu(x),
+            Activation::GeGlu | Activation::Gelu => {
+                let t = gelu_tanh(g, x);
                 let half = g.scale(t, 0.5, 0.5);
-                g.mul(half, gate)
+                g.mul(half, x)
+            }
+            Activation::ReluSquared => {
+                let x = g.relu(x);
+                g.mul(x, x)
             }
         }
     }
 
-    fn activate_back<'a>(&self, g: &mut Graph<'a>, at: T, gate: T) -> T {
+    fn activate_back<'a>(&self, g: &mut Graph<'a>, at: T, x: T) -> T {
         match self.hparams.family.traits().activation {
-            Activation::SwiGlu => g.silu_back(at, gate),
-            Activation::GeGlu => {
+            Activation::SwiGlu => g.silu_back(at, x),
+            Activation::GeGlu | Activation::Gelu => {
                 // ½ (1 + t) + ½ x (1 − t²) u', with t = tanh(u) and u' = c (1 + 3 · 0.044715 x²)
-                let t = gelu_tanh(g, gate);
-                let squares = g.mul(gate, gate);
+                let t = gelu_tanh(g, x);
+                let squares = g.mul(x, x);
                 let inner = g.scale(squares, 3.0 * GELU_C * GELU_CUBE, GELU_C);
                 let t2 = g.mul(t, t);
                 let slope = g.scale(t2, -0.5, 0.5);
                 let slope = g.mul(slope, inner);
-                let slope = g.mul(slope, gate);
+                let slope = g.mul(slope, x);
                 let half = g.scale(t, 0.5, 0.5);
                 let slope = g.add(slope, half);
+                g.mul(at, slope)
+            }
+            Activation::ReluSquared => {
+                let x = g.relu(x);
+                let slope = g.scale(x, 2.0, 0.0);
                 g.mul(at, slope)
             }
         }

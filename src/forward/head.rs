@@ -12,7 +12,9 @@ const LOGIT_ROWS: usize = 128;
 
 /// The last norm and the output matrix on the backend.
 pub struct Head {
+    /// Weight of the norm, output matrix, and the norm's bias.
     pub(super) set: Resident,
+    has_bias: bool,
     n_vocab: usize,
 }
 
@@ -46,11 +48,14 @@ impl Forward {
 
     fn upload_head(&self, model: &Model, output: &Matrix) -> Result<Head, ForwardError> {
         let norm = model.vector(&model.output_norm)?;
-        let specs = [
+        let bias = model.output_norm_bias.as_ref().map(|b| model.vector(b)).transpose()?;
+        let mut specs = vec![
             TensorSpec::f32([norm.len(), 1], &norm),
             TensorSpec::f32([output.n_in, output.n_out], &output.data),
         ];
-        Ok(Head { set: Resident::upload(&self.engine, &specs)?, n_vocab: output.n_out })
+        specs.extend(bias.as_ref().map(|b| TensorSpec::f32([b.len(), 1], b)));
+        let set = Resident::upload(&self.engine, &specs)?;
+        Ok(Head { set, has_bias: bias.is_some(), n_vocab: output.n_out })
     }
 
     /// Calls `f` with the logits `[n, n_vocab]` of up to 128 consecutive positions of `x`
@@ -69,7 +74,7 @@ impl Forward {
         for (i, rows) in x.chunks(LOGIT_ROWS * n_embd).enumerate() {
             let mut g = Graph::new(MAX_NODES);
             let h = g.input_f32([n_embd, rows.len() / n_embd], rows);
-            let h = g.rms_norm(h, self.net.hparams.rms_eps);
+            let h = self.net.normed(&mut g, h);
             let y = self.net.logits(&mut g, head, h);
             g.output(y);
             buffer.resize(rows.len() / n_embd * head.n_vocab, 0.0);
@@ -108,7 +113,11 @@ impl Net {
     /// Logits of the normed stream `h`.
     pub(super) fn logits<'a>(&self, g: &mut Graph<'a>, head: &'a Head, h: T) -> T {
         let w = g.resident(&head.set, 0);
-        let h = g.mul(h, w);
+        let mut h = g.mul(h, w);
+        if head.has_bias {
+            let bias = g.resident(&head.set, 2);
+            h = g.add(h, bias);
+        }
         let w = g.resident(&head.set, 1);
         let y = g.mul_mat(w, h);
         let mut y = self.scaled(g, y, self.hparams.logit_scale);

@@ -19,7 +19,7 @@ pub use stats::{Collect, InputSquares, Wanted};
 
 use crate::ggml::{Engine, GgmlError, Resident, TensorSpec, Token};
 use crate::gguf::GgufError;
-use crate::model::{Hparams, Model};
+use crate::model::{Hparams, Model, Segment};
 use std::ops::Range;
 
 /// Longest window that gradients go through: it is attended in one piece, and the attention weights of all its heads are
@@ -63,6 +63,8 @@ struct Net {
     /// Factor of the products of queries and keys.
     attention_scale: f32,
     positions: Vec<i32>,
+    /// Factor of the queries at each position, if it is not 1 everywhere.
+    temperatures: Vec<f32>,
 }
 
 impl Forward {
@@ -98,6 +100,7 @@ impl Forward {
             factors: factors_at,
             attention_scale: hparams.attention_scale(hparams.blocks[0].n_head),
             positions: Vec::new(),
+            temperatures: Vec::new(),
             hparams,
         };
         Ok(Forward { engine, net }.in_chunks_of(CHUNK_TOKENS))
@@ -108,7 +111,32 @@ impl Forward {
         let n_ctx = self.net.n_ctx;
         self.net.chunk = (n_tokens / n_ctx).max(1);
         self.net.positions = (0..self.net.chunk * n_ctx).map(|i| (i % n_ctx) as i32).collect();
+        if let Some(t) = self.net.hparams.temperature.filter(|t| t.floor < n_ctx) {
+            let factor = |position: &i32| {
+                let steps = (*position as f32 / t.floor as f32).floor();
+                1.0 + t.scale * (steps + 1.0).ln()
+            };
+            self.net.temperatures = self.net.positions.iter().map(factor).collect();
+        }
         self
+    }
+
+    /// Embeddings `[n_tokens, n_embd]` of `tokens`, which are those of whole windows, as they enter the first block.
+    ///
+    /// # Errors
+    /// [`GgufError`] if a row cannot be decoded, or a token or position has none.
+    pub fn embed(&self, model: &Model, tokens: &[Token]) -> Result<Vec<f32>, GgufError> {
+        let mut out = rows(model, &model.token_embd, tokens)?;
+        let scale = model.hparams.embd_scale;
+        if scale != 1.0 {
+            out.iter_mut().for_each(|v| *v *= scale);
+        }
+        if let Some(positions) = &model.position_embd {
+            let window: Vec<i32> = (0..self.n_ctx() as i32).collect();
+            let positions = rows(model, positions, &window)?;
+            out.iter_mut().zip(positions.iter().cycle()).for_each(|(v, p)| *v += p);
+        }
+        Ok(out)
     }
 
     /// Length of a window.
@@ -143,26 +171,21 @@ fn mask(n_ctx: usize, n_rows: usize, n_seen: usize) -> Vec<f32> {
     (0..n_rows).flat_map(|j| (0..n_ctx + n_rows).map(move |i| value(n_ctx + j, i))).collect()
 }
 
-/// Embeddings `[n_tokens, n_embd]` of `tokens`, as they enter the first block.
-///
-/// # Errors
-/// [`GgufError`] if a row cannot be decoded, or a token is not in the vocabulary.
-pub fn embed(model: &Model, tokens: &[Token]) -> Result<Vec<f32>, GgufError> {
-    let t = model.tensor(&model.token_embd);
+/// Rows of an embedding by number.
+fn rows(model: &Model, embedding: &Segment, numbers: &[i32]) -> Result<Vec<f32>, GgufError> {
+    let t = model.tensor(embedding);
     let (n_embd, row_bytes) = (t.ne[0], t.ty.row_bytes(t.ne[0]));
     let data = model.file.data(t);
-    let mut out = vec![0.0; tokens.len() * n_embd];
-    for (row, &token) in out.chunks_exact_mut(n_embd).zip(tokens) {
-        let Some(bytes) = usize::try_from(token).ok().and_then(|i| data.chunks_exact(row_bytes).nth(i))
+    let mut out = vec![0.0; numbers.len() * n_embd];
+    for (row, &number) in out.chunks_exact_mut(n_embd).zip(numbers) {
+        let Some(bytes) = usize::try_from(number).ok().and_then(|i| data.chunks_exact(row_bytes).nth(i))
         else {
-            let problem = format!("has no row for token {token}; the tokenizer does not fit the model");
-            return Err(GgufError::BadKey { key: "token_embd.weight".into(), problem });
+            let problem =
+                format!("has no row {number}; the tokenizer does not fit the model, or windows are too long");
+            return Err(GgufError::BadKey { key: t.name.clone(), problem });
         };
         t.ty.dequantize(bytes, n_embd, row)
             .map_err(|source| GgufError::Tensor { name: t.name.clone(), source })?;
-    }
-    if model.hparams.embd_scale != 1.0 {
-        out.iter_mut().for_each(|v| *v *= model.hparams.embd_scale);
     }
     Ok(out)
 }

@@ -101,8 +101,8 @@ impl Forward {
         let attention =
             b.has_attention().then(|| (self.net.attn_input(&mut g, b, x), self.net.heads(&mut g, b, x)));
         let mid = self.net.attention_residual(&mut g, b, x, attention.map(|(_, a)| a));
-        let ffn = self.net.ffn_input(&mut g, b, mid);
-        let h = self.net.neurons(&mut g, b, mid);
+        let ffn = self.net.ffn_input(&mut g, b, x, mid);
+        let h = self.net.neurons(&mut g, b, x, mid);
         let y = self.net.ffn_residual(&mut g, b, mid, h);
         let inputs = [attention.map(|a| a.0), attention.map(|a| a.1), Some(ffn), Some(h)];
         let into = [&mut squares.qkv, &mut squares.attn_output, &mut squares.ffn, &mut squares.ffn_down];
@@ -168,7 +168,7 @@ impl Forward {
         let x = g.input_f32(ne, x);
         let a = (!a.is_empty()).then(|| g.input_f32([a.len() / n, n], a));
         let mid = self.net.attention_residual(&mut g, b, x, a);
-        let h = self.net.neurons(&mut g, b, mid);
+        let h = self.net.neurons(&mut g, b, x, mid);
         let y = self.net.map(&mut g, b, Half::FeedForward, h);
         let own = self.net.join(&mut g, b, Half::FeedForward, mid, y);
         if wanted.mid.is_some() {

@@ -267,6 +267,14 @@ impl<'a> Graph<'a> {
         self.push(raw)
     }
 
+    /// Rows with their mean taken off, divided by their standard deviation.
+    pub fn layer_norm(&mut self, a: T, eps: f32) -> T {
+        assert!(eps >= 0.0);
+        // SAFETY: any float tensor will do.
+        let raw = unsafe { sys::ggml_norm(self.ctx.as_ptr(), self.raw(a), eps) };
+        self.push(raw)
+    }
+
     /// `silu(gate) · up`.
     pub fn swiglu(&mut self, gate: T, up: T) -> T {
         assert_eq!(self.ne(gate), self.ne(up));
@@ -282,6 +290,22 @@ impl<'a> Graph<'a> {
         assert!(self.contiguous(gate) && self.contiguous(up));
         // SAFETY: same shape, both contiguous.
         let raw = unsafe { sys::ggml_geglu_split(self.ctx.as_ptr(), self.raw(gate), self.raw(up)) };
+        self.push(raw)
+    }
+
+    /// ggml's tanh approximation of GELU, of each element.
+    pub fn gelu(&mut self, a: T) -> T {
+        assert!(self.contiguous(a));
+        // SAFETY: contiguous, as ggml's unary operations want it.
+        let raw = unsafe { sys::ggml_gelu(self.ctx.as_ptr(), self.raw(a)) };
+        self.push(raw)
+    }
+
+    /// max(0, x) of each element.
+    pub fn relu(&mut self, a: T) -> T {
+        assert!(self.contiguous(a));
+        // SAFETY: contiguous, as ggml's unary operations want it.
+        let raw = unsafe { sys::ggml_relu(self.ctx.as_ptr(), self.raw(a)) };
         self.push(raw)
     }
 

@@ -99,16 +99,23 @@ fn carrier(model: &Model) -> (Family, String) {
             (carrier, why)
         }
         (None, Some(carrier)) => {
-            let other = carrier.name();
-            let why = format!(
-                "{other}, which reads sizes per block, has no room for a head of its own or for biases of Q, K and V"
-            );
-            (family, why)
+            let lacks = model.no_room_in(carrier.traits()).unwrap_or("such blocks");
+            let why = format!("{}, which reads sizes per block, has no room for {lacks}", carrier.name());
+            (family, why + &all_equal(model))
         }
-        (None, None) => (
-            family,
-            "no stock architecture computes such blocks in different sizes, so all stay equal".into(),
-        ),
+        (None, None) => {
+            let why = "no stock architecture computes such blocks in different sizes";
+            (family, why.to_string() + &all_equal(model))
+        }
+    }
+}
+
+/// What is left to a model that no architecture carries with blocks of different sizes.
+fn all_equal(model: &Model) -> String {
+    let name = model.hparams.family.name();
+    match model.hparams.takes_fewer_heads() {
+        true => ", so all stay equal".into(),
+        false => format!(", and {name} takes no fewer heads: only feed-forwards shrink, all alike"),
     }
 }
 

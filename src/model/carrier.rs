@@ -27,12 +27,13 @@ impl Carrier {
 
 /// The carrier for blocks of these shapes, of a model of `family` that `uneven` can carry if they differ
 /// (`src/models/llama.cpp` of llama.cpp uses block 0's sizes for all blocks, `src/models/deci.cpp` each block's own; some
-/// loaders take no fewer heads at all, or no biases).
+/// loaders take no fewer heads at all, or no biases, which is no matter where there is no other).
 ///
 /// # Panics
 /// If blocks differ in size and there is no carrier for that.
 pub fn carrier_for(family: Family, uneven: Option<Family>, shapes: &[BlockShape]) -> Carrier {
-    if family.traits().stays && shapes.iter().all(|s| *s == shapes[0]) {
+    let equal = shapes.iter().all(|s| *s == shapes[0]);
+    if equal && (family.traits().stays || uneven.is_none()) {
         return Carrier::Same(family);
     }
     Carrier::Uneven(uneven.unwrap_or_else(|| panic!("blocks of {} must be equal", family.name())))

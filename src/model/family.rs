@@ -1,205 +1,316 @@
-//! What tells one family of models from another: a row of a table each.
+//! The families of models that are supported: a row of a table each.
 
-/// Block structure: which graph a model's blocks are.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Family {
+use super::traits::{
+    Activation, Norm, OutputHead, Parallel, Positions, QkNorm, RopeFactors, Scales, Sliding, SlidingRope,
+    Traits,
+};
+
+/// The families, and the row of each.
+macro_rules! families {
+    ($($(#[$doc:meta])* $family:ident = $row:ident,)*) => {
+        /// Block structure: which graph a model's blocks are.
+        #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+        pub enum Family {
+            $($(#[$doc])* $family,)*
+        }
+
+        impl Family {
+            /// All that are supported.
+            pub const ALL: &'static [Family] = &[$(Family::$family,)*];
+
+            /// What tells it from the others.
+            pub fn traits(self) -> &'static Traits {
+                match self {
+                    $(Family::$family => &$row,)*
+                }
+            }
+        }
+    };
+}
+
+families! {
     /// `llama`: Llama 1 to 3.x, Mistral, SmolLM, TinyLlama and others with the same blocks.
-    Llama,
+    Llama = LLAMA,
     /// `deci`: the same blocks with their own head counts and widths each.
-    Deci,
-    /// `gemma3`: Gemma 3, the text model.
-    Gemma3,
+    Deci = DECI,
+    /// `mistral3`: Ministral 3 and others, where attention has a temperature.
+    Mistral3 = MISTRAL3,
     /// `qwen2`: Qwen 2 and 2.5.
-    Qwen2,
+    Qwen2 = QWEN2,
     /// `qwen3`: Qwen 3, dense.
-    Qwen3,
-    /// `smollm3`: SmolLM3.
-    SmolLm3,
-    /// `internlm2`: InternLM 2 and 2.5.
-    InternLm2,
-    /// `ernie4_5`: ERNIE 4.5, dense.
-    Ernie45,
-    /// `exaone`: EXAONE 3.
-    Exaone,
-    /// `seed_oss`: Seed-OSS.
-    SeedOss,
-    /// `granite`: Granite 3, dense.
-    Granite,
+    Qwen3 = QWEN3,
     /// `openelm`: OpenELM, and Qwen 3 with blocks that have their own head counts and widths each.
-    OpenElm,
-}
-
-/// How gate and up become the input of ffn_down.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Activation {
-    /// silu(gate) · up.
-    SwiGlu,
-    /// gelu(gate) · up, with ggml's tanh approximation.
-    GeGlu,
-}
-
-/// What tells a family from the others, as llama.cpp's loader and graph for it have it
-/// (`src/models/<name>.cpp`).
-#[derive(Clone, Copy, Debug)]
-pub struct Traits {
-    /// Value of `general.architecture` and prefix of the metadata keys.
-    pub name: &'static str,
-    /// The stock architecture that computes the same blocks and reads head counts and widths per block,
-    /// if there is one; else all blocks keep equal sizes. Where it has no room for all of a model's tensors, that model
-    /// goes without ([`Model::uneven`](super::Model::uneven)).
-    pub uneven: Option<Family>,
-    /// Q, K and V of a block are rows of one tensor, none has a bias, and no block goes without.
-    pub one_qkv: bool,
-    /// The output head may be a tensor of its own.
-    pub untied: bool,
-    /// A pruned model with equal blocks is written in this architecture: it takes fewer heads than n_embd / head_dim, and
-    /// the biases that pruning adds, if any. Others are always written in `uneven`.
-    pub stays: bool,
-    /// The norm before the feed-forward, as its tensor is called.
-    pub ffn_norm: &'static str,
-    /// Of so many blocks in a row the last does not rotate queries and keys.
-    pub unrotated: Option<usize>,
-    /// Rotary embedding of pairs (j, j + n_rot/2) instead of (2j, 2j+1).
-    pub rope_neox: bool,
-    /// `rope_freqs` and the like are read.
-    pub rope_factors: bool,
-    /// Activation of the feed-forward.
-    pub activation: Activation,
-    /// Queries and keys pass through an RMS norm per head before they are rotated.
-    pub qk_norm: bool,
-    /// What attention and feed-forward put out passes through an RMS norm before it is added to the stream.
-    pub post_norms: bool,
-    /// attn_output and the feed-forward may have biases. Those of Q, K and V may be there in any family.
-    pub output_biases: bool,
-    /// Embeddings are multiplied by sqrt(n_embd).
-    pub scaled_embedding: bool,
-    /// `embedding_scale`, `residual_scale`, `attention.scale`, `logit_scale` and `rope.scaling.finetuned` are read.
-    pub scales: bool,
-    /// `final_logit_softcapping` is read: logits are c · tanh(logits / c).
-    pub softcap: bool,
-    /// `attention.sliding_window` is read: of so many blocks in a row the last sees all tokens, the others a
-    /// window, unless the metadata has a pattern of its own.
-    pub sliding_pattern: Option<usize>,
-    /// The number of blocks of the one model that scales attention by 1/sqrt(n_embd / n_head) instead of
-    /// 1/sqrt(head_dim).
-    pub width_scaled: Option<usize>,
+    OpenElm = OPENELM,
+    /// `gemma2`: Gemma 2.
+    Gemma2 = GEMMA2,
+    /// `gemma3`: Gemma 3, the text model.
+    Gemma3 = GEMMA3,
+    /// `phi3`: Phi-3, 3.5 and 4, dense.
+    Phi3 = PHI3,
+    /// `granite`: Granite 3, dense.
+    Granite = GRANITE,
+    /// `minicpm`: MiniCPM 1 and 2, dense.
+    MiniCpm = MINICPM,
+    /// `smollm3`: SmolLM3.
+    SmolLm3 = SMOLLM3,
+    /// `glm4`: GLM-4, dense.
+    Glm4 = GLM4,
+    /// `olmo2`: OLMo 2 and 3.
+    Olmo2 = OLMO2,
+    /// `exaone`: EXAONE 3.
+    Exaone = EXAONE,
+    /// `exaone4`: EXAONE 4.
+    Exaone4 = EXAONE4,
+    /// `internlm2`: InternLM 2 and 2.5.
+    InternLm2 = INTERNLM2,
+    /// `ernie4_5`: ERNIE 4.5, dense.
+    Ernie45 = ERNIE45,
+    /// `seed_oss`: Seed-OSS.
+    SeedOss = SEED_OSS,
+    /// `hunyuan-dense`: Hunyuan, dense.
+    HunyuanDense = HUNYUAN_DENSE,
+    /// `arcee`: AFM.
+    Arcee = ARCEE,
+    /// `starcoder2`: StarCoder 2.
+    StarCoder2 = STARCODER2,
+    /// `stablelm`: StableLM.
+    StableLm = STABLELM,
+    /// `gpt2`: GPT-2.
+    Gpt2 = GPT2,
+    /// `command-r`: Command R.
+    CommandR = COMMAND_R,
+    /// `cohere2`: Command R7B and Aya.
+    Cohere2 = COHERE2,
+    /// `falcon`: Falcon 1.
+    Falcon = FALCON,
+    /// `nemotron`: Nemotron and Minitron with their own blocks.
+    Nemotron = NEMOTRON,
 }
 
 const LLAMA: Traits = Traits {
     name: "llama",
     uneven: Some(Family::Deci),
-    one_qkv: false,
-    untied: true,
     stays: true,
+    one_qkv: false,
+    fused_gate_up: false,
+    head: OutputHead::Either,
+    norm: Norm::Rms,
+    pre_norms: true,
     ffn_norm: "ffn_norm",
-    unrotated: None,
-    rope_neox: false,
-    rope_factors: true,
-    activation: Activation::SwiGlu,
-    qk_norm: false,
     post_norms: false,
+    parallel: Parallel::Never,
+    qk_norm: None,
     output_biases: true,
+    activation: Activation::SwiGlu,
+    positions: Positions::Rope,
+    rope_factors: RopeFactors::ByType,
+    yarn_keys: false,
+    unrotated: None,
+    sliding: None,
     scaled_embedding: false,
-    scales: false,
-    softcap: false,
-    sliding_pattern: None,
+    scales: None,
     width_scaled: None,
+    softcap: None,
+    attn_softcap: None,
 };
+
+/// Llama's blocks with neither frequency factors nor biases of attn_output and the feed-forward.
+const BARE: Traits = Traits { rope_factors: RopeFactors::None, output_biases: false, ..LLAMA };
+
+/// The same where no stock architecture takes blocks of different sizes.
+const EQUAL: Traits = Traits { uneven: None, ..BARE };
+
+/// The same where the loader takes no fewer heads either.
+const ALL_HEADS: Traits = Traits { stays: false, ..EQUAL };
 
 const DECI: Traits = Traits { name: "deci", ..LLAMA };
 
+const MISTRAL3: Traits = Traits { name: "mistral3", yarn_keys: true, ..LLAMA };
+
+const QWEN2: Traits = Traits { name: "qwen2", stays: false, positions: Positions::RopeNeox, ..BARE };
+
+const QWEN3: Traits = Traits {
+    name: "qwen3",
+    uneven: Some(Family::OpenElm),
+    stays: true,
+    qk_norm: Some(QkNorm::Heads),
+    ..QWEN2
+};
+
+const OPENELM: Traits = Traits { name: "openelm", one_qkv: true, head: OutputHead::Tied, ..QWEN3 };
+
+const GEMMA2: Traits = Traits {
+    name: "gemma2",
+    head: OutputHead::Tied,
+    post_norms: true,
+    activation: Activation::GeGlu,
+    positions: Positions::RopeNeox,
+    sliding: Some(Sliding {
+        pattern: 2,
+        n_swa: Some(4096),
+        n_layer: None,
+        rope: SlidingRope::SameOrBase,
+        full_unrotated: false,
+    }),
+    scaled_embedding: true,
+    // The 27B model.
+    width_scaled: Some(46),
+    softcap: Some(30.0),
+    attn_softcap: Some(50.0),
+    ..EQUAL
+};
+
 const GEMMA3: Traits = Traits {
     name: "gemma3",
-    uneven: None,
-    one_qkv: false,
-    untied: true,
-    stays: true,
-    ffn_norm: "ffn_norm",
-    unrotated: None,
-    rope_neox: true,
-    rope_factors: false,
-    activation: Activation::GeGlu,
-    qk_norm: true,
-    post_norms: true,
-    output_biases: false,
-    scaled_embedding: true,
-    scales: false,
-    softcap: true,
-    sliding_pattern: Some(6),
+    head: OutputHead::Either,
+    qk_norm: Some(QkNorm::Heads),
+    sliding: Some(Sliding {
+        pattern: 6,
+        n_swa: None,
+        n_layer: None,
+        rope: SlidingRope::Base(10000.0),
+        full_unrotated: false,
+    }),
     // The 27B model.
     width_scaled: Some(62),
+    softcap: Some(0.0),
+    attn_softcap: None,
+    ..GEMMA2
 };
 
-const QWEN2: Traits = Traits {
-    name: "qwen2",
+const PHI3: Traits = Traits {
+    name: "phi3",
     stays: false,
-    rope_neox: true,
-    rope_factors: false,
-    output_biases: false,
-    ..LLAMA
+    fused_gate_up: true,
+    positions: Positions::PartialRopeNeox,
+    rope_factors: RopeFactors::Long,
+    ..BARE
 };
 
-const QWEN3: Traits =
-    Traits { name: "qwen3", uneven: Some(Family::OpenElm), stays: true, qk_norm: true, ..QWEN2 };
+// deci could carry it only with its scales folded into quantised matrices.
+const GRANITE: Traits = Traits { name: "granite", uneven: None, scales: Some(Scales::Granite), ..LLAMA };
 
-const OPENELM: Traits = Traits { name: "openelm", one_qkv: true, untied: false, ..QWEN3 };
+const MINICPM: Traits = Traits { name: "minicpm", scales: Some(Scales::MiniCpm), ..GRANITE };
 
-const SMOLLM3: Traits = Traits {
-    name: "smollm3",
-    uneven: None,
-    unrotated: Some(4),
-    rope_factors: false,
-    output_biases: false,
-    ..LLAMA
+const SMOLLM3: Traits = Traits { name: "smollm3", unrotated: Some(4), ..EQUAL };
+
+const GLM4: Traits = Traits {
+    name: "glm4",
+    fused_gate_up: true,
+    post_norms: true,
+    positions: Positions::PartialRope,
+    ..EQUAL
 };
 
-const INTERNLM2: Traits =
-    Traits { name: "internlm2", stays: false, rope_factors: false, output_biases: false, ..LLAMA };
+const OLMO2: Traits = Traits {
+    name: "olmo2",
+    pre_norms: false,
+    post_norms: true,
+    qk_norm: Some(QkNorm::Whole),
+    positions: Positions::RopeNeox,
+    sliding: Some(Sliding {
+        pattern: 4,
+        n_swa: None,
+        n_layer: None,
+        rope: SlidingRope::Plain,
+        full_unrotated: false,
+    }),
+    ..ALL_HEADS
+};
+
+const EXAONE: Traits = Traits { name: "exaone", rope_factors: RopeFactors::ByType, ..QWEN2 };
+
+const EXAONE4: Traits = Traits {
+    name: "exaone4",
+    qk_norm: Some(QkNorm::Heads),
+    rope_factors: RopeFactors::ByType,
+    sliding: Some(Sliding {
+        pattern: 4,
+        n_swa: Some(4096),
+        // The 32B model.
+        n_layer: Some(64),
+        rope: SlidingRope::Same,
+        full_unrotated: true,
+    }),
+    ..OLMO2
+};
+
+const INTERNLM2: Traits = Traits { name: "internlm2", stays: false, ..BARE };
 
 const ERNIE45: Traits = Traits { name: "ernie4_5", output_biases: true, ..INTERNLM2 };
 
-const EXAONE: Traits = Traits { name: "exaone", rope_factors: true, ..QWEN2 };
-
 const SEED_OSS: Traits = Traits { name: "seed_oss", ffn_norm: "post_attention_norm", ..QWEN2 };
 
-// deci could carry it only with its scales folded into quantised matrices.
-const GRANITE: Traits = Traits { name: "granite", uneven: None, scales: true, ..LLAMA };
+const HUNYUAN_DENSE: Traits = Traits {
+    name: "hunyuan-dense",
+    qk_norm: Some(QkNorm::RotatedHeads),
+    positions: Positions::RopeNeox,
+    ..EQUAL
+};
+
+const ARCEE: Traits =
+    Traits { name: "arcee", activation: Activation::ReluSquared, rope_factors: RopeFactors::ByType, ..EQUAL };
+
+const STARCODER2: Traits = Traits {
+    name: "starcoder2",
+    norm: Norm::LayerWithBias,
+    output_biases: true,
+    activation: Activation::Gelu,
+    positions: Positions::RopeNeox,
+    ..ALL_HEADS
+};
+
+const STABLELM: Traits = Traits {
+    name: "stablelm",
+    norm: Norm::LayerWithBias,
+    parallel: Parallel::WithoutNorm,
+    positions: Positions::PartialRopeNeox,
+    ..ALL_HEADS
+};
+
+const GPT2: Traits = Traits { name: "gpt2", positions: Positions::Learned, ..STARCODER2 };
+
+const COMMAND_R: Traits = Traits {
+    name: "command-r",
+    head: OutputHead::Tied,
+    norm: Norm::Layer,
+    parallel: Parallel::Always,
+    positions: Positions::PartialRope,
+    scales: Some(Scales::Cohere),
+    ..ALL_HEADS
+};
+
+const COHERE2: Traits = Traits {
+    name: "cohere2",
+    sliding: Some(Sliding {
+        pattern: 4,
+        n_swa: None,
+        n_layer: None,
+        rope: SlidingRope::Same,
+        full_unrotated: true,
+    }),
+    ..COMMAND_R
+};
+
+const FALCON: Traits = Traits {
+    name: "falcon",
+    norm: Norm::LayerWithBias,
+    parallel: Parallel::Always,
+    activation: Activation::Gelu,
+    positions: Positions::RopeNeox,
+    ..ALL_HEADS
+};
+
+const NEMOTRON: Traits = Traits {
+    name: "nemotron",
+    norm: Norm::LayerWithBias,
+    output_biases: true,
+    activation: Activation::ReluSquared,
+    positions: Positions::PartialRopeNeox,
+    ..ALL_HEADS
+};
 
 impl Family {
-    /// All that are supported.
-    pub const ALL: &'static [Family] = &[
-        Family::Llama,
-        Family::Deci,
-        Family::Gemma3,
-        Family::Qwen2,
-        Family::Qwen3,
-        Family::SmolLm3,
-        Family::InternLm2,
-        Family::Ernie45,
-        Family::Exaone,
-        Family::SeedOss,
-        Family::OpenElm,
-        Family::Granite,
-    ];
-
-    /// What tells it from the others.
-    pub fn traits(self) -> &'static Traits {
-        match self {
-            Family::Llama => &LLAMA,
-            Family::Deci => &DECI,
-            Family::Gemma3 => &GEMMA3,
-            Family::Qwen2 => &QWEN2,
-            Family::Qwen3 => &QWEN3,
-            Family::SmolLm3 => &SMOLLM3,
-            Family::InternLm2 => &INTERNLM2,
-            Family::Ernie45 => &ERNIE45,
-            Family::Exaone => &EXAONE,
-            Family::SeedOss => &SEED_OSS,
-            Family::OpenElm => &OPENELM,
-            Family::Granite => &GRANITE,
-        }
-    }
-
     /// The family of `general.architecture`.
     pub fn from_name(name: &str) -> Option<Family> {
         Family::ALL.iter().copied().find(|f| f.name() == name)

@@ -1,6 +1,7 @@
 //! Hyper-parameters from metadata, with llama.cpp's defaults (`llama_model_base::load_hparams`).
 
 use super::rope::{SlidingWindow, read_rope, read_sliding};
+use super::traits::{Norm, Positions, Scales, Traits};
 use super::{Family, ModelError};
 use crate::ggml::RopeParams;
 use crate::gguf::{GgufError, GgufFile, Value};
@@ -23,6 +24,15 @@ impl BlockShape {
     }
 }
 
+/// How queries grow with their position (`llm_graph_input_attn_temp` of llama.cpp).
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Temperature {
+    /// How fast.
+    pub scale: f32,
+    /// From which position on.
+    pub floor: usize,
+}
+
 /// Hyper-parameters of a dense decoder.
 #[derive(Clone, Debug)]
 pub struct Hparams {
@@ -36,8 +46,8 @@ pub struct Hparams {
     pub n_ctx_train: usize,
     /// Width of a head (keys and values alike).
     pub head_dim: usize,
-    /// Epsilon of the RMS norms.
-    pub rms_eps: f32,
+    /// Epsilon of the norms.
+    pub norm_eps: f32,
     /// Rotary embedding.
     pub rope: RopeParams,
     /// Frequency factors are chosen by context length (`rope_factors_long`, `rope_factors_short`).
@@ -52,10 +62,14 @@ pub struct Hparams {
     pub logit_scale: f32,
     /// Factor of the products of queries and keys, where it is not what their width says.
     pub kq_scale: Option<f32>,
-    /// Queries and keys are rotated, in all blocks but those that [`Traits::unrotated`](super::Traits) names.
+    /// Queries and keys are rotated, in all blocks but those that [`Traits`] names.
     pub rotates: bool,
+    /// Queries are multiplied by 1 + scale · ln(⌊position / floor⌋ + 1).
+    pub temperature: Option<Temperature>,
     /// Logits are c · tanh(logits / c).
     pub softcap: Option<f32>,
+    /// The same for the products of queries and keys.
+    pub attn_softcap: Option<f32>,
     /// Sizes per block.
     pub blocks: Vec<BlockShape>,
 }
@@ -138,35 +152,53 @@ impl Hparams {
                 format!("is {v_dim}, but key_length is {head_dim}"),
             ));
         }
-        if n_rot != head_dim {
+        let part = traits.positions.partial() && n_rot < head_dim && n_rot > 0 && n_rot % 2 == 0;
+        if n_rot != head_dim && !part {
             return Err(bad(
                 &key("rope.dimension_count"),
                 format!("is {n_rot}, but key_length is {head_dim}"),
             ));
         }
+        // For images; llama.cpp then rotates by three positions.
+        if file.get(&key("rope.dimension_sections")).is_some() {
+            return Err(bad(
+                &key("rope.dimension_sections"),
+                "is not supported: positions have parts".into(),
+            ));
+        }
 
-        let rms_key = key("attention.layer_norm_rms_epsilon");
-        let rms_eps = file.get_f32(&rms_key)?.ok_or_else(|| missing(&rms_key))?;
-        if !(0.0..1.0).contains(&rms_eps) {
-            return Err(bad(&rms_key, format!("is {rms_eps}")));
+        let eps_key = key(match traits.norm {
+            Norm::Rms => "attention.layer_norm_rms_epsilon",
+            Norm::Layer | Norm::LayerWithBias => "attention.layer_norm_epsilon",
+        });
+        let norm_eps = file.get_f32(&eps_key)?.ok_or_else(|| missing(&eps_key))?;
+        if !(0.0..1.0).contains(&norm_eps) {
+            return Err(bad(&eps_key, format!("is {norm_eps}")));
         }
         let (rope, longrope) = read_rope(file, &key, traits, n_rot, n_ctx_train)?;
         let sliding = read_sliding(file, &key, traits, n_layer, &rope)?;
-        let softcap = if traits.softcap { file.get_f32(&key("final_logit_softcapping"))? } else { None };
-        let softcap = softcap.filter(|c| *c != 0.0);
+        let cap = |default: Option<f32>, suffix: &str| match default {
+            Some(c) => {
+                Ok::<_, GgufError>(Some(file.get_f32(&key(suffix))?.unwrap_or(c)).filter(|c| *c != 0.0))
+            }
+            None => Ok(None),
+        };
+        let softcap = cap(traits.softcap, "final_logit_softcapping")?;
+        let attn_softcap = cap(traits.attn_softcap, "attn_logit_softcapping")?;
+        let temperature = read_temperature(file, &key, traits, rope.n_ctx_orig)?;
         let embd_scale = if traits.scaled_embedding { (n_embd as f32).sqrt() } else { 1.0 };
         let embd = file
             .find("token_embd.weight")
             .ok_or_else(|| GgufError::MissingTensor("token_embd.weight".into()))?;
         let n_vocab = embd.ne.get(1).copied().unwrap_or(1);
-        let scales = read_scales(file, &key, traits)?;
+        let scales = read_scales(file, &key, traits, [n_embd, n_layer])?;
         let h = Hparams {
             family,
             n_embd,
             n_vocab,
             n_ctx_train,
             head_dim,
-            rms_eps,
+            norm_eps,
             rope,
             longrope,
             sliding,
@@ -174,8 +206,10 @@ impl Hparams {
             residual_scale: scales.residual,
             logit_scale: scales.logit,
             kq_scale: scales.attention,
-            rotates: scales.rotates,
+            rotates: scales.rotates && traits.positions != Positions::Learned,
+            temperature,
             softcap,
+            attn_softcap,
             blocks,
         };
         if !h.attention_scale(n_head[0]).is_finite() {
@@ -192,7 +226,11 @@ impl Hparams {
 
     /// Whether block `il` rotates queries and keys.
     pub fn rotates(&self, il: usize) -> bool {
-        self.rotates && self.family.traits().unrotated.is_none_or(|n| !(il + 1).is_multiple_of(n))
+        let traits = self.family.traits();
+        let full = self.sliding.is_some() && !self.slides(il);
+        self.rotates
+            && traits.unrotated.is_none_or(|n| !(il + 1).is_multiple_of(n))
+            && !(full && traits.sliding.is_some_and(|s| s.full_unrotated))
     }
 
     /// Factor of the products of queries and keys where the first block has `n_head` heads
@@ -201,9 +239,20 @@ impl Hparams {
         if let Some(scale) = self.kq_scale {
             return scale;
         }
-        let by_width = self.family.traits().width_scaled == Some(self.n_layer());
-        let width = if by_width { self.n_embd / n_head } else { self.head_dim };
+        let width = if self.scaled_by_width() { self.n_embd / n_head } else { self.head_dim };
         1.0 / (width as f32).sqrt()
+    }
+
+    /// Whether [`Hparams::attention_scale`] depends on the number of heads.
+    fn scaled_by_width(&self) -> bool {
+        self.family.traits().width_scaled == Some(self.n_layer())
+    }
+
+    /// Whether the family's own loader and graph take fewer heads and compute the same with them, if all blocks have as
+    /// many: a scale that changes with their number has to be made up for by a norm of queries.
+    pub fn takes_fewer_heads(&self) -> bool {
+        let traits = self.family.traits();
+        traits.stays && (traits.qk_norm.is_some() || !self.scaled_by_width())
     }
 
     /// Number of blocks.
@@ -216,9 +265,14 @@ impl Hparams {
         (2 * b.heads_per_group() + 2) * self.head_dim * self.n_embd
     }
 
+    /// Matrices of a feed-forward: gate where there is one, up and down.
+    pub fn ffn_matrices(&self) -> usize {
+        if self.family.traits().activation.gated() { 3 } else { 2 }
+    }
+
     /// Parameters of one feed-forward neuron: its rows of gate and up, its column of down.
     pub fn neuron_params(&self) -> usize {
-        3 * self.n_embd
+        self.ffn_matrices() * self.n_embd
     }
 
     /// Prunable parameters of a block, attention and feed-forward (|A| and |F| of the paper; norms
@@ -229,7 +283,7 @@ impl Hparams {
 }
 
 /// Factors of a family that has them.
-struct Scales {
+struct Factors {
     embedding: f32,
     residual: f32,
     logit: f32,
@@ -237,34 +291,68 @@ struct Scales {
     rotates: bool,
 }
 
-/// Reads them as `src/models/granite.cpp` of llama.cpp does, for which 0 is none.
+/// Reads them as `src/models/granite.cpp`, `minicpm.cpp` and `command-r.cpp` of llama.cpp do, for which 0 is none.
 fn read_scales(
     file: &GgufFile,
     key: &impl Fn(&str) -> String,
-    traits: &super::Traits,
-) -> Result<Scales, ModelError> {
-    if !traits.scales {
-        return Ok(Scales { embedding: 1.0, residual: 1.0, logit: 1.0, attention: None, rotates: true });
-    }
-    let read = |suffix: &str| Ok::<_, GgufError>(file.get_f32(&key(suffix))?.filter(|v| *v != 0.0));
-    let logit = read("logit_scale")?;
-    let logit = logit.ok_or_else(|| GgufError::MissingKey(key("logit_scale")))?;
-    let finetuned = key("rope.scaling.finetuned");
-    let rotates = match file.get(&finetuned) {
-        None => true,
-        Some(Value::Bool(rotates)) => *rotates,
-        Some(other) => {
-            let problem = format!("is of type {}, not bool", other.type_name());
-            return Err(GgufError::BadKey { key: finetuned, problem }.into());
-        }
+    traits: &Traits,
+    [n_embd, n_layer]: [usize; 2],
+) -> Result<Factors, ModelError> {
+    let read = |suffix: &str, default: f32| {
+        let value = file.get_f32(&key(suffix))?.unwrap_or(default);
+        Ok::<_, GgufError>(if value == 0.0 { 1.0 } else { value })
     };
-    Ok(Scales {
-        embedding: read("embedding_scale")?.unwrap_or(1.0),
-        residual: read("residual_scale")?.unwrap_or(1.0),
-        logit: 1.0 / logit,
-        attention: read("attention.scale")?,
-        rotates,
-    })
+    let none = Factors { embedding: 1.0, residual: 1.0, logit: 1.0, attention: None, rotates: true };
+    match traits.scales {
+        None => Ok(none),
+        Some(Scales::Cohere) => Ok(Factors { logit: read("logit_scale", 0.0)?, ..none }),
+        Some(Scales::MiniCpm) => Ok(Factors {
+            embedding: read("embedding_scale", 12.0)?,
+            residual: read("residual_scale", 1.4 / (n_layer as f32).sqrt())?,
+            logit: 1.0 / read("logit_scale", 256.0 / n_embd as f32)?,
+            ..none
+        }),
+        Some(Scales::Granite) => {
+            if file.get(&key("logit_scale")).is_none() {
+                return Err(GgufError::MissingKey(key("logit_scale")).into());
+            }
+            let finetuned = key("rope.scaling.finetuned");
+            let rotates = match file.get(&finetuned) {
+                None => true,
+                Some(Value::Bool(rotates)) => *rotates,
+                Some(other) => {
+                    let problem = format!("is of type {}, not bool", other.type_name());
+                    return Err(GgufError::BadKey { key: finetuned, problem }.into());
+                }
+            };
+            Ok(Factors {
+                embedding: read("embedding_scale", 0.0)?,
+                residual: read("residual_scale", 0.0)?,
+                logit: 1.0 / read("logit_scale", 0.0)?,
+                attention: file.get_f32(&key("attention.scale"))?.filter(|s| *s != 0.0),
+                rotates,
+            })
+        }
+    }
+}
+
+/// The temperature of attention, if the family has one (`src/models/mistral3.cpp` of llama.cpp).
+fn read_temperature(
+    file: &GgufFile,
+    key: &impl Fn(&str) -> String,
+    traits: &Traits,
+    floor: usize,
+) -> Result<Option<Temperature>, ModelError> {
+    if !traits.yarn_keys {
+        return Ok(None);
+    }
+    let name = key("attention.temperature_scale");
+    let scale = file.get_f32(&name)?.filter(|s| *s != 0.0);
+    if scale.is_some() && floor == 0 {
+        let problem = "needs a rope.scaling.original_context_length that is not 0".into();
+        return Err(GgufError::BadKey { key: name, problem }.into());
+    }
+    Ok(scale.map(|scale| Temperature { scale, floor }))
 }
 
 fn check_block(

@@ -4,15 +4,21 @@
 mod carrier;
 mod family;
 mod hparams;
+mod open;
 mod rope;
+mod tensors;
+mod traits;
 mod weights;
 
 pub use carrier::{Carrier, carrier_for};
-pub use family::{Activation, Family, Traits};
-pub use hparams::{BlockShape, Hparams};
+pub use family::Family;
+pub use hparams::{BlockShape, Hparams, Temperature};
+pub use open::Model;
 pub use rope::SlidingWindow;
+pub use tensors::{BlockTensors, BlockVector, Segment};
+pub use traits::*;
 pub(crate) use weights::group_rows;
-pub use weights::{BlockTensors, BlockVector, BlockWeights, Matrix, Model, Segment};
+pub use weights::{BlockWeights, Matrix};
 
 use crate::gguf::GgufError;
 

@@ -1,6 +1,7 @@
 //! Positions, and how far attention sees, from metadata.
 
-use super::{ModelError, Traits};
+use super::ModelError;
+use super::traits::{RopeFactors, SlidingRope, Traits};
 use crate::ggml::RopeParams;
 use crate::gguf::{GgufError, GgufFile, Value};
 
@@ -11,7 +12,7 @@ pub struct SlidingWindow {
     pub n_swa: usize,
     /// Whether a block's attention slides.
     pub blocks: Vec<bool>,
-    /// Rotary embedding in those blocks: never stretched, with a base of its own.
+    /// Rotary embedding in those blocks.
     pub rope: RopeParams,
 }
 
@@ -35,31 +36,45 @@ pub(super) fn read_rope(
         factor = f32_or("rope.scale_linear", 0.0)?;
     }
     let freq_scale = if factor == 0.0 || scaling == "none" { 1.0 } else { 1.0 / factor };
-    // With YaRN, llama.cpp multiplies by mscale and cancels the same factor that ggml applies again.
     let yarn = scaling == "yarn";
+    let yarn_key = |suffix: &str, default: f32| match traits.yarn_keys {
+        true => f32_or(&format!("rope.scaling.{suffix}"), default),
+        false => Ok(default),
+    };
     let rope = RopeParams {
         n_rot,
-        neox: traits.rope_neox,
+        neox: traits.positions.neox(),
         n_ctx_orig: file.get_u32(&key("rope.scaling.original_context_length"))?.unwrap_or(n_ctx_train),
         freq_base: f32_or("rope.freq_base", 10000.0)?,
         freq_scale,
         ext_factor: if yarn { 1.0 } else { 0.0 },
-        attn_factor: yarn_magnitude(yarn, freq_scale) * f32_or("rope.scaling.attn_factor", 1.0)?,
-        beta_fast: 32.0,
-        beta_slow: 1.0,
+        attn_factor: yarn_magnitude(yarn, freq_scale, yarn_key("yarn_log_multiplier", 0.0)?)
+            * f32_or("rope.scaling.attn_factor", 1.0)?,
+        beta_fast: yarn_key("yarn_beta_fast", BETA_FAST)?,
+        beta_slow: yarn_key("yarn_beta_slow", BETA_SLOW)?,
     };
-    Ok((rope, scaling == "longrope"))
+    let longrope = match traits.rope_factors {
+        RopeFactors::None => false,
+        RopeFactors::ByType => scaling == "longrope",
+        RopeFactors::Long => true,
+    };
+    Ok((rope, longrope))
 }
 
-/// `yarn_attn_factor` of llama.cpp before the model's own factor: mscale(factor) divided by what
-/// ggml's YaRN multiplies by.
-fn yarn_magnitude(yarn: bool, freq_scale: f32) -> f32 {
+/// YaRN's bounds where metadata has no say.
+pub(super) const BETA_FAST: f32 = 32.0;
+pub(super) const BETA_SLOW: f32 = 1.0;
+
+/// `yarn_attn_factor` of llama.cpp before the model's own factor: mscale(factor), by that of all dimensions if they
+/// have a multiplier, and divided by what ggml's YaRN multiplies by.
+fn yarn_magnitude(yarn: bool, freq_scale: f32, log_multiplier: f32) -> f32 {
     if !yarn {
         return 1.0;
     }
     let factor = 1.0 / freq_scale;
-    let mscale = if factor <= 1.0 { 1.0 } else { 0.1 * factor.ln() + 1.0 };
-    mscale / (1.0 + 0.1 * factor.ln())
+    let mscale = |m: f32| if factor <= 1.0 { 1.0 } else { 0.1 * m * factor.ln() + 1.0 };
+    let all = if log_multiplier == 0.0 { 1.0 } else { mscale(log_multiplier) };
+    mscale(1.0) / all / (1.0 + 0.1 * factor.ln())
 }
 
 /// The sliding window, if the family has one and the metadata gives its length. `rope` is that of the other
@@ -71,10 +86,13 @@ pub(super) fn read_sliding(
     n_layer: usize,
     rope: &RopeParams,
 ) -> Result<Option<SlidingWindow>, ModelError> {
-    let n_swa = file.get_u32(&key("attention.sliding_window"))?.unwrap_or(0);
-    let Some(pattern) = traits.sliding_pattern.filter(|_| n_swa > 0) else {
+    let Some(sliding) = traits.sliding.filter(|s| s.n_layer.is_none_or(|n| n == n_layer)) else {
         return Ok(None);
     };
+    let n_swa = file.get_u32(&key("attention.sliding_window"))?.or(sliding.n_swa).unwrap_or(0);
+    if n_swa == 0 {
+        return Ok(None);
+    }
     for suffix in ["attention.key_length_swa", "attention.value_length_swa", "rope.dimension_count_swa"] {
         let n = file.get_u32(&key(suffix))?.unwrap_or(rope.n_rot);
         if n != rope.n_rot {
@@ -89,11 +107,17 @@ pub(super) fn read_sliding(
             each.into_iter().map(|slides| slides != 0).collect()
         }
         _ => {
-            let n = file.get_u32(&pattern_key)?.unwrap_or(pattern);
+            let n = file.get_u32(&pattern_key)?.unwrap_or(sliding.pattern);
             (0..n_layer).map(|il| n == 0 || il % n < n - 1).collect()
         }
     };
-    let freq_base = file.get_f32(&key("rope.freq_base_swa"))?.unwrap_or(10000.0);
-    let rope = RopeParams { freq_base, freq_scale: 1.0, ..*rope };
+    let own_base =
+        |default: f32| Ok::<_, GgufError>(file.get_f32(&key("rope.freq_base_swa"))?.unwrap_or(default));
+    let rope = match sliding.rope {
+        SlidingRope::Same => *rope,
+        SlidingRope::SameOrBase => RopeParams { freq_base: own_base(rope.freq_base)?, ..*rope },
+        SlidingRope::Base(default) => RopeParams { freq_base: own_base(default)?, freq_scale: 1.0, ..*rope },
+        SlidingRope::Plain => RopeParams { freq_scale: 1.0, ext_factor: 0.0, attn_factor: 1.0, ..*rope },
+    };
     Ok(Some(SlidingWindow { n_swa, blocks, rope }))
 }

@@ -35,7 +35,7 @@ pub(super) fn within_family(model: &Model, s: &Settings) -> Settings {
 }
 
 /// Groups to remove, capped by the budget and by what may go: the first block keeps one, and where all
-/// blocks must stay equal every block keeps as many.
+/// blocks must stay equal every block keeps as many, or all.
 pub(super) fn groups_to_remove(model: &Model, budgets: &[Budget], s: &Settings) -> usize {
     let total: usize = budgets.iter().map(Budget::params).sum();
     let largest = budgets.iter().map(|b| b.group_params).max().unwrap_or(0).max(1);
@@ -44,6 +44,9 @@ pub(super) fn groups_to_remove(model: &Model, budgets: &[Budget], s: &Settings) 
     let whole_blocks = s.method == Method::TwoStage;
     let Some(carrier) = model.uneven() else {
         if whole_blocks {
+            return 0;
+        }
+        if !model.hparams.takes_fewer_heads() {
             return 0;
         }
         let per_block = (wanted as f64 / budgets.len() as f64).round() as usize;

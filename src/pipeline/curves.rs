@@ -3,7 +3,7 @@
 use super::judge::{Judge, Loss};
 use super::stream::embedded;
 use super::{PruneError, Run, equal_widths, forward, neurons_to_remove, token_scales};
-use crate::forward::{Collect, Wanted, embed};
+use crate::forward::{Collect, Wanted};
 use crate::model::{BlockWeights, Matrix};
 use crate::numeric::Moments;
 use crate::prune::{self, Budget, Curve};
@@ -40,10 +40,10 @@ impl Run<'_> {
         let tokens = self.windows.sample(self.settings.curve_tokens, n_ctx);
         let n_windows = tokens.len() / n_ctx;
         let s = self.settings;
-        let mut stream = embedded(self.model, &tokens, &s.shelf)?;
+        let mut stream = embedded(&self.forward, self.model, &tokens, &s.shelf)?;
         let mut probe = forward(self.model, PROBE_CTX.min(n_ctx), s)?;
         let probe_tokens = self.windows.sample(s.probe_tokens, probe.n_ctx());
-        let mut base = embed(self.model, &probe_tokens)?;
+        let mut base = probe.embed(self.model, &probe_tokens)?;
         let mut next = vec![0.0; base.len()];
         // The stream behind each block when only that block is narrowed.
         let mut narrowed: Vec<Array<f32>> = Vec::with_capacity(n_layer);

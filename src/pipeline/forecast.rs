@@ -141,6 +141,10 @@ impl Work<'_> {
         self.model.hparams.n_vocab as f64
     }
 
+    fn ffn_matrices(&self) -> f64 {
+        self.model.hparams.ffn_matrices() as f64
+    }
+
     fn n_layer(&self) -> f64 {
         self.model.hparams.n_layer() as f64
     }
@@ -203,7 +207,7 @@ impl Work<'_> {
 
     /// attn_output and the feed-forward.
     fn rest_ops(&self, b: Sizes, n_tokens: f64) -> f64 {
-        2.0 * n_tokens * self.n_embd() * (b.q + 3.0 * b.ff)
+        2.0 * n_tokens * self.n_embd() * (b.q + self.ffn_matrices() * b.ff)
     }
 
     fn block_ops(&self, il: usize, b: Sizes, n_tokens: f64, n_ctx: usize) -> f64 {
@@ -218,7 +222,8 @@ impl Work<'_> {
     fn gradient_ops(&self, b: Sizes, n_tokens: f64, n_ctx: usize) -> f64 {
         // Forward, ffn_down is only needed where a norm follows it, and attn_output then once more.
         let maps = if self.model.hparams.family.traits().post_norms { b.q + b.ff } else { 0.0 };
-        let matrices = 4.0 * b.q + 4.0 * b.kv + 5.0 * b.ff + maps;
+        let ffn = 2.0 * self.ffn_matrices() - 1.0;
+        let matrices = 4.0 * b.q + 4.0 * b.kv + ffn * b.ff + maps;
         n_tokens * (2.0 * self.n_embd() * matrices + 12.0 * b.q * n_ctx as f64)
     }
 
@@ -238,7 +243,7 @@ impl Work<'_> {
 
     /// Bytes of the largest block in floats.
     fn block_bytes(&self) -> f64 {
-        let bytes = |b: &Sizes| 4.0 * self.n_embd() * (2.0 * b.q + 2.0 * b.kv + 3.0 * b.ff);
+        let bytes = |b: &Sizes| 4.0 * self.n_embd() * (2.0 * b.q + 2.0 * b.kv + self.ffn_matrices() * b.ff);
         self.whole().iter().map(bytes).fold(0.0, f64::max)
     }
 
@@ -407,9 +412,10 @@ impl Work<'_> {
         for (il, ((whole, headless), pruned)) in blocks.enumerate() {
             operations +=
                 self.block_ops(il, whole, n_all, n_ctx) + self.heads_ops(il, headless, n_all, n_ctx);
-            operations += 2.0 * e * headless.q * n_all + 6.0 * e * headless.ff * n_fit;
+            let ffn = 2.0 * self.ffn_matrices() * e;
+            operations += 2.0 * e * headless.q * n_all + ffn * headless.ff * n_fit;
             let n_out = if ours { e } else { 0.0 };
-            operations += self.moment_ops(headless.ff, n_out, n_fit) + 6.0 * e * pruned.ff * n_all;
+            operations += self.moment_ops(headless.ff, n_out, n_fit) + ffn * pruned.ff * n_all;
             algebra += (headless.ff.powi(3) + pruned.ff.powi(3)) / 3.0 + e * pruned.ff.powi(2);
             if ours {
                 operations += self.moment_ops(headless.q, e, n_fit) + 2.0 * e * headless.q * n_fit;
@@ -514,7 +520,7 @@ impl Work<'_> {
         let blocks = self.model.hparams.blocks.iter().zip(&self.model.blocks);
         for ((b, (shape, t)), whole) in self.pruned().into_iter().zip(blocks).zip(self.whole()) {
             let gone = t.qkv.iter().flatten().map(rows).sum::<f64>() * (1.0 - self.kept)
-                + (rows(&t.ffn_gate) + rows(&t.ffn_up)) * (1.0 - b.ff / whole.ff)
+                + (t.ffn_gate.as_ref().map_or(0.0, rows) + rows(&t.ffn_up)) * (1.0 - b.ff / whole.ff)
                 + t.attn_output.as_ref().map_or(0.0, rows)
                 + rows(&t.ffn_down);
             bytes += self.new_block_bytes(b, shape, t) - gone;

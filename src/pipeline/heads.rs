@@ -41,9 +41,9 @@ impl Run<'_> {
             Method::Paper => {
                 let n_kv = self.model.hparams.blocks[0].n_head_kv.max(1);
                 let rescored = self.settings.rescored;
+                self.observer.stage("heads", n_remove);
                 let mut search =
                     Search::new(self, PAPER_TOKENS, PAPER_TOKENS, Loss::Likelihood, Unit::Group)?;
-                search.run.observer.stage("heads", n_remove);
                 let score = |removed: &[GroupId], ask: &[GroupId]| search.score(removed, ask);
                 rounds(&candidates, n_remove, n_kv, rescored, may_remove, score)?
             }
@@ -77,8 +77,8 @@ impl Run<'_> {
             }
         };
         if greedy.removed.len() < n_remove {
+            self.observer.stage("heads", n_remove);
             let mut search = Search::new(self, n_tokens, n_ctx, loss, Unit::Group)?;
-            search.run.observer.stage("heads", n_remove);
             while greedy.removed.len() < n_remove
                 && greedy.step(&may_remove, |removed, ask| search.score(removed, ask))?
             {
@@ -99,8 +99,8 @@ impl Run<'_> {
         let whole: Vec<GroupId> = candidates.iter().filter(first).copied().collect();
         let n_blocks = n_remove / self.model.hparams.blocks[0].n_head_kv.max(1);
         let (rescored, n_tokens) = (self.settings.rescored, self.settings.head_tokens);
+        self.observer.stage("heads", n_blocks);
         let mut search = Search::new(self, n_tokens, PAPER_TOKENS, Loss::Likelihood, Unit::Attention)?;
-        search.run.observer.stage("heads", n_blocks);
         let score = |removed: &[GroupId], ask: &[GroupId]| search.score(removed, ask);
         let removed = rounds(&whole, n_blocks, 1, rescored, |_, _| true, score)?;
         Ok(candidates.iter().copied().filter(|c| removed.iter().any(|r| r.block == c.block)).collect())
@@ -162,7 +162,7 @@ impl<'r, 'a> Search<'r, 'a> {
         let s = run.settings;
         let mut forward = forward(run.model, n_ctx, s)?;
         let plan = run.plan.clone();
-        let mut base = vec![embedded(run.model, &tokens, &s.shelf)?];
+        let mut base = vec![embedded(&forward, run.model, &tokens, &s.shelf)?];
         for il in 0..run.model.hparams.n_layer() {
             let block = forward.upload(&plan.block(run.model, il)?)?;
             let x = &base[il];

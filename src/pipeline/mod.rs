@@ -33,7 +33,7 @@ pub use settings::{Method, Settings, TensorTypes};
 use stream::embedded;
 
 use crate::calibrate::Windows;
-use crate::forward::{Forward, ForwardError, InputSquares, embed};
+use crate::forward::{Forward, ForwardError, InputSquares};
 use crate::ggml::GgmlError;
 use crate::gguf::GgufError;
 use crate::model::Model;
@@ -178,7 +178,7 @@ pub fn input_squares(
     observer: &mut dyn Observer,
 ) -> Result<Vec<InputSquares>, PruneError> {
     let mut forward = forward(model, windows.n_ctx, s)?;
-    let mut stream = embedded(model, windows.tokens_of(0..windows.n_fit), &s.shelf)?;
+    let mut stream = embedded(&forward, model, windows.tokens_of(0..windows.n_fit), &s.shelf)?;
     let n_layer = model.hparams.n_layer();
     observer.stage("importance matrix", n_layer);
     let mut all = vec![InputSquares::default(); n_layer];
@@ -256,7 +256,8 @@ impl Run<'_> {
         let w = self.windows;
         let range = w.n_fit..w.n_windows();
         let tokens = w.tokens_of(range);
-        let mut streams = [embed(self.reference, tokens)?, embed(self.model, tokens)?];
+        let embedded = |model| self.forward.embed(model, tokens);
+        let mut streams = [embedded(self.reference)?, embedded(self.model)?];
         let mut out = vec![0.0; streams[0].len()];
         self.observer.stage("evaluate", self.model.hparams.n_layer());
         for il in 0..self.model.hparams.n_layer() {

@@ -9,6 +9,7 @@ use crate::numeric::Moments;
 use crate::prune::{self, Singular};
 use crate::requant::{FeedbackError, Quantised, quantise, quantise_with_feedback};
 use crate::spill::Array;
+use std::ops::Range;
 
 /// The two residual streams `[n_tokens, n_embd]` of all windows, at the input of the same block.
 pub(super) struct Streams {
@@ -26,8 +27,8 @@ impl Run<'_> {
     ) -> Result<Streams, PruneError> {
         let (tokens, shelf) = (&self.windows.tokens, &self.settings.shelf);
         let mut streams = Streams {
-            dense: embedded(self.reference, tokens, shelf)?,
-            pruned: embedded(self.model, tokens, shelf)?,
+            dense: embedded(&self.forward, self.reference, tokens, shelf)?,
+            pruned: embedded(&self.forward, self.model, tokens, shelf)?,
         };
         self.observer.stage("blocks", widths.len());
         let n_done = done.len();
@@ -83,6 +84,12 @@ impl Run<'_> {
             streams.dense[span.clone()].copy_from_slice(&out);
             let x = &mut streams.pruned[span];
             let heads = self.forward.heads(&block, x, None)?;
+            if block.is_parallel() {
+                let wanted = Wanted { out: Some(&mut out), ..Wanted::default() };
+                self.forward.from_heads(&block, x, &heads, wanted)?;
+                x.copy_from_slice(&out);
+                continue;
+            }
             let wanted = Wanted { mid: Some(&mut mid), ..Wanted::default() };
             self.forward.from_heads(&block, x, &heads, wanted)?;
             self.forward.ffn(&block, &mid, x)?;
@@ -161,9 +168,10 @@ impl Run<'_> {
         let mut moments = Moments::new(w.ffn_down.n_in, n_out);
         let (n_embd, n_tokens) = (self.forward.n_embd(), self.windows.tokens.len());
         let row = heads.len() / n_tokens;
+        let of = |span: &Range<usize>| span.start / n_embd * row..span.end / n_embd * row;
         for (chunk, fit) in self.all_chunks() {
             let span = self.forward.span(&chunk);
-            let a = &heads[span.start / n_embd * row..span.end / n_embd * row];
+            let a = &heads[of(&span)];
             let mut mid = vec![0.0; span.len()];
             let dense = &streams.dense[span.clone()];
             let target = (n_out > 0).then_some(dense);
@@ -171,9 +179,13 @@ impl Run<'_> {
             let collect = fit.then_some(Collect { target, scales: &scales, into: &mut moments });
             let wanted = Wanted { mid: Some(&mut mid), out: None, moments: collect };
             self.forward.from_heads(&block, &streams.pruned[span.clone()], a, wanted)?;
-            streams.pruned[span].copy_from_slice(&mid);
+            if !block.is_parallel() {
+                streams.pruned[span].copy_from_slice(&mid);
+            }
         }
-        drop((heads, block));
+        // The algebra needs the room. A feed-forward beside attention has to begin before both again.
+        let heads = block.is_parallel().then_some(heads);
+        drop(block);
         if self.settings.biases {
             moments.centre();
         }
@@ -198,8 +210,15 @@ impl Run<'_> {
         for (chunk, _) in self.all_chunks() {
             let span = self.forward.span(&chunk);
             let mut out = vec![0.0; span.len()];
-            self.forward.ffn(&block, &streams.pruned[span.clone()], &mut out)?;
-            streams.pruned[span].copy_from_slice(&out);
+            let x = &mut streams.pruned[span.clone()];
+            match &heads {
+                Some(heads) => {
+                    let wanted = Wanted { out: Some(&mut out), ..Wanted::default() };
+                    self.forward.from_heads(&block, x, &heads[of(&span)], wanted)?;
+                }
+                None => self.forward.ffn(&block, x, &mut out)?,
+            }
+            x.copy_from_slice(&out);
         }
         Ok(format!("{} groups, {width} neurons", w.shape.n_head_kv))
     }
@@ -255,7 +274,7 @@ impl Run<'_> {
     }
 
     /// All windows in chunks, with whether they are fitted on.
-    fn all_chunks(&self) -> Vec<(std::ops::Range<usize>, bool)> {
+    fn all_chunks(&self) -> Vec<(Range<usize>, bool)> {
         let w = self.windows;
         let fit = self.forward.chunks(0..w.n_fit).into_iter().map(|c| (c, true));
         let held_out = self.forward.chunks(w.n_fit..w.n_windows()).into_iter().map(|c| (c, false));

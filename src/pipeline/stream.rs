@@ -1,20 +1,26 @@
 //! Tokens all the way through a plan.
 
 use super::{Observer, Plan, PruneError};
-use crate::forward::{Forward, embed};
+use crate::forward::Forward;
 use crate::ggml::Token;
 use crate::model::Model;
 use crate::spill::{Array, Shelf};
 
-/// Embeddings that are in memory besides where they are put.
+/// Embeddings that are in memory besides where they are put, at least those of a window.
 const PART: usize = 2048;
 
-/// Embeddings `[n_tokens, n_embd]` of `tokens` on the shelf.
-pub(super) fn embedded(model: &Model, tokens: &[Token], shelf: &Shelf) -> Result<Array<f32>, PruneError> {
+/// Embeddings `[n_tokens, n_embd]` of `tokens`, in windows of `forward`, on the shelf.
+pub(super) fn embedded(
+    forward: &Forward,
+    model: &Model,
+    tokens: &[Token],
+    shelf: &Shelf,
+) -> Result<Array<f32>, PruneError> {
     let n_embd = model.hparams.n_embd;
     let mut out = shelf.zeros(tokens.len() * n_embd)?;
-    for (tokens, out) in tokens.chunks(PART).zip(out.chunks_mut(PART * n_embd)) {
-        out.copy_from_slice(&embed(model, tokens)?);
+    let part = (PART / forward.n_ctx()).max(1) * forward.n_ctx();
+    for (tokens, out) in tokens.chunks(part).zip(out.chunks_mut(part * n_embd)) {
+        out.copy_from_slice(&forward.embed(model, tokens)?);
     }
     Ok(out)
 }
@@ -28,7 +34,7 @@ pub(super) fn planned_stream(
     observer: &dyn Observer,
     mut before: impl FnMut(Vec<f32>) -> Result<(), PruneError>,
 ) -> Result<Vec<f32>, PruneError> {
-    let mut x = embed(model, tokens)?;
+    let mut x = forward.embed(model, tokens)?;
     for il in 0..plan.blocks.len() {
         if observer.interrupted() {
             return Err(PruneError::Interrupted);

@@ -93,9 +93,8 @@ pub fn logits(
     tokens: &[i32],
     block: impl Fn(usize) -> putri_gguf::model::BlockWeights,
 ) -> Vec<f32> {
-    use putri_gguf::forward::{Forward, embed};
-    let mut forward = Forward::new(model, tokens.len(), 1).unwrap();
-    let mut x = embed(model, tokens).unwrap();
+    let mut forward = putri_gguf::forward::Forward::new(model, tokens.len(), 1).unwrap();
+    let mut x = forward.embed(model, tokens).unwrap();
     let mut y = vec![0.0; x.len()];
     for il in 0..model.hparams.n_layer() {
         let block = forward.upload(&block(il)).unwrap();

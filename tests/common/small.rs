@@ -2,6 +2,7 @@
 
 use putri_gguf::ggml::Type;
 use putri_gguf::gguf::{OutTensor, Value, write_gguf};
+use putri_gguf::model::{Family, Norm, Parallel, Positions, QkNorm, RopeFactors, Traits};
 use std::borrow::Cow;
 use std::path::Path;
 
@@ -20,6 +21,10 @@ pub struct Small {
     pub tied: bool,
     pub rope_freqs: bool,
     pub fused_qkv: bool,
+    /// Numbers of a head that are rotated, if not all.
+    pub n_rot: Option<usize>,
+    /// Where a family comes in two: without a norm before the feed-forward (StableLM), with two norms (Falcon).
+    pub parallel: bool,
     /// Extra metadata, under the architecture's prefix.
     pub extra: Vec<(&'static str, Value)>,
     /// Type of the matrices.
@@ -37,7 +42,7 @@ impl Small {
 }
 
 impl Small {
-    /// Models of the families that are one table row each, in the variants that they come in.
+    /// Models of the families beside Llama's and Gemma 3, in the variants that they come in.
     pub fn rows() -> Vec<(&'static str, Small)> {
         let granite = vec![
             ("logit_scale", Value::F32(3.0)),
@@ -46,7 +51,68 @@ impl Small {
             ("attention.scale", Value::F32(0.1)),
         ];
         let of = |arch| Small { arch, blocks: vec![(4, 2, 96); 5], ..Small::default() };
+        let orig = |n| ("rope.scaling.original_context_length", Value::U32(n));
+        let yarn = vec![
+            ("rope.scaling.type", Value::Str("yarn".into())),
+            ("rope.scaling.factor", Value::F32(4.0)),
+            orig(64),
+            ("rope.scaling.yarn_beta_fast", Value::F32(16.0)),
+            ("rope.scaling.yarn_beta_slow", Value::F32(2.0)),
+            ("rope.scaling.yarn_log_multiplier", Value::F32(0.8)),
+            ("attention.temperature_scale", Value::F32(0.3)),
+        ];
+        let gemma2 = Small {
+            extra: vec![
+                ("attention.sliding_window", Value::U32(24)),
+                ("attn_logit_softcapping", Value::F32(2.0)),
+                ("final_logit_softcapping", Value::F32(8.0)),
+            ],
+            ..of("gemma2")
+        };
+        let window = vec![("attention.sliding_window", Value::U32(24))];
+        let logits = vec![("logit_scale", Value::F32(0.5))];
         vec![
+            ("mistral3", of("mistral3")),
+            ("mistral3, temperature, YaRN", Small { extra: yarn, ..of("mistral3") }),
+            ("gemma2", gemma2.clone()),
+            (
+                "gemma2, biases, own base",
+                Small {
+                    biases: true,
+                    extra: [gemma2.extra.clone(), vec![("rope.freq_base_swa", Value::F32(500.0))]].concat(),
+                    ..gemma2
+                },
+            ),
+            ("phi3", Small { fused_qkv: true, ..of("phi3") }),
+            (
+                "phi3, long",
+                Small {
+                    rope_freqs: true,
+                    fused_qkv: true,
+                    tied: false,
+                    extra: [window.clone(), vec![orig(4096), ("rope.scaling.attn_factor", Value::F32(1.2))]]
+                        .concat(),
+                    ..of("phi3")
+                },
+            ),
+            ("phi3, rotated in part", Small { n_rot: Some(12), rope_freqs: true, ..of("phi3") }),
+            ("minicpm", Small { biases: true, ..of("minicpm") }),
+            ("glm4", Small { biases: true, n_rot: Some(8), tied: false, ..of("glm4") }),
+            ("olmo2", Small { tied: false, ..of("olmo2") }),
+            ("olmo2, sliding", Small { tied: false, extra: window.clone(), ..of("olmo2") }),
+            ("exaone4", Small { rope_freqs: true, ..of("exaone4") }),
+            ("hunyuan-dense", of("hunyuan-dense")),
+            ("arcee", Small { rope_freqs: true, ..of("arcee") }),
+            ("starcoder2", Small { biases: true, ..of("starcoder2") }),
+            ("stablelm", Small { biases: true, tied: false, n_rot: Some(4), ..of("stablelm") }),
+            ("stablelm, parallel", Small { parallel: true, tied: false, n_rot: Some(4), ..of("stablelm") }),
+            ("gpt2", Small { biases: true, fused_qkv: true, blocks: vec![(4, 4, 96); 5], ..of("gpt2") }),
+            ("command-r", Small { extra: logits.clone(), ..of("command-r") }),
+            ("cohere2", Small { extra: [logits, window].concat(), ..of("cohere2") }),
+            ("falcon", Small { fused_qkv: true, blocks: vec![(4, 1, 96); 5], ..of("falcon") }),
+            ("falcon, two norms", Small { fused_qkv: true, parallel: true, tied: false, ..of("falcon") }),
+            ("nemotron", Small { n_rot: Some(8), tied: false, ..of("nemotron") }),
+            ("nemotron, biases", Small { biases: true, n_rot: Some(8), tied: false, ..of("nemotron") }),
             ("qwen2", Small { biases: true, ..of("qwen2") }),
             ("qwen2, untied, fused", Small { biases: true, tied: false, fused_qkv: true, ..of("qwen2") }),
             ("qwen3", of("qwen3")),
@@ -84,6 +150,8 @@ impl Default for Small {
             tied: true,
             rope_freqs: false,
             fused_qkv: false,
+            n_rot: None,
+            parallel: false,
             extra: Vec::new(),
             ty: Type::F32,
             seed: 1,
@@ -113,6 +181,11 @@ impl Rng {
 }
 
 impl Small {
+    /// What tells its family from others; libllama judges whether that is right.
+    fn traits(&self) -> &'static Traits {
+        Family::from_name(self.arch).unwrap_or(Family::Llama).traits()
+    }
+
     /// Metadata as a converter would write it.
     pub fn metadata(&self) -> Vec<(String, Value)> {
         let per_block = |f: fn(&(usize, usize, usize)) -> usize| {
@@ -131,10 +204,16 @@ impl Small {
             (arch("feed_forward_length"), per_block(|b| b.2)),
             (arch("attention.head_count"), per_block(|b| b.0)),
             (arch("attention.head_count_kv"), per_block(|b| b.1)),
-            (arch("attention.layer_norm_rms_epsilon"), Value::F32(1e-5)),
+            (
+                arch(match self.traits().norm {
+                    Norm::Rms => "attention.layer_norm_rms_epsilon",
+                    Norm::Layer | Norm::LayerWithBias => "attention.layer_norm_epsilon",
+                }),
+                Value::F32(1e-5),
+            ),
             (arch("attention.key_length"), u32(self.head_dim)),
             (arch("attention.value_length"), u32(self.head_dim)),
-            (arch("rope.dimension_count"), u32(self.head_dim)),
+            (arch("rope.dimension_count"), u32(self.n_rot.unwrap_or(self.head_dim))),
             (arch("rope.freq_base"), Value::F32(10000.0)),
         ];
         m.extend(self.extra.iter().map(|(k, v)| (arch(k), v.clone())));
@@ -199,23 +278,45 @@ impl Small {
             };
             out.push((name, ty, ne.to_vec(), norm));
         };
-        let gemma3 = self.arch == "gemma3";
-        // Others know biases of Q, K and V only.
-        let more_biases = self.biases && ["llama", "deci", "granite"].contains(&self.arch);
-        let ffn_norm = if self.arch == "seed_oss" { "post_attention_norm" } else { "ffn_norm" };
+        let t = self.traits();
+        let more_biases = self.biases && t.output_biases;
+        let with_bias = t.norm == Norm::LayerWithBias;
+        let n_rot = self.n_rot.unwrap_or(self.head_dim);
         add("token_embd.weight".into(), &[d, self.n_vocab], false);
+        if t.positions == Positions::Learned {
+            add("position_embd.weight".into(), &[d, self.n_ctx_train], false);
+        }
         add("output_norm.weight".into(), &[d], true);
+        if with_bias {
+            add("output_norm.bias".into(), &[d], false);
+        }
         if !self.tied {
             add("output.weight".into(), &[d, self.n_vocab], false);
         }
         if self.rope_freqs {
-            add("rope_freqs.weight".into(), &[self.head_dim / 2], true);
+            let long = ["rope_factors_long", "rope_factors_short"];
+            let names = if t.rope_factors == RopeFactors::Long { &long[..] } else { &["rope_freqs"] };
+            names.iter().for_each(|name| add(format!("{name}.weight"), &[n_rot / 2], true));
         }
         for (i, &(heads, kv, ff)) in self.blocks.iter().enumerate() {
             let (q, kv) = (heads * self.head_dim, kv * self.head_dim);
             let mut blk = |role: &str, ne: &[usize], norm: bool| add(format!("blk.{i}.{role}"), ne, norm);
+            let attn_norms = match t.parallel {
+                _ if !t.pre_norms || kv == 0 => &[][..],
+                Parallel::Always if self.parallel => &["attn_norm", "attn_norm_2"],
+                _ => &["attn_norm"],
+            };
+            let shared =
+                t.parallel == Parallel::Always || (t.parallel == Parallel::WithoutNorm && self.parallel);
+            let ffn_norm = (t.pre_norms && !shared).then_some(t.ffn_norm);
+            let stream_norm = |blk: &mut dyn FnMut(&str, &[usize], bool), name: &str| {
+                blk(&format!("{name}.weight"), &[d], true);
+                if with_bias {
+                    blk(&format!("{name}.bias"), &[d], false);
+                }
+            };
+            attn_norms.iter().for_each(|name| stream_norm(&mut blk, name));
             if kv > 0 {
-                blk("attn_norm.weight", &[d], true);
                 let parts = [("attn_q", q), ("attn_k", kv), ("attn_v", kv)];
                 let fused = [("attn_qkv", q + 2 * kv)];
                 for (name, n) in if self.fused_qkv { &fused[..] } else { &parts[..] } {
@@ -224,11 +325,12 @@ impl Small {
                         blk(&format!("{name}.bias"), &[*n], false);
                     }
                 }
-                if gemma3 || ["qwen3", "openelm"].contains(&self.arch) {
-                    blk("attn_q_norm.weight", &[self.head_dim], true);
-                    blk("attn_k_norm.weight", &[self.head_dim], true);
+                if let Some(kind) = t.qk_norm {
+                    let widths = if kind == QkNorm::Whole { [q, kv] } else { [self.head_dim; 2] };
+                    blk("attn_q_norm.weight", &widths[..1], true);
+                    blk("attn_k_norm.weight", &widths[1..], true);
                 }
-                if gemma3 {
+                if t.post_norms {
                     blk("post_attention_norm.weight", &[d], true);
                 }
                 blk("attn_output.weight", &[q, d], false);
@@ -236,11 +338,13 @@ impl Small {
                     blk("attn_output.bias", &[d], false);
                 }
             }
-            blk(&format!("{ffn_norm}.weight"), &[d], true);
-            if gemma3 {
+            ffn_norm.iter().for_each(|name| stream_norm(&mut blk, name));
+            if t.post_norms {
                 blk("post_ffw_norm.weight", &[d], true);
             }
-            for (name, ne) in [("ffn_gate", [d, ff]), ("ffn_up", [d, ff]), ("ffn_down", [ff, d])] {
+            let up = if t.fused_gate_up { 2 * ff } else { ff };
+            let gate = (t.activation.gated() && !t.fused_gate_up).then_some(("ffn_gate", [d, ff]));
+            for (name, ne) in gate.into_iter().chain([("ffn_up", [d, up]), ("ffn_down", [ff, d])]) {
                 blk(&format!("{name}.weight"), &ne, false);
                 if more_biases {
                     blk(&format!("{name}.bias"), &ne[1..], false);

@@ -1,0 +1,264 @@
+//! Tensors by role.
+
+use super::traits::{Norm, Parallel, QkNorm, Traits};
+use super::{BlockShape, Hparams};
+use crate::gguf::{GgufError, GgufFile, TensorInfo};
+
+/// Some rows of a tensor: one role inside a tensor that may be shared (a fused attn_qkv).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Segment {
+    /// Index into [`GgufFile::tensors`].
+    pub tensor: usize,
+    /// First row.
+    pub start: usize,
+    /// Number of rows (elements for a vector).
+    pub n: usize,
+}
+
+/// Tensors of one block by role. Attention roles are absent in attention-free blocks.
+#[derive(Clone, Debug)]
+#[allow(missing_docs)]
+pub struct BlockTensors {
+    pub attn_norm: Option<Segment>,
+    pub attn_norm_bias: Option<Segment>,
+    /// Q, K and V rows.
+    pub qkv: Option<[Segment; 3]>,
+    /// Q, K and V biases, all or none.
+    pub qkv_bias: Option<[Segment; 3]>,
+    /// Norms of queries and keys.
+    pub qk_norm: Option<[Segment; 2]>,
+    pub attn_output: Option<Segment>,
+    pub attn_output_bias: Option<Segment>,
+    /// Norm of what attention puts out.
+    pub attn_post_norm: Option<Segment>,
+    pub ffn_norm: Option<Segment>,
+    pub ffn_norm_bias: Option<Segment>,
+    pub ffn_gate: Option<Segment>,
+    pub ffn_up: Segment,
+    pub ffn_down: Segment,
+    pub ffn_gate_bias: Option<Segment>,
+    pub ffn_up_bias: Option<Segment>,
+    pub ffn_down_bias: Option<Segment>,
+    /// Norm of what the feed-forward puts out.
+    pub ffn_post_norm: Option<Segment>,
+}
+
+/// A vector of a block that may get new values while the matrices stay what they are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[allow(missing_docs)]
+pub enum BlockVector {
+    AttnNorm,
+    AttnOutputBias,
+    AttnPostNorm,
+    FfnNorm,
+    FfnDownBias,
+    FfnPostNorm,
+}
+
+impl BlockVector {
+    /// All of them, each at the index that it is as a number.
+    pub const ALL: [BlockVector; 6] = [
+        BlockVector::AttnNorm,
+        BlockVector::AttnOutputBias,
+        BlockVector::AttnPostNorm,
+        BlockVector::FfnNorm,
+        BlockVector::FfnDownBias,
+        BlockVector::FfnPostNorm,
+    ];
+
+    /// Whether it belongs to the attention.
+    pub fn of_attention(self) -> bool {
+        use BlockVector::{AttnNorm, AttnOutputBias, AttnPostNorm};
+        matches!(self, AttnNorm | AttnOutputBias | AttnPostNorm)
+    }
+
+    /// Whether it is a bias.
+    pub fn is_bias(self) -> bool {
+        matches!(self, BlockVector::AttnOutputBias | BlockVector::FfnDownBias)
+    }
+}
+
+impl BlockTensors {
+    /// Where the vector lies, if there is one.
+    pub fn vector(&self, v: BlockVector) -> Option<Segment> {
+        match v {
+            BlockVector::AttnNorm => self.attn_norm,
+            BlockVector::AttnOutputBias => self.attn_output_bias,
+            BlockVector::AttnPostNorm => self.attn_post_norm,
+            BlockVector::FfnNorm => self.ffn_norm,
+            BlockVector::FfnDownBias => self.ffn_down_bias,
+            BlockVector::FfnPostNorm => self.ffn_post_norm,
+        }
+    }
+}
+
+/// Looks tensors up by name, checks their sizes and remembers which were used.
+pub(super) struct Finder<'a> {
+    file: &'a GgufFile,
+    used: Vec<bool>,
+}
+
+impl<'a> Finder<'a> {
+    pub(super) fn new(file: &'a GgufFile) -> Finder<'a> {
+        Finder { file, used: vec![false; file.tensors().len()] }
+    }
+
+    /// A tensor that was not looked up.
+    pub(super) fn unused(&self) -> Option<&'a TensorInfo> {
+        self.used.iter().position(|used| !used).map(|i| &self.file.tensors()[i])
+    }
+
+    pub(super) fn optional(&mut self, name: &str, ne: &[usize]) -> Result<Option<Segment>, GgufError> {
+        let Some(index) = self.file.tensors().iter().position(|t| t.name == name) else {
+            return Ok(None);
+        };
+        let t = &self.file.tensors()[index];
+        let mut expected = ne.to_vec();
+        while expected.len() > 1 && expected.last() == Some(&1) {
+            expected.pop();
+        }
+        if t.ne != expected {
+            return Err(GgufError::Shape { name: name.into(), found: t.ne.clone(), expected: ne.to_vec() });
+        }
+        self.used[index] = true;
+        Ok(Some(Segment { tensor: index, start: 0, n: *ne.last().unwrap_or(&1) }))
+    }
+
+    pub(super) fn required(&mut self, name: &str, ne: &[usize]) -> Result<Segment, GgufError> {
+        self.optional(name, ne)?.ok_or_else(|| GgufError::MissingTensor(name.into()))
+    }
+
+    /// Q, K and V of sizes `n`, from one fused tensor or from three; `row` is the shape of a row.
+    fn qkv(
+        &mut self,
+        il: usize,
+        kind: &str,
+        row: &[usize],
+        n: [usize; 3],
+    ) -> Result<Option<[Segment; 3]>, GgufError> {
+        let shape = |n: usize| row.iter().copied().chain([n]).collect::<Vec<_>>();
+        if let Some(fused) = self.optional(&format!("blk.{il}.attn_qkv.{kind}"), &shape(n.iter().sum()))? {
+            let starts = [0, n[0], n[0] + n[1]];
+            return Ok(Some(std::array::from_fn(|i| Segment { start: starts[i], n: n[i], ..fused })));
+        }
+        let [q, k, v] = ["q", "k", "v"].map(|r| format!("blk.{il}.attn_{r}.{kind}"));
+        let found = [
+            self.optional(&q, &shape(n[0]))?,
+            self.optional(&k, &shape(n[1]))?,
+            self.optional(&v, &shape(n[2]))?,
+        ];
+        match found {
+            [Some(q), Some(k), Some(v)] => Ok(Some([q, k, v])),
+            [None, None, None] => Ok(None),
+            _ => Err(GgufError::MissingTensor(format!(
+                "blk.{il}.attn_q/k/v.{kind} (only some of the three are there)"
+            ))),
+        }
+    }
+
+    /// The tensors of block `il`.
+    pub(super) fn block(
+        &mut self,
+        il: usize,
+        h: &Hparams,
+        b: &BlockShape,
+    ) -> Result<BlockTensors, GgufError> {
+        let traits = h.family.traits();
+        let name = |role: &str| format!("blk.{il}.{role}");
+        let (d, q_rows, kv_rows) = (h.n_embd, b.n_head * h.head_dim, b.n_head_kv * h.head_dim);
+        let [attn_norm_name, ffn_norm_name] = self.pre_norms(il, traits);
+        let (mut attn_norm, mut qkv, mut qkv_bias, mut attn_output) = ([None; 2], None, None, None);
+        let (mut qk_norm, mut attn_post_norm) = (None, None);
+        if b.n_head_kv > 0 {
+            let rows = [q_rows, kv_rows, kv_rows];
+            attn_norm = self.norm(il, attn_norm_name, d, traits.norm)?;
+            qkv = self.qkv(il, "weight", &[d], rows)?;
+            qkv_bias = self.qkv(il, "bias", &[], rows)?;
+            attn_output = Some(self.required(&name("attn_output.weight"), &[q_rows, d])?);
+            if qkv.is_none() {
+                return Err(GgufError::MissingTensor(name("attn_q.weight")));
+            }
+            if let Some(kind) = traits.qk_norm {
+                let [q, k] = ["attn_q_norm.weight", "attn_k_norm.weight"].map(name);
+                let [q_width, k_width] = match kind {
+                    QkNorm::Heads | QkNorm::RotatedHeads => [h.head_dim; 2],
+                    QkNorm::Whole => [q_rows, kv_rows],
+                };
+                qk_norm = Some([self.required(&q, &[q_width])?, self.required(&k, &[k_width])?]);
+            }
+            attn_post_norm = self.if_has(traits.post_norms, &name("post_attention_norm.weight"), &[d])?;
+        }
+        let ffn_norm = self.norm(il, ffn_norm_name, d, traits.norm)?;
+        let ffn_post_norm = self.if_has(traits.post_norms, &name("post_ffw_norm.weight"), &[d])?;
+        let gated = traits.activation.gated();
+        let (ffn_gate, ffn_up) = if traits.fused_gate_up {
+            let both = self.required(&name("ffn_up.weight"), &[d, 2 * b.n_ff])?;
+            let gate = Segment { n: b.n_ff, ..both };
+            (Some(gate), Segment { start: b.n_ff, ..gate })
+        } else {
+            let gate = self.if_has(gated, &name("ffn_gate.weight"), &[d, b.n_ff])?;
+            (gate, self.required(&name("ffn_up.weight"), &[d, b.n_ff])?)
+        };
+        let mut bias = |has: bool, role: &str, n: usize| {
+            if has && traits.output_biases { self.optional(&name(role), &[n]) } else { Ok(None) }
+        };
+        Ok(BlockTensors {
+            attn_norm: attn_norm[0],
+            attn_norm_bias: attn_norm[1],
+            qkv,
+            qkv_bias,
+            qk_norm,
+            attn_output,
+            attn_output_bias: bias(true, "attn_output.bias", d)?,
+            attn_post_norm,
+            ffn_norm: ffn_norm[0],
+            ffn_norm_bias: ffn_norm[1],
+            ffn_gate,
+            ffn_up,
+            ffn_gate_bias: bias(gated, "ffn_gate.bias", b.n_ff)?,
+            ffn_up_bias: bias(true, "ffn_up.bias", b.n_ff)?,
+            ffn_down_bias: bias(true, "ffn_down.bias", d)?,
+            ffn_down: self.required(&name("ffn_down.weight"), &[b.n_ff, d])?,
+            ffn_post_norm,
+        })
+    }
+
+    /// What the norms before attention and feed-forward are called in block `il`, where there are any.
+    fn pre_norms(&self, il: usize, traits: &Traits) -> [Option<&'static str>; 2] {
+        let has = |role: &str| self.file.find(&format!("blk.{il}.{role}.weight")).is_some();
+        match traits.parallel {
+            _ if !traits.pre_norms => [None, None],
+            // Of two, Falcon's first is the feed-forward's (`src/models/falcon.cpp` of llama.cpp).
+            Parallel::Always if has("attn_norm_2") => [Some("attn_norm_2"), Some("attn_norm")],
+            Parallel::Always => [Some("attn_norm"), None],
+            Parallel::WithoutNorm if !has(traits.ffn_norm) => [Some("attn_norm"), None],
+            Parallel::Never | Parallel::WithoutNorm => [Some("attn_norm"), Some(traits.ffn_norm)],
+        }
+    }
+
+    /// Weight and bias of a norm of the stream.
+    fn norm(
+        &mut self,
+        il: usize,
+        role: Option<&str>,
+        d: usize,
+        kind: Norm,
+    ) -> Result<[Option<Segment>; 2], GgufError> {
+        let Some(role) = role else {
+            return Ok([None; 2]);
+        };
+        let weight = self.required(&format!("blk.{il}.{role}.weight"), &[d])?;
+        let bias = self.if_has(kind == Norm::LayerWithBias, &format!("blk.{il}.{role}.bias"), &[d])?;
+        Ok([Some(weight), bias])
+    }
+
+    /// A tensor that the family has, or has not.
+    pub(super) fn if_has(
+        &mut self,
+        has: bool,
+        name: &str,
+        ne: &[usize],
+    ) -> Result<Option<Segment>, GgufError> {
+        if has { self.required(name, ne).map(Some) } else { Ok(None) }
+    }
+}
