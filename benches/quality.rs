@@ -204,7 +204,7 @@ fn main() {
         let cell = |r: &Comparison| format!("{:.2} | {:.4} | {:.1} %", r.ppl, r.kl, r.top1 * 100.0);
         results.iter().map(cell).collect::<Vec<_>>().join(" | ")
     };
-    let bytes = dense.file.bytes().len();
+    let bytes = dense.file.n_bytes();
     let figures = judges.iter_mut().map(|j| j.dense().expect("evaluation")).collect();
     println!("| dense | 0 | 0 | {bytes} | | {} |", cells(figures));
     let mut compare = |model: &Model| -> Vec<Comparison> {
@@ -214,7 +214,7 @@ fn main() {
         for row in &args.row {
             if row.ends_with(".gguf") {
                 let model = Model::open(row.as_ref()).expect("a pruned model");
-                println!("| {row} | | | {} | | {} |", model.file.bytes().len(), cells(compare(&model)));
+                println!("| {row} | | | {} | | {} |", model.file.n_bytes(), cells(compare(&model)));
                 continue;
             }
             let output = folder.join(format!("{}-{sparsity}.gguf", row.replace([':', '=', ','], "_")));

@@ -269,12 +269,13 @@ fn other_alignments_are_read_and_written_as_32() {
     small.write(&source);
     // The same file with its tensors aligned at 64: the key's value, the header's padding, the offsets.
     let old = GgufFile::open(&source).unwrap();
-    let mut bytes = old.bytes().to_vec();
+    let old_bytes = old.bytes().next().unwrap();
+    let mut bytes = old_bytes.to_vec();
     let key = b"general.alignment";
     let at = bytes.windows(key.len()).position(|w| w == key).unwrap() + key.len() + 4;
     assert_eq!(bytes[at..at + 4], 32u32.to_le_bytes());
     bytes[at..at + 4].copy_from_slice(&64u32.to_le_bytes());
-    let data_start = old.data(&old.tensors()[0]).as_ptr() as usize - old.bytes().as_ptr() as usize;
+    let data_start = old.data(&old.tensors()[0]).as_ptr() as usize - old_bytes.as_ptr() as usize;
     let mut out = bytes[..data_start].to_vec();
     out.resize(out.len().next_multiple_of(64), 0);
     let mut offset = 0u64;

@@ -234,7 +234,7 @@ fn output<'m>(
             let bytes = bytemuck::cast_slice(&floats).to_vec();
             (Type::F32, t.ne.clone(), Box::new(move || Ok(Cow::Owned(bytes.clone()))))
         }
-        Action::Copy => (t.ty, t.ne.clone(), Box::new(|| Ok(Cow::Borrowed(model.file.data(t))))),
+        Action::Copy => return Ok(Some(OutTensor::copy(&model.file, t))),
         Action::Replace(q) => (q.ty, vec![q.n_in, q.n_out], Box::new(|| Ok(Cow::Borrowed(&q.bytes[..])))),
         Action::Rows(rows) => {
             // The rows of a vector are its elements.

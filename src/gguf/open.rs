@@ -16,6 +16,7 @@ pub struct TensorInfo {
     pub ty: Type,
     /// Sizes, ne\[0\] first, without trailing ones beyond the second.
     pub ne: Vec<usize>,
+    part: usize,
     start: usize,
     len: usize,
 }
@@ -37,10 +38,16 @@ impl TensorInfo {
     }
 }
 
-/// An open GGUF: metadata in file order, and tensors over a read-only memory map.
-pub struct GgufFile {
+/// One file, mapped.
+struct Part {
     path: PathBuf,
     map: Mmap,
+}
+
+/// An open GGUF: metadata in file order, and tensors over a read-only memory map. One that is split into several files is
+/// as if it were not.
+pub struct GgufFile {
+    parts: Vec<Part>,
     metadata: Vec<(String, Value)>,
     keys: HashMap<String, usize>,
     tensors: Vec<TensorInfo>,
@@ -48,11 +55,22 @@ pub struct GgufFile {
 }
 
 impl GgufFile {
-    /// Opens `path` and checks every tensor against the length of the file.
+    /// Opens `path`, and the other parts if it is the first of several, and checks every tensor against the length of its
+    /// file.
     ///
     /// # Errors
-    /// One of [`GgufError`], naming what is wrong; nothing larger than the header is allocated.
+    /// One of [`GgufError`], naming what is wrong; nothing larger than the headers is allocated.
     pub fn open(path: &Path) -> Result<GgufFile, GgufError> {
+        let mut file = GgufFile::one(path, 0)?;
+        let n_parts = file.split_number("split.count")?.unwrap_or(1);
+        if n_parts > 1 {
+            file.join(path, n_parts)?;
+        }
+        Ok(file)
+    }
+
+    /// Opens a file as it is, as part number `part` of a whole.
+    fn one(path: &Path, part: usize) -> Result<GgufFile, GgufError> {
         let io = |source| GgufError::Io { path: path.into(), source };
         let file = File::open(path).map_err(io)?;
         if file.metadata().map_err(io)?.is_dir() {
@@ -94,20 +112,82 @@ impl GgufFile {
             }
             let n_dims = (1..=4).rev().find(|&d| d == 1 || ne[d - 1] > 1).unwrap_or(1);
             let ne = ne[..n_dims].iter().map(|&n| n as usize).collect();
-            tensors.push(TensorInfo { name, ty, ne, start: start as usize, len: len as usize });
+            tensors.push(TensorInfo { name, ty, ne, part, start: start as usize, len: len as usize });
         }
         let by_name = tensors.iter().enumerate().map(|(i, t)| (t.name.clone(), i)).collect();
-        Ok(GgufFile { path: path.into(), map, metadata, keys, tensors, by_name })
+        Ok(GgufFile { parts: vec![Part { path: path.into(), map }], metadata, keys, tensors, by_name })
     }
 
-    /// Where the file was opened.
-    pub fn path(&self) -> &Path {
-        &self.path
+    /// Adds the tensors of the other `n_parts` − 1 parts, and drops the keys that say that there are any
+    /// (`llama_model_loader` of llama.cpp, `tools/gguf-split`).
+    fn join(&mut self, path: &Path, n_parts: usize) -> Result<(), GgufError> {
+        let header = |path: &Path, reason: String| GgufError::Header { path: path.into(), reason };
+        let number = self.split_number("split.no")?.unwrap_or(0);
+        let name = path.to_string_lossy();
+        let Some(prefix) = name.strip_suffix(&part_suffix(number, n_parts)) else {
+            let reason = format!(
+                "this is part {} of {n_parts} of a split model; its name must end in {} for the others to be found",
+                number + 1,
+                part_suffix(number, n_parts)
+            );
+            return Err(header(path, reason));
+        };
+        let part_path = |i: usize| PathBuf::from(format!("{prefix}{}", part_suffix(i, n_parts)));
+        if number != 0 {
+            let first = part_path(0);
+            let reason = format!(
+                "this is part {} of {n_parts} of a split model; give the first, {}",
+                number + 1,
+                first.display()
+            );
+            return Err(header(path, reason));
+        }
+        for i in 1..n_parts {
+            let path = part_path(i);
+            let part = GgufFile::one(&path, i)?;
+            let said = [part.split_number("split.no")?, part.split_number("split.count")?];
+            if said != [Some(i), Some(n_parts)] {
+                let reason = format!("does not say that it is part {} of {n_parts} of a split model", i + 1);
+                return Err(header(&path, reason));
+            }
+            self.parts.extend(part.parts);
+            for t in part.tensors {
+                if self.by_name.insert(t.name.clone(), self.tensors.len()).is_some() {
+                    return Err(header(&path, format!("tensor {} is in an earlier part, too", t.name)));
+                }
+                self.tensors.push(t);
+            }
+        }
+        if let Some(n) = self.split_number("split.tensors.count")?.filter(|n| *n != self.tensors.len()) {
+            let reason = format!("the parts have {} tensors; there should be {n}", self.tensors.len());
+            return Err(header(path, reason));
+        }
+        self.metadata.retain(|(key, _)| !key.starts_with("split."));
+        self.keys = self.metadata.iter().enumerate().map(|(i, (k, _))| (k.clone(), i)).collect();
+        Ok(())
     }
 
-    /// The whole file.
-    pub fn bytes(&self) -> &[u8] {
-        &self.map
+    /// A number about parts; llama.cpp writes them in 16 and 32 bits.
+    fn split_number(&self, key: &str) -> Result<Option<usize>, GgufError> {
+        match self.get(key) {
+            Some(Value::U16(n)) => Ok(Some(usize::from(*n))),
+            _ => self.get_u32(key),
+        }
+    }
+
+    /// The files that it lies in.
+    pub fn paths(&self) -> impl Iterator<Item = &Path> {
+        self.parts.iter().map(|p| p.path.as_path())
+    }
+
+    /// The bytes of each of them.
+    pub fn bytes(&self) -> impl Iterator<Item = &[u8]> {
+        self.parts.iter().map(|p| &p.map[..])
+    }
+
+    /// Bytes of them all.
+    pub fn n_bytes(&self) -> u64 {
+        self.bytes().map(|part| part.len() as u64).sum()
     }
 
     /// Metadata in file order.
@@ -127,7 +207,7 @@ impl GgufFile {
 
     /// Bytes of a tensor.
     pub fn data(&self, t: &TensorInfo) -> &[u8] {
-        &self.map[t.start..t.start + t.len]
+        &self.parts[t.part].map[t.start..t.start + t.len]
     }
 
     /// Rows `rows` of a tensor as floats, `[n, ne0]` in row-major order.
@@ -204,6 +284,11 @@ impl GgufFile {
         }
         Ok(Some(array.into_iter().map(|v| v as usize).collect()))
     }
+}
+
+/// How the name of part `i` of `n` ends (`llama_split_path` of llama.cpp).
+fn part_suffix(i: usize, n: usize) -> String {
+    format!("-{:05}-of-{n:05}.gguf", i + 1)
 }
 
 fn bad_type(key: &str, found: &Value, wanted: &str) -> GgufError {

@@ -1,6 +1,6 @@
 //! Writing a GGUF: header by ggml, tensor data streamed behind it.
 
-use super::{GgufError, Value};
+use super::{GgufError, GgufFile, TensorInfo, Value};
 use crate::ggml::{RawGguf, Type};
 use std::io::Write;
 use std::path::Path;
@@ -17,7 +17,13 @@ pub struct OutTensor<'a> {
     pub data: Box<dyn Fn() -> Result<std::borrow::Cow<'a, [u8]>, GgufError> + 'a>,
 }
 
-impl OutTensor<'_> {
+impl<'a> OutTensor<'a> {
+    /// A tensor as it is in `file`.
+    pub fn copy(file: &'a GgufFile, t: &'a TensorInfo) -> OutTensor<'a> {
+        let data = Box::new(|| Ok(std::borrow::Cow::Borrowed(file.data(t))));
+        OutTensor { name: t.name.clone(), ty: t.ty, ne: t.ne.clone(), data }
+    }
+
     /// Bytes that the tensor takes in the file, without padding.
     pub fn n_bytes(&self) -> usize {
         self.ty.row_bytes(self.ne[0]) * self.ne[1..].iter().product::<usize>()

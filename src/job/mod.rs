@@ -13,7 +13,7 @@ use crate::assemble::{Provenance, assemble, carrier, importance, write_imatrix};
 use crate::calibrate::{self, CalibrateError, Recipe, Windows};
 use crate::evaluate;
 use crate::ggml::{FileType, GgmlError, LlamaModel, quantize_file};
-use crate::gguf::GgufError;
+use crate::gguf::{GgufError, OutTensor, write_gguf};
 use crate::model::{BlockShape, Carrier, Family, Model, ModelError};
 use crate::pipeline::{self, Calibration, Forecast, Journal, Method, Observer, Plan, Settings};
 use output::{check_paths, finish, folder_of, temporary};
@@ -128,13 +128,17 @@ pub struct Quality {
 /// [`JobError`]; then there is no output, and no temporary file.
 pub fn run(job: &Job, observer: &mut dyn Observer) -> Result<Outcome, JobError> {
     let start = Instant::now();
-    check_paths(job)?;
     let source = open(job)?;
+    check_paths(job, &source.file)?;
     if job.settings.sparsity == 0.0 {
         return copy_as_is(job, &source, start, observer.interrupted());
     }
     let job = &Job { settings: settings(job, &source)?, ..job.clone() };
-    let sha256 = || hex(&Sha256::digest(source.file.bytes()));
+    let sha256 = || {
+        let mut sha256 = Sha256::new();
+        source.file.bytes().for_each(|part| sha256.update(part));
+        hex(&sha256.finalize())
+    };
     let (windows, source_sha256, mut state) = match &job.state {
         None => {
             let (windows, sha) = std::thread::scope(|scope| {
@@ -271,8 +275,8 @@ pub struct DryRun {
 /// # Errors
 /// [`JobError`].
 pub fn dry_run(job: &Job) -> Result<DryRun, JobError> {
-    check_paths(job)?;
     let source = open(job)?;
+    check_paths(job, &source.file)?;
     let settings = settings(job, &source)?;
     let forecast = forecast(&source, &expected_calibration(job), &settings)?;
     Ok(DryRun {
@@ -384,7 +388,7 @@ fn sum((a, b): (usize, usize)) -> usize {
 fn size_of(model: &Model) -> Size {
     let h = &model.hparams;
     Size {
-        bytes: model.file.bytes().len() as u64,
+        bytes: model.file.n_bytes(),
         params: model.file.tensors().iter().map(|t| t.n_elements()).sum(),
         block_params: h.blocks.iter().map(|b| sum(h.block_params(b))).sum(),
         blocks: h.blocks.clone(),
@@ -442,22 +446,29 @@ fn collect(model: &Model, job: &Job, observer: &mut dyn Observer) -> Result<Wind
     }
 }
 
-/// Sparsity 0: the same bytes.
+/// Sparsity 0: the same bytes, or those of all parts as one file.
 fn copy_as_is(job: &Job, model: &Model, start: Instant, interrupted: bool) -> Result<Outcome, JobError> {
     let io = |source| JobError::Io { path: job.output.clone(), source };
     let mut temp = temporary(&job.output)?;
-    temp.write_all(model.file.bytes()).map_err(io)?;
+    let parts: Vec<&[u8]> = model.file.bytes().collect();
+    match parts[..] {
+        [bytes] => temp.write_all(bytes).map_err(io)?,
+        _ => {
+            let tensors = model.file.tensors().iter().map(|t| OutTensor::copy(&model.file, t));
+            write_gguf(&mut temp, &job.output, model.file.metadata(), &tensors.collect::<Vec<_>>())?;
+        }
+    }
     if job.verify {
         LlamaModel::load(temp.path()).map_err(JobError::DoesNotLoad)?;
     }
     if interrupted {
         return Err(JobError::Interrupted);
     }
-    finish(job, temp, &job.output)?;
-    let size = size_of(model);
+    let bytes = finish(job, temp, &job.output)?;
+    let before = size_of(model);
     Ok(Outcome {
-        before: size.clone(),
-        after: size,
+        after: Size { bytes, ..before.clone() },
+        before,
         carrier: Carrier::Same(model.hparams.family),
         sparsity: 0.0,
         quality: None,

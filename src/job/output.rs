@@ -1,12 +1,13 @@
 //! Where a job's results go: checked before the work, temporary during it, complete at its end.
 
 use super::{Job, JobError};
+use crate::gguf::GgufFile;
 use std::path::{Path, PathBuf};
 use std::sync::Mutex;
 
 /// Refuses what would harm a file or cannot be written, before anything costs time.
-pub(super) fn check_paths(job: &Job) -> Result<(), JobError> {
-    check_output(job, &job.output)?;
+pub(super) fn check_paths(job: &Job, source: &GgufFile) -> Result<(), JobError> {
+    check_output(job, source, &job.output)?;
     if job.verify && job.output.to_str().is_none() {
         let problem = "is no UTF-8 path, which llama.cpp needs to verify it";
         let source = std::io::Error::new(std::io::ErrorKind::InvalidInput, problem);
@@ -18,11 +19,11 @@ pub(super) fn check_paths(job: &Job) -> Result<(), JobError> {
     if std::path::absolute(imatrix).ok() == std::path::absolute(&job.output).ok() {
         return Err(JobError::SameOutput(imatrix.clone()));
     }
-    check_output(job, imatrix)
+    check_output(job, source, imatrix)
 }
 
-/// Refuses an output that is a folder, the input, there already, or in a place where none can be made.
-fn check_output(job: &Job, output: &Path) -> Result<(), JobError> {
+/// Refuses an output that is a folder, a file of the source, there already, or in a place where none can be made.
+fn check_output(job: &Job, source: &GgufFile, output: &Path) -> Result<(), JobError> {
     let refused =
         |kind, text: &str| Err(JobError::Io { path: output.into(), source: std::io::Error::new(kind, text) });
     if output.is_dir()
@@ -31,9 +32,11 @@ fn check_output(job: &Job, output: &Path) -> Result<(), JobError> {
     {
         return refused(std::io::ErrorKind::IsADirectory, "is a folder; name a file for the output");
     }
-    if let (Ok(input), Ok(existing)) = (job.input.canonicalize(), output.canonicalize())
-        && same_file(&input, &existing)
-    {
+    let is_output = |part: &Path| match (part.canonicalize(), output.canonicalize()) {
+        (Ok(part), Ok(output)) => same_file(&part, &output),
+        _ => false,
+    };
+    if source.paths().any(is_output) {
         return Err(JobError::SameFile(output.into()));
     }
     // A dangling link exists, too.

@@ -137,7 +137,7 @@ impl State {
     }
 
     fn numbers(&self, file: &GgufFile, key: &str) -> Result<Vec<usize>, GgufError> {
-        let name = file.path().file_name().unwrap_or_default().to_string_lossy();
+        let name = file.paths().next().and_then(Path::file_name).unwrap_or_default().to_string_lossy();
         let found = file.get(key).and_then(Value::as_unsigned_array);
         Ok(found.ok_or_else(|| self.damaged(&name, key))?.into_iter().map(|n| n as usize).collect())
     }

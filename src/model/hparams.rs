@@ -93,13 +93,6 @@ impl Hparams {
         if n_expert > 0 {
             return Err(ModelError::Experts(n_expert));
         }
-        if file.get("split.count").is_some_and(|v| !matches!(v, Value::U16(0 | 1))) {
-            return Err(ModelError::Unusable(
-                "this is one part of a split model; join the parts first with llama-gguf-split --merge"
-                    .into(),
-            ));
-        }
-
         if file.get(&key("attention.causal")).is_some_and(|v| *v == Value::Bool(false)) {
             return Err(ModelError::Unusable(
                 "attention is not causal: embedding models cannot be pruned".into(),

@@ -516,7 +516,7 @@ impl Work<'_> {
             let t = self.model.tensor(s);
             s.n as f64 * t.ty.row_bytes(t.ne[0]) as f64
         };
-        let mut bytes = self.model.file.bytes().len() as f64;
+        let mut bytes = self.model.file.n_bytes() as f64;
         let blocks = self.model.hparams.blocks.iter().zip(&self.model.blocks);
         for ((b, (shape, t)), whole) in self.pruned().into_iter().zip(blocks).zip(self.whole()) {
             let gone = t.qkv.iter().flatten().map(rows).sum::<f64>() * (1.0 - self.kept)
