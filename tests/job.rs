@@ -95,15 +95,54 @@ fn families_are_pruned_and_run(which: impl Fn(&usize) -> bool) {
             // The command itself compares llama.cpp's perplexity of the file with that of our own forward.
             cli.ok(&[&args[..], &QUICK].concat());
             let model = Model::open(&cli.path("out.gguf")).unwrap();
-            let uneven = Model::open(&cli.path("in.gguf")).unwrap().uneven();
-            opens_everywhere(&cli.path("out.gguf"), uneven.map_or(small.arch, |f| f.name()));
+            let carriers = Settings::default().carriers(&Model::open(&cli.path("in.gguf")).unwrap());
+            opens_everywhere(&cli.path("out.gguf"), carriers.per_block.unwrap_or(carriers.equal).name());
             let groups: usize = model.hparams.blocks.iter().map(|b| b.n_head_kv).sum();
-            assert!(sparsity == "0.25" || uneven.is_none() || groups < 10, "{name}: no heads went");
-            if uneven.is_none() && !model.hparams.takes_fewer_heads() {
+            assert!(
+                sparsity == "0.25" || carriers.per_block.is_none() || groups < 10,
+                "{name}: no heads went"
+            );
+            if !carriers.fewer_heads {
                 assert_eq!(groups, 10, "{name}");
             }
         }
     }
+}
+
+#[test]
+fn heads_and_architecture_are_what_was_asked_for() {
+    silence_logs();
+    let cli = Cli::new();
+    let of = |arch| Small { arch, blocks: vec![(4, 4, 256); 4], head_dim: 16, ..Small::default() };
+    // Its architecture, heads in all, and whether blocks are alike.
+    let prune = |small: &Small, args: &[&str]| {
+        small.write(&cli.path("in.gguf"));
+        cli.ok(&[&["in.gguf", "out.gguf", "--force", "-q", "--sparsity", "0.5"][..], args, &QUICK].concat());
+        let h = Model::open(&cli.path("out.gguf")).unwrap().hparams;
+        let n_head: usize = h.blocks.iter().map(|b| b.n_head).sum();
+        opens_everywhere(&cli.path("out.gguf"), h.family.name());
+        (h.family.name(), n_head, h.blocks.iter().all(|b| *b == h.blocks[0]))
+    };
+    let (arch, n_head, _) = prune(&of("llama"), &["--heads", "per-layer"]);
+    assert!(arch == "deci" && n_head < 16, "{arch} {n_head}");
+    for (source, carrier) in [("llama", "llama"), ("qwen2", "llama"), ("qwen3", "qwen3"), ("phi3", "llama")] {
+        let (arch, n_head, alike) = prune(&of(source), &["--heads", "uniform"]);
+        assert!(arch == carrier && n_head < 16 && alike, "{source}: {arch} {n_head}");
+    }
+    assert_eq!(prune(&of("llama"), &["--heads", "none"]).1, 16);
+    let (arch, n_head, alike) = prune(&of("llama"), &["--arch", "keep"]);
+    assert!(arch == "llama" && n_head < 16 && alike, "{arch} {n_head}");
+    assert_eq!(prune(&of("qwen2"), &["--arch", "keep"]), ("qwen2", 16, true));
+    let (arch, n_head, _) = prune(&of("deci"), &["--arch", "keep", "--heads", "per-layer"]);
+    assert!(arch == "deci" && n_head < 16, "{arch} {n_head}");
+
+    let refused = |small: &Small, args: &[&str], parts: &[&str]| {
+        small.write(&cli.path("in.gguf"));
+        let common = ["in.gguf", "x.gguf", "--sparsity", "0.3", "--heads", "per-layer"];
+        cli.fails(&[&common[..], args, &QUICK].concat(), 1, parts);
+    };
+    refused(&Small::gemma3(), &[], &["--heads per-layer", "gemma3"]);
+    refused(&of("llama"), &["--arch", "keep"], &["--heads per-layer", "llama"]);
 }
 
 #[test]

@@ -7,7 +7,7 @@ use common::{compare_logits, libllama_logits, our_logits};
 use putri_gguf::assemble::{Provenance, assemble};
 use putri_gguf::ggml::{Type, silence_logs};
 use putri_gguf::gguf::{GgufFile, Value};
-use putri_gguf::model::{BlockVector, Carrier, Family, Model};
+use putri_gguf::model::{Arch, BlockVector, Family, Heads, Model};
 use putri_gguf::pipeline::Plan;
 use std::path::Path;
 
@@ -23,7 +23,7 @@ fn provenance() -> Provenance {
     }
 }
 
-fn write(model: &Model, plan: &Plan, path: &Path) -> Carrier {
+fn write(model: &Model, plan: &Plan, path: &Path) -> Family {
     let mut file = std::fs::File::create(path).unwrap();
     assemble(model, plan, &provenance(), &mut file, path).unwrap()
 }
@@ -47,7 +47,7 @@ fn removed_rows_leave_the_others_as_they_were() {
         plan.blocks[1].groups = vec![1];
         plan.blocks[2].groups = vec![];
         plan.blocks[0].neurons = vec![5, 3, 90];
-        assert_eq!(write(&model, &plan, &target), Carrier::Uneven(Family::Deci));
+        assert_eq!(write(&model, &plan, &target), Family::Deci);
         let out = GgufFile::open(&target).unwrap();
 
         // Block 1: two query heads per KV head, 32 rows each; group 1 is rows 64.. of Q, 32.. of K and V.
@@ -117,7 +117,7 @@ fn deci_with_everything_kept_gives_the_sources_logits() {
 }
 
 #[test]
-fn families_that_deci_carries_give_the_sources_logits_there() {
+fn families_give_their_logits_in_other_architectures() {
     silence_logs();
     let dir = tempfile::tempdir().unwrap();
     let (source, target) = (dir.path().join("a.gguf"), dir.path().join("b.gguf"));
@@ -126,17 +126,57 @@ fn families_that_deci_carries_give_the_sources_logits_there() {
     for (name, small) in Small::rows() {
         small.write(&source);
         let model = Model::open(&source).unwrap();
-        let carrier = write(&model, &Plan::whole(&model), &target);
-        let stays = model.hparams.family.traits().stays || model.uneven().is_none();
-        assert_eq!(matches!(carrier, Carrier::Same(_)), stays, "{name}");
-        n_carried += usize::from(!stays);
-        let (a, b) = (libllama_logits(&source, &tokens), libllama_logits(&target, &tokens));
-        let (max, kl) = compare_logits(&a, &b, small.n_vocab);
-        println!("{name} in {}: largest difference {max:.2e}, KL divergence {kl:.2e}", carrier.name());
-        // In another order of rows, sums of halves round otherwise.
-        assert!(max < 0.02 && kl < 1e-6, "{name}: {max} {kl}");
+        let own = model.hparams.family;
+        for heads in [Heads::Auto, Heads::Equal] {
+            let plan = Plan { carriers: model.carriers(heads, Arch::Auto), ..Plan::whole(&model) };
+            let carrier = write(&model, &plan, &target);
+            let stays = own.traits().stays || plan.carriers == model.carriers(heads, Arch::Keep);
+            assert_eq!(carrier == own, stays, "{name}");
+            n_carried += usize::from(!stays);
+            let (a, b) = (libllama_logits(&source, &tokens), libllama_logits(&target, &tokens));
+            let (max, kl) = compare_logits(&a, &b, small.n_vocab);
+            println!("{name} in {}: largest difference {max:.2e}, KL divergence {kl:.2e}", carrier.name());
+            // In another order of rows, sums of halves round otherwise.
+            assert!(max < 0.02 && kl < 1e-6, "{name}: {max} {kl}");
+            let kept = Plan { carriers: model.carriers(heads, Arch::Keep), ..plan };
+            assert_eq!(kept.carrier(&model), own, "{name}");
+        }
     }
-    assert!(n_carried >= 5);
+    assert!(n_carried >= 14);
+}
+
+#[test]
+fn equal_blocks_stay_what_they_are_where_they_can() {
+    let dir = tempfile::tempdir().unwrap();
+    let source = dir.path().join("a.gguf");
+    let whole = |small: Small| {
+        small.write(&source);
+        let model = Model::open(&source).unwrap();
+        (Plan::whole(&model), model)
+    };
+    for (small, equal, uneven) in [
+        (Small::default(), Family::Llama, Family::Deci),
+        (Small { arch: "deci", ..Small::default() }, Family::Deci, Family::Deci),
+        (Small { arch: "qwen2", ..Small::default() }, Family::Deci, Family::Deci),
+        (Small { arch: "qwen3", ..Small::default() }, Family::Qwen3, Family::OpenElm),
+    ] {
+        let (mut plan, model) = whole(small);
+        assert_eq!(plan.carrier(&model), equal);
+        plan.blocks[1].neurons.truncate(64);
+        assert_eq!(plan.carrier(&model), uneven);
+    }
+}
+
+#[test]
+#[should_panic(expected = "blocks of gemma3 must be equal")]
+fn gemma3_has_no_carrier_for_uneven_blocks() {
+    let dir = tempfile::tempdir().unwrap();
+    let source = dir.path().join("a.gguf");
+    Small::gemma3().write(&source);
+    let model = Model::open(&source).unwrap();
+    let mut plan = Plan::whole(&model);
+    plan.blocks[1].neurons.truncate(64);
+    plan.carrier(&model);
 }
 
 #[test]
@@ -151,7 +191,7 @@ fn a_qwen3_with_uneven_blocks_is_an_openelm() {
         let model = Model::open(&source).unwrap();
         let mut plan = Plan::whole(&model);
         plan.blocks[1].groups = vec![1];
-        assert_eq!(write(&model, &plan, &target), Carrier::Uneven(Family::OpenElm));
+        assert_eq!(write(&model, &plan, &target), Family::OpenElm);
         let ours = common::logits(&model, &tokens, |il| plan.block(&model, il).unwrap());
         let (max, kl) = compare_logits(&libllama_logits(&target, &tokens), &ours, small.n_vocab);
         println!("{ty}: largest difference {max:.2e}, KL divergence {kl:.2e}");
@@ -164,7 +204,7 @@ fn a_qwen3_with_uneven_blocks_is_an_openelm() {
     }
     // There is no room for a head of its own.
     Small { arch: "qwen3", tied: false, ..Small::default() }.write(&source);
-    assert_eq!(Model::open(&source).unwrap().uneven(), None);
+    assert_eq!(Plan::whole(&Model::open(&source).unwrap()).carriers.per_block, None);
 }
 
 #[test]

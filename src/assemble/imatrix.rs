@@ -4,7 +4,7 @@ use crate::calibrate::Windows;
 use crate::forward::InputSquares;
 use crate::ggml::Type;
 use crate::gguf::{GgufError, OutTensor, Value, write_gguf};
-use crate::model::{Carrier, Model, Segment};
+use crate::model::{Family, Model, Segment};
 use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::io::Write;
@@ -20,7 +20,7 @@ pub fn write_imatrix(
     out: &mut impl Write,
     path: &Path,
     model: &Model,
-    carrier: Carrier,
+    carrier: Family,
     squares: &[InputSquares],
     windows: &Windows,
     dataset: &str,
@@ -34,8 +34,8 @@ pub fn write_imatrix(
     .map(|(k, v)| (k.to_string(), v));
     let n_tokens = (windows.n_fit * windows.n_ctx) as f64;
     let mut tensors = Vec::new();
-    let joined = carrier.family().traits().one_qkv;
-    let split = model.hparams.family.traits().fused_gate_up && !carrier.family().traits().fused_gate_up;
+    let joined = carrier.traits().one_qkv;
+    let split = model.hparams.family.traits().fused_gate_up && !carrier.traits().fused_gate_up;
     let named = |name: &str| match name.rsplit_once('.').and_then(|(role, _)| role.rsplit_once('.')) {
         Some((block, "attn_q" | "attn_k" | "attn_v")) if joined => vec![format!("{block}.attn_qkv.weight")],
         Some((block, "ffn_up")) if split => {

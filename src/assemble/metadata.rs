@@ -1,7 +1,7 @@
 //! The output's metadata: the source's, in its order and with its types, brought up to date.
 
 use crate::gguf::Value;
-use crate::model::{BlockShape, Carrier, Model, RopeFactors};
+use crate::model::{BlockShape, Family, Model, RopeFactors};
 use crate::pipeline::Plan;
 
 /// Where a pruned model comes from; written into `putri.*` keys.
@@ -27,7 +27,7 @@ pub struct Provenance {
 pub(super) fn metadata(
     model: &Model,
     plan: &Plan,
-    carrier: Carrier,
+    carrier: Family,
     n_params: usize,
     p: &Provenance,
 ) -> Vec<(String, Value)> {
@@ -76,7 +76,7 @@ struct ShapeKeys {
 }
 
 impl ShapeKeys {
-    fn new(model: &Model, plan: &Plan, carrier: Carrier) -> ShapeKeys {
+    fn new(model: &Model, plan: &Plan, carrier: Family) -> ShapeKeys {
         let shapes = plan.shapes(model);
         let per_block = |f: fn(&BlockShape) -> usize| {
             let v: Vec<u32> = shapes.iter().map(|s| f(s) as u32).collect();
@@ -91,7 +91,7 @@ impl ShapeKeys {
             ("attention.value_length", head_dim),
             ("rope.dimension_count", Value::U32(model.hparams.rope.n_rot as u32)),
         ];
-        let [old, new] = [model.hparams.family, carrier.family()].map(|f| f.traits().rope_factors);
+        let [old, new] = [model.hparams.family, carrier].map(|f| f.traits().rope_factors);
         if old == RopeFactors::Long && new == RopeFactors::ByType && model.has_rope_factors() {
             left.push(("rope.scaling.type", Value::Str("longrope".into())));
         }

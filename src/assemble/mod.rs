@@ -8,15 +8,10 @@ pub use imatrix::{importance, write_imatrix};
 pub use metadata::Provenance;
 
 use crate::gguf::{GgufError, write_gguf};
-use crate::model::{Carrier, Model, carrier_for};
+use crate::model::{Family, Model};
 use crate::pipeline::Plan;
 use std::io::Write;
 use std::path::Path;
-
-/// The architecture that the pruned model is written in.
-pub fn carrier(model: &Model, plan: &Plan) -> Carrier {
-    carrier_for(model.hparams.family, model.uneven(), &plan.shapes(model))
-}
 
 /// Writes the pruned model to `out`; `path` only names the file in errors. Returns the architecture
 /// it is written in.
@@ -29,8 +24,8 @@ pub fn assemble(
     provenance: &Provenance,
     out: &mut impl Write,
     path: &Path,
-) -> Result<Carrier, GgufError> {
-    let carrier = carrier(model, plan);
+) -> Result<Family, GgufError> {
+    let carrier = plan.carrier(model);
     let tensors = tensors::tensors(model, plan, carrier)?;
     let n_params = tensors.iter().map(|t| t.ne.iter().product::<usize>()).sum();
     let metadata = metadata::metadata(model, plan, carrier, n_params, provenance);

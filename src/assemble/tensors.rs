@@ -2,7 +2,7 @@
 
 use crate::ggml::Type;
 use crate::gguf::{GgufError, OutTensor, TensorInfo};
-use crate::model::{BlockVector, Carrier, Family, Model, Segment, group_rows};
+use crate::model::{BlockVector, Family, Model, Segment, group_rows};
 use crate::pipeline::Plan;
 use crate::requant::{Quantised, output_type, quantise, select_columns, select_rows};
 use std::borrow::Cow;
@@ -33,7 +33,7 @@ enum Action<'p> {
 pub(super) fn tensors<'m>(
     model: &'m Model,
     plan: &'m Plan,
-    carrier: Carrier,
+    carrier: Family,
 ) -> Result<Vec<OutTensor<'m>>, GgufError> {
     let mut actions: Vec<Action> = model.file.tensors().iter().map(|_| Action::Copy).collect();
     let mut biases: Vec<Option<&[f32]>> = vec![None; actions.len()];
@@ -47,7 +47,7 @@ pub(super) fn tensors<'m>(
     for il in 0..plan.blocks.len() {
         plan_block(model, plan, il, carrier, &mut actions, &mut biases);
     }
-    let [old, new] = [model.hparams.family, carrier.family()].map(|f| format!(".{}.", f.traits().ffn_norm));
+    let [old, new] = [model.hparams.family, carrier].map(|f| format!(".{}.", f.traits().ffn_norm));
     let mut out = Vec::new();
     for ((t, action), bias) in model.file.tensors().iter().zip(actions).zip(biases) {
         let renamed = |o: OutTensor<'m>| OutTensor { name: o.name.replace(&old, &new), ..o };
@@ -85,7 +85,7 @@ fn plan_block<'p>(
     model: &Model,
     plan: &'p Plan,
     il: usize,
-    carrier: Carrier,
+    carrier: Family,
     actions: &mut [Action<'p>],
     biases: &mut [Option<&'p [f32]>],
 ) {
@@ -104,10 +104,10 @@ fn plan_block<'p>(
         let pair = t.qk_norm.iter().flatten();
         single.into_iter().flatten().chain(triple).chain(pair).for_each(|s| set(Some(s), Action::Drop));
     } else {
-        let [old, new] = [model.hparams.family, carrier.family()].map(|f| f.traits().positions.neox());
+        let [old, new] = [model.hparams.family, carrier].map(|f| f.traits().positions.neox());
         let turned = old && !new;
         let fewer = p.groups.len() < shape.n_head_kv;
-        let one = carrier.family().traits().one_qkv;
+        let one = carrier.traits().one_qkv;
         if fewer || turned || one {
             let mut kept = [heads, head_dim, head_dim].map(|n| group_rows(&p.groups, n));
             if turned {
@@ -136,10 +136,10 @@ fn plan_block<'p>(
     let narrower = p.neurons.iter().copied().ne(0..shape.n_ff);
     let fused = |f: Family| f.traits().fused_gate_up;
     match t.ffn_gate.filter(|gate| gate.tensor == t.ffn_up.tensor) {
-        Some(gate) if narrower || !fused(carrier.family()) => {
+        Some(gate) if narrower || !fused(carrier) => {
             let [gate, up] =
                 [gate, t.ffn_up].map(|s| p.neurons.iter().map(|n| s.start + n).collect::<Vec<_>>());
-            let action = if fused(carrier.family()) {
+            let action = if fused(carrier) {
                 Action::Rows([gate, up].concat())
             } else {
                 let name = |part: &str| format!("blk.{il}.ffn_{part}.weight");

@@ -52,6 +52,12 @@ pub struct Args {
     /// How to prune: our way, or the paper's as its authors' code does it
     #[arg(long, value_enum, default_value_t = MethodArg::Putri)]
     pub method: MethodArg,
+    /// Which heads may go
+    #[arg(long, value_enum, default_value_t = HeadsArg::Auto)]
+    pub heads: HeadsArg,
+    /// Which architecture the result may have
+    #[arg(long, value_enum, default_value_t = ArchArg::Auto)]
+    pub arch: ArchArg,
     /// Write the whole model in another mix of types, as llama-quantize would, such as Q4_K_M
     #[arg(long = "type", value_name = "TYPE")]
     pub to: Option<String>,
@@ -130,6 +136,28 @@ pub enum MethodArg {
     Putri,
     /// The paper's baseline; slow, for comparison.
     Paper,
+}
+
+/// Names of [`putri_gguf::model::Heads`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum HeadsArg {
+    /// As many from each block as suit it where an architecture holds that, else as many from every block.
+    Auto,
+    /// As many from each block as suit it, or refuse the model.
+    PerLayer,
+    /// As many from every block, and feed-forwards of one width, for programs that read one number only.
+    Uniform,
+    /// None: only feed-forwards shrink.
+    None,
+}
+
+/// Names of [`putri_gguf::model::Arch`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum ArchArg {
+    /// The one that holds most of what may go.
+    Auto,
+    /// The source's.
+    Keep,
 }
 
 const EXAMPLES: &str = "\

@@ -1,9 +1,10 @@
 //! From what was typed to a job that can run.
 
-use super::args::{Args, MethodArg};
+use super::args::{ArchArg, Args, HeadsArg, MethodArg};
 use anyhow::{Context, Result, bail, ensure};
 use putri_gguf::calibrate::Recipe;
 use putri_gguf::ggml::{FileType, Type};
+use putri_gguf::model::{Arch, Heads};
 use putri_gguf::pipeline::{Method, Settings, TensorTypes};
 use putri_gguf::{Job, KeepState, Quantise};
 
@@ -82,6 +83,16 @@ pub fn resolve(args: Args) -> Result<Job> {
         settings: Settings {
             sparsity: s,
             method,
+            heads: match args.heads {
+                HeadsArg::Auto => Heads::Auto,
+                HeadsArg::PerLayer => Heads::PerBlock,
+                HeadsArg::Uniform => Heads::Equal,
+                HeadsArg::None => Heads::Keep,
+            },
+            arch: match args.arch {
+                ArchArg::Auto => Arch::Auto,
+                ArchArg::Keep => Arch::Keep,
+            },
             n_threads,
             tune,
             types: tensor_types(&args.tensor_type)?,

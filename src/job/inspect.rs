@@ -2,7 +2,7 @@
 
 use super::{JobError, Size, open_model, size_of};
 use crate::ggml::Type;
-use crate::model::{Family, Model};
+use crate::model::{Carriers, Family, Model};
 use crate::pipeline::{Settings, check_budget};
 use std::path::Path;
 
@@ -54,7 +54,8 @@ pub fn inspect(path: &Path) -> Result<Inspection, JobError> {
     let params = |part: fn((usize, usize)) -> usize| h.blocks.iter().map(|b| part(h.block_params(b))).sum();
     let tied = model.output == model.token_embd;
     let heads = 1 + usize::from(!tied);
-    let (carrier, why) = carrier(&model);
+    let carriers = Settings::default().carriers(&model);
+    let (carrier, why) = carrier(&model, &carriers);
     let can = |percent: &u32| {
         let settings = Settings { sparsity: f64::from(*percent) / 100.0, ..Settings::default() };
         check_budget(&model, &settings).is_ok()
@@ -73,17 +74,17 @@ pub fn inspect(path: &Path) -> Result<Inspection, JobError> {
         types: types(&model),
         carrier,
         why,
-        per_block: model.uneven().is_some(),
+        per_block: carriers.per_block.is_some(),
         reachable: f64::from((1..100).rev().find(can).unwrap_or(0)) / 100.0,
         size,
     })
 }
 
 /// Where the pruned model goes, and why.
-fn carrier(model: &Model) -> (Family, String) {
+fn carrier(model: &Model, carriers: &Carriers) -> (Family, String) {
     let family = model.hparams.family;
     let (name, traits) = (family.name(), family.traits());
-    match (model.uneven(), traits.uneven) {
+    match (carriers.per_block, traits.uneven) {
         (Some(carrier), _) if carrier == family => {
             (carrier, format!("{name} reads head counts and widths per block"))
         }
@@ -101,19 +102,18 @@ fn carrier(model: &Model) -> (Family, String) {
         (None, Some(carrier)) => {
             let lacks = model.no_room_in(carrier.traits()).unwrap_or("such blocks");
             let why = format!("{}, which reads sizes per block, has no room for {lacks}", carrier.name());
-            (family, why + &all_equal(model))
+            (family, why + &all_equal(name, carriers))
         }
         (None, None) => {
             let why = "no stock architecture computes such blocks in different sizes";
-            (family, why.to_string() + &all_equal(model))
+            (family, why.to_string() + &all_equal(name, carriers))
         }
     }
 }
 
 /// What is left to a model that no architecture carries with blocks of different sizes.
-fn all_equal(model: &Model) -> String {
-    let name = model.hparams.family.name();
-    match model.hparams.takes_fewer_heads() {
+fn all_equal(name: &str, carriers: &Carriers) -> String {
+    match carriers.fewer_heads {
         true => ", so all stay equal".into(),
         false => format!(", and {name} takes no fewer heads: only feed-forwards shrink, all alike"),
     }

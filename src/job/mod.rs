@@ -9,12 +9,12 @@ pub use error::JobError;
 pub use inspect::{Inspection, inspect};
 pub use output::remove_temporary;
 
-use crate::assemble::{Provenance, assemble, carrier, importance, write_imatrix};
+use crate::assemble::{Provenance, assemble, importance, write_imatrix};
 use crate::calibrate::{self, CalibrateError, Recipe, Windows};
 use crate::evaluate;
 use crate::ggml::{FileType, GgmlError, LlamaModel, quantize_file};
 use crate::gguf::{GgufError, OutTensor, write_gguf};
-use crate::model::{BlockShape, Carrier, Family, Model, ModelError};
+use crate::model::{BlockShape, Family, Model, ModelError};
 use crate::pipeline::{self, Calibration, Forecast, Journal, Method, Observer, Plan, Settings};
 use output::{check_paths, finish, folder_of, temporary};
 use sha2::{Digest, Sha256};
@@ -94,7 +94,7 @@ pub struct Outcome {
     /// The result.
     pub after: Size,
     /// The architecture of the result.
-    pub carrier: Carrier,
+    pub carrier: Family,
     /// Share of the blocks' parameters that was removed.
     pub sparsity: f64,
     /// What was measured; absent when nothing was pruned.
@@ -163,7 +163,7 @@ pub fn run(job: &Job, observer: &mut dyn Observer) -> Result<Outcome, JobError> 
     };
     let quantised = job.quantise.map(|q| quantise(job, q, &source, &windows, observer)).transpose()?;
     let model = quantised.as_ref().map_or(&source, |(model, _)| model);
-    let budgets = pipeline::budgets(model, &job.settings.types);
+    let budgets = pipeline::budgets(model, &job.settings);
     let journal: &mut dyn Journal = match &mut state {
         Some(state) => state,
         None => &mut (),
@@ -188,7 +188,7 @@ pub fn run(job: &Job, observer: &mut dyn Observer) -> Result<Outcome, JobError> 
             let squares = pipeline::input_squares(model, &pruned.plan, &windows, &job.settings, observer)?;
             let temp = temporary(path)?;
             let mut out = BufWriter::new(temp.as_file());
-            let carrier = carrier(model, &pruned.plan);
+            let carrier = pruned.plan.carrier(model);
             write_imatrix(&mut out, path, model, carrier, &squares, &windows, &provenance.calibration)?;
             drop(out);
             Some((path, temp))
@@ -241,7 +241,7 @@ pub fn run(job: &Job, observer: &mut dyn Observer) -> Result<Outcome, JobError> 
         blocks: shapes,
     };
     let mut warnings = pruned.warnings;
-    let deci_biases = carrier.family() == Family::Deci && source.blocks.iter().any(|b| b.qkv_bias.is_some());
+    let deci_biases = carrier == Family::Deci && source.blocks.iter().any(|b| b.qkv_bias.is_some());
     warnings.extend(advice(sparsity, &quality, carrier, deci_biases));
     Ok(Outcome {
         before,
@@ -469,7 +469,7 @@ fn copy_as_is(job: &Job, model: &Model, start: Instant, interrupted: bool) -> Re
     Ok(Outcome {
         after: Size { bytes, ..before.clone() },
         before,
-        carrier: Carrier::Same(model.hparams.family),
+        carrier: model.hparams.family,
         sparsity: 0.0,
         quality: None,
         forecast: None,
@@ -501,7 +501,7 @@ fn calibration_text(job: &Job, w: &Windows) -> String {
 }
 
 /// What a user needs to hear about a result like this.
-fn advice(sparsity: f64, q: &Quality, carrier: Carrier, deci_biases: bool) -> Vec<String> {
+fn advice(sparsity: f64, q: &Quality, carrier: Family, deci_biases: bool) -> Vec<String> {
     let mut out = Vec::new();
     if sparsity >= 0.4 {
         out.push(format!(
@@ -513,14 +513,14 @@ fn advice(sparsity: f64, q: &Quality, carrier: Carrier, deci_biases: bool) -> Ve
     if q.pruned_ppl > 2.0 * q.dense_ppl {
         out.push("perplexity more than doubled: compare with a smaller quant or a smaller model before you ship this".into());
     }
-    let since = match carrier.family() {
+    let since = match carrier {
         // With biases of Q, K and V: llama.cpp's pull request 21245.
         Family::Deci if deci_biases => Some("llama.cpp since April 2026 and Ollama since 0.30"),
         Family::Deci | Family::OpenElm => Some("llama.cpp since 2025 and Ollama since 0.9.3"),
         _ => None,
     };
-    if let (Carrier::Uneven(family), Some(since)) = (carrier, since) {
-        let name = family.name();
+    if let Some(since) = since {
+        let name = carrier.name();
         out.push(format!(
             "the file is of architecture {name}, in which blocks may differ in size, for {since}"
         ));

@@ -1,71 +1,84 @@
 //! Which architecture stock llama.cpp can run the pruned model in.
 
-use super::{BlockShape, Family};
+use super::{BlockShape, Family, Model};
 
-/// The architecture of the output.
+/// How heads may go.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
+pub enum Heads {
+    /// From each block as many as suit it where an architecture holds that, else as many from every block.
+    #[default]
+    Auto,
+    /// From each block as many as suit it, or the model is refused.
+    PerBlock,
+    /// As many from every block, and as many neurons, for readers that know one number only.
+    Equal,
+    /// None.
+    Keep,
+}
+
+/// Which architecture the result may have.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
+pub enum Arch {
+    /// The one that holds most of what may go.
+    #[default]
+    Auto,
+    /// The source's.
+    Keep,
+}
+
+/// Where a pruned model may go.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Carrier {
-    /// The source's own: every block has the same sizes.
-    Same(Family),
-    /// One that reads head counts and widths per block.
-    Uneven(Family),
+pub struct Carriers {
+    /// With blocks of different sizes, if anywhere.
+    pub per_block: Option<Family>,
+    /// With equal blocks.
+    pub equal: Family,
+    /// Whether the latter holds fewer heads than the source has.
+    pub fewer_heads: bool,
 }
 
-impl Carrier {
-    /// Block structure of the output.
-    pub fn family(self) -> Family {
-        match self {
-            Carrier::Same(family) | Carrier::Uneven(family) => family,
+impl Carriers {
+    /// The architecture for blocks of these shapes (`src/models/llama.cpp` of llama.cpp uses block 0's sizes for all
+    /// blocks, `src/models/deci.cpp` each block's own).
+    ///
+    /// # Panics
+    /// If blocks differ in size and there is none for that.
+    pub fn of(&self, shapes: &[BlockShape]) -> Family {
+        if shapes.iter().all(|s| *s == shapes[0]) {
+            return self.equal;
         }
+        self.per_block.unwrap_or_else(|| panic!("blocks of {} must be equal", self.equal.name()))
     }
 
-    /// Value of `general.architecture`.
-    pub fn name(self) -> &'static str {
-        self.family().name()
+    /// Whether there is room for biases that pruning adds.
+    pub fn have_biases(&self) -> bool {
+        let all = [Some(self.equal), self.per_block];
+        all.into_iter().flatten().all(|f| f.traits().output_biases)
     }
 }
 
-/// The carrier for blocks of these shapes, of a model of `family` that `uneven` can carry if they differ
-/// (`src/models/llama.cpp` of llama.cpp uses block 0's sizes for all blocks, `src/models/deci.cpp` each block's own; some
-/// loaders take no fewer heads at all, or no biases, which is no matter where there is no other).
-///
-/// # Panics
-/// If blocks differ in size and there is no carrier for that.
-pub fn carrier_for(family: Family, uneven: Option<Family>, shapes: &[BlockShape]) -> Carrier {
-    let equal = shapes.iter().all(|s| *s == shapes[0]);
-    if equal && (family.traits().stays || uneven.is_none()) {
-        return Carrier::Same(family);
-    }
-    Carrier::Uneven(uneven.unwrap_or_else(|| panic!("blocks of {} must be equal", family.name())))
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    const WIDE: BlockShape = BlockShape { n_head: 4, n_head_kv: 2, n_ff: 96 };
-    const NARROW: BlockShape = BlockShape { n_ff: 64, ..WIDE };
-
-    #[test]
-    fn equal_blocks_stay_what_they_are_where_they_can() {
-        let carrier = |f: Family, shapes: &[BlockShape]| carrier_for(f, f.traits().uneven, shapes);
-        for &family in Family::ALL.iter().filter(|f| f.traits().stays) {
-            assert_eq!(carrier(family, &[WIDE; 3]), Carrier::Same(family));
+impl Model {
+    /// Where this model may go. Some loaders take no fewer heads at all, or no biases, which is no matter where there is
+    /// no other.
+    pub fn carriers(&self, heads: Heads, arch: Arch) -> Carriers {
+        let (own, traits) = (self.hparams.family, self.hparams.family.traits());
+        let fits = |f: &Family| self.no_room_in(f.traits()).is_none();
+        let keeps = Carriers { per_block: None, equal: own, fewer_heads: self.hparams.takes_fewer_heads() };
+        let uneven = traits.uneven.filter(fits);
+        match (arch, heads) {
+            (Arch::Keep, Heads::Equal) => keeps,
+            (Arch::Keep, _) => Carriers { per_block: uneven.filter(|f| *f == own), ..keeps },
+            (Arch::Auto, Heads::Equal) => match traits.even.filter(fits) {
+                Some(even) => Carriers { per_block: None, equal: even, fewer_heads: true },
+                None => keeps,
+            },
+            (Arch::Auto, _) => match uneven {
+                Some(uneven) => {
+                    let equal = if traits.stays { own } else { uneven };
+                    Carriers { per_block: Some(uneven), equal, fewer_heads: true }
+                }
+                None => keeps,
+            },
         }
-        for (family, uneven) in [
-            (Family::Llama, Family::Deci),
-            (Family::Deci, Family::Deci),
-            (Family::Qwen2, Family::Deci),
-            (Family::Qwen3, Family::OpenElm),
-        ] {
-            assert_eq!(carrier(family, &[WIDE, NARROW]), Carrier::Uneven(uneven));
-        }
-        assert_eq!(carrier(Family::Qwen2, &[WIDE; 3]), Carrier::Uneven(Family::Deci));
-    }
-
-    #[test]
-    #[should_panic(expected = "blocks of gemma3 must be equal")]
-    fn gemma3_has_no_carrier_for_uneven_blocks() {
-        carrier_for(Family::Gemma3, None, &[WIDE, NARROW]);
     }
 }

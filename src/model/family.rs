@@ -91,6 +91,7 @@ const LLAMA: Traits = Traits {
     name: "llama",
     uneven: Some(Family::Deci),
     stays: true,
+    even: None,
     one_qkv: false,
     fused_gate_up: false,
     head: OutputHead::Either,
@@ -127,12 +128,13 @@ const DECI: Traits = Traits { name: "deci", ..LLAMA };
 
 const MISTRAL3: Traits = Traits { name: "mistral3", yarn_keys: true, ..LLAMA };
 
-const QWEN2: Traits = Traits { name: "qwen2", stays: false, positions: Positions::RopeNeox, ..BARE };
+const QWEN2: Traits = Traits { name: "qwen2", positions: Positions::RopeNeox, ..INTERNLM2 };
 
 const QWEN3: Traits = Traits {
     name: "qwen3",
     uneven: Some(Family::OpenElm),
     stays: true,
+    even: None,
     qk_norm: Some(QkNorm::Heads),
     ..QWEN2
 };
@@ -180,11 +182,10 @@ const GEMMA3: Traits = Traits {
 
 const PHI3: Traits = Traits {
     name: "phi3",
-    stays: false,
     fused_gate_up: true,
     positions: Positions::PartialRopeNeox,
     rope_factors: RopeFactors::Long,
-    ..BARE
+    ..INTERNLM2
 };
 
 // deci could carry it only with its scales folded into quantised matrices.
@@ -235,7 +236,7 @@ const EXAONE4: Traits = Traits {
     ..OLMO2
 };
 
-const INTERNLM2: Traits = Traits { name: "internlm2", stays: false, ..BARE };
+const INTERNLM2: Traits = Traits { name: "internlm2", stays: false, even: Some(Family::Llama), ..BARE };
 
 const ERNIE45: Traits = Traits { name: "ernie4_5", output_biases: true, ..INTERNLM2 };
 

@@ -10,7 +10,7 @@ mod tensors;
 mod traits;
 mod weights;
 
-pub use carrier::{Carrier, carrier_for};
+pub use carrier::{Arch, Carriers, Heads};
 pub use family::Family;
 pub use hparams::{BlockShape, Hparams, Temperature};
 pub use open::Model;

@@ -2,7 +2,7 @@
 
 use super::tensors::Finder;
 use super::traits::{Norm, OutputHead, Parallel, Positions, RopeFactors, Traits};
-use super::{BlockTensors, BlockWeights, Family, Hparams, Matrix, ModelError, Segment, rope};
+use super::{BlockTensors, BlockWeights, Hparams, Matrix, ModelError, Segment, rope};
 use crate::gguf::{GgufError, GgufFile, TensorInfo};
 
 /// An open model: the file, its hyper-parameters and its tensors by role.
@@ -93,11 +93,6 @@ impl Model {
             rope_factors,
             file,
         })
-    }
-
-    /// The stock architecture that can carry this model with blocks of different sizes, if there is one.
-    pub fn uneven(&self) -> Option<Family> {
-        self.hparams.family.traits().uneven.filter(|f| self.no_room_in(f.traits()).is_none())
     }
 
     /// What there is in this model that `carrier`, which computes such blocks, has no room for.

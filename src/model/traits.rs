@@ -10,11 +10,13 @@ pub struct Traits {
     pub name: &'static str,
     /// The stock architecture that computes the same blocks and reads head counts and widths per block,
     /// if there is one; else all blocks keep equal sizes. Where it has no room for all of a model, that model
-    /// goes without ([`Model::uneven`](super::Model::uneven)).
+    /// goes without ([`Model::carriers`](super::Model::carriers)).
     pub uneven: Option<Family>,
     /// Its own loader takes fewer heads than n_embd / head_dim, and the biases that pruning adds, if any. A pruned model
-    /// with equal blocks then stays what it is. Others are written in `uneven`, or keep their heads.
+    /// with equal blocks then stays what it is. Others are written in `uneven` or `even`, or keep their heads.
     pub stays: bool,
+    /// The stock architecture that computes the same blocks in equal sizes with fewer heads, where its own does not.
+    pub even: Option<Family>,
     /// Q, K and V of a block are rows of one tensor, none has a bias, and no block goes without.
     pub one_qkv: bool,
     /// Gate and up of a block are rows of one tensor, `ffn_up`, in this order.

@@ -1,17 +1,20 @@
 //! How much goes: groups and neurons for a sparsity, in steps and places that the architecture can hold.
 
 use super::heads::removable_groups;
-use super::{Method, PruneError, Settings, TensorTypes};
+use super::{Method, PruneError, Settings};
 use crate::ggml::Type;
-use crate::model::Model;
+use crate::model::{Heads, Model};
 use crate::prune::{self, Budget, BudgetError};
 
-/// Checks that the sparsity can be reached in the types that `model` has.
+/// Checks that the sparsity can be reached in the types that `model` has, and heads can go as they shall.
 ///
 /// # Errors
-/// [`PruneError::Budget`] with what can be had.
+/// [`PruneError::Budget`] with what can be had, or [`PruneError::HeadsPerBlock`].
 pub fn check_budget(model: &Model, s: &Settings) -> Result<(), PruneError> {
-    let budgets = budgets(model, &s.types);
+    if s.heads == Heads::PerBlock && s.carriers(model).per_block.is_none() {
+        return Err(PruneError::HeadsPerBlock(model.hparams.family.name()));
+    }
+    let budgets = budgets(model, s);
     let s = &within_family(model, s);
     let attention = groups_to_remove(model, &budgets, s) * smallest_group(&budgets);
     prune::ffn_params_to_remove(&budgets, s.sparsity, attention)?;
@@ -25,11 +28,10 @@ pub(super) fn smallest_group(budgets: &[Budget]) -> usize {
 
 /// The settings as far as the architecture of `model` can hold what comes of them.
 pub(super) fn within_family(model: &Model, s: &Settings) -> Settings {
-    let carriers = [Some(model.hparams.family), model.uneven()];
-    let has_biases = carriers.into_iter().flatten().any(|f| f.traits().output_biases);
+    let carriers = s.carriers(model);
     Settings {
-        per_block_widths: s.per_block_widths && model.uneven().is_some(),
-        biases: s.biases && has_biases,
+        per_block_widths: s.per_block_widths && carriers.per_block.is_some(),
+        biases: s.biases && carriers.have_biases(),
         ..s.clone()
     }
 }
@@ -37,16 +39,17 @@ pub(super) fn within_family(model: &Model, s: &Settings) -> Settings {
 /// Groups to remove, capped by the budget and by what may go: the first block keeps one, and where all
 /// blocks must stay equal every block keeps as many, or all.
 pub(super) fn groups_to_remove(model: &Model, budgets: &[Budget], s: &Settings) -> usize {
+    if s.heads == Heads::Keep {
+        return 0;
+    }
+    let carriers = s.carriers(model);
     let total: usize = budgets.iter().map(Budget::params).sum();
     let largest = budgets.iter().map(|b| b.group_params).max().unwrap_or(0).max(1);
     let affordable = (total as f64 * s.sparsity) as usize / largest;
     let wanted = s.groups.unwrap_or_else(|| prune::head_groups_paper(budgets, s.sparsity)).min(affordable);
     let whole_blocks = s.method == Method::TwoStage;
-    let Some(carrier) = model.uneven() else {
-        if whole_blocks {
-            return 0;
-        }
-        if !model.hparams.takes_fewer_heads() {
+    let Some(carrier) = carriers.per_block else {
+        if whole_blocks || !carriers.fewer_heads {
             return 0;
         }
         let per_block = (wanted as f64 / budgets.len() as f64).round() as usize;
@@ -80,15 +83,15 @@ pub(super) fn equal_widths(
     let n_remove = neurons_to_remove(budgets, s, attention_removed)?;
     let widths: Vec<_> = budgets.iter().map(|b| prune::possible_widths(b.n_ff, b.ff_step)).collect();
     let mut widths = prune::uniform(&widths, n_remove);
-    if model.uneven().is_none() {
+    if s.carriers(model).per_block.is_none() {
         let narrowest = widths.iter().copied().min().unwrap_or(0);
         widths.fill(narrowest);
     }
     Ok(widths)
 }
 
-/// What every block can give up if changed tensors are written in `types`.
-pub fn budgets(model: &Model, types: &TensorTypes) -> Vec<Budget> {
+/// What every block can give up.
+pub fn budgets(model: &Model, s: &Settings) -> Vec<Budget> {
     let h = &model.hparams;
     let mut budgets: Vec<Budget> = h
         .blocks
@@ -99,10 +102,10 @@ pub fn budgets(model: &Model, types: &TensorTypes) -> Vec<Budget> {
             group_params: h.group_params(b),
             n_ff: b.n_ff,
             neuron_params: h.neuron_params(),
-            ff_step: ff_step(types.ffn_down.unwrap_or(model.tensor(&t.ffn_down).ty)),
+            ff_step: ff_step(s.types.ffn_down.unwrap_or(model.tensor(&t.ffn_down).ty)),
         })
         .collect();
-    if model.uneven().is_none() {
+    if s.carriers(model).per_block.is_none() {
         // All take the widest step, so that all can take the same widths.
         let widest = budgets.iter().map(|b| b.ff_step).max().unwrap_or(1);
         budgets.iter_mut().for_each(|b| b.ff_step = widest);

@@ -81,7 +81,7 @@ impl Forecast {
 /// [`BudgetError`] if the sparsity is out of reach.
 pub fn forecast(model: &Model, c: &Calibration, settings: &Settings) -> Result<Forecast, BudgetError> {
     let s = &within_family(model, settings);
-    let budgets = budgets(model, &s.types);
+    let budgets = budgets(model, s);
     let n_groups = groups_to_remove(model, &budgets, s);
     let group_params = smallest_group(&budgets);
     let widths = equal_widths(model, &budgets, s, n_groups * group_params)?;

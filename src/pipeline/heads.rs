@@ -4,7 +4,7 @@ use super::judge::{Judge, Loss};
 use super::stream::embedded;
 use super::{Method, Plan, PruneError, Run, forward};
 use crate::forward::{Block, Forward, Wanted};
-use crate::model::{Family, Model};
+use crate::model::Family;
 use crate::prune::{Budget, GroupId, LazyGreedy, rounds};
 use crate::spill::Array;
 
@@ -29,7 +29,7 @@ impl Run<'_> {
         if n_remove == 0 {
             return Ok(());
         }
-        let limits = group_limits(self.model, budgets, n_remove);
+        let limits = group_limits(self.plan.carriers.per_block, budgets, n_remove);
         let may_remove = |removed: &[GroupId], c: GroupId| {
             removed.iter().filter(|r| r.block == c.block).count() < limits[c.block]
         };
@@ -108,8 +108,8 @@ impl Run<'_> {
 }
 
 /// How many of the groups may go from each block so that stock llama.cpp can run what is left, if `n_remove` go in all.
-fn group_limits(model: &Model, budgets: &[Budget], n_remove: usize) -> Vec<usize> {
-    match model.uneven() {
+fn group_limits(per_block: Option<Family>, budgets: &[Budget], n_remove: usize) -> Vec<usize> {
+    match per_block {
         None => vec![n_remove / budgets.len(); budgets.len()],
         Some(carrier) => removable_groups(carrier, budgets),
     }

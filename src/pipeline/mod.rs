@@ -66,6 +66,9 @@ pub enum PruneError {
     /// The sparsity is out of reach.
     #[error(transparent)]
     Budget(#[from] BudgetError),
+    /// Heads shall go block by block where none holds that.
+    #[error("--heads per-layer: no architecture holds blocks of {0} with heads of their own in this model")]
+    HeadsPerBlock(&'static str),
     /// A layer's activations are degenerate.
     #[error("block {block}, {part}: {source}")]
     Singular {
@@ -113,7 +116,7 @@ pub fn run(
     journal: &mut dyn Journal,
     observer: &mut dyn Observer,
 ) -> Result<Outcome, PruneError> {
-    let budgets = budgets(model, &s.types);
+    let budgets = budgets(model, s);
     let s = &within_family(model, s);
     let s = &match s.method {
         Method::Putri => s.clone(),
@@ -131,7 +134,7 @@ pub fn run(
         settings: s,
         journal,
         observer,
-        plan: Plan::whole(model),
+        plan: Plan { carriers: s.carriers(model), ..Plan::whole(model) },
         sensitivity: None,
         warnings: Vec::new(),
     };

@@ -1,7 +1,7 @@
 //! What stays of a model.
 
 use crate::gguf::GgufError;
-use crate::model::{BlockShape, BlockVector, BlockWeights, Model};
+use crate::model::{Arch, BlockShape, BlockVector, BlockWeights, Carriers, Family, Heads, Model};
 use crate::prune::{Budget, GroupId};
 use crate::requant::Quantised;
 
@@ -35,12 +35,14 @@ impl BlockPlan {
 /// What stays of a model.
 #[derive(Clone, Debug)]
 pub struct Plan {
+    /// Where it may go.
+    pub carriers: Carriers,
     /// Per block.
     pub blocks: Vec<BlockPlan>,
 }
 
 impl Plan {
-    /// Everything stays.
+    /// Everything stays, and may go anywhere.
     pub fn whole(model: &Model) -> Plan {
         let whole = |b: &BlockShape| BlockPlan {
             groups: (0..b.n_head_kv).collect(),
@@ -49,7 +51,13 @@ impl Plan {
             ffn_down: None,
             vectors: Default::default(),
         };
-        Plan { blocks: model.hparams.blocks.iter().map(whole).collect() }
+        let carriers = model.carriers(Heads::default(), Arch::default());
+        Plan { carriers, blocks: model.hparams.blocks.iter().map(whole).collect() }
+    }
+
+    /// The architecture that it is written in.
+    pub fn carrier(&self, model: &Model) -> Family {
+        self.carriers.of(&self.shapes(model))
     }
 
     /// Shapes of the pruned blocks.

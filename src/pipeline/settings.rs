@@ -3,6 +3,7 @@
 use super::Loss;
 use crate::forward::CHUNK_TOKENS;
 use crate::ggml::Type;
+use crate::model::{Arch, Carriers, Heads, Model};
 use crate::spill::Shelf;
 
 /// How to prune.
@@ -28,6 +29,10 @@ pub struct Settings {
     pub sparsity: f64,
     /// How to prune.
     pub method: Method,
+    /// How heads may go.
+    pub heads: Heads,
+    /// Which architecture the result may have.
+    pub arch: Arch,
     /// Threads.
     pub n_threads: usize,
     /// Weight of the dense model's stream in the refit's target.
@@ -82,6 +87,13 @@ pub struct Settings {
     pub shelf: Shelf,
 }
 
+impl Settings {
+    /// Where `model` may go.
+    pub fn carriers(&self, model: &Model) -> Carriers {
+        model.carriers(self.heads, self.arch)
+    }
+}
+
 /// Types in which matrices with new values are written; those of the source where none is given.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct TensorTypes {
@@ -96,6 +108,8 @@ impl Default for Settings {
         Settings {
             sparsity: 0.25,
             method: Method::Putri,
+            heads: Heads::Auto,
+            arch: Arch::Auto,
             n_threads: 1,
             mixture: 0.35,
             token_weight: 1.0,
