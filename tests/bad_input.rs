@@ -4,7 +4,7 @@ mod common;
 
 use common::cli::Cli;
 use common::small::Small;
-use putri_gguf::gguf::Value;
+use putri_gguf::gguf::{Value, write_gguf};
 
 const IN: &str = "in.gguf";
 
@@ -54,6 +54,26 @@ fn unsupported_architecture() {
     let cli = Cli::new();
     Small { arch: "mamba", ..Small::default() }.write(&cli.path(IN));
     prune(&cli, &[], 1, &["mamba", "llama", "deci"]);
+}
+
+#[test]
+fn what_goes_with_a_model_and_is_none() {
+    for (kind, arch, part) in [
+        ("adapter", "llama", "LoRA adapter"),
+        ("mmproj", "clip", "prune its language model"),
+        ("imatrix", "none", "importance matrix"),
+    ] {
+        let cli = Cli::new();
+        let metadata = [("general.type", kind), ("general.architecture", arch)]
+            .map(|(k, v)| (k.to_string(), Value::Str(v.into())));
+        let path = cli.path(IN);
+        write_gguf(&mut std::fs::File::create(&path).unwrap(), &path, &metadata, &[]).unwrap();
+        prune(&cli, &[], 1, &[IN, part]);
+    }
+    let heads = vec![("nextn_predict_layers", Value::U32(1))];
+    let cli = Cli::new();
+    Small { arch: "glm4", extra: heads, ..Small::default() }.write(&cli.path(IN));
+    prune(&cli, &[], 1, &[IN, "multi-token prediction"]);
 }
 
 #[test]

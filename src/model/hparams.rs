@@ -83,6 +83,9 @@ impl Hparams {
         let missing = |key: &str| ModelError::Gguf(GgufError::MissingKey(key.into()));
         let bad =
             |key: &str, problem: String| ModelError::Gguf(GgufError::BadKey { key: key.into(), problem });
+        if let Some(problem) = no_model(file)? {
+            return Err(ModelError::Unusable(problem.into()));
+        }
         let arch = file.get_str("general.architecture")?.ok_or_else(|| missing("general.architecture"))?;
         let family = Family::from_name(arch).ok_or_else(|| ModelError::Unsupported(arch.into()))?;
         let traits = family.traits();
@@ -273,6 +276,20 @@ impl Hparams {
     pub fn block_params(&self, b: &BlockShape) -> (usize, usize) {
         (b.n_head_kv * self.group_params(b), b.n_ff * self.neuron_params())
     }
+}
+
+/// What a file is that goes with a model and is none.
+fn no_model(file: &GgufFile) -> Result<Option<&'static str>, GgufError> {
+    Ok(match (file.get_str("general.type")?, file.get_str("general.architecture")?) {
+        (Some("adapter"), _) => {
+            Some("is a LoRA adapter: merge it into its model first; it does not fit a pruned one")
+        }
+        (Some("mmproj"), _) | (_, Some("clip")) => {
+            Some("is a projector of images or sound: prune its language model, which it fits as before")
+        }
+        (Some("imatrix"), _) => Some("is an importance matrix, not a model"),
+        _ => None,
+    })
 }
 
 /// Factors of a family that has them.
