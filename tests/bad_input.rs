@@ -77,10 +77,23 @@ fn what_goes_with_a_model_and_is_none() {
 }
 
 #[test]
-fn mixture_of_experts() {
+fn experts_that_cannot_be() {
     let cli = Cli::new();
-    Small { extra: vec![("expert_count", Value::U32(8))], ..Small::default() }.write(&cli.path(IN));
-    prune(&cli, &[], 1, &["8 experts"]);
+    let with = |extra: Vec<(&'static str, Value)>, small: Small| {
+        Small { extra, ..small }.write(&cli.path(IN));
+    };
+    let of = |n: u32| ("expert_count", Value::U32(n));
+    with(vec![of(8)], Small { arch: "gemma3", ..Small::default() });
+    prune(&cli, &[], 1, &["8 experts", "gemma3"]);
+    with(vec![of(8)], Small::default());
+    prune(&cli, &[], 1, &["expert_used_count", "0 of 8"]);
+    let mixture = Small { experts: Some([8, 2, 0]), ..Small::default() };
+    with(vec![("expert_used_count", Value::U32(9))], mixture.clone());
+    prune(&cli, &[], 1, &["expert_used_count", "9 of 8"]);
+    with(vec![("expert_group_count", Value::U32(2))], mixture.clone());
+    prune(&cli, &[], 1, &["expert_group_count"]);
+    with(vec![of(4)], mixture);
+    prune(&cli, &[], 1, &["exps.weight", "[64, 96, 8]", "[64, 96, 4]"]);
 }
 
 #[test]

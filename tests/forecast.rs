@@ -18,7 +18,7 @@ impl Observer for Silent {
     fn step(&mut self, _: usize, _: &str) {}
 }
 
-fn models() -> [(&'static str, Small, usize); 5] {
+fn models() -> [(&'static str, Small, usize); 6] {
     [
         ("short windows", Small { blocks: vec![(8, 4, 512); 4], n_embd: 256, ..Small::default() }, 256),
         (
@@ -29,6 +29,19 @@ fn models() -> [(&'static str, Small, usize); 5] {
         (
             "gemma3",
             Small { arch: "gemma3", blocks: vec![(4, 1, 512); 7], n_embd: 128, ..Small::default() },
+            256,
+        ),
+        (
+            "experts",
+            Small {
+                arch: "qwen2moe",
+                tied: false,
+                experts: Some([8, 2, 64]),
+                blocks: vec![(4, 2, 128); 4],
+                n_embd: 128,
+                head_dim: 32,
+                ..Small::default()
+            },
             256,
         ),
         (
@@ -97,7 +110,7 @@ fn a_dry_run_says_how_large_the_file_will_be_and_writes_nothing() {
         let before = cli.listing();
         let text = cli.ok(&[&["in.gguf", "out.gguf", "--dry-run"][..], &common].concat());
         assert_eq!(cli.listing(), before);
-        assert!(text.contains("tune") && text.contains("GiB"), "{text}");
+        assert!(text.contains("blocks") && text.contains("GiB"), "{text}");
         let model = Model::open(&cli.path("in.gguf")).unwrap();
         let settings = Settings { sparsity: 0.4, ..Settings::default() };
         let c = Calibration { n_ctx: 64, n_fit: 8, n_held_out: 1 };

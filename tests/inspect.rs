@@ -21,6 +21,8 @@ fn it_counts_what_is_there_and_names_the_carrier() {
         (Small { arch: "qwen3", tied: false, ..Small::default() }, "qwen3", false),
         (Small { arch: "deci", blocks: vec![(4, 2, 96), (0, 0, 64)], ..Small::default() }, "deci", true),
         (Small::gemma3(), "gemma3", false),
+        (Small { arch: "starcoder2", ..Small::default() }, "starcoder2", false),
+        (Small { arch: "qwen3moe", experts: Some([8, 2, 0]), ..Small::default() }, "qwen3moe", false),
     ];
     for (small, carrier, per_block) in variants {
         small.write(&cli.path("in.gguf"));
@@ -51,7 +53,8 @@ fn it_counts_what_is_there_and_names_the_carrier() {
 #[test]
 fn the_sparsity_that_it_calls_reachable_is_and_more_is_not() {
     let cli = Cli::new();
-    for small in [Small::default(), Small::gemma3()] {
+    let mixture = Small { experts: Some([8, 2, 0]), ..Small::default() };
+    for small in [Small::default(), Small::gemma3(), mixture] {
         small.write(&cli.path("in.gguf"));
         let reachable = inspect(&cli)["reachable_sparsity"].as_f64().unwrap();
         assert!(reachable > 0.3 && reachable < 1.0, "{reachable}");
@@ -66,7 +69,7 @@ fn the_sparsity_that_it_calls_reachable_is_and_more_is_not() {
 fn what_cannot_be_pruned_is_said_in_a_line() {
     let cli = Cli::new();
     cli.fails(&["inspect", "nowhere.gguf"], 1, &["nowhere.gguf"]);
-    let experts = Small { extra: vec![("expert_count", Value::U32(8))], ..Small::default() };
-    experts.write(&cli.path("in.gguf"));
+    let extra = vec![("expert_count", Value::U32(8))];
+    Small { arch: "qwen2", extra, ..Small::default() }.write(&cli.path("in.gguf"));
     cli.fails(&["inspect", "in.gguf"], 1, &["in.gguf", "8 experts"]);
 }

@@ -110,6 +110,65 @@ fn families_are_pruned_and_run(which: impl Fn(&usize) -> bool) {
 }
 
 #[test]
+fn mixtures_lose_whole_experts() {
+    silence_logs();
+    let cli = Cli::new();
+    for (name, small) in Small::mixtures() {
+        let small = Small { ty: Type::Q8_0, ..small };
+        small.write(&cli.path("in.gguf"));
+        let source = GgufFile::open(&cli.path("in.gguf")).unwrap();
+        let [n_expert, n_used, _] = small.experts.unwrap();
+        for sparsity in [0.25, 0.5] {
+            let text = sparsity.to_string();
+            let args = ["in.gguf", "out.gguf", "--force", "--quiet", "--sparsity", &text];
+            // The command itself compares llama.cpp's perplexity of the file with that of our own forward.
+            let said = cli.ok(&[&args[..], &QUICK].concat());
+            assert!(said.contains("experts"), "{said}");
+            opens_everywhere(&cli.path("out.gguf"), small.arch);
+            let out = GgufFile::open(&cli.path("out.gguf")).unwrap();
+            let h = Model::open(&cli.path("out.gguf")).unwrap().hparams;
+            let kept = h.blocks[0].n_expert;
+            let Some(Value::F32(reached)) = out.get("putri.sparsity_reached") else {
+                panic!("no provenance")
+            };
+            assert!(
+                *reached >= sparsity - 1e-6 && kept >= n_used && kept < n_expert,
+                "{name}: {reached} {kept}"
+            );
+            assert!(h.blocks.iter().all(|b| b.n_expert == kept && b.n_ff == 96), "{name}");
+            assert_eq!(
+                out.get(&format!("{}.expert_used_count", small.arch)),
+                Some(&Value::U32(n_used as u32))
+            );
+            // Every expert that stays is one of the source, byte for byte, and so is its row of the router.
+            for il in 0..4 {
+                let parts = |f: &GgufFile, role: &str, n: usize| -> Vec<Vec<u8>> {
+                    let t = f.find(&format!("blk.{il}.ffn_{role}.weight")).unwrap();
+                    let bytes = f.data(t);
+                    bytes.chunks_exact(bytes.len() / n).map(<[u8]>::to_vec).collect()
+                };
+                let positions = |role: &str| -> Vec<usize> {
+                    let old = parts(&source, role, n_expert);
+                    let new = parts(&out, role, kept);
+                    new.iter().map(|e| old.iter().position(|o| o == e).unwrap()).collect()
+                };
+                let router = positions("gate_inp");
+                for role in ["gate_exps", "up_exps", "down_exps"] {
+                    assert_eq!(positions(role), router, "{name}, block {il}, {role}");
+                }
+            }
+        }
+    }
+    let asked = |more: &[&str], parts: &[&str]| {
+        cli.fails(&[&["in.gguf", "x.gguf", "--sparsity", "0.3"][..], more, &QUICK].concat(), 1, parts);
+    };
+    asked(&["--method", "paper"], &["--method paper", "experts"]);
+    asked(&["--imatrix-out", "i.gguf"], &["--imatrix-out", "mixtures of experts"]);
+    asked(&["--type", "q4_0"], &["--type", "mixtures of experts"]);
+    cli.fails(&["in.gguf", "x.gguf", "--sparsity", "0.9"], 1, &["0.9", "at most"]);
+}
+
+#[test]
 fn heads_and_architecture_are_what_was_asked_for() {
     silence_logs();
     let cli = Cli::new();

@@ -55,8 +55,17 @@ fn job(folder: &Path, method: Method) -> Job {
 fn interrupted_anywhere_a_run_ends_in_the_same_bytes() {
     silence_logs();
     let cli = Cli::new();
-    Small { blocks: vec![(4, 2, 256); 4], ..Small::default() }.write(&cli.path("in.gguf"));
-    for method in [Method::Putri, Method::Paper] {
+    let llama = Small { blocks: vec![(4, 2, 256); 4], ..Small::default() };
+    let parallel = Small { arch: "falcon", fused_qkv: true, ..llama.clone() };
+    let mixture = Small { experts: Some([8, 2, 0]), blocks: vec![(4, 2, 64); 4], ..llama.clone() };
+    let variants = [
+        (&llama, Method::Putri),
+        (&llama, Method::Paper),
+        (&parallel, Method::Putri),
+        (&mixture, Method::Putri),
+    ];
+    for (small, method) in variants {
+        small.write(&cli.path("in.gguf"));
         let mut job = job(cli.dir.path(), method);
         run(&job, &mut StopsAfter(Cell::new(usize::MAX))).unwrap();
         let undisturbed = std::fs::read(&job.output).unwrap();

@@ -71,8 +71,8 @@ fn entries<'m>(model: &'m Model, squares: &'m [InputSquares]) -> BTreeMap<&'m st
         let rest: [(Option<&Segment>, &Vec<f64>); 4] = [
             (t.attn_output.as_ref(), &s.attn_output),
             (t.ffn_gate.as_ref(), &s.ffn),
-            (Some(&t.ffn_up), &s.ffn),
-            (Some(&t.ffn_down), &s.ffn_down),
+            (t.ffn_up.as_ref(), &s.ffn),
+            (t.ffn_down.as_ref(), &s.ffn_down),
         ];
         let rest = rest.into_iter().filter_map(|(segment, sums)| Some((segment?, sums)));
         let with_inputs = qkv.chain(rest).filter(|(_, sums)| !sums.is_empty());

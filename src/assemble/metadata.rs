@@ -83,8 +83,12 @@ impl ShapeKeys {
             if v.iter().all(|n| *n == v[0]) { Value::U32(v[0]) } else { Value::u32_array(&v) }
         };
         let head_dim = Value::U32(model.hparams.head_dim as u32);
+        let pieces = match model.hparams.experts {
+            Some(_) => ("expert_count", per_block(|s| s.n_expert)),
+            None => ("feed_forward_length", per_block(|s| s.n_ff)),
+        };
         let mut left = vec![
-            ("feed_forward_length", per_block(|s| s.n_ff)),
+            pieces,
             ("attention.head_count", per_block(|s| s.n_head)),
             ("attention.head_count_kv", per_block(|s| s.n_head_kv)),
             ("attention.key_length", head_dim.clone()),

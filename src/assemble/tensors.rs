@@ -106,9 +106,9 @@ fn plan_block<'p>(
     } else {
         let [old, new] = [model.hparams.family, carrier].map(|f| f.traits().positions.neox());
         let turned = old && !new;
-        let fewer = p.groups.len() < shape.n_head_kv;
+        let fewer_heads = p.groups.len() < shape.n_head_kv;
         let one = carrier.traits().one_qkv;
-        if fewer || turned || one {
+        if fewer_heads || turned || one {
             let mut kept = [heads, head_dim, head_dim].map(|n| group_rows(&p.groups, n));
             if turned {
                 kept[..2].iter_mut().for_each(|rows| pairs_together(rows, head_dim));
@@ -126,36 +126,42 @@ fn plan_block<'p>(
                 }
             }
         }
-        if fewer {
+        if fewer_heads {
             set(t.attn_output.as_ref(), Action::Columns(heads, &p.groups));
         }
         if let Some(q) = &p.attn_output {
             set(t.attn_output.as_ref(), Action::Replace(q));
         }
     }
-    let narrower = p.neurons.iter().copied().ne(0..shape.n_ff);
+    let fewer = p.pieces.iter().copied().ne(0..shape.n_pieces());
     let fused = |f: Family| f.traits().fused_gate_up;
-    match t.ffn_gate.filter(|gate| gate.tensor == t.ffn_up.tensor) {
-        Some(gate) if narrower || !fused(carrier) => {
-            let [gate, up] =
-                [gate, t.ffn_up].map(|s| p.neurons.iter().map(|n| s.start + n).collect::<Vec<_>>());
-            let action = if fused(carrier) {
-                Action::Rows([gate, up].concat())
-            } else {
-                let name = |part: &str| format!("blk.{il}.ffn_{part}.weight");
-                Action::Split([(name("gate"), gate), (name("up"), up)])
-            };
-            set(Some(&t.ffn_up), action);
+    match (&t.experts, t.ffn_gate, t.ffn_up) {
+        (Some(experts), ..) if fewer => {
+            set(Some(&experts.router), Action::Rows(p.pieces.clone()));
+            for each in [&experts.gate, &experts.up, &experts.down] {
+                let rows = p.pieces.iter().flat_map(|&e| each[e].start..each[e].start + each[e].n);
+                set(each.first(), Action::Rows(rows.collect()));
+            }
         }
-        None if narrower => {
-            for s in [t.ffn_gate, Some(t.ffn_up), t.ffn_gate_bias, t.ffn_up_bias] {
-                set(s.as_ref(), Action::Rows(p.neurons.clone()));
+        (None, Some(gate), Some(up)) if gate.tensor == up.tensor => {
+            let [gate, up_rows] =
+                [gate, up].map(|s| p.pieces.iter().map(|n| s.start + n).collect::<Vec<_>>());
+            if !fused(carrier) {
+                let name = |part: &str| format!("blk.{il}.ffn_{part}.weight");
+                set(Some(&up), Action::Split([(name("gate"), gate), (name("up"), up_rows)]));
+            } else if fewer {
+                set(Some(&up), Action::Rows([gate, up_rows].concat()));
+            }
+        }
+        (None, gate, up) if fewer => {
+            for s in [gate, up, t.ffn_gate_bias, t.ffn_up_bias] {
+                set(s.as_ref(), Action::Rows(p.pieces.clone()));
             }
         }
         _ => {}
     }
     if let Some(q) = &p.ffn_down {
-        set(Some(&t.ffn_down), Action::Replace(q));
+        set(t.ffn_down.as_ref(), Action::Replace(q));
     }
     for (v, new) in BlockVector::ALL.into_iter().zip(&p.vectors) {
         // Stock llama.cpp adds no bias in a block without attention.
@@ -164,7 +170,10 @@ fn plan_block<'p>(
         };
         match (t.vector(v), v) {
             (Some(old), _) => actions[old.tensor] = Action::Values(new),
-            (None, BlockVector::FfnDownBias) => biases[t.ffn_down.tensor] = Some(new),
+            (None, BlockVector::FfnDownBias) => {
+                let weight = t.ffn_down.expect("a block without experts has ffn_down");
+                biases[weight.tensor] = Some(new);
+            }
             (None, BlockVector::AttnOutputBias) => {
                 let weight = t.attn_output.expect("a block with attention has attn_output");
                 biases[weight.tensor] = Some(new);
@@ -240,7 +249,9 @@ fn output<'m>(
             // The rows of a vector are its elements.
             let (row, ne) = match t.ne.as_slice() {
                 [_] => (1, vec![rows.len()]),
-                [n, ..] => (*n, vec![*n, rows.len()]),
+                [n, _] => (*n, vec![*n, rows.len()]),
+                // Whole matrices of several.
+                [n, each, ..] => (*n, vec![*n, *each, rows.len() / each]),
                 [] => unreachable!("a tensor has a dimension"),
             };
             (t.ty, ne, Box::new(move || Ok(Cow::Owned(select_rows(model.file.data(t), t.ty, row, &rows)))))

@@ -1,9 +1,12 @@
 //! One block: its weights on the backend, and its graph, as llama.cpp's `src/models/<name>.cpp` build it, in the pieces
 //! that pruning needs.
 
+use super::experts::ExpertRoles;
 use super::{Forward, ForwardError, Net};
 use crate::ggml::{Graph, Resident, RopeParams, T, TensorSpec};
-use crate::model::{Activation, BlockShape, BlockWeights, Matrix, Norm, QkNorm, SlidingWindow};
+use crate::model::{
+    Activation, BlockShape, BlockWeights, ExpertWeights, Matrix, Norm, QkNorm, SlidingWindow,
+};
 use std::borrow::Cow;
 use std::ops::Range;
 
@@ -34,6 +37,11 @@ impl Block {
     /// Whether the block has attention heads.
     pub fn has_attention(&self) -> bool {
         self.roles.attn_output.is_some()
+    }
+
+    /// Whether it has experts.
+    pub fn has_experts(&self) -> bool {
+        self.roles.experts.is_some()
     }
 
     /// Whether the feed-forward sees the stream as it is before attention.
@@ -72,6 +80,7 @@ pub(super) struct Roles {
     pub(super) ffn_down: Option<usize>,
     pub(super) ffn_down_bias: Option<usize>,
     pub(super) ffn_post_norm: Option<PostNorm>,
+    pub(super) experts: Option<ExpertRoles>,
 }
 
 /// The norm between the stream and a half of a block.
@@ -132,6 +141,17 @@ impl<'w> Uploads<'w> {
         Some(PreNorm { weight: self.optional(weight)?, bias: self.optional(bias) })
     }
 
+    fn experts(&mut self, e: &'w ExpertWeights) -> ExpertRoles {
+        let mut role = |m: &'w Matrix| self.matrix(m).expect("an expert has no empty matrix");
+        let mut all = |gate, up, down| [role(gate), role(up), role(down)];
+        let each =
+            e.gate.iter().zip(&e.up).zip(&e.down).map(|((gate, up), down)| all(gate, up, down)).collect();
+        let shared = e.shared.as_ref().map(|s| (all(&s.gate, &s.up, &s.down), &s.scale));
+        let router = role(&e.router);
+        let shared = shared.map(|(weights, scale)| (weights, self.optional(scale)));
+        ExpertRoles { router, each, shared }
+    }
+
     fn post_norm(&mut self, v: &'w Option<Vec<f32>>) -> Option<PostNorm> {
         let g = v.as_ref()?;
         let ridge = POST_NORM_RIDGE * g.iter().map(|g| g * g).sum::<f32>() / g.len() as f32;
@@ -173,6 +193,7 @@ impl Forward {
             ffn_down: up.matrix(&w.ffn_down),
             ffn_down_bias: up.optional(&w.ffn_down_bias),
             ffn_post_norm: up.post_norm(&w.ffn_post_norm),
+            experts: w.experts.as_ref().map(|e| up.experts(e)),
         };
         let specs: Vec<_> = up.list.iter().map(|(ne, data)| TensorSpec::f32(*ne, data)).collect();
         let set = Resident::upload(&self.engine, &specs)?;
@@ -196,6 +217,14 @@ impl Forward {
         let x = g.input_f32([self.n_embd(), x.len() / self.n_embd()], x);
         let a = b.roles.attn_output.map(|_| self.net.heads(&mut g, b, x));
         let m = self.net.attention_residual(&mut g, b, x, a);
+        if b.has_experts() {
+            g.output(m);
+            let stream = g.compute(&mut self.engine)?.to_vec(m);
+            if let Some(mid) = mid {
+                mid.copy_from_slice(&stream);
+            }
+            return self.experts(b, &stream, out, None);
+        }
         let h = self.net.neurons(&mut g, b, x, m);
         let y = self.net.ffn_residual(&mut g, b, m, h);
         if mid.is_some() {
@@ -231,6 +260,9 @@ impl Forward {
     /// If it sees the stream as it is before attention.
     pub fn ffn(&mut self, b: &Block, mid: &[f32], out: &mut [f32]) -> Result<(), ForwardError> {
         assert!(!b.parallel, "the stream before attention is not known");
+        if b.has_experts() {
+            return self.experts(b, mid, out, None);
+        }
         let mut g = Graph::new(MAX_NODES);
         let mid = g.input_f32([self.n_embd(), mid.len() / self.n_embd()], mid);
         let h = self.net.neurons(&mut g, b, mid, mid);

@@ -124,7 +124,7 @@ impl Forward {
     /// [`ForwardError`] if the backend fails.
     ///
     /// # Panics
-    /// If windows are longer than [`super::MAX_GRADIENT_CTX`].
+    /// If windows are longer than [`super::MAX_GRADIENT_CTX`], or the block has experts.
     pub fn block_gradient(
         &mut self,
         b: &Block,
@@ -132,6 +132,7 @@ impl Forward {
         grad: &mut [f32],
         sums: &mut BlockGradient,
     ) -> Result<(), ForwardError> {
+        assert!(!b.has_experts(), "no gradients go back through a choice");
         let n_windows = x.len() / (self.n_ctx() * self.n_embd());
         let at_a_time = (GRADIENT_TOKENS / self.n_ctx()).max(1);
         for start in (0..n_windows).step_by(at_a_time) {

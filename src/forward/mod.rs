@@ -5,12 +5,14 @@
 //! windows that all have the same length, and pass through a block a chunk of windows at a time.
 
 mod block;
+mod experts;
 mod gradient;
 mod head;
 mod stats;
 
 pub use block::Block;
 pub(crate) use block::query_slice;
+pub use experts::ExpertUse;
 pub use gradient::BlockGradient;
 pub(crate) use gradient::{GRADIENT_TOKENS, LOSS_ROWS};
 pub use head::Head;

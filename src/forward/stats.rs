@@ -96,6 +96,7 @@ impl Forward {
         out: &mut [f32],
         squares: &mut InputSquares,
     ) -> Result<(), ForwardError> {
+        assert!(!b.has_experts(), "each expert has inputs of its own");
         let mut g = Graph::new(MAX_NODES);
         let x = g.input_f32([self.n_embd(), x.len() / self.n_embd()], x);
         let attention =
@@ -168,6 +169,18 @@ impl Forward {
         let x = g.input_f32(ne, x);
         let a = (!a.is_empty()).then(|| g.input_f32([a.len() / n, n], a));
         let mid = self.net.attention_residual(&mut g, b, x, a);
+        if b.has_experts() {
+            assert!(wanted.moments.is_none(), "moments are those of one feed-forward");
+            g.output(mid);
+            let stream = g.compute(&mut self.engine)?.to_vec(mid);
+            if let Some(out) = wanted.out {
+                self.experts(b, &stream, out, None)?;
+            }
+            if let Some(dst) = wanted.mid {
+                dst.copy_from_slice(&stream);
+            }
+            return Ok(());
+        }
         let h = self.net.neurons(&mut g, b, x, mid);
         let y = self.net.map(&mut g, b, Half::FeedForward, h);
         let own = self.net.join(&mut g, b, Half::FeedForward, mid, y);

@@ -378,6 +378,14 @@ impl<'a> Graph<'a> {
         self.push(raw)
     }
 
+    /// 1 / (1 + exp(−x)) of each element.
+    pub fn sigmoid(&mut self, x: T) -> T {
+        assert!(self.contiguous(x));
+        // SAFETY: contiguous, as ggml's unary operations want it.
+        let raw = unsafe { sys::ggml_sigmoid(self.ctx.as_ptr(), self.raw(x)) };
+        self.push(raw)
+    }
+
     /// `x · sigmoid(x)` of each element.
     pub fn silu(&mut self, x: T) -> T {
         assert!(self.contiguous(x));

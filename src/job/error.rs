@@ -23,6 +23,10 @@ pub enum JobError {
         "{}: tensor {tensor} is {ty} already, and --type would round it again; take an F16 source, or say --allow-requantize", path.display()
     )]
     Quantised { path: PathBuf, tensor: String, ty: Type },
+    #[error(
+        "{0} needs an importance matrix, which is not made of mixtures of experts; llama-quantize and llama-imatrix do that"
+    )]
+    OfExperts(&'static str),
     #[error("--max-memory: {0}")]
     NoRoom(NoRoom),
     #[error("--type: {0}")]

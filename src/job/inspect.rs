@@ -2,7 +2,7 @@
 
 use super::{JobError, Size, open_model, size_of};
 use crate::ggml::Type;
-use crate::model::{Carriers, Family, Model};
+use crate::model::{Carriers, ExpertParams, Family, Model};
 use crate::pipeline::{Settings, check_budget};
 use std::path::Path;
 
@@ -33,6 +33,8 @@ pub struct Inspection {
     pub embedding_params: usize,
     /// Types, with their tensors and bytes, those with most bytes first.
     pub types: Vec<(Type, usize, u64)>,
+    /// How experts are used, if there are some.
+    pub experts: Option<ExpertParams>,
     /// The architecture that a pruned model is written in.
     pub carrier: Family,
     /// Why that one.
@@ -72,6 +74,7 @@ pub fn inspect(path: &Path) -> Result<Inspection, JobError> {
         ffn_params: params(|p| p.1),
         embedding_params: heads * h.n_embd * h.n_vocab,
         types: types(&model),
+        experts: h.experts,
         carrier,
         why,
         per_block: carriers.per_block.is_some(),

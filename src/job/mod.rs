@@ -336,8 +336,16 @@ fn open_model(path: &Path) -> Result<Model, JobError> {
     })
 }
 
-/// Refuses to quantise what is quantised already, unless it was asked for.
+/// Refuses importance matrices of experts, and to quantise what is quantised already, unless it was asked for.
 fn check_types(job: &Job, source: &Model) -> Result<(), JobError> {
+    if source.hparams.experts.is_some() {
+        if job.imatrix_out.is_some() {
+            return Err(JobError::OfExperts("--imatrix-out"));
+        }
+        if job.quantise.is_some() {
+            return Err(JobError::OfExperts("--type"));
+        }
+    }
     let quantised = source.file.tensors().iter().find(|t| t.ty.is_quantized());
     match (job.quantise, quantised) {
         (Some(q), Some(t)) if !q.again => {

@@ -27,8 +27,10 @@ fn block_file(il: usize) -> String {
 /// An open state folder.
 pub(super) struct State {
     folder: PathBuf,
-    /// KV heads and neurons of each block of the source.
+    /// KV heads, and neurons or experts, of each block of the source.
     shapes: Vec<[usize; 2]>,
+    /// Whether it has experts.
+    experts: bool,
 }
 
 impl State {
@@ -46,8 +48,9 @@ impl State {
     ) -> Result<State, JobError> {
         let io = |source| JobError::Io { path: folder.into(), source };
         std::fs::create_dir_all(folder).map_err(io)?;
-        let shapes = source.hparams.blocks.iter().map(|b| [b.n_head_kv, b.n_ff]).collect();
-        let state = State { folder: folder.into(), shapes };
+        let shapes = source.hparams.blocks.iter().map(|b| [b.n_head_kv, b.n_pieces()]).collect();
+        let experts = source.hparams.experts.is_some();
+        let state = State { folder: folder.into(), shapes, experts };
         let (path, terms) = (folder.join(TERMS), terms(job, source_sha256));
         match std::fs::read_to_string(&path) {
             Ok(_) if !resume => Err(JobError::StateExists(folder.into())),
@@ -165,7 +168,7 @@ impl State {
     fn read_block(&self, il: usize) -> Result<Option<(BlockPlan, Vec<String>)>, GgufError> {
         let name = block_file(il);
         let Some(file) = self.read(&name)? else { return Ok(None) };
-        let [n_groups, n_ff] = self.shapes[il];
+        let [n_groups, n_pieces] = self.shapes[il];
         let subset = |key, n: usize| {
             let found = self.numbers(&file, key)?;
             let mut sorted = found.clone();
@@ -184,12 +187,14 @@ impl State {
         }
         let plan = BlockPlan {
             groups: subset("groups", n_groups)?,
-            neurons: subset("neurons", n_ff)?,
+            pieces: subset("pieces", n_pieces)?,
             attn_output: matrix("attn_output"),
             ffn_down: matrix("ffn_down"),
             vectors,
         };
-        if plan.ffn_down.as_ref().is_none_or(|m| m.n_in != plan.neurons.len()) {
+        // Experts are taken out as they are.
+        let fits = plan.ffn_down.as_ref().map_or(self.experts, |m| m.n_in == plan.pieces.len());
+        if !fits {
             return Err(self.damaged(&name, "ffn_down"));
         }
         let warnings = match file.get("warnings") {
@@ -242,7 +247,7 @@ impl Journal for State {
     fn block(&mut self, il: usize, plan: &BlockPlan, warnings: &[String]) -> Result<(), GgufError> {
         let metadata = [
             ("groups", numbers(plan.groups.iter().copied())),
-            ("neurons", numbers(plan.neurons.iter().copied())),
+            ("pieces", numbers(plan.pieces.iter().copied())),
             ("warnings", Value::StrArray(warnings.to_vec())),
         ];
         let mut tensors = Vec::new();

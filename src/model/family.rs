@@ -1,8 +1,8 @@
 //! The families of models that are supported: a row of a table each.
 
 use super::traits::{
-    Activation, Norm, OutputHead, Parallel, Positions, QkNorm, RopeFactors, Scales, Sliding, SlidingRope,
-    Traits,
+    Activation, ExpertTraits, Norm, OutputHead, Parallel, Positions, QkNorm, RopeFactors, Scales,
+    SharedExpert, Sliding, SlidingRope, Traits,
 };
 
 /// The families, and the row of each.
@@ -29,7 +29,7 @@ macro_rules! families {
 }
 
 families! {
-    /// `llama`: Llama 1 to 3.x, Mistral, SmolLM, TinyLlama and others with the same blocks.
+    /// `llama`: Llama 1 to 3.x, Mistral, SmolLM, TinyLlama and others with the same blocks; Mixtral.
     Llama = LLAMA,
     /// `deci`: the same blocks with their own head counts and widths each.
     Deci = DECI,
@@ -39,6 +39,10 @@ families! {
     Qwen2 = QWEN2,
     /// `qwen3`: Qwen 3, dense.
     Qwen3 = QWEN3,
+    /// `qwen2moe`: Qwen 1.5 and 2, mixtures of experts.
+    Qwen2Moe = QWEN2_MOE,
+    /// `qwen3moe`: Qwen 3, mixtures of experts.
+    Qwen3Moe = QWEN3_MOE,
     /// `openelm`: OpenELM, and Qwen 3 with blocks that have their own head counts and widths each.
     OpenElm = OPENELM,
     /// `gemma2`: Gemma 2.
@@ -49,6 +53,8 @@ families! {
     Phi3 = PHI3,
     /// `granite`: Granite 3, dense.
     Granite = GRANITE,
+    /// `granitemoe`: Granite 3, mixtures of experts.
+    GraniteMoe = GRANITE_MOE,
     /// `minicpm`: MiniCPM 1 and 2, dense.
     MiniCpm = MINICPM,
     /// `smollm3`: SmolLM3.
@@ -57,6 +63,8 @@ families! {
     Glm4 = GLM4,
     /// `olmo2`: OLMo 2 and 3.
     Olmo2 = OLMO2,
+    /// `olmoe`: OLMoE.
+    Olmoe = OLMOE,
     /// `exaone`: EXAONE 3.
     Exaone = EXAONE,
     /// `exaone4`: EXAONE 4.
@@ -103,6 +111,12 @@ const LLAMA: Traits = Traits {
     qk_norm: None,
     output_biases: true,
     activation: Activation::SwiGlu,
+    experts: Some(ExpertTraits {
+        optional: true,
+        normed: true,
+        own_width: false,
+        shared: SharedExpert::Never,
+    }),
     positions: Positions::Rope,
     rope_factors: RopeFactors::ByType,
     yarn_keys: false,
@@ -116,7 +130,7 @@ const LLAMA: Traits = Traits {
 };
 
 /// Llama's blocks with neither frequency factors nor biases of attn_output and the feed-forward.
-const BARE: Traits = Traits { rope_factors: RopeFactors::None, output_biases: false, ..LLAMA };
+const BARE: Traits = Traits { experts: None, rope_factors: RopeFactors::None, output_biases: false, ..LLAMA };
 
 /// The same where no stock architecture takes blocks of different sizes.
 const EQUAL: Traits = Traits { uneven: None, ..BARE };
@@ -124,9 +138,9 @@ const EQUAL: Traits = Traits { uneven: None, ..BARE };
 /// The same where the loader takes no fewer heads either.
 const ALL_HEADS: Traits = Traits { stays: false, ..EQUAL };
 
-const DECI: Traits = Traits { name: "deci", ..LLAMA };
+const DECI: Traits = Traits { name: "deci", experts: None, ..LLAMA };
 
-const MISTRAL3: Traits = Traits { name: "mistral3", yarn_keys: true, ..LLAMA };
+const MISTRAL3: Traits = Traits { name: "mistral3", yarn_keys: true, ..DECI };
 
 const QWEN2: Traits = Traits { name: "qwen2", positions: Positions::RopeNeox, ..INTERNLM2 };
 
@@ -137,6 +151,44 @@ const QWEN3: Traits = Traits {
     even: None,
     qk_norm: Some(QkNorm::Heads),
     ..QWEN2
+};
+
+const QWEN2_MOE: Traits = Traits {
+    name: "qwen2moe",
+    experts: Some(ExpertTraits {
+        optional: false,
+        normed: false,
+        own_width: true,
+        shared: SharedExpert::Gated,
+    }),
+    positions: Positions::RopeNeox,
+    ..ALL_HEADS
+};
+
+const QWEN3_MOE: Traits = Traits {
+    name: "qwen3moe",
+    qk_norm: Some(QkNorm::Heads),
+    experts: Some(ExpertTraits {
+        optional: false,
+        normed: true,
+        own_width: true,
+        shared: SharedExpert::Never,
+    }),
+    positions: Positions::RopeNeox,
+    ..EQUAL
+};
+
+const OLMOE: Traits = Traits {
+    name: "olmoe",
+    qk_norm: Some(QkNorm::Whole),
+    experts: Some(ExpertTraits {
+        optional: false,
+        normed: false,
+        own_width: false,
+        shared: SharedExpert::Never,
+    }),
+    positions: Positions::RopeNeox,
+    ..ALL_HEADS
 };
 
 const OPENELM: Traits = Traits { name: "openelm", one_qkv: true, head: OutputHead::Tied, ..QWEN3 };
@@ -189,7 +241,20 @@ const PHI3: Traits = Traits {
 };
 
 // deci could carry it only with its scales folded into quantised matrices.
-const GRANITE: Traits = Traits { name: "granite", uneven: None, scales: Some(Scales::Granite), ..LLAMA };
+const GRANITE: Traits =
+    Traits { name: "granite", uneven: None, scales: Some(Scales::Granite { rope_switch: true }), ..DECI };
+
+const GRANITE_MOE: Traits = Traits {
+    name: "granitemoe",
+    experts: Some(ExpertTraits {
+        optional: false,
+        normed: true,
+        own_width: false,
+        shared: SharedExpert::Optional,
+    }),
+    scales: Some(Scales::Granite { rope_switch: false }),
+    ..GRANITE
+};
 
 const MINICPM: Traits = Traits { name: "minicpm", scales: Some(Scales::MiniCpm), ..GRANITE };
 

@@ -1,7 +1,7 @@
 //! Hyper-parameters from metadata, with llama.cpp's defaults (`llama_model_base::load_hparams`).
 
 use super::rope::{SlidingWindow, read_rope, read_sliding};
-use super::traits::{Norm, Positions, Scales, Traits};
+use super::traits::{Norm, Positions, Scales, SharedExpert, Traits};
 use super::{Family, ModelError};
 use crate::ggml::RopeParams;
 use crate::gguf::{GgufError, GgufFile, Value};
@@ -13,14 +13,26 @@ pub struct BlockShape {
     pub n_head: usize,
     /// Key/value heads; each with its n_head / n_head_kv query heads is a group.
     pub n_head_kv: usize,
-    /// Feed-forward neurons.
+    /// Feed-forward neurons, of each expert if there are some.
     pub n_ff: usize,
+    /// Experts; 0 where there is one feed-forward for all tokens.
+    pub n_expert: usize,
 }
 
 impl BlockShape {
     /// Query heads per group, 0 without attention.
     pub fn heads_per_group(&self) -> usize {
         self.n_head.checked_div(self.n_head_kv).unwrap_or(0)
+    }
+
+    /// What the feed-forward can lose one by one: experts, or neurons where there are none.
+    pub fn n_pieces(&self) -> usize {
+        if self.n_expert > 0 { self.n_expert } else { self.n_ff }
+    }
+
+    /// The same with other pieces.
+    pub fn with_pieces(self, n: usize) -> BlockShape {
+        if self.n_expert > 0 { BlockShape { n_expert: n, ..self } } else { BlockShape { n_ff: n, ..self } }
     }
 }
 
@@ -70,8 +82,19 @@ pub struct Hparams {
     pub softcap: Option<f32>,
     /// The same for the products of queries and keys.
     pub attn_softcap: Option<f32>,
+    /// How experts are used, if there are some.
+    pub experts: Option<ExpertParams>,
     /// Sizes per block.
     pub blocks: Vec<BlockShape>,
+}
+
+/// How a block's experts are used.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ExpertParams {
+    /// Experts that a token passes through.
+    pub n_used: usize,
+    /// Neurons of the one that all tokens pass through besides, or 0.
+    pub n_ff_shared: usize,
 }
 
 impl Hparams {
@@ -92,10 +115,6 @@ impl Hparams {
         let key = |suffix: &str| format!("{arch}.{suffix}");
         let required = |suffix: &str| file.get_u32(&key(suffix))?.ok_or_else(|| missing(&key(suffix)));
 
-        let n_expert = file.get_u32(&key("expert_count"))?.unwrap_or(0);
-        if n_expert > 0 {
-            return Err(ModelError::Experts(n_expert));
-        }
         if file.get(&key("attention.causal")).is_some_and(|v| *v == Value::Bool(false)) {
             return Err(ModelError::Unusable(
                 "attention is not causal: embedding models cannot be pruned".into(),
@@ -121,10 +140,12 @@ impl Hparams {
         let n_head =
             per_block("attention.head_count")?.ok_or_else(|| missing(&key("attention.head_count")))?;
         let n_head_kv = per_block("attention.head_count_kv")?.unwrap_or_else(|| n_head.clone());
-        let n_ff = per_block("feed_forward_length")?.ok_or_else(|| missing(&key("feed_forward_length")))?;
+        let mut n_ff =
+            per_block("feed_forward_length")?.ok_or_else(|| missing(&key("feed_forward_length")))?;
+        let (n_expert, experts) = read_experts(file, &key, traits, &mut n_ff)?;
 
         let blocks: Vec<BlockShape> = (0..n_layer)
-            .map(|i| BlockShape { n_head: n_head[i], n_head_kv: n_head_kv[i], n_ff: n_ff[i] })
+            .map(|i| BlockShape { n_head: n_head[i], n_head_kv: n_head_kv[i], n_ff: n_ff[i], n_expert })
             .collect();
         for (i, b) in blocks.iter().enumerate() {
             check_block(family, i, b, blocks[0], &key)?;
@@ -206,6 +227,7 @@ impl Hparams {
             temperature,
             softcap,
             attn_softcap,
+            experts,
             blocks,
         };
         if !h.attention_scale(n_head[0]).is_finite() {
@@ -266,15 +288,22 @@ impl Hparams {
         if self.family.traits().activation.gated() { 3 } else { 2 }
     }
 
-    /// Parameters of one feed-forward neuron: its rows of gate and up, its column of down.
-    pub fn neuron_params(&self) -> usize {
-        self.ffn_matrices() * self.n_embd
+    /// Parameters of a piece of the feed-forward: a neuron's rows of gate and up and its column of down, or all of these of
+    /// an expert, and its row of the router.
+    pub fn piece_params(&self, b: &BlockShape) -> usize {
+        let neuron = self.ffn_matrices() * self.n_embd;
+        if b.n_expert > 0 { b.n_ff * neuron + self.n_embd } else { neuron }
+    }
+
+    /// Pieces that a feed-forward cannot do without: the experts of a token.
+    pub fn fewest_pieces(&self) -> usize {
+        self.experts.map_or(1, |e| e.n_used)
     }
 
     /// Prunable parameters of a block, attention and feed-forward (|A| and |F| of the paper; norms
     /// and biases are left out).
     pub fn block_params(&self, b: &BlockShape) -> (usize, usize) {
-        (b.n_head_kv * self.group_params(b), b.n_ff * self.neuron_params())
+        (b.n_head_kv * self.group_params(b), b.n_pieces() * self.piece_params(b))
     }
 }
 
@@ -290,6 +319,40 @@ fn no_model(file: &GgufFile) -> Result<Option<&'static str>, GgufError> {
         (Some("imatrix"), _) => Some("is an importance matrix, not a model"),
         _ => None,
     })
+}
+
+/// How many experts there are and how they are used; `n_ff` becomes their width (`llama_model_base::load_hparams` and
+/// the loaders of the families in llama.cpp).
+fn read_experts(
+    file: &GgufFile,
+    key: &impl Fn(&str) -> String,
+    traits: &Traits,
+    n_ff: &mut [usize],
+) -> Result<(usize, Option<ExpertParams>), ModelError> {
+    let bad = |suffix: &str, problem: String| GgufError::BadKey { key: key(suffix), problem };
+    let n_expert = file.get_u32(&key("expert_count"))?.unwrap_or(0);
+    let Some(t) = traits.experts.filter(|t| n_expert > 0 || !t.optional) else {
+        return if n_expert > 0 { Err(ModelError::Experts(n_expert, traits.name)) } else { Ok((0, None)) };
+    };
+    let n_used = file.get_u32(&key("expert_used_count"))?.unwrap_or(0);
+    if n_used == 0 || n_used > n_expert {
+        return Err(bad("expert_used_count", format!("is {n_used} of {n_expert} experts")).into());
+    }
+    if file.get_u32(&key("expert_group_count"))?.unwrap_or(0) > 1 {
+        return Err(bad("expert_group_count", "is not supported: experts have groups".into()).into());
+    }
+    let dense = n_ff[0];
+    if t.own_width {
+        let own = file.get_per_block(&key("expert_feed_forward_length"), n_ff.len())?;
+        n_ff.copy_from_slice(&own.unwrap_or_else(|| vec![dense / n_used; n_ff.len()]));
+    }
+    let shared = file.get_u32(&key("expert_shared_feed_forward_length"))?.filter(|n| *n > 0);
+    let n_ff_shared = match t.shared {
+        SharedExpert::Never => 0,
+        SharedExpert::Optional => shared.unwrap_or(0),
+        SharedExpert::Gated => shared.unwrap_or(dense),
+    };
+    Ok((n_expert, Some(ExpertParams { n_used, n_ff_shared })))
 }
 
 /// Factors of a family that has them.
@@ -322,12 +385,12 @@ fn read_scales(
             logit: 1.0 / read("logit_scale", 256.0 / n_embd as f32)?,
             ..none
         }),
-        Some(Scales::Granite) => {
+        Some(Scales::Granite { rope_switch }) => {
             if file.get(&key("logit_scale")).is_none() {
                 return Err(GgufError::MissingKey(key("logit_scale")).into());
             }
             let finetuned = key("rope.scaling.finetuned");
-            let rotates = match file.get(&finetuned) {
+            let rotates = match file.get(&finetuned).filter(|_| rope_switch) {
                 None => true,
                 Some(Value::Bool(rotates)) => *rotates,
                 Some(other) => {

@@ -12,13 +12,13 @@ mod weights;
 
 pub use carrier::{Arch, Carriers, Heads};
 pub use family::Family;
-pub use hparams::{BlockShape, Hparams, Temperature};
+pub use hparams::{BlockShape, ExpertParams, Hparams, Temperature};
 pub use open::Model;
 pub use rope::SlidingWindow;
-pub use tensors::{BlockTensors, BlockVector, Segment};
+pub use tensors::{BlockTensors, BlockVector, ExpertTensors, Segment, SharedTensors};
 pub use traits::*;
 pub(crate) use weights::group_rows;
-pub use weights::{BlockWeights, Matrix};
+pub use weights::{BlockWeights, ExpertWeights, Matrix, SharedWeights};
 
 use crate::gguf::GgufError;
 
@@ -32,8 +32,8 @@ pub enum ModelError {
     #[error("architecture {0:?} is not supported; supported: {list}", list = Family::names())]
     Unsupported(String),
     /// A mixture of experts.
-    #[error("this is a mixture of experts ({0} experts): only dense models can be pruned")]
-    Experts(usize),
+    #[error("this is a mixture of experts ({0} experts), which architecture {1} is not known to be")]
+    Experts(usize, &'static str),
     /// A tensor that the architecture does not have.
     #[error("tensor {0} is not known in architecture {1}; the file would be carried over wrongly")]
     UnknownTensor(String, &'static str),

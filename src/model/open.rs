@@ -2,7 +2,10 @@
 
 use super::tensors::Finder;
 use super::traits::{Norm, OutputHead, Parallel, Positions, RopeFactors, Traits};
-use super::{BlockTensors, BlockWeights, Hparams, Matrix, ModelError, Segment, rope};
+use super::{
+    BlockTensors, BlockWeights, ExpertTensors, ExpertWeights, Hparams, Matrix, ModelError, Segment,
+    SharedTensors, SharedWeights, rope,
+};
 use crate::gguf::{GgufError, GgufFile, TensorInfo};
 
 /// An open model: the file, its hyper-parameters and its tensors by role.
@@ -105,6 +108,8 @@ impl Model {
             Some("an output head of its own")
         } else if carrier.one_qkv && self.blocks.iter().any(|b| b.qkv_bias.is_some()) {
             Some("biases of Q, K and V")
+        } else if self.hparams.experts.is_some() && carrier.experts.is_none() {
+            Some("experts")
         } else if !carrier.positions.partial() && h.rope.n_rot < h.head_dim {
             Some("heads that are rotated in part")
         } else if !carrier.yarn_keys && own.yarn_keys && yarn_keys {
@@ -160,7 +165,7 @@ impl Model {
     pub fn block(&self, il: usize) -> Result<BlockWeights, GgufError> {
         let t = &self.blocks[il];
         let vector = |s: &Option<Segment>| s.as_ref().map(|s| self.vector(s)).transpose();
-        let matrix = |s: Option<&Segment>| s.map_or(Ok(Matrix::new(0, 0, Vec::new())), |s| self.matrix(s));
+        let matrix = |s: Option<&Segment>| s.map_or(Ok(Matrix::default()), |s| self.matrix(s));
         let part = |i: usize| t.qkv.as_ref().map(|s| &s[i]);
         let qkv_bias = match &t.qkv_bias {
             Some([q, k, v]) => Some([self.vector(q)?, self.vector(k)?, self.vector(v)?]),
@@ -190,12 +195,30 @@ impl Model {
             ffn_norm: vector(&t.ffn_norm)?,
             ffn_norm_bias: vector(&t.ffn_norm_bias)?,
             ffn_gate: t.ffn_gate.as_ref().map(|gate| self.matrix(gate)).transpose()?,
-            ffn_up: self.matrix(&t.ffn_up)?,
-            ffn_down: self.matrix(&t.ffn_down)?,
+            ffn_up: matrix(t.ffn_up.as_ref())?,
+            ffn_down: matrix(t.ffn_down.as_ref())?,
             ffn_gate_bias: vector(&t.ffn_gate_bias)?,
             ffn_up_bias: vector(&t.ffn_up_bias)?,
             ffn_down_bias: vector(&t.ffn_down_bias)?,
             ffn_post_norm: vector(&t.ffn_post_norm)?,
+            experts: t.experts.as_ref().map(|e| self.experts(e)).transpose()?,
+        })
+    }
+
+    fn experts(&self, t: &ExpertTensors) -> Result<ExpertWeights, GgufError> {
+        let all =
+            |segments: &[Segment]| segments.iter().map(|s| self.matrix(s)).collect::<Result<Vec<_>, _>>();
+        let shared = |s: SharedTensors| {
+            let scale = s.scale.as_ref().map(|s| self.vector(s)).transpose()?;
+            let [gate, up, down] = [s.gate, s.up, s.down].map(|s| self.matrix(&s));
+            Ok::<_, GgufError>(SharedWeights { gate: gate?, up: up?, down: down?, scale })
+        };
+        Ok(ExpertWeights {
+            router: self.matrix(&t.router)?,
+            gate: all(&t.gate)?,
+            up: all(&t.up)?,
+            down: all(&t.down)?,
+            shared: t.shared.map(shared).transpose()?,
         })
     }
 }

@@ -1,6 +1,6 @@
 //! Tensors by role.
 
-use super::traits::{Norm, Parallel, QkNorm, Traits};
+use super::traits::{Norm, Parallel, QkNorm, SharedExpert, Traits};
 use super::{BlockShape, Hparams};
 use crate::gguf::{GgufError, GgufFile, TensorInfo};
 
@@ -34,13 +34,39 @@ pub struct BlockTensors {
     pub ffn_norm: Option<Segment>,
     pub ffn_norm_bias: Option<Segment>,
     pub ffn_gate: Option<Segment>,
-    pub ffn_up: Segment,
-    pub ffn_down: Segment,
+    pub ffn_up: Option<Segment>,
+    pub ffn_down: Option<Segment>,
     pub ffn_gate_bias: Option<Segment>,
     pub ffn_up_bias: Option<Segment>,
     pub ffn_down_bias: Option<Segment>,
     /// Norm of what the feed-forward puts out.
     pub ffn_post_norm: Option<Segment>,
+    /// In place of gate, up and down.
+    pub experts: Option<ExpertTensors>,
+}
+
+/// Tensors of a block's experts.
+#[derive(Clone, Debug)]
+#[allow(missing_docs)]
+pub struct ExpertTensors {
+    /// A row per expert.
+    pub router: Segment,
+    /// Per expert.
+    pub gate: Vec<Segment>,
+    pub up: Vec<Segment>,
+    pub down: Vec<Segment>,
+    pub shared: Option<SharedTensors>,
+}
+
+/// Tensors of the expert that all tokens pass through.
+#[derive(Clone, Copy, Debug)]
+#[allow(missing_docs)]
+pub struct SharedTensors {
+    pub gate: Segment,
+    pub up: Segment,
+    pub down: Segment,
+    /// What its output is gated by.
+    pub scale: Option<Segment>,
 }
 
 /// A vector of a block that may get new values while the matrices stay what they are.
@@ -191,13 +217,15 @@ impl<'a> Finder<'a> {
         let ffn_norm = self.norm(il, ffn_norm_name, d, traits.norm)?;
         let ffn_post_norm = self.if_has(traits.post_norms, &name("post_ffw_norm.weight"), &[d])?;
         let gated = traits.activation.gated();
+        let experts = h.experts.map(|e| self.experts(il, d, b, e.n_ff_shared, traits)).transpose()?;
+        let dense = experts.is_none();
         let (ffn_gate, ffn_up) = if traits.fused_gate_up {
             let both = self.required(&name("ffn_up.weight"), &[d, 2 * b.n_ff])?;
             let gate = Segment { n: b.n_ff, ..both };
-            (Some(gate), Segment { start: b.n_ff, ..gate })
+            (Some(gate), Some(Segment { start: b.n_ff, ..gate }))
         } else {
-            let gate = self.if_has(gated, &name("ffn_gate.weight"), &[d, b.n_ff])?;
-            (gate, self.required(&name("ffn_up.weight"), &[d, b.n_ff])?)
+            let gate = self.if_has(gated && dense, &name("ffn_gate.weight"), &[d, b.n_ff])?;
+            (gate, self.if_has(dense, &name("ffn_up.weight"), &[d, b.n_ff])?)
         };
         let mut bias = |has: bool, role: &str, n: usize| {
             if has && traits.output_biases { self.optional(&name(role), &[n]) } else { Ok(None) }
@@ -215,11 +243,50 @@ impl<'a> Finder<'a> {
             ffn_norm_bias: ffn_norm[1],
             ffn_gate,
             ffn_up,
-            ffn_gate_bias: bias(gated, "ffn_gate.bias", b.n_ff)?,
-            ffn_up_bias: bias(true, "ffn_up.bias", b.n_ff)?,
-            ffn_down_bias: bias(true, "ffn_down.bias", d)?,
-            ffn_down: self.required(&name("ffn_down.weight"), &[b.n_ff, d])?,
+            ffn_gate_bias: bias(gated && dense, "ffn_gate.bias", b.n_ff)?,
+            ffn_up_bias: bias(dense, "ffn_up.bias", b.n_ff)?,
+            ffn_down_bias: bias(dense, "ffn_down.bias", d)?,
+            ffn_down: self.if_has(dense, &name("ffn_down.weight"), &[b.n_ff, d])?,
             ffn_post_norm,
+            experts,
+        })
+    }
+
+    /// The experts of block `il`, of which one for all tokens has `n_ff_shared` neurons.
+    fn experts(
+        &mut self,
+        il: usize,
+        d: usize,
+        b: &BlockShape,
+        n_ff_shared: usize,
+        traits: &Traits,
+    ) -> Result<ExpertTensors, GgufError> {
+        let name = |role: &str| format!("blk.{il}.ffn_{role}.weight");
+        let mut each = |role: &str, ne: [usize; 2]| {
+            let all = self.required(&name(role), &[ne[0], ne[1], b.n_expert])?;
+            let expert = |i: usize| Segment { start: i * ne[1], n: ne[1], ..all };
+            Ok::<Vec<Segment>, GgufError>((0..b.n_expert).map(expert).collect())
+        };
+        let (gate, up) = (each("gate_exps", [d, b.n_ff])?, each("up_exps", [d, b.n_ff])?);
+        let down = each("down_exps", [b.n_ff, d])?;
+        let shared = match n_ff_shared {
+            0 => None,
+            n => Some(SharedTensors {
+                gate: self.required(&name("gate_shexp"), &[d, n])?,
+                up: self.required(&name("up_shexp"), &[d, n])?,
+                down: self.required(&name("down_shexp"), &[n, d])?,
+                scale: {
+                    let gated = traits.experts.is_some_and(|e| e.shared == SharedExpert::Gated);
+                    self.if_has(gated, &name("gate_inp_shexp"), &[d])?
+                },
+            }),
+        };
+        Ok(ExpertTensors {
+            router: self.required(&name("gate_inp"), &[d, b.n_expert])?,
+            gate,
+            up,
+            down,
+            shared,
         })
     }
 

@@ -39,6 +39,8 @@ pub struct Traits {
     pub output_biases: bool,
     /// Activation of the feed-forward.
     pub activation: Activation,
+    /// Experts in place of a feed-forward.
+    pub experts: Option<ExpertTraits>,
     /// What tells positions apart.
     pub positions: Positions,
     /// `rope_freqs` and the like are read.
@@ -125,6 +127,31 @@ impl Activation {
     }
 }
 
+/// Feed-forwards among which a router chooses for each token, by the softmax of what it gives them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ExpertTraits {
+    /// There are models with one feed-forward, too.
+    pub optional: bool,
+    /// What the chosen count is divided by their sum.
+    pub normed: bool,
+    /// Their width has a key of its own.
+    pub own_width: bool,
+    /// One more that all tokens pass through.
+    pub shared: SharedExpert,
+}
+
+/// The expert that all tokens pass through.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum SharedExpert {
+    /// None.
+    Never,
+    /// If metadata gives it a width.
+    Optional,
+    /// Always, and multiplied by the sigmoid of a product with the token; as wide as metadata says of it or of a
+    /// feed-forward.
+    Gated,
+}
+
 /// What tells positions apart.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Positions {
@@ -194,9 +221,11 @@ pub enum SlidingRope {
 /// Factors from metadata.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Scales {
-    /// `embedding_scale`, `residual_scale`, `attention.scale`, `logit_scale` (by which logits are divided) and
-    /// `rope.scaling.finetuned` (whether there is a rotary embedding).
-    Granite,
+    /// `embedding_scale`, `residual_scale`, `attention.scale` and `logit_scale`, by which logits are divided.
+    Granite {
+        /// `rope.scaling.finetuned` says whether there is a rotary embedding.
+        rope_switch: bool,
+    },
     /// The first, second and fourth, with defaults of MiniCPM's.
     MiniCpm,
     /// `logit_scale`, by which logits are multiplied.

@@ -3,7 +3,7 @@
 use super::{BlockShape, BlockVector};
 
 /// A dense matrix of floats in ggml's layout: `n_out` rows of `n_in` numbers, y = M x.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, Default, PartialEq)]
 pub struct Matrix {
     /// ne\[0\]: length of a row.
     pub n_in: usize,
@@ -71,6 +71,33 @@ pub struct BlockWeights {
     pub ffn_up_bias: Option<Vec<f32>>,
     pub ffn_down_bias: Option<Vec<f32>>,
     pub ffn_post_norm: Option<Vec<f32>>,
+    /// In place of gate, up and down, which are empty then.
+    pub experts: Option<ExpertWeights>,
+}
+
+/// The weights of a block's experts.
+#[derive(Clone, Debug)]
+#[allow(missing_docs)]
+pub struct ExpertWeights {
+    /// `[n_embd, n_expert]`.
+    pub router: Matrix,
+    /// Per expert `[n_embd, n_ff]`.
+    pub gate: Vec<Matrix>,
+    pub up: Vec<Matrix>,
+    /// Per expert `[n_ff, n_embd]`.
+    pub down: Vec<Matrix>,
+    pub shared: Option<SharedWeights>,
+}
+
+/// Those of the expert that all tokens pass through.
+#[derive(Clone, Debug)]
+#[allow(missing_docs)]
+pub struct SharedWeights {
+    pub gate: Matrix,
+    pub up: Matrix,
+    pub down: Matrix,
+    /// `[n_embd]`: what its output is gated by.
+    pub scale: Option<Vec<f32>>,
 }
 
 impl BlockWeights {
@@ -118,15 +145,23 @@ impl BlockWeights {
         *vector = Some(values);
     }
 
-    /// Keeps the feed-forward neurons `neurons`, in that order.
-    pub fn keep_neurons(&mut self, neurons: &[usize]) {
+    /// Keeps the feed-forward's neurons, or experts, `pieces`, in that order.
+    pub fn keep_pieces(&mut self, pieces: &[usize]) {
+        self.shape = self.shape.with_pieces(pieces.len());
+        let neurons = pieces;
+        if let Some(e) = &mut self.experts {
+            e.router = e.router.select_rows(pieces);
+            for matrices in [&mut e.gate, &mut e.up, &mut e.down] {
+                *matrices = pieces.iter().map(|&i| std::mem::take(&mut matrices[i])).collect();
+            }
+            return;
+        }
         self.ffn_gate = self.ffn_gate.as_ref().map(|gate| gate.select_rows(neurons));
         self.ffn_up = self.ffn_up.select_rows(neurons);
         self.ffn_down = self.ffn_down.select_cols(neurons);
         for bias in [&mut self.ffn_gate_bias, &mut self.ffn_up_bias].into_iter().flatten() {
             *bias = neurons.iter().map(|&n| bias[n]).collect();
         }
-        self.shape.n_ff = neurons.len();
     }
 }
 

@@ -14,6 +14,9 @@ pub fn check_budget(model: &Model, s: &Settings) -> Result<(), PruneError> {
     if s.heads == Heads::PerBlock && s.carriers(model).per_block.is_none() {
         return Err(PruneError::HeadsPerBlock(model.hparams.family.name()));
     }
+    if model.hparams.experts.is_some() && s.method != Method::Putri {
+        return Err(PruneError::Experts);
+    }
     let budgets = budgets(model, s);
     let s = &within_family(model, s);
     let attention = groups_to_remove(model, &budgets, s) * smallest_group(&budgets);
@@ -29,6 +32,16 @@ pub(super) fn smallest_group(budgets: &[Budget]) -> usize {
 /// The settings as far as the architecture of `model` can hold what comes of them.
 pub(super) fn within_family(model: &Model, s: &Settings) -> Settings {
     let carriers = s.carriers(model);
+    if model.hparams.experts.is_some() {
+        // Nothing of experts is refitted, and no gradients go back through them.
+        return Settings {
+            per_block_widths: false,
+            biases: false,
+            sensitivity_tokens: 0,
+            tune: 0,
+            ..s.clone()
+        };
+    }
     Settings {
         per_block_widths: s.per_block_widths && carriers.per_block.is_some(),
         biases: s.biases && carriers.have_biases(),
@@ -63,14 +76,14 @@ pub(super) fn groups_to_remove(model: &Model, budgets: &[Budget], s: &Settings) 
     if whole_blocks { wanted - wanted % budgets[0].n_groups.max(1) } else { wanted }
 }
 
-/// Neurons to remove once attention gave up so many parameters.
+/// Neurons, or experts, to remove once attention gave up so many parameters.
 pub(super) fn neurons_to_remove(
     budgets: &[Budget],
     s: &Settings,
     attention_removed: usize,
 ) -> Result<usize, BudgetError> {
     let params = prune::ffn_params_to_remove(budgets, s.sparsity, attention_removed)?;
-    Ok(params.div_ceil(budgets[0].neuron_params))
+    Ok(params.div_ceil(budgets[0].piece_params))
 }
 
 /// Widths that are the same for all blocks, or as nearly as steps allow if they may differ.
@@ -81,7 +94,7 @@ pub(super) fn equal_widths(
     attention_removed: usize,
 ) -> Result<Vec<usize>, BudgetError> {
     let n_remove = neurons_to_remove(budgets, s, attention_removed)?;
-    let widths: Vec<_> = budgets.iter().map(|b| prune::possible_widths(b.n_ff, b.ff_step)).collect();
+    let widths: Vec<_> = budgets.iter().map(prune::possible_widths).collect();
     let mut widths = prune::uniform(&widths, n_remove);
     if s.carriers(model).per_block.is_none() {
         let narrowest = widths.iter().copied().min().unwrap_or(0);
@@ -97,18 +110,27 @@ pub fn budgets(model: &Model, s: &Settings) -> Vec<Budget> {
         .blocks
         .iter()
         .zip(&model.blocks)
-        .map(|(b, t)| Budget {
-            n_groups: b.n_head_kv,
-            group_params: h.group_params(b),
-            n_ff: b.n_ff,
-            neuron_params: h.neuron_params(),
-            ff_step: ff_step(s.types.ffn_down.unwrap_or(model.tensor(&t.ffn_down).ty)),
+        .map(|(b, t)| {
+            // Experts are taken out as they are, in any number.
+            let down = t.ffn_down.map(|down| s.types.ffn_down.unwrap_or(model.tensor(&down).ty));
+            let step = down.map_or(1, ff_step);
+            Budget {
+                n_groups: b.n_head_kv,
+                group_params: h.group_params(b),
+                n_pieces: b.n_pieces(),
+                piece_params: h.piece_params(b),
+                step,
+                fewest: h.fewest_pieces().max(step),
+            }
         })
         .collect();
     if s.carriers(model).per_block.is_none() {
         // All take the widest step, so that all can take the same widths.
-        let widest = budgets.iter().map(|b| b.ff_step).max().unwrap_or(1);
-        budgets.iter_mut().for_each(|b| b.ff_step = widest);
+        let widest = budgets.iter().map(|b| b.step).max().unwrap_or(1);
+        for b in &mut budgets {
+            b.step = widest;
+            b.fewest = b.fewest.max(widest);
+        }
     }
     budgets
 }

@@ -71,7 +71,7 @@ impl Run<'_> {
             }
             // The algebra needs the room.
             drop(block);
-            let widths = prune::possible_widths(budget.n_ff, budget.ff_step);
+            let widths = prune::possible_widths(budget);
             let at = self.probe_at(&widths);
             let n = prune::narrow(&w.ffn_down, &moments.gram, self.settings.ridge_ffn, &widths, widths[at])
                 .map_err(|source| PruneError::Singular { block: il, part: "ffn_down", source })?;
@@ -104,7 +104,7 @@ impl Run<'_> {
     fn narrowed(&self, mut w: BlockWeights, kept: Vec<usize>, weights: Matrix, m: &Moments) -> BlockWeights {
         let maps = [&w.ffn_down, &weights];
         w.ffn_down_bias = self.adapted_bias(w.ffn_down_bias.clone(), maps, &kept, m, 0.0);
-        w.keep_neurons(&kept);
+        w.keep_pieces(&kept);
         w.ffn_down = weights;
         w
     }

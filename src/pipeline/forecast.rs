@@ -88,8 +88,8 @@ pub fn forecast(model: &Model, c: &Calibration, settings: &Settings) -> Result<F
     let all_groups: usize = budgets.iter().map(|b| b.n_groups).sum();
     let kept = if all_groups > 0 { 1.0 - n_groups as f64 / all_groups as f64 } else { 1.0 };
     let total: usize = budgets.iter().map(prune::Budget::params).sum();
-    let neurons: usize = budgets.iter().zip(&widths).map(|(b, w)| b.n_ff - w).sum();
-    let removed = n_groups * group_params + neurons * budgets[0].neuron_params;
+    let pieces: usize = budgets.iter().zip(&widths).map(|(b, w)| b.n_pieces - w).sum();
+    let removed = n_groups * group_params + pieces * budgets[0].piece_params;
     let w = Work { model, c, s, kept, widths: &widths };
     let stages = match s.method {
         Method::Putri => vec![
@@ -119,8 +119,12 @@ struct Sizes {
     /// Width of all query heads, and of all key heads.
     q: f64,
     kv: f64,
-    /// Neurons.
+    /// Neurons that a token passes through.
     ff: f64,
+    /// Neurons that there are.
+    held: f64,
+    /// Experts that a router knows.
+    router: f64,
 }
 
 struct Work<'a> {
@@ -161,18 +165,32 @@ impl Work<'_> {
         (self.c.n_held_out * self.c.n_ctx) as f64
     }
 
-    fn sizes(&self, b: &BlockShape, kept: f64, width: usize) -> Sizes {
+    fn sizes(&self, b: &BlockShape, kept: f64, pieces: usize) -> Sizes {
         let d = self.model.hparams.head_dim as f64 * kept;
-        Sizes { q: d * b.n_head as f64, kv: d * b.n_head_kv as f64, ff: width as f64 }
+        let (ff, held) = match self.model.hparams.experts {
+            None => (pieces, pieces),
+            Some(e) => (e.n_used * b.n_ff + e.n_ff_shared, pieces * b.n_ff + e.n_ff_shared),
+        };
+        Sizes {
+            q: d * b.n_head as f64,
+            kv: d * b.n_head_kv as f64,
+            ff: ff as f64,
+            held: held as f64,
+            router: if b.n_expert > 0 { pieces as f64 } else { 0.0 },
+        }
+    }
+
+    fn has_experts(&self) -> bool {
+        self.model.hparams.experts.is_some()
     }
 
     /// Every block whole, with fewer heads, and narrowed as well.
     fn whole(&self) -> Vec<Sizes> {
-        self.model.hparams.blocks.iter().map(|b| self.sizes(b, 1.0, b.n_ff)).collect()
+        self.model.hparams.blocks.iter().map(|b| self.sizes(b, 1.0, b.n_pieces())).collect()
     }
 
     fn headless(&self) -> Vec<Sizes> {
-        self.model.hparams.blocks.iter().map(|b| self.sizes(b, self.kept, b.n_ff)).collect()
+        self.model.hparams.blocks.iter().map(|b| self.sizes(b, self.kept, b.n_pieces())).collect()
     }
 
     fn pruned(&self) -> Vec<Sizes> {
@@ -207,7 +225,7 @@ impl Work<'_> {
 
     /// attn_output and the feed-forward.
     fn rest_ops(&self, b: Sizes, n_tokens: f64) -> f64 {
-        2.0 * n_tokens * self.n_embd() * (b.q + self.ffn_matrices() * b.ff)
+        2.0 * n_tokens * self.n_embd() * (b.q + self.ffn_matrices() * b.ff + b.router)
     }
 
     fn block_ops(&self, il: usize, b: Sizes, n_tokens: f64, n_ctx: usize) -> f64 {
@@ -243,11 +261,17 @@ impl Work<'_> {
 
     /// Bytes of the largest block in floats.
     fn block_bytes(&self) -> f64 {
-        let bytes = |b: &Sizes| 4.0 * self.n_embd() * (2.0 * b.q + 2.0 * b.kv + self.ffn_matrices() * b.ff);
+        let bytes = |b: &Sizes| {
+            4.0 * self.n_embd() * (2.0 * b.q + 2.0 * b.kv + self.ffn_matrices() * b.held + b.router)
+        };
         self.whole().iter().map(bytes).fold(0.0, f64::max)
     }
 
+    /// Neurons of the widest feed-forward that is refitted.
     fn max_ff(&self) -> f64 {
+        if self.has_experts() {
+            return 0.0;
+        }
         self.whole().iter().map(|b| b.ff).fold(0.0, f64::max)
     }
 
@@ -414,12 +438,19 @@ impl Work<'_> {
                 self.block_ops(il, whole, n_all, n_ctx) + self.heads_ops(il, headless, n_all, n_ctx);
             let ffn = 2.0 * self.ffn_matrices() * e;
             operations += 2.0 * e * headless.q * n_all + ffn * headless.ff * n_fit;
-            let n_out = if ours { e } else { 0.0 };
-            operations += self.moment_ops(headless.ff, n_out, n_fit) + ffn * pruned.ff * n_all;
-            algebra += (headless.ff.powi(3) + pruned.ff.powi(3)) / 3.0 + e * pruned.ff.powi(2);
+            operations += ffn * pruned.ff * n_all;
             if ours {
                 operations += self.moment_ops(headless.q, e, n_fit) + 2.0 * e * headless.q * n_fit;
                 algebra += 2.0 / 3.0 * headless.q.powi(3) + 3.0 * e * headless.q.powi(2);
+            }
+            if self.has_experts() {
+                operations += 2.0 * e * (headless.router * n_fit + pruned.router * n_all);
+                continue;
+            }
+            let n_out = if ours { e } else { 0.0 };
+            operations += self.moment_ops(headless.ff, n_out, n_fit);
+            algebra += (headless.ff.powi(3) + pruned.ff.powi(3)) / 3.0 + e * pruned.ff.powi(2);
+            if ours {
                 algebra += 2.0 * e * headless.ff.powi(2) + 2.0 * e * e * headless.ff + e.powi(3) * 4.0 / 3.0;
                 algebra += inverse_ops(headless.ff) + removal_ops(headless.ff, pruned.ff, 3.0 * e);
             }
@@ -498,7 +529,9 @@ impl Work<'_> {
         let group = shape.heads_per_group() * self.model.hparams.head_dim;
         let attn_output =
             t.attn_output.as_ref().map_or(0.0, |o| encoded(self.s.types.attn_output, o, b.q, group));
-        attn_output + encoded(self.s.types.ffn_down, &t.ffn_down, b.ff, b.ff as usize)
+        let ffn_down =
+            t.ffn_down.as_ref().map_or(0.0, |d| encoded(self.s.types.ffn_down, d, b.ff, b.ff as usize));
+        attn_output + ffn_down
     }
 
     /// Those of all blocks, as far as they are in memory.
@@ -519,10 +552,14 @@ impl Work<'_> {
         let mut bytes = self.model.file.n_bytes() as f64;
         let blocks = self.model.hparams.blocks.iter().zip(&self.model.blocks);
         for ((b, (shape, t)), whole) in self.pruned().into_iter().zip(blocks).zip(self.whole()) {
+            let experts = t.experts.as_ref().map(|e| {
+                let all = [&e.gate, &e.up, &e.down].into_iter().flatten().chain([&e.router]);
+                all.map(rows).sum::<f64>() * (1.0 - b.router / whole.router)
+            });
             let gone = t.qkv.iter().flatten().map(rows).sum::<f64>() * (1.0 - self.kept)
-                + (t.ffn_gate.as_ref().map_or(0.0, rows) + rows(&t.ffn_up)) * (1.0 - b.ff / whole.ff)
-                + t.attn_output.as_ref().map_or(0.0, rows)
-                + rows(&t.ffn_down);
+                + [t.ffn_gate, t.ffn_up].iter().flatten().map(rows).sum::<f64>() * (1.0 - b.ff / whole.ff)
+                + [t.attn_output, t.ffn_down].iter().flatten().map(rows).sum::<f64>()
+                + experts.unwrap_or(0.0);
             bytes += self.new_block_bytes(b, shape, t) - gone;
             if self.s.biases {
                 let new = [t.attn_output_bias.is_none(), t.ffn_down_bias.is_none()];

@@ -66,6 +66,9 @@ pub enum PruneError {
     /// The sparsity is out of reach.
     #[error(transparent)]
     Budget(#[from] BudgetError),
+    /// Another method than ours on a mixture of experts.
+    #[error("--method paper knows no experts; only our own does")]
+    Experts,
     /// Heads shall go block by block where none holds that.
     #[error("--heads per-layer: no architecture holds blocks of {0} with heads of their own in this model")]
     HeadsPerBlock(&'static str),

@@ -10,8 +10,8 @@ use crate::requant::Quantised;
 pub struct BlockPlan {
     /// Attention groups of the source block, ascending.
     pub groups: Vec<usize>,
-    /// Neurons of the source block, in the order in which they are written.
-    pub neurons: Vec<usize>,
+    /// Neurons of the source block's feed-forward, or experts where it has them, in the order in which they are written.
+    pub pieces: Vec<usize>,
     /// New attn_output, if its values changed; its columns belong to `groups`.
     pub attn_output: Option<Quantised>,
     /// New ffn_down, if its values changed; its columns belong to `neurons`.
@@ -46,7 +46,7 @@ impl Plan {
     pub fn whole(model: &Model) -> Plan {
         let whole = |b: &BlockShape| BlockPlan {
             groups: (0..b.n_head_kv).collect(),
-            neurons: (0..b.n_ff).collect(),
+            pieces: (0..b.n_pieces()).collect(),
             attn_output: None,
             ffn_down: None,
             vectors: Default::default(),
@@ -68,7 +68,7 @@ impl Plan {
             .map(|(p, b)| BlockShape {
                 n_head: p.groups.len() * b.heads_per_group(),
                 n_head_kv: p.groups.len(),
-                n_ff: p.neurons.len(),
+                ..b.with_pieces(p.pieces.len())
             })
             .collect()
     }
@@ -83,8 +83,8 @@ impl Plan {
         if plan.groups.len() < w.shape.n_head_kv {
             w.keep_groups(&plan.groups, model.hparams.head_dim);
         }
-        if plan.neurons.iter().copied().ne(0..w.shape.n_ff) {
-            w.keep_neurons(&plan.neurons);
+        if plan.pieces.iter().copied().ne(0..w.shape.n_pieces()) {
+            w.keep_pieces(&plan.pieces);
         }
         let read = |q: &Quantised, name: &str| {
             q.to_matrix()
@@ -121,8 +121,12 @@ impl Plan {
     /// Share of the budgets' parameters that is gone.
     pub fn sparsity(&self, budgets: &[Budget]) -> f64 {
         let total: usize = budgets.iter().map(Budget::params).sum();
-        let ffn: usize =
-            self.blocks.iter().zip(budgets).map(|(p, b)| (b.n_ff - p.neurons.len()) * b.neuron_params).sum();
+        let ffn: usize = self
+            .blocks
+            .iter()
+            .zip(budgets)
+            .map(|(p, b)| (b.n_pieces - p.pieces.len()) * b.piece_params)
+            .sum();
         (self.attention_params_removed(budgets) + ffn) as f64 / total as f64
     }
 }

@@ -7,12 +7,14 @@ pub struct Budget {
     pub n_groups: usize,
     /// Parameters per group.
     pub group_params: usize,
-    /// Feed-forward neurons.
-    pub n_ff: usize,
-    /// Parameters per neuron.
-    pub neuron_params: usize,
-    /// Fewest neurons that the block may keep, and the step in which widths may change.
-    pub ff_step: usize,
+    /// Pieces of the feed-forward: neurons, or experts.
+    pub n_pieces: usize,
+    /// Parameters per piece.
+    pub piece_params: usize,
+    /// The step in which their number may change.
+    pub step: usize,
+    /// The fewest that the block may keep.
+    pub fewest: usize,
 }
 
 /// The sparsity is out of reach.
@@ -31,7 +33,7 @@ impl Budget {
     }
 
     fn ffn(&self) -> usize {
-        self.n_ff * self.neuron_params
+        self.n_pieces * self.piece_params
     }
 
     /// All parameters of the block that can be removed or kept.
@@ -55,7 +57,7 @@ pub fn head_groups_paper(blocks: &[Budget], sparsity: f64) -> usize {
     (whole_blocks * groups as f64 / n_blocks).round() as usize
 }
 
-/// Neuron parameters left to remove at `sparsity` once attention gave up `attention_removed`.
+/// Parameters of feed-forwards left to remove at `sparsity` once attention gave up `attention_removed`.
 ///
 /// # Errors
 /// [`BudgetError`] if the feed-forwards cannot give that much.
@@ -67,7 +69,7 @@ pub fn ffn_params_to_remove(
     let total: usize = blocks.iter().map(Budget::params).sum();
     let wanted = (total as f64 * sparsity).round() as usize;
     let from_ffn = wanted.saturating_sub(attention_removed);
-    let spare: usize = blocks.iter().map(|b| b.n_ff.saturating_sub(b.ff_step) * b.neuron_params).sum();
+    let spare: usize = blocks.iter().map(|b| b.n_pieces.saturating_sub(b.fewest) * b.piece_params).sum();
     if from_ffn > spare {
         let reachable = (attention_removed + spare) as f64 / total as f64;
         return Err(BudgetError { asked: sparsity, reachable });
@@ -83,9 +85,10 @@ mod tests {
         let b = Budget {
             n_groups: 3,
             group_params: 884_736 / 3,
-            n_ff: 1536,
-            neuron_params: 3 * 576,
-            ff_step: 32,
+            n_pieces: 1536,
+            piece_params: 3 * 576,
+            step: 32,
+            fewest: 32,
         };
         vec![b; 30]
     }

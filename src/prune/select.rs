@@ -107,10 +107,22 @@ pub fn paper_keep(w: &Matrix, h: &SymMatrix, n_tokens: usize, n_keep: usize) -> 
 
 /// The `n_keep` inputs with the largest norm over the tokens (2SSP's first stage), ascending.
 pub fn loudest(h: &SymMatrix, n_keep: usize) -> Vec<usize> {
-    let energies = h.diagonal();
-    let mut order: Vec<usize> = (0..h.n()).collect();
-    order.sort_by(|&a, &b| energies[b].total_cmp(&energies[a]).then(a.cmp(&b)));
-    order.truncate(n_keep);
+    largest(&h.diagonal(), n_keep)
+}
+
+/// The `n_keep` experts that do most for the tokens that choose them, ascending: by the mean over these of the length of
+/// the output times what it counts, of which `energy` is the sum (REAP, arXiv 2510.13999). One that no token chose goes
+/// first.
+pub fn busiest(energy: &[f64], n_tokens: &[usize], n_keep: usize) -> Vec<usize> {
+    let means: Vec<f64> = energy.iter().zip(n_tokens).map(|(e, &n)| e / n.max(1) as f64).collect();
+    largest(&means, n_keep)
+}
+
+/// The numbers of the `n` largest, ascending.
+fn largest(scores: &[f64], n: usize) -> Vec<usize> {
+    let mut order: Vec<usize> = (0..scores.len()).collect();
+    order.sort_by(|&a, &b| scores[b].total_cmp(&scores[a]).then(a.cmp(&b)));
+    order.truncate(n);
     order.sort_unstable();
     order
 }

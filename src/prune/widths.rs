@@ -1,5 +1,7 @@
 //! How many neurons each block keeps.
 
+use super::Budget;
+
 /// What a block loses at falling widths.
 #[derive(Clone, Debug)]
 pub struct Curve {
@@ -11,10 +13,10 @@ pub struct Curve {
     pub unit: f64,
 }
 
-/// Widths for a feed-forward of `n_ff` neurons: itself, then the multiples of `step` below it.
-pub fn possible_widths(n_ff: usize, step: usize) -> Vec<usize> {
-    let below = (1..n_ff.div_ceil(step)).rev().map(|i| i * step);
-    std::iter::once(n_ff).chain(below).collect()
+/// Widths for a feed-forward of so many pieces: itself, then the multiples of the step below it.
+pub fn possible_widths(b: &Budget) -> Vec<usize> {
+    let below = (1..b.n_pieces.div_ceil(b.step)).rev().map(|i| i * b.step).filter(|n| *n >= b.fewest);
+    std::iter::once(b.n_pieces).chain(below).collect()
 }
 
 /// Width per block once at least `n_remove` neurons have gone in all, each step taken from the block
@@ -63,6 +65,10 @@ pub fn uniform(widths: &[Vec<usize>], n_remove: usize) -> Vec<usize> {
 mod tests {
     use super::*;
 
+    fn of(n_pieces: usize, step: usize, fewest: usize) -> Budget {
+        Budget { n_groups: 0, group_params: 0, n_pieces, piece_params: 1, step, fewest }
+    }
+
     #[test]
     fn cheap_blocks_give_first() {
         let steep = Curve { widths: vec![96, 64, 32], losses: vec![0.0, 10.0, 30.0], unit: 1.0 };
@@ -74,7 +80,7 @@ mod tests {
 
     #[test]
     fn uniform_spreads() {
-        let w = vec![possible_widths(128, 32); 3];
+        let w = vec![possible_widths(&of(128, 32, 32)); 3];
         assert_eq!(uniform(&w, 4 * 32), [64, 96, 96]);
         assert_eq!(uniform(&w, 0), [128; 3]);
         assert_eq!(uniform(&w, 9 * 32), [32; 3]);
@@ -82,8 +88,9 @@ mod tests {
 
     #[test]
     fn widths_are_multiples_below_the_first() {
-        assert_eq!(possible_widths(100, 32), [100, 96, 64, 32]);
-        assert_eq!(possible_widths(32, 32), [32]);
-        assert_eq!(possible_widths(20, 32), [20]);
+        assert_eq!(possible_widths(&of(100, 32, 32)), [100, 96, 64, 32]);
+        assert_eq!(possible_widths(&of(32, 32, 32)), [32]);
+        assert_eq!(possible_widths(&of(20, 32, 32)), [20]);
+        assert_eq!(possible_widths(&of(5, 1, 3)), [5, 4, 3]);
     }
 }

@@ -1,7 +1,8 @@
 //! What a dry run says.
 
-use super::table::{megabytes, percent};
+use super::table::{megabytes, percent, pieces_are};
 use crate::DryRun;
+use crate::model::BlockShape;
 use std::fmt::Write;
 
 /// What the products in graphs reach of a plain product's rate, and the algebra of half of it (it is in 64 bits);
@@ -14,8 +15,8 @@ const WRITING: f64 = 0.14;
 pub fn dry_run_table(d: &DryRun, rate: Option<f64>) -> String {
     let f = &d.forecast;
     let groups: usize = d.before.blocks.iter().map(|b| b.n_head_kv).sum();
-    let neurons: usize = d.before.blocks.iter().map(|b| b.n_ff).sum();
-    let width = neurons as f64 / d.before.blocks.len() as f64;
+    let pieces: usize = d.before.blocks.iter().map(BlockShape::n_pieces).sum();
+    let width = pieces as f64 / d.before.blocks.len() as f64;
     let mut out = format!("{:<22} {:>14} {:>14}\n", "", "before", "after");
     let mut line = |label: &str, before: String, after: String, change: String| {
         let _ = writeln!(out, "{label:<22} {before:>14} {after:>14}   {change}");
@@ -29,7 +30,7 @@ pub fn dry_run_table(d: &DryRun, rate: Option<f64>) -> String {
         percent(groups as f64, (groups - f.n_groups) as f64),
     );
     line(
-        "neurons a block",
+        &format!("{} a block", pieces_are(&d.before)),
         format!("{width:.0}"),
         format!("{:.0}", f.mean_width),
         percent(width, f.mean_width),

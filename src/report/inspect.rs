@@ -25,6 +25,9 @@ pub fn inspection_table(i: &Inspection) -> String {
     line("heads", of_blocks(&i.size.blocks, |b| b.n_head));
     line("KV heads", of_blocks(&i.size.blocks, |b| b.n_head_kv));
     line("neurons", of_blocks(&i.size.blocks, |b| b.n_ff));
+    if let Some(e) = i.experts {
+        line("experts", of_blocks(&i.size.blocks, |b| b.n_expert) + &format!(", {} for a token", e.n_used));
+    }
     line("n_embd", i.n_embd.to_string());
     line("head_dim", i.head_dim.to_string());
     line("vocabulary", i.n_vocab.to_string());
@@ -59,6 +62,8 @@ pub fn inspection_json(i: &Inspection) -> String {
         "n_head": per_block(|b| b.n_head),
         "n_head_kv": per_block(|b| b.n_head_kv),
         "n_ff": per_block(|b| b.n_ff),
+        "n_expert": i.size.blocks[0].n_expert,
+        "n_expert_used": i.experts.map_or(0, |e| e.n_used),
         "n_embd": i.n_embd,
         "head_dim": i.head_dim,
         "n_vocab": i.n_vocab,

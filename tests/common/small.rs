@@ -2,7 +2,7 @@
 
 use putri_gguf::ggml::Type;
 use putri_gguf::gguf::{OutTensor, Value, write_gguf};
-use putri_gguf::model::{Family, Norm, Parallel, Positions, QkNorm, RopeFactors, Traits};
+use putri_gguf::model::{Family, Norm, Parallel, Positions, QkNorm, RopeFactors, SharedExpert, Traits};
 use std::borrow::Cow;
 use std::path::Path;
 
@@ -25,6 +25,8 @@ pub struct Small {
     pub n_rot: Option<usize>,
     /// Where a family comes in two: without a norm before the feed-forward (StableLM), with two norms (Falcon).
     pub parallel: bool,
+    /// Experts, how many a token uses, and neurons of the one that all use.
+    pub experts: Option<[usize; 3]>,
     /// Extra metadata, under the architecture's prefix.
     pub extra: Vec<(&'static str, Value)>,
     /// Type of the matrices.
@@ -137,6 +139,38 @@ impl Small {
     }
 }
 
+impl Small {
+    /// Mixtures of experts, of every family that has them.
+    pub fn mixtures() -> Vec<(&'static str, Small)> {
+        let of = |arch, experts| Small {
+            arch,
+            experts: Some(experts),
+            blocks: vec![(4, 2, 96); 4],
+            ..Small::default()
+        };
+        let scales = vec![
+            ("logit_scale", Value::F32(3.0)),
+            ("residual_scale", Value::F32(0.4)),
+            ("embedding_scale", Value::F32(6.0)),
+            ("attention.scale", Value::F32(0.1)),
+        ];
+        vec![
+            ("mixtral", Small { tied: false, ..of("llama", [8, 2, 0]) }),
+            ("qwen3moe", of("qwen3moe", [12, 3, 0])),
+            ("olmoe", Small { tied: false, blocks: vec![(4, 4, 96); 4], ..of("olmoe", [8, 3, 0]) }),
+            ("qwen2moe", Small { tied: false, biases: true, ..of("qwen2moe", [10, 2, 64]) }),
+            ("granitemoe", Small { extra: scales.clone(), ..of("granitemoe", [8, 2, 0]) }),
+            (
+                "granitemoe, shared, a switch that is not read",
+                Small {
+                    extra: [scales, vec![("rope.scaling.finetuned", Value::Bool(false))]].concat(),
+                    ..of("granitemoe", [8, 2, 64])
+                },
+            ),
+        ]
+    }
+}
+
 impl Default for Small {
     fn default() -> Small {
         Small {
@@ -152,6 +186,7 @@ impl Default for Small {
             fused_qkv: false,
             n_rot: None,
             parallel: false,
+            experts: None,
             extra: Vec::new(),
             ty: Type::F32,
             seed: 1,
@@ -216,6 +251,16 @@ impl Small {
             (arch("rope.dimension_count"), u32(self.n_rot.unwrap_or(self.head_dim))),
             (arch("rope.freq_base"), Value::F32(10000.0)),
         ];
+        if let Some([n, n_used, n_shared]) = self.experts {
+            m.push((arch("expert_count"), u32(n)));
+            m.push((arch("expert_used_count"), u32(n_used)));
+            if self.traits().experts.is_some_and(|e| e.own_width) {
+                m.push((arch("expert_feed_forward_length"), u32(self.blocks[0].2)));
+            }
+            if n_shared > 0 {
+                m.push((arch("expert_shared_feed_forward_length"), u32(n_shared)));
+            }
+        }
         m.extend(self.extra.iter().map(|(k, v)| (arch(k), v.clone())));
         m.extend(self.tokenizer());
         m
@@ -341,6 +386,23 @@ impl Small {
             ffn_norm.iter().for_each(|name| stream_norm(&mut blk, name));
             if t.post_norms {
                 blk("post_ffw_norm.weight", &[d], true);
+            }
+            if let Some([n, _, n_shared]) = self.experts {
+                blk("ffn_gate_inp.weight", &[d, n], false);
+                for (name, ne) in [("gate", [d, ff]), ("up", [d, ff]), ("down", [ff, d])] {
+                    blk(&format!("ffn_{name}_exps.weight"), &[ne[0], ne[1], n], false);
+                }
+                if n_shared > 0 {
+                    for (name, ne) in
+                        [("gate", [d, n_shared]), ("up", [d, n_shared]), ("down", [n_shared, d])]
+                    {
+                        blk(&format!("ffn_{name}_shexp.weight"), &ne, false);
+                    }
+                    if t.experts.is_some_and(|e| e.shared == SharedExpert::Gated) {
+                        blk("ffn_gate_inp_shexp.weight", &[d], false);
+                    }
+                }
+                continue;
             }
             let up = if t.fused_gate_up { 2 * ff } else { ff };
             let gate = (t.activation.gated() && !t.fused_gate_up).then_some(("ffn_gate", [d, ff]));
