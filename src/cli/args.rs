@@ -47,8 +47,14 @@ pub struct Args {
     /// Where the pruned model goes
     pub output: PathBuf,
     /// Share of the blocks' parameters to remove, 0 to 1; 0.1 to 0.25 keeps a chat model usable
-    #[arg(long, value_name = "S")]
-    pub sparsity: f64,
+    #[arg(long, value_name = "S", required_unless_present_any = ["target_size", "target_params"])]
+    pub sparsity: Option<f64>,
+    /// Remove as little as makes the file no larger than this, as in 80M or 3.8G
+    #[arg(long, value_name = "SIZE", conflicts_with = "sparsity")]
+    pub target_size: Option<String>,
+    /// Remove as little as leaves no more parameters than this, as in 110M or 1.2e9
+    #[arg(long, value_name = "N", conflicts_with_all = ["sparsity", "target_size"])]
+    pub target_params: Option<String>,
     /// How to prune: our way, or the paper's as its authors' code does it
     #[arg(long, value_enum, default_value_t = MethodArg::Putri)]
     pub method: MethodArg,

@@ -5,12 +5,18 @@ use anyhow::{Context, Result, bail, ensure};
 use putri_gguf::calibrate::Recipe;
 use putri_gguf::ggml::{FileType, Type};
 use putri_gguf::model::{Arch, Heads};
-use putri_gguf::pipeline::{Method, Settings, TensorTypes};
+use putri_gguf::pipeline::{Method, Settings, Target, TensorTypes};
 use putri_gguf::{Job, KeepState, Quantise};
 
 /// Checks values that only make sense together, and fills in what depends on the machine.
 pub fn resolve(args: Args) -> Result<Job> {
-    let s = args.sparsity;
+    let target = match (&args.target_size, &args.target_params) {
+        (Some(size), _) => Some(Target::Bytes(bytes("--target-size", size)?)),
+        (_, Some(n)) => Some(Target::Params(count("--target-params", n)?)),
+        _ => None,
+    };
+    // With a target it is found once the model is known.
+    let s = args.sparsity.unwrap_or(Settings::default().sparsity);
     ensure!((0.0..1.0).contains(&s), "--sparsity {s} is not a share from 0 to 1 (0.25 removes a quarter)");
     if let Some(share) = args.self_share {
         ensure!((0.0..=1.0).contains(&share), "--self-share {share} is not a share from 0 to 1");
@@ -39,6 +45,10 @@ pub fn resolve(args: Args) -> Result<Job> {
         "--state-dir needs a model to prune; --sparsity 0 only copies"
     );
     ensure!(s > 0.0 || args.to.is_none(), "--type only goes with pruning; llama-quantize does the rest");
+    ensure!(
+        target.is_none() || !args.dry_run || args.to.is_none(),
+        "--dry-run does not know sizes in other types: no --target-size or --target-params with --type there"
+    );
     ensure!(args.ctx_size >= 16, "--ctx-size {} is too small; 16 or more", args.ctx_size);
     ensure!(args.ctx_size <= 32768, "--ctx-size {} is too large; at most 32768", args.ctx_size);
     ensure!((1..=1 << 20).contains(&args.chunks), "--chunks {} is not from 1 to 1048576", args.chunks);
@@ -66,7 +76,7 @@ pub fn resolve(args: Args) -> Result<Job> {
         imatrix_out: args.imatrix_out,
         quantise: args.to.map(|name| quantise(&name, args.allow_requantize)).transpose()?,
         state: args.state_dir.map(|folder| KeepState { folder, resume: args.resume }),
-        max_memory: args.max_memory.as_deref().map(bytes).transpose()?,
+        max_memory: args.max_memory.as_deref().map(|text| bytes("--max-memory", text)).transpose()?,
         force: args.force,
         verify: !args.no_verify,
         recipe: Recipe {
@@ -82,6 +92,7 @@ pub fn resolve(args: Args) -> Result<Job> {
         windows: None,
         settings: Settings {
             sparsity: s,
+            target,
             method,
             heads: match args.heads {
                 HeadsArg::Auto => Heads::Auto,
@@ -101,9 +112,27 @@ pub fn resolve(args: Args) -> Result<Job> {
     })
 }
 
-/// Reads `--max-memory`: a number of bytes, or with K, M, G or T of 1024 of the one before.
-fn bytes(text: &str) -> Result<u64> {
-    let problem = || format!("--max-memory {text} is not a size, as in 8G or 512M");
+/// Reads a number, or one with K, M, B or T of 1000 of the one before.
+fn count(flag: &str, text: &str) -> Result<u64> {
+    let problem = || format!("{flag} {text} is not a number of parameters, as in 110M or 1.2e9");
+    let upper = text.to_ascii_uppercase();
+    let number = upper.trim_end_matches(['K', 'M', 'B', 'T']);
+    let power = match &upper[number.len()..] {
+        "" => 0,
+        "K" => 1,
+        "M" => 2,
+        "B" => 3,
+        "T" => 4,
+        _ => bail!(problem()),
+    };
+    let value: f64 = number.trim().parse().with_context(problem)?;
+    ensure!(value.is_finite() && value > 0.0, problem());
+    Ok((value * 1000f64.powi(power)) as u64)
+}
+
+/// Reads a number of bytes, or with K, M, G or T of 1024 of the one before.
+fn bytes(flag: &str, text: &str) -> Result<u64> {
+    let problem = || format!("{flag} {text} is not a size, as in 8G or 512M");
     let upper = text.to_ascii_uppercase();
     let number = upper.trim_end_matches(['B', 'I', 'K', 'M', 'G', 'T']);
     let power = match upper[number.len()..].trim_end_matches('B').trim_end_matches('I') {
@@ -200,6 +229,15 @@ mod tests {
     }
 
     #[test]
+    fn targets_are_bytes_or_parameters() {
+        let target = |args: &[&str]| job(args).unwrap().settings.target;
+        assert_eq!(target(&["--target-size", "80M"]), Some(Target::Bytes(80 << 20)));
+        assert_eq!(target(&["--target-params", "1.2e9"]), Some(Target::Params(1_200_000_000)));
+        assert_eq!(target(&["--target-params", "110M"]), Some(Target::Params(110_000_000)));
+        assert_eq!(target(&["--sparsity", "0.2"]), None);
+    }
+
+    #[test]
     fn nonsense_is_refused() {
         for bad in [
             &["--sparsity", "1.0"][..],
@@ -217,6 +255,10 @@ mod tests {
             &["--sparsity", "0.2", "--allow-requantize"],
             &["--sparsity", "0.2", "--type", "q99"],
             &["--sparsity", "0", "--type", "q8_0"],
+            &["--sparsity", "0.2", "--target-size", "50M"],
+            &["--target-params", "1M", "--target-size", "50M"],
+            &["--target-size", "small"],
+            &["--target-params", "1Q"],
             &["--sparsity", "0.2", "--max-memory", "much"],
             &["--sparsity", "0.2", "--max-memory", "8Q"],
             &["--sparsity", "0.2", "--max-memory", "-1G"],

@@ -4,7 +4,7 @@ use crate::calibrate::CalibrateError;
 use crate::ggml::{GgmlError, Type};
 use crate::gguf::GgufError;
 use crate::model::ModelError;
-use crate::pipeline::{NoRoom, PruneError};
+use crate::pipeline::{NoRoom, PruneError, TargetError};
 use std::path::PathBuf;
 
 /// Why a job failed. Nothing is left behind, and the source is as it was.
@@ -27,6 +27,8 @@ pub enum JobError {
         "{0} needs an importance matrix, which is not made of mixtures of experts; llama-quantize and llama-imatrix do that"
     )]
     OfExperts(&'static str),
+    #[error("the size asked for: {0}")]
+    Target(TargetError),
     #[error("--max-memory: {0}")]
     NoRoom(NoRoom),
     #[error("--type: {0}")]

@@ -15,7 +15,7 @@ use crate::evaluate;
 use crate::ggml::{FileType, GgmlError, LlamaModel, quantize_file};
 use crate::gguf::{GgufError, OutTensor, write_gguf};
 use crate::model::{BlockShape, Family, Model, ModelError};
-use crate::pipeline::{self, Calibration, Forecast, Journal, Method, Observer, Plan, Settings};
+use crate::pipeline::{self, Calibration, Forecast, Journal, Method, Observer, Plan, Settings, Target};
 use output::{check_paths, finish, folder_of, temporary};
 use sha2::{Digest, Sha256};
 use state::State;
@@ -130,7 +130,7 @@ pub fn run(job: &Job, observer: &mut dyn Observer) -> Result<Outcome, JobError> 
     let start = Instant::now();
     let source = open(job)?;
     check_paths(job, &source.file)?;
-    if job.settings.sparsity == 0.0 {
+    if job.settings.sparsity == 0.0 && job.settings.target.is_none() {
         return copy_as_is(job, &source, start, observer.interrupted());
     }
     let job = &Job { settings: settings(job, &source)?, ..job.clone() };
@@ -163,6 +163,10 @@ pub fn run(job: &Job, observer: &mut dyn Observer) -> Result<Outcome, JobError> 
     };
     let quantised = job.quantise.map(|q| quantise(job, q, &source, &windows, observer)).transpose()?;
     let model = quantised.as_ref().map_or(&source, |(model, _)| model);
+    let job = &match quantised {
+        Some(_) => Job { settings: on_target(model, job.settings.clone())?, ..job.clone() },
+        None => job.clone(),
+    };
     let budgets = pipeline::budgets(model, &job.settings);
     let journal: &mut dyn Journal = match &mut state {
         Some(state) => state,
@@ -241,6 +245,11 @@ pub fn run(job: &Job, observer: &mut dyn Observer) -> Result<Outcome, JobError> 
         blocks: shapes,
     };
     let mut warnings = pruned.warnings;
+    if let Some(Target::Bytes(target)) = job.settings.target
+        && bytes > target
+    {
+        warnings.push(format!("the file has {} bytes more than was asked for", bytes - target));
+    }
     let deci_biases = carrier == Family::Deci && source.blocks.iter().any(|b| b.qkv_bias.is_some());
     warnings.extend(advice(sparsity, &quality, carrier, deci_biases));
     Ok(Outcome {
@@ -290,8 +299,13 @@ pub fn dry_run(job: &Job) -> Result<DryRun, JobError> {
 
 /// Refuses what cannot come out well. The settings of `job`, within its memory.
 fn settings(job: &Job, source: &Model) -> Result<Settings, JobError> {
-    pipeline::check_budget(source, &job.settings)?;
     check_types(job, source)?;
+    let mut settings = job.settings.clone();
+    // In other types, the size is known once it is in these.
+    if job.quantise.is_none() {
+        settings = on_target(source, settings)?;
+    }
+    pipeline::check_budget(source, &settings)?;
     let n_ctx_train = source.hparams.n_ctx_train;
     if job.recipe.n_ctx > n_ctx_train {
         let problem =
@@ -299,11 +313,22 @@ fn settings(job: &Job, source: &Model) -> Result<Settings, JobError> {
         return Err(JobError::Model { path: job.input.clone(), source: ModelError::Unusable(problem) });
     }
     let Some(limit) = job.max_memory else {
-        return Ok(job.settings.clone());
+        return Ok(settings);
     };
     let calibration = expected_calibration(job);
-    pipeline::within_memory(source, &calibration, &job.settings, limit, folder_of(&job.output))
+    pipeline::within_memory(source, &calibration, &settings, limit, folder_of(&job.output))
         .map_err(JobError::NoRoom)
+}
+
+/// The settings with the sparsity that their target takes, if they have one.
+fn on_target(model: &Model, s: Settings) -> Result<Settings, JobError> {
+    match s.target {
+        Some(target) => {
+            let sparsity = pipeline::sparsity_for(model, &s, target).map_err(JobError::Target)?;
+            Ok(Settings { sparsity, ..s })
+        }
+        None => Ok(s),
+    }
 }
 
 fn forecast(model: &Model, c: &Calibration, settings: &Settings) -> Result<Forecast, JobError> {

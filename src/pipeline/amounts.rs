@@ -1,9 +1,9 @@
 //! How much goes: groups and neurons for a sparsity, in steps and places that the architecture can hold.
 
 use super::heads::removable_groups;
-use super::{Method, PruneError, Settings};
+use super::{Method, PruneError, Settings, Target, file_size};
 use crate::ggml::Type;
-use crate::model::{Heads, Model};
+use crate::model::{BlockShape, Heads, Model};
 use crate::prune::{self, Budget, BudgetError};
 
 /// Checks that the sparsity can be reached in the types that `model` has, and heads can go as they shall.
@@ -93,14 +93,49 @@ pub(super) fn equal_widths(
     s: &Settings,
     attention_removed: usize,
 ) -> Result<Vec<usize>, BudgetError> {
-    let n_remove = neurons_to_remove(budgets, s, attention_removed)?;
+    Ok(equally_narrowed(model, budgets, s, neurons_to_remove(budgets, s, attention_removed)?))
+}
+
+/// The same for so many neurons.
+pub(super) fn equally_narrowed(
+    model: &Model,
+    budgets: &[Budget],
+    s: &Settings,
+    n_remove: usize,
+) -> Vec<usize> {
     let widths: Vec<_> = budgets.iter().map(prune::possible_widths).collect();
     let mut widths = prune::uniform(&widths, n_remove);
     if s.carriers(model).per_block.is_none() {
         let narrowest = widths.iter().copied().min().unwrap_or(0);
         widths.fill(narrowest);
     }
-    Ok(widths)
+    widths
+}
+
+/// The fewest neurons to remove for a model within the target of `s` whose blocks keep `groups`, by the widths that
+/// `narrowed` gives; all that can go where there are not enough.
+pub(super) fn neurons_for_target(
+    model: &Model,
+    budgets: &[Budget],
+    s: &Settings,
+    target: Target,
+    groups: &[usize],
+    narrowed: impl Fn(usize) -> Vec<usize>,
+) -> usize {
+    let fits = |n_remove: usize| {
+        let blocks = model.hparams.blocks.iter().zip(groups).zip(narrowed(n_remove));
+        let shapes = blocks.map(|((b, &n_head_kv), width)| {
+            let n_head = n_head_kv * b.heads_per_group();
+            BlockShape { n_head, n_head_kv, ..b.with_pieces(width) }
+        });
+        file_size(model, s, &shapes.collect::<Vec<_>>()).is_within(target)
+    };
+    let (mut too_few, mut enough) = (0, budgets.iter().map(|b| b.n_pieces - b.fewest.min(b.n_pieces)).sum());
+    while enough > too_few {
+        let middle = (too_few + enough) / 2;
+        if fits(middle) { enough = middle } else { too_few = middle + 1 }
+    }
+    enough
 }
 
 /// What every block can give up.

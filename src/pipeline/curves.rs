@@ -2,7 +2,9 @@
 
 use super::judge::{Judge, Loss};
 use super::stream::embedded;
-use super::{PruneError, Run, equal_widths, forward, neurons_to_remove, token_scales};
+use super::{
+    PruneError, Run, equally_narrowed, forward, neurons_for_target, neurons_to_remove, token_scales,
+};
 use crate::forward::{Collect, Wanted};
 use crate::model::{BlockWeights, Matrix};
 use crate::numeric::Moments;
@@ -17,18 +19,26 @@ pub(super) const PROBE_CTX: usize = 128;
 const MIN_DIVERGENCE: f64 = 1e-9;
 
 impl Run<'_> {
-    /// Width per block such that the sparsity is reached.
+    /// Width per block such that the sparsity is reached, or the target.
     pub(super) fn choose_widths(
         &mut self,
         budgets: &[Budget],
         attention_removed: usize,
     ) -> Result<Vec<usize>, PruneError> {
-        if !self.settings.per_block_widths {
-            return Ok(equal_widths(self.model, budgets, self.settings, attention_removed)?);
-        }
-        let n_remove = neurons_to_remove(budgets, self.settings, attention_removed)?;
-        let curves = self.loss_curves(budgets)?;
-        Ok(prune::allocate(&curves, n_remove))
+        let curves = if self.settings.per_block_widths { Some(self.loss_curves(budgets)?) } else { None };
+        let (model, s) = (self.model, self.settings);
+        let narrowed = |n_remove: usize| match &curves {
+            Some(curves) => prune::allocate(curves, n_remove),
+            None => equally_narrowed(model, budgets, s, n_remove),
+        };
+        let n_remove = match s.target {
+            None => neurons_to_remove(budgets, s, attention_removed)?,
+            Some(target) => {
+                let groups: Vec<usize> = self.plan.blocks.iter().map(|b| b.groups.len()).collect();
+                neurons_for_target(model, budgets, s, target, &groups, narrowed)
+            }
+        };
+        Ok(narrowed(n_remove))
     }
 
     /// Loss curves of all blocks, on the model with its groups removed and its feed-forwards whole. A block's

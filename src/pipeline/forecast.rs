@@ -6,8 +6,8 @@
 
 use super::heads::{ROUGH_CTX, ROUGH_TOKENS, STREAM_BYTES};
 use super::{
-    Method, Settings, budgets, curves, equal_widths, groups_to_remove, sensitivity, smallest_group,
-    within_family,
+    Method, Settings, budgets, curves, equal_widths, even_shapes, file_size, groups_to_remove, sensitivity,
+    smallest_group, within_family,
 };
 use crate::calibrate::Windows;
 use crate::forward::{GRADIENT_TOKENS, LOSS_ROWS, MAX_GRADIENT_CTX, moment_products, query_slice};
@@ -51,6 +51,8 @@ pub struct Forecast {
     pub sparsity: f64,
     /// Bytes of the written file, about.
     pub file_bytes: u64,
+    /// Its parameters.
+    pub params: u64,
     /// In the order in which they run.
     pub stages: Vec<StageForecast>,
 }
@@ -90,6 +92,7 @@ pub fn forecast(model: &Model, c: &Calibration, settings: &Settings) -> Result<F
     let total: usize = budgets.iter().map(prune::Budget::params).sum();
     let pieces: usize = budgets.iter().zip(&widths).map(|(b, w)| b.n_pieces - w).sum();
     let removed = n_groups * group_params + pieces * budgets[0].piece_params;
+    let size = file_size(model, s, &even_shapes(model, settings)?);
     let w = Work { model, c, s, kept, widths: &widths };
     let stages = match s.method {
         Method::Putri => vec![
@@ -107,7 +110,8 @@ pub fn forecast(model: &Model, c: &Calibration, settings: &Settings) -> Result<F
         n_groups,
         mean_width: widths.iter().sum::<usize>() as f64 / widths.len() as f64,
         sparsity: removed as f64 / total as f64,
-        file_bytes: w.file_bytes(),
+        file_bytes: size.bytes,
+        params: size.params,
         // Those that do run.
         stages: stages.into_iter().filter(|s| s.operations > 0.0).collect(),
     })
@@ -541,32 +545,6 @@ impl Work<'_> {
         }
         let blocks = self.model.hparams.blocks.iter().zip(&self.model.blocks);
         self.pruned().into_iter().zip(blocks).map(|(b, (shape, t))| self.new_block_bytes(b, shape, t)).sum()
-    }
-
-    /// Bytes of the file once rows and columns are gone.
-    fn file_bytes(&self) -> u64 {
-        let rows = |s: &Segment| {
-            let t = self.model.tensor(s);
-            s.n as f64 * t.ty.row_bytes(t.ne[0]) as f64
-        };
-        let mut bytes = self.model.file.n_bytes() as f64;
-        let blocks = self.model.hparams.blocks.iter().zip(&self.model.blocks);
-        for ((b, (shape, t)), whole) in self.pruned().into_iter().zip(blocks).zip(self.whole()) {
-            let experts = t.experts.as_ref().map(|e| {
-                let all = [&e.gate, &e.up, &e.down].into_iter().flatten().chain([&e.router]);
-                all.map(rows).sum::<f64>() * (1.0 - b.router / whole.router)
-            });
-            let gone = t.qkv.iter().flatten().map(rows).sum::<f64>() * (1.0 - self.kept)
-                + [t.ffn_gate, t.ffn_up].iter().flatten().map(rows).sum::<f64>() * (1.0 - b.ff / whole.ff)
-                + [t.attn_output, t.ffn_down].iter().flatten().map(rows).sum::<f64>()
-                + experts.unwrap_or(0.0);
-            bytes += self.new_block_bytes(b, shape, t) - gone;
-            if self.s.biases {
-                let new = [t.attn_output_bias.is_none(), t.ffn_down_bias.is_none()];
-                bytes += new.into_iter().filter(|n| *n).count() as f64 * 4.0 * self.n_embd();
-            }
-        }
-        bytes as u64
     }
 }
 

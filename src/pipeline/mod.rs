@@ -18,11 +18,15 @@ mod plan;
 mod sensitivity;
 mod sequential;
 mod settings;
+mod size;
 mod stream;
 mod tune;
 
 pub use amounts::{budgets, check_budget};
-use amounts::{equal_widths, groups_to_remove, neurons_to_remove, smallest_group, within_family};
+use amounts::{
+    equal_widths, equally_narrowed, groups_to_remove, neurons_for_target, neurons_to_remove, smallest_group,
+    within_family,
+};
 pub use forecast::{Calibration, Forecast, StageForecast, forecast};
 pub use journal::{Journal, Settled};
 pub use judge::Loss;
@@ -30,6 +34,8 @@ pub use memory::{NoRoom, within_memory};
 pub use plan::{BlockPlan, Plan};
 use sensitivity::Sensitivity;
 pub use settings::{Method, Settings, TensorTypes};
+pub use size::{FileSize, Target, TargetError, sparsity_for};
+use size::{even_shapes, file_size};
 use stream::embedded;
 
 use crate::calibrate::Windows;

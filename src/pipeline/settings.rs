@@ -1,6 +1,6 @@
 //! What can be set, and what it is where nothing is said.
 
-use super::Loss;
+use super::{Loss, Target};
 use crate::forward::CHUNK_TOKENS;
 use crate::ggml::Type;
 use crate::model::{Arch, Carriers, Heads, Model};
@@ -27,6 +27,9 @@ pub enum Method {
 pub struct Settings {
     /// Share of the blocks' parameters to remove, 0 < s < 1.
     pub sparsity: f64,
+    /// What the result shall not be larger than: blocks keep as much as that allows, and the sparsity only says how
+    /// many heads go.
+    pub target: Option<Target>,
     /// How to prune.
     pub method: Method,
     /// How heads may go.
@@ -107,6 +110,7 @@ impl Default for Settings {
     fn default() -> Settings {
         Settings {
             sparsity: 0.25,
+            target: None,
             method: Method::Putri,
             heads: Heads::Auto,
             arch: Arch::Auto,

@@ -1,0 +1,198 @@
+//! How large a pruned model is, from shapes alone; and how much has to go for a size that was asked for.
+
+use super::amounts::{equal_widths, groups_to_remove, smallest_group, within_family};
+use super::{Settings, budgets};
+use crate::ggml::Type;
+use crate::model::{BlockShape, Model, Segment};
+use crate::prune::BudgetError;
+use crate::requant::output_type;
+
+/// Alignment of tensors in a file.
+const ALIGNMENT: usize = 32;
+
+/// Bytes that a file gains in its header at most: where it comes from, and keys that had defaults.
+const HEADER_BYTES: usize = 4096;
+
+/// Bytes of a tensor's entry in the header, about.
+const ENTRY_BYTES: usize = 96;
+
+/// What the result shall not be larger than.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Target {
+    /// Bytes of the file.
+    Bytes(u64),
+    /// Parameters, all counted.
+    Params(u64),
+}
+
+/// Sizes of a pruned file.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct FileSize {
+    /// Bytes, at most.
+    pub bytes: u64,
+    /// Parameters.
+    pub params: u64,
+}
+
+impl FileSize {
+    /// Whether it is as small as it shall be.
+    pub fn is_within(&self, target: Target) -> bool {
+        match target {
+            Target::Bytes(n) => self.bytes <= n,
+            Target::Params(n) => self.params <= n,
+        }
+    }
+}
+
+/// Why a size cannot be had.
+#[derive(Debug, thiserror::Error)]
+pub enum TargetError {
+    /// The source is no larger.
+    #[error("the source is no larger than that: nothing has to go")]
+    Already,
+    /// Not everything can go.
+    #[error(
+        "too small: what must stay is {:.2} MiB and {:.2} million parameters, at sparsity {sparsity}",
+        least.bytes as f64 / f64::from(1 << 20), least.params as f64 / 1e6
+    )]
+    OutOfReach {
+        /// The smallest that there is.
+        least: FileSize,
+        /// What that takes.
+        sparsity: f64,
+    },
+}
+
+/// The least sparsity, in thousandths, at which `model` is within `target`, as far as that is known before it is known
+/// which groups go and how wide each block is.
+///
+/// # Errors
+/// [`TargetError`] if there is none, or none is needed.
+pub fn sparsity_for(model: &Model, s: &Settings, target: Target) -> Result<f64, TargetError> {
+    let own = FileSize {
+        bytes: model.file.n_bytes(),
+        params: model.file.tensors().iter().map(|t| t.n_elements() as u64).sum(),
+    };
+    if own.is_within(target) {
+        return Err(TargetError::Already);
+    }
+    let at = |thousandths: u32| {
+        let s = Settings { sparsity: f64::from(thousandths) / 1000.0, target: None, ..s.clone() };
+        even_shapes(model, &s).map(|shapes| file_size(model, &s, &shapes))
+    };
+    let (mut too_large, mut within) = (0, 1000);
+    let mut least = (0, own);
+    while within - too_large > 1 {
+        let middle = (too_large + within) / 2;
+        match at(middle) {
+            // Out of reach: not even less than that was enough, or it has not been tried.
+            Err(_) => within = middle,
+            Ok(size) if size.is_within(target) => (within, least) = (middle, (middle, size)),
+            Ok(size) => (too_large, least) = (middle, (middle, size)),
+        }
+    }
+    let sparsity = f64::from(within) / 1000.0;
+    match at(within) {
+        Ok(size) if size.is_within(target) => Ok(sparsity),
+        _ => Err(TargetError::OutOfReach { least: least.1, sparsity: f64::from(least.0) / 1000.0 }),
+    }
+}
+
+/// Shapes with the groups that go spread over all blocks, and equal widths.
+///
+/// # Errors
+/// [`BudgetError`] if the sparsity is out of reach.
+pub(super) fn even_shapes(model: &Model, s: &Settings) -> Result<Vec<BlockShape>, BudgetError> {
+    let budgets = budgets(model, s);
+    let s = &within_family(model, s);
+    let n_groups = groups_to_remove(model, &budgets, s);
+    let widths = equal_widths(model, &budgets, s, n_groups * smallest_group(&budgets))?;
+    let all: usize = budgets.iter().map(|b| b.n_groups).sum();
+    let (mut before, mut gone) = (0, 0);
+    let shapes = model.hparams.blocks.iter().zip(widths).map(|(b, width)| {
+        before += b.n_head_kv;
+        let until_here = (n_groups * before).checked_div(all).unwrap_or(0);
+        let n_head_kv = b.n_head_kv - (until_here - gone).min(b.n_head_kv);
+        gone = until_here;
+        BlockShape { n_head: n_head_kv * b.heads_per_group(), n_head_kv, ..b.with_pieces(width) }
+    });
+    Ok(shapes.collect())
+}
+
+/// The size of the file that holds `model` in blocks of the sizes `shapes`.
+pub(super) fn file_size(model: &Model, s: &Settings, shapes: &[BlockShape]) -> FileSize {
+    let s = &within_family(model, s);
+    let carrier = s.carriers(model).of(shapes);
+    let h = &model.hparams;
+    let mut sizes: Vec<(usize, usize)> =
+        model.file.tensors().iter().map(|t| (t.n_bytes(), t.n_elements())).collect();
+    let data: usize = sizes.iter().map(|(bytes, _)| bytes.next_multiple_of(ALIGNMENT)).sum();
+    let header = (model.file.n_bytes() as usize).saturating_sub(data) + HEADER_BYTES;
+    let mut more = Vec::new();
+    let matrix = |ty: Type, n_in: usize, n_out: usize| (ty.row_bytes(n_in) * n_out, n_in * n_out);
+    for ((t, old), new) in model.blocks.iter().zip(&h.blocks).zip(shapes) {
+        let rows = |sizes: &mut Vec<(usize, usize)>, segment: &Segment, n: usize| {
+            // Segments of one tensor add up.
+            let info = model.tensor(segment);
+            let (bytes, elements) = matrix(info.ty, info.ne[0], n);
+            sizes[segment.tensor].0 += bytes;
+            sizes[segment.tensor].1 += elements;
+        };
+        let qkv = t.qkv.iter().flatten();
+        let (gate, up) = (t.ffn_gate.iter(), t.ffn_up.iter());
+        let experts = t.experts.iter().flat_map(|e| {
+            [&e.gate, &e.up, &e.down].into_iter().flatten().chain([&e.router]).collect::<Vec<_>>()
+        });
+        let biases = t.qkv_bias.iter().flatten();
+        let touched = qkv.clone().chain(gate.clone()).chain(up.clone()).chain(experts).chain(biases.clone());
+        touched.for_each(|segment| sizes[segment.tensor] = (0, 0));
+
+        let group = old.heads_per_group() * h.head_dim;
+        let kept = [new.n_head_kv * group, new.n_head_kv * h.head_dim, new.n_head_kv * h.head_dim];
+        let widest = qkv.clone().map(|q| model.tensor(q).ty).max_by_key(|ty| ty.row_bytes(h.n_embd));
+        for (segment, n) in qkv.zip(kept) {
+            match widest.filter(|_| carrier.traits().one_qkv) {
+                Some(ty) => {
+                    let (bytes, elements) = matrix(ty, h.n_embd, n);
+                    sizes[segment.tensor].0 += bytes;
+                    sizes[segment.tensor].1 += elements;
+                }
+                None => rows(&mut sizes, segment, n),
+            }
+        }
+        for (segment, n) in biases.zip(kept) {
+            sizes[segment.tensor].0 += 4 * n;
+            sizes[segment.tensor].1 += n;
+        }
+        gate.chain(up).for_each(|segment| rows(&mut sizes, segment, new.n_ff));
+        if let Some(e) = &t.experts {
+            let each = |i: usize| [e.gate[i], e.up[i], e.down[i]];
+            (0..new.n_expert).flat_map(each).for_each(|segment| rows(&mut sizes, &segment, segment.n));
+            rows(&mut sizes, &e.router, new.n_expert);
+        }
+        let encoded = |wanted: Option<Type>, segment: &Segment, n_in: usize| {
+            let ty = output_type(wanted.unwrap_or(model.tensor(segment).ty), n_in);
+            matrix(ty, n_in, h.n_embd)
+        };
+        if let Some(segment) = &t.attn_output {
+            sizes[segment.tensor] = encoded(s.types.attn_output, segment, new.n_head_kv * group);
+        }
+        if let Some(segment) = &t.ffn_down {
+            sizes[segment.tensor] = encoded(s.types.ffn_down, segment, new.n_ff);
+        }
+        if new.n_head_kv == 0 {
+            let of_attention = [t.attn_norm, t.attn_norm_bias, t.attn_output_bias, t.attn_post_norm];
+            let norms = t.qk_norm.iter().flatten().copied();
+            of_attention.into_iter().flatten().chain(norms).for_each(|gone| sizes[gone.tensor] = (0, 0));
+        }
+        if s.biases {
+            let missing = [t.attn_output_bias.is_none() && new.n_head_kv > 0, t.ffn_down_bias.is_none()];
+            more.extend(missing.into_iter().filter(|m| *m).map(|_| (4 * h.n_embd + ENTRY_BYTES, h.n_embd)));
+        }
+    }
+    let all = || sizes.iter().chain(&more);
+    FileSize {
+        bytes: all().map(|(bytes, _)| bytes.next_multiple_of(ALIGNMENT) as u64).sum::<u64>() + header as u64,
+        params: all().map(|(_, elements)| *elements as u64).sum(),
+    }
+}
