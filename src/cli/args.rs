@@ -15,7 +15,7 @@ use std::path::PathBuf;
     after_help = EXAMPLES,
     args_conflicts_with_subcommands = true,
     subcommand_negates_reqs = true,
-    override_usage = "putri-gguf [OPTIONS] --sparsity <S> <INPUT> <OUTPUT>\n       putri-gguf inspect [--json] <INPUT>"
+    override_usage = "putri-gguf [OPTIONS] --sparsity <S> <INPUT> <OUTPUT>\n       putri-gguf inspect [--json] <INPUT>\n       putri-gguf eval [OPTIONS] <MODEL>"
 )]
 pub struct Cli {
     /// What to do instead of pruning.
@@ -37,6 +37,64 @@ pub enum Command {
         #[arg(long)]
         json: bool,
     },
+    /// Measure a file with llama.cpp: perplexity, speed, and how far it is from another
+    Eval(EvalArgs),
+    /// Print completions for a shell
+    Completions {
+        /// The shell
+        shell: clap_complete::Shell,
+    },
+    /// Print the manual page, in roff
+    Man,
+}
+
+/// Arguments of measuring.
+#[derive(clap::Args, Clone, Debug)]
+pub struct EvalArgs {
+    /// The file
+    pub model: PathBuf,
+    /// The file it is compared with, most often the one that it was made from
+    #[arg(long, value_name = "MODEL")]
+    pub base: Option<PathBuf>,
+    /// Text to score; may be given more than once
+    #[arg(short, long, value_name = "TEXT")]
+    pub file: Vec<PathBuf>,
+    /// Which tokens are scored: as llama-perplexity does, or as papers do
+    #[arg(long, value_enum, default_value_t = PplStyle::Llama)]
+    pub ppl_style: PplStyle,
+    /// Tokens per window
+    #[arg(short, long, value_name = "N", default_value_t = DEFAULT_CTX)]
+    pub ctx_size: usize,
+    /// Windows at most [default: all]
+    #[arg(long, value_name = "N")]
+    pub chunks: Option<usize>,
+    /// Multiple-choice tasks in the format that llama-perplexity --hellaswag reads
+    #[arg(long, value_name = "TASKS")]
+    pub hellaswag: Option<PathBuf>,
+    /// Tasks at most
+    #[arg(long, value_name = "N", default_value_t = 400)]
+    pub hellaswag_tasks: usize,
+    /// Do not measure tokens per second
+    #[arg(long)]
+    pub no_speed: bool,
+    /// Threads [default: all cores]
+    #[arg(short, long, value_name = "N")]
+    pub threads: Option<usize>,
+    /// As a JSON object
+    #[arg(long)]
+    pub json: bool,
+    /// No progress on stderr
+    #[arg(short, long)]
+    pub quiet: bool,
+}
+
+/// Names of [`putri_gguf::evaluate::Protocol`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum PplStyle {
+    /// BOS at the start of each window where there is one; its second half is scored.
+    Llama,
+    /// No BOS; all tokens of a window but the first are scored.
+    Hf,
 }
 
 /// Arguments of pruning.
@@ -53,53 +111,53 @@ pub struct Args {
     #[arg(long, value_name = "SIZE", conflicts_with = "sparsity")]
     pub target_size: Option<String>,
     /// Remove as little as leaves no more parameters than this, as in 110M or 1.2e9
-    #[arg(long, value_name = "N", conflicts_with_all = ["sparsity", "target_size"])]
+    #[arg(long, value_name = "N", conflicts_with_all = ["sparsity", "target_size"], hide_short_help = true)]
     pub target_params: Option<String>,
     /// How to prune: our way, or the paper's as its authors' code does it
-    #[arg(long, value_enum, default_value_t = MethodArg::Putri)]
+    #[arg(long, value_enum, default_value_t = MethodArg::Putri, help_heading = "Method", hide_short_help = true)]
     pub method: MethodArg,
     /// Which heads may go
-    #[arg(long, value_enum, default_value_t = HeadsArg::Auto)]
+    #[arg(long, value_enum, default_value_t = HeadsArg::Auto, help_heading = "Method", hide_short_help = true)]
     pub heads: HeadsArg,
     /// Which architecture the result may have
-    #[arg(long, value_enum, default_value_t = ArchArg::Auto)]
+    #[arg(long, value_enum, default_value_t = ArchArg::Auto, help_heading = "Method", hide_short_help = true)]
     pub arch: ArchArg,
     /// Write the whole model in another mix of types, as llama-quantize would, such as Q4_K_M
-    #[arg(long = "type", value_name = "TYPE")]
+    #[arg(long = "type", value_name = "TYPE", help_heading = "Output")]
     pub to: Option<String>,
     /// Let --type round again what is quantised already; costs quality
-    #[arg(long, requires = "to")]
+    #[arg(long, requires = "to", help_heading = "Output", hide_short_help = true)]
     pub allow_requantize: bool,
     /// Write attn_output or ffn_down in another type, as in ffn_down=q8_0; may be given for both
-    #[arg(long, value_name = "TENSOR=TYPE")]
+    #[arg(long, value_name = "TENSOR=TYPE", help_heading = "Output", hide_short_help = true)]
     pub tensor_type: Vec<String>,
     /// Also write the pruned model's importance matrix, for llama-quantize --imatrix
-    #[arg(long, value_name = "FILE")]
+    #[arg(long, value_name = "FILE", help_heading = "Output", hide_short_help = true)]
     pub imatrix_out: Option<PathBuf>,
     /// Times to go over the calibration adjusting norms and biases; 0 saves time [default: 1]
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", help_heading = "Method", hide_short_help = true)]
     pub tune: Option<usize>,
     /// Keep what is settled in this folder, step by step, so that an interrupted run can go on
-    #[arg(long, value_name = "DIR")]
+    #[arg(long, value_name = "DIR", help_heading = "Run", hide_short_help = true)]
     pub state_dir: Option<PathBuf>,
     /// Go on with the run whose state is in --state-dir, if there is one
-    #[arg(long, requires = "state_dir")]
+    #[arg(long, requires = "state_dir", help_heading = "Run", hide_short_help = true)]
     pub resume: bool,
     /// Replace existing outputs
-    #[arg(long)]
+    #[arg(long, help_heading = "Output")]
     pub force: bool,
     /// Do not load and judge the result with llama.cpp before it gets its name
-    #[arg(long)]
+    #[arg(long, help_heading = "Output", hide_short_help = true)]
     pub no_verify: bool,
 
     /// Calibration text; may be given more than once
     #[arg(short, long, value_name = "TEXT", help_heading = "Calibration")]
     pub file: Vec<PathBuf>,
     /// Share of the calibration that the model writes itself, 0 to 1 [default: 0.5 with --file, else 1]
-    #[arg(long, value_name = "SHARE", help_heading = "Calibration")]
+    #[arg(long, value_name = "SHARE", help_heading = "Calibration", hide_short_help = true)]
     pub self_share: Option<f64>,
     /// Share of that which is conversations in the model's chat template, 0 to 1
-    #[arg(long, value_name = "SHARE", default_value_t = DEFAULT_CHAT_SHARE, help_heading = "Calibration")]
+    #[arg(long, value_name = "SHARE", default_value_t = DEFAULT_CHAT_SHARE, help_heading = "Calibration", hide_short_help = true)]
     pub chat_share: f64,
     /// Tokens per calibration window
     #[arg(short, long, value_name = "N", default_value_t = DEFAULT_CTX, help_heading = "Calibration")]
@@ -108,23 +166,23 @@ pub struct Args {
     #[arg(long, value_name = "N", default_value_t = DEFAULT_CHUNKS, help_heading = "Calibration")]
     pub chunks: usize,
     /// Seed of the self-written text
-    #[arg(short, long, default_value_t = 1, help_heading = "Calibration")]
+    #[arg(short, long, default_value_t = 1, help_heading = "Calibration", hide_short_help = true)]
     pub seed: u64,
 
     /// Threads [default: all cores]
-    #[arg(short, long, value_name = "N", help_heading = "Machine")]
+    #[arg(short, long, value_name = "N", help_heading = "Run")]
     pub threads: Option<usize>,
     /// Do with so much memory, as in 8G: streams go into files beside the output where they must
-    #[arg(long, value_name = "SIZE", help_heading = "Machine")]
+    #[arg(long, value_name = "SIZE", help_heading = "Run")]
     pub max_memory: Option<String>,
     /// Only say what would be removed, and the size, time and memory to expect
-    #[arg(long, help_heading = "Machine")]
+    #[arg(long, help_heading = "Run")]
     pub dry_run: bool,
     /// Also print where the time went, and what the matrix products of each stage reached
-    #[arg(long, help_heading = "Machine")]
+    #[arg(long, help_heading = "Run", hide_short_help = true)]
     pub timings: bool,
     /// No progress on stderr
-    #[arg(short, long, help_heading = "Machine")]
+    #[arg(short, long, help_heading = "Run")]
     pub quiet: bool,
 }
 
@@ -170,8 +228,8 @@ const EXAMPLES: &str = "\
 Examples:
   putri-gguf inspect model.gguf
   putri-gguf model.gguf smaller.gguf --sparsity 0.2
-  putri-gguf model.gguf smaller.gguf --sparsity 0.25 --file notes.txt --file manual.txt
-  putri-gguf model.gguf smaller.gguf --sparsity 0.5 --ctx-size 1024 --chunks 64 --threads 8";
+  putri-gguf model.gguf smaller.gguf --target-size 3.8G --file notes.txt --file manual.txt
+  putri-gguf eval smaller.gguf --base model.gguf --file other.txt";
 
 /// Version, engine, backends and CPU features.
 fn version() -> &'static str {

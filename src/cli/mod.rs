@@ -3,13 +3,17 @@
 mod args;
 mod resolve;
 
-pub use args::{Cli, Command};
-pub use resolve::resolve;
+pub use args::{Args, Cli, Command, EvalArgs};
+pub use resolve::{resolve, resolve_eval};
 
-use clap::Parser;
-use putri_gguf::report::{Progress, Timings, dry_run_table, inspection_json, inspection_table, summary};
+use anyhow::Context;
+use clap::{CommandFactory, Parser};
+use putri_gguf::report::{
+    Progress, Timings, dry_run_table, eval_json, eval_table, inspection_json, inspection_table, summary,
+};
 use putri_gguf::{JobError, ggml};
 use std::io::Write;
+use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -28,81 +32,123 @@ pub fn main() -> ExitCode {
         putri_gguf::remove_temporary();
         std::process::exit(1);
     });
-    let args = match (cli.command, cli.prune) {
+    let done = match (cli.command, cli.prune) {
         (Some(Command::Inspect { input, json }), _) => {
             let text = |found| if json { inspection_json(&found) + "\n" } else { inspection_table(&found) };
-            return show(putri_gguf::inspect(&input).map(text));
+            putri_gguf::inspect(&input).map(text).map_err(Failed::Job).and_then(|text| show(&text))
         }
-        (None, Some(args)) => args,
+        (Some(Command::Eval(args)), _) => measure(args),
+        (Some(Command::Completions { shell }), _) => {
+            let mut text = Vec::new();
+            clap_complete::generate(shell, &mut Cli::command(), "putri-gguf", &mut text);
+            show(&String::from_utf8_lossy(&text))
+        }
+        (Some(Command::Man), _) => {
+            let mut text = Vec::new();
+            // Writing into memory does not fail.
+            let command = Cli::command().version(env!("CARGO_PKG_VERSION"));
+            let _ = clap_mangen::Man::new(command).render(&mut text);
+            show(&String::from_utf8_lossy(&text))
+        }
+        (None, Some(args)) => prune(args),
         (None, None) => unreachable!("clap demands a command or what to prune"),
     };
-    let (quiet, timings, dry) = (args.quiet, args.timings, args.dry_run);
-    let job = match resolve(args) {
-        Ok(job) => job,
-        Err(e) => {
+    match done {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(Failed::Usage(e)) => {
             eprintln!("error: {e}");
-            return ExitCode::from(2);
+            ExitCode::from(2)
         }
-    };
-    let stop = match stop_on_interrupt() {
-        Ok(stop) => stop,
-        Err(e) => {
-            eprintln!("error: cannot watch for Ctrl-C: {e}");
-            return ExitCode::FAILURE;
+        Err(Failed::Job(JobError::Interrupted)) => {
+            eprintln!("interrupted; nothing was written");
+            ExitCode::from(INTERRUPTED)
         }
-    };
-    if let Err(e) = rayon::ThreadPoolBuilder::new().num_threads(job.settings.n_threads).build_global() {
-        eprintln!("error: cannot start {} threads: {e}", job.settings.n_threads);
-        return ExitCode::FAILURE;
+        Err(Failed::Interrupted(folder)) => {
+            eprintln!(
+                "interrupted; no output was written, and --state-dir {} --resume goes on from here",
+                folder.display()
+            );
+            ExitCode::from(INTERRUPTED)
+        }
+        Err(Failed::Job(e)) => {
+            eprintln!("error: {e}");
+            ExitCode::FAILURE
+        }
+        Err(Failed::Machine(e)) => {
+            eprintln!("error: {e:#}");
+            ExitCode::FAILURE
+        }
     }
+}
+
+/// Why there is no result.
+enum Failed {
+    /// Arguments make no sense.
+    Usage(anyhow::Error),
+    /// The work failed.
+    Job(JobError),
+    /// The user stopped it, and what was done is kept in this folder.
+    Interrupted(PathBuf),
+    /// The machine does not give what it takes.
+    Machine(anyhow::Error),
+}
+
+impl From<JobError> for Failed {
+    fn from(e: JobError) -> Failed {
+        Failed::Job(e)
+    }
+}
+
+/// Prunes, and prints the summary.
+fn prune(args: Args) -> Result<(), Failed> {
+    let (quiet, timings, dry) = (args.quiet, args.timings, args.dry_run);
+    let job = resolve(args).map_err(Failed::Usage)?;
+    let n_threads = job.settings.n_threads;
+    let stop = ready(n_threads).map_err(Failed::Machine)?;
     if dry {
-        let rate = || ggml::product_rate(job.settings.n_threads).ok();
-        return show(putri_gguf::dry_run(&job).map(|found| dry_run_table(&found, rate())));
+        let rate = || ggml::product_rate(n_threads).ok();
+        return show(&dry_run_table(&putri_gguf::dry_run(&job)?, rate()));
     }
     let mut progress = Progress::new(quiet, stop);
     let mut watched = Timings::new(&mut progress);
     let result = putri_gguf::run(&job, &mut watched);
     let stages = watched.finish();
     progress.finish();
-    match result {
-        Ok(outcome) => {
-            // The job is done; that nobody reads the summary does not make it a failure.
-            let mut text = summary(&outcome);
-            if timings && let Ok(rate) = ggml::product_rate(job.settings.n_threads) {
-                text += &format!("\n{}", stages.table(rate, outcome.forecast.as_ref()));
-            }
-            let _ = writeln!(std::io::stdout(), "{text}{}", job.output.display());
-            ExitCode::SUCCESS
-        }
-        Err(JobError::Interrupted) => {
-            match &job.state {
-                Some(keep) => eprintln!(
-                    "interrupted; no output was written, and --state-dir {} --resume goes on from here",
-                    keep.folder.display()
-                ),
-                None => eprintln!("interrupted; nothing was written"),
-            }
-            ExitCode::from(INTERRUPTED)
-        }
-        Err(e) => {
-            eprintln!("error: {e}");
-            ExitCode::FAILURE
-        }
+    let outcome = result.map_err(|e| match (e, &job.state) {
+        (JobError::Interrupted, Some(keep)) => Failed::Interrupted(keep.folder.clone()),
+        (e, _) => Failed::Job(e),
+    })?;
+    let mut text = summary(&outcome);
+    if timings && let Ok(rate) = ggml::product_rate(n_threads) {
+        text += &format!("\n{}", stages.table(rate, outcome.forecast.as_ref()));
     }
+    show(&format!("{text}{}\n", job.output.display()))
 }
 
-/// Prints what was found.
-fn show(found: Result<String, JobError>) -> ExitCode {
-    match found {
-        Ok(text) => {
-            let _ = write!(std::io::stdout(), "{text}");
-            ExitCode::SUCCESS
-        }
-        Err(e) => {
-            eprintln!("error: {e}");
-            ExitCode::FAILURE
-        }
-    }
+/// Measures, and prints the figures.
+fn measure(args: EvalArgs) -> Result<(), Failed> {
+    let (quiet, json) = (args.quiet, args.json);
+    let job = resolve_eval(args).map_err(Failed::Usage)?;
+    let stop = ready(job.n_threads).map_err(Failed::Machine)?;
+    let mut progress = Progress::new(quiet, stop);
+    let result = putri_gguf::eval(&job, &mut progress);
+    progress.finish();
+    let found = result?;
+    show(&if json { eval_json(&found, job.protocol) + "\n" } else { eval_table(&found, job.protocol) })
+}
+
+/// Sets threads and Ctrl-C up; the flag is raised by the first of the latter.
+fn ready(n_threads: usize) -> anyhow::Result<Arc<AtomicBool>> {
+    let stop = stop_on_interrupt().context("cannot watch for Ctrl-C")?;
+    let pool = rayon::ThreadPoolBuilder::new().num_threads(n_threads).build_global();
+    pool.with_context(|| format!("cannot start {n_threads} threads"))?;
+    Ok(stop)
+}
+
+/// Prints what was found. The work is done; that nobody reads it does not make it a failure.
+fn show(text: &str) -> Result<(), Failed> {
+    let _ = write!(std::io::stdout(), "{text}");
+    Ok(())
 }
 
 /// A flag that the first Ctrl-C raises; the second ends the process.

@@ -1,12 +1,13 @@
 //! From what was typed to a job that can run.
 
-use super::args::{ArchArg, Args, HeadsArg, MethodArg};
+use super::args::{ArchArg, Args, EvalArgs, HeadsArg, MethodArg, PplStyle};
 use anyhow::{Context, Result, bail, ensure};
 use putri_gguf::calibrate::Recipe;
+use putri_gguf::evaluate::Protocol;
 use putri_gguf::ggml::{FileType, Type};
 use putri_gguf::model::{Arch, Heads};
 use putri_gguf::pipeline::{Method, Settings, Target, TensorTypes};
-use putri_gguf::{Job, KeepState, Quantise};
+use putri_gguf::{EvalJob, Job, KeepState, Quantise};
 
 /// Checks values that only make sense together, and fills in what depends on the machine.
 pub fn resolve(args: Args) -> Result<Job> {
@@ -57,9 +58,7 @@ pub fn resolve(args: Args) -> Result<Job> {
         !mixed || args.chunks >= 2,
         "a mixture of text and self-written windows needs --chunks 2 or more"
     );
-    ensure!(args.threads.is_none_or(|n| (1..=512).contains(&n)), "--threads is not from 1 to 512");
-    let n_threads =
-        args.threads.unwrap_or_else(|| std::thread::available_parallelism().map_or(1, |n| n.get()));
+    let n_threads = threads(args.threads)?;
     let method = match args.method {
         MethodArg::Putri => Method::Putri,
         MethodArg::Paper => Method::Paper,
@@ -110,6 +109,37 @@ pub fn resolve(args: Args) -> Result<Job> {
             ..Settings::default()
         },
     })
+}
+
+/// What `eval` measures.
+pub fn resolve_eval(args: EvalArgs) -> Result<EvalJob> {
+    ensure!(
+        !args.file.is_empty() || args.hellaswag.is_some() || !args.no_speed,
+        "there is nothing to measure: give --file or --hellaswag, or leave --no-speed out"
+    );
+    ensure!((16..=32768).contains(&args.ctx_size), "--ctx-size {} is not from 16 to 32768", args.ctx_size);
+    ensure!(args.chunks != Some(0), "--chunks 0 leaves nothing to score");
+    ensure!(args.hellaswag_tasks > 0, "--hellaswag-tasks 0 leaves nothing to do");
+    Ok(EvalJob {
+        model: args.model,
+        base: args.base,
+        texts: args.file,
+        protocol: match args.ppl_style {
+            PplStyle::Llama => Protocol::Llama,
+            PplStyle::Hf => Protocol::Hf,
+        },
+        n_ctx: args.ctx_size,
+        n_windows: args.chunks.unwrap_or(usize::MAX),
+        tasks: args.hellaswag.map(|path| (path, args.hellaswag_tasks)),
+        speed: !args.no_speed,
+        n_threads: threads(args.threads)?,
+    })
+}
+
+/// Reads `--threads`.
+fn threads(given: Option<usize>) -> Result<usize> {
+    ensure!(given.is_none_or(|n| (1..=512).contains(&n)), "--threads is not from 1 to 512");
+    Ok(given.unwrap_or_else(|| std::thread::available_parallelism().map_or(1, |n| n.get())))
 }
 
 /// Reads a number, or one with K, M, B or T of 1000 of the one before.

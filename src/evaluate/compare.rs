@@ -122,7 +122,7 @@ fn final_stream(
 
 /// Negative log-likelihood of `next`, KL divergence from `base`, and whether the likeliest token is
 /// the same.
-fn compare_row(own: &[f32], base: &[f32], next: Token) -> [f64; 3] {
+pub(super) fn compare_row(own: &[f32], base: &[f32], next: Token) -> [f64; 3] {
     let (lse, lse_base) = (log_sum_exp(own), log_sum_exp(base));
     // Σ p (log p − log q), with p as exact as its own sum.
     let (mut mass, mut excess) = (0.0f64, 0.0f64);

@@ -294,7 +294,25 @@ impl<'m> Context<'m> {
     /// # Panics
     /// If there are more tokens than `n_batch`.
     pub fn decode(&mut self, tokens: &[BatchToken]) -> Result<(), GgmlError> {
+        self.decode_with(tokens, true)?;
+        self.n_last = tokens.len();
+        Ok(())
+    }
+
+    /// Decodes `tokens`, with logits for the last only, as a chat does.
+    ///
+    /// # Errors
+    /// [`GgmlError::Llama`] if libllama fails.
+    ///
+    /// # Panics
+    /// If there are more tokens than `n_batch`.
+    pub fn decode_quietly(&mut self, tokens: &[BatchToken]) -> Result<(), GgmlError> {
+        self.decode_with(tokens, false)
+    }
+
+    fn decode_with(&mut self, tokens: &[BatchToken], all_logits: bool) -> Result<(), GgmlError> {
         assert!(tokens.len() <= self.n_batch);
+        self.n_last = 0;
         // SAFETY: the batch was made for n_batch tokens with one sequence id each.
         let status = unsafe {
             for (i, t) in tokens.iter().enumerate() {
@@ -302,12 +320,11 @@ impl<'m> Context<'m> {
                 *self.batch.pos.add(i) = t.pos;
                 *self.batch.n_seq_id.add(i) = 1;
                 **self.batch.seq_id.add(i) = t.seq;
-                *self.batch.logits.add(i) = 1;
+                *self.batch.logits.add(i) = i8::from(all_logits || i + 1 == tokens.len());
             }
             self.batch.n_tokens = tokens.len() as i32;
             sys::llama_decode(self.raw.as_ptr(), self.batch)
         };
-        self.n_last = if status == 0 { tokens.len() } else { 0 };
         if status == 0 {
             Ok(())
         } else {

@@ -1,6 +1,7 @@
 //! What can go wrong, in the words that a user sees.
 
 use crate::calibrate::CalibrateError;
+use crate::evaluate::EvaluateError;
 use crate::ggml::{GgmlError, Type};
 use crate::gguf::GgufError;
 use crate::model::ModelError;
@@ -15,6 +16,8 @@ pub enum JobError {
     Model { path: PathBuf, source: ModelError },
     #[error("calibration: {0}")]
     Calibrate(#[from] CalibrateError),
+    #[error("{}: {source}", path.display())]
+    Evaluate { path: PathBuf, source: EvaluateError },
     #[error(transparent)]
     Prune(PruneError),
     #[error(transparent)]

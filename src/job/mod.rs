@@ -1,11 +1,13 @@
 //! The whole way from a GGUF to a pruned and verified GGUF.
 
 mod error;
+mod eval;
 mod inspect;
 mod output;
 mod state;
 
 pub use error::JobError;
+pub use eval::{EvalJob, EvalOutcome, eval};
 pub use inspect::{Inspection, inspect};
 pub use output::remove_temporary;
 

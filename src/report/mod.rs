@@ -1,11 +1,13 @@
 //! What the user sees: progress while it runs, and a summary at the end.
 
+mod eval;
 mod forecast;
 mod inspect;
 mod progress;
 mod table;
 mod timings;
 
+pub use eval::{eval_json, eval_table};
 pub use forecast::dry_run_table;
 pub use inspect::{inspection_json, inspection_table};
 pub use progress::Progress;

@@ -1,0 +1,329 @@
+//! A file on a text, by libllama: what a user of llama.cpp would measure.
+
+use super::{Window, compare_row};
+use crate::ggml::{BatchToken, Context, GgmlError, LlamaModel, Token};
+use crate::numeric::log_sum_exp;
+use rayon::prelude::*;
+use std::time::Instant;
+
+/// Which tokens are scored, and after what. Figures of the two are not comparable.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Protocol {
+    /// As `llama-perplexity` does: each window's first token is replaced by BOS where the tokenizer adds one, and the second
+    /// half of each window is scored.
+    Llama,
+    /// As papers do: no BOS, and all tokens of a window but the first are scored.
+    Hf,
+}
+
+/// Tokens that the speed of reading is measured on, and of writing: those of `llama-bench`'s pp512, and half of tg128.
+const PROMPT_TOKENS: usize = 512;
+const WRITTEN_TOKENS: usize = 64;
+
+/// How a file does on a text.
+#[derive(Clone, Copy, Debug)]
+pub struct Evaluation {
+    /// Perplexity.
+    pub ppl: f64,
+    /// Its standard error, as llama-perplexity prints it.
+    pub ppl_error: f64,
+    /// Tokens that were scored.
+    pub n_scored: usize,
+    /// How far its predictions are from another file's.
+    pub divergence: Option<Divergence>,
+}
+
+/// How far a model's predictions are from another's.
+#[derive(Clone, Copy, Debug)]
+pub struct Divergence {
+    /// Perplexity of the other.
+    pub base_ppl: f64,
+    /// Mean of the KL divergences, in nats.
+    pub mean: f64,
+    /// Their median.
+    pub median: f64,
+    /// What 99 of 100 are below.
+    pub p99: f64,
+    /// The largest.
+    pub max: f64,
+    /// Share of positions where both think the same token likeliest.
+    pub top1: f64,
+}
+
+/// Tokens per second.
+#[derive(Clone, Copy, Debug)]
+pub struct Speed {
+    /// Read, many at a time.
+    pub prompt: f64,
+    /// Written, one at a time.
+    pub written: f64,
+}
+
+/// Why a text cannot be judged on.
+#[derive(Debug, thiserror::Error)]
+pub enum EvaluateError {
+    /// libllama failed.
+    #[error(transparent)]
+    Llama(#[from] GgmlError),
+    /// There is too little text.
+    #[error("the text has {found} tokens; one window takes {needed}")]
+    TooShort {
+        /// Tokens that there are.
+        found: usize,
+        /// Tokens of a window.
+        needed: usize,
+    },
+    /// The two files have other vocabularies.
+    #[error("the files have {0} and {1} tokens in their vocabularies: they cannot be compared")]
+    Vocabularies(usize, usize),
+    /// Tasks are not in the format of `llama-perplexity --hellaswag`.
+    #[error("line {line}: {problem}")]
+    Tasks {
+        /// Line of the file, counted from 1.
+        line: usize,
+        /// What is wrong with it.
+        problem: String,
+    },
+}
+
+/// The windows of `n_ctx` tokens that `text` is scored in, `n_windows` at most.
+///
+/// # Errors
+/// [`EvaluateError`] if there is none.
+pub fn windows(
+    model: &LlamaModel,
+    text: &str,
+    protocol: Protocol,
+    n_ctx: usize,
+    n_windows: usize,
+) -> Result<Vec<Vec<Token>>, EvaluateError> {
+    let vocab = model.vocab();
+    let bos = vocab.bos().filter(|_| protocol == Protocol::Llama && vocab.add_bos());
+    // llama.cpp takes one newline off the end of a file.
+    let text = text.strip_suffix('\n').filter(|_| protocol == Protocol::Llama).unwrap_or(text);
+    let tokens: Vec<Token> = bos.into_iter().chain(vocab.tokenize(text, false)?).collect();
+    let mut windows: Vec<Vec<Token>> =
+        tokens.chunks_exact(n_ctx).take(n_windows).map(<[Token]>::to_vec).collect();
+    if windows.is_empty() {
+        return Err(EvaluateError::TooShort { found: tokens.len(), needed: n_ctx });
+    }
+    if let Some(bos) = bos {
+        windows.iter_mut().for_each(|w| w[0] = bos);
+    }
+    Ok(windows)
+}
+
+/// How `model` does on `windows` of one length, and how far it is from `base`, if that is given. `progress` is told
+/// (windows done, in all) and returns whether to go on; if not, what is known by then is returned.
+///
+/// # Errors
+/// [`EvaluateError`] if libllama fails, or the two cannot be compared.
+pub fn evaluate(
+    model: &LlamaModel,
+    base: Option<&LlamaModel>,
+    windows: &[Vec<Token>],
+    protocol: Protocol,
+    n_threads: usize,
+    mut progress: impl FnMut(usize, usize) -> bool,
+) -> Result<Evaluation, EvaluateError> {
+    let n_ctx = windows[0].len();
+    let first = match protocol {
+        Protocol::Llama => n_ctx / 2,
+        Protocol::Hf => 0,
+    };
+    let n_vocab = model.vocab().n_tokens();
+    if let Some(other) = base.map(|b| b.vocab().n_tokens()).filter(|n| *n != n_vocab) {
+        return Err(EvaluateError::Vocabularies(n_vocab, other));
+    }
+    let mut own = Window::new(model, n_ctx, n_threads)?;
+    let mut other = base.map(|b| Window::new(b, n_ctx, n_threads)).transpose()?;
+    let (mut losses, mut base_losses) = (Vec::<f64>::new(), Vec::<f64>::new());
+    let (mut divergences, mut same) = (Vec::<f64>::new(), 0.0);
+    let mut base_logits = Vec::new();
+    for (i, window) in windows.iter().enumerate() {
+        if let Some(other) = &mut other {
+            base_logits.clear();
+            other.run(window, first, |_, rows| {
+                rows.iter().for_each(|row| base_logits.extend_from_slice(row))
+            })?;
+            let rows = base_logits.par_chunks(n_vocab).zip(&window[first + 1..]);
+            base_losses.par_extend(rows.map(|(row, &next)| log_sum_exp(row) - f64::from(row[next as usize])));
+        }
+        own.run(window, first, |at, rows| {
+            if base_logits.is_empty() {
+                let rows = rows.par_iter().zip(&window[at + 1..]);
+                losses.par_extend(rows.map(|(row, &next)| log_sum_exp(row) - f64::from(row[next as usize])));
+                return;
+            }
+            let base = base_logits[(at - first) * n_vocab..].par_chunks(n_vocab);
+            let rows = rows.par_iter().zip(base).zip(&window[at + 1..]);
+            let found: Vec<[f64; 3]> =
+                rows.map(|((own, base), &next)| compare_row(own, base, next)).collect();
+            for [loss, divergence, top] in found {
+                losses.push(loss);
+                divergences.push(divergence);
+                same += top;
+            }
+        })?;
+        if !progress(i + 1, windows.len()) {
+            break;
+        }
+    }
+    let n = losses.len() as f64;
+    let mean = |values: &[f64]| values.iter().sum::<f64>() / values.len() as f64;
+    let ppl = mean(&losses).exp();
+    let variance = losses.iter().map(|l| l * l).sum::<f64>() / n - mean(&losses).powi(2);
+    let divergence = (!divergences.is_empty()).then(|| {
+        divergences.sort_by(f64::total_cmp);
+        let quantile = |q: f64| divergences[((divergences.len() - 1) as f64 * q).round() as usize];
+        Divergence {
+            base_ppl: mean(&base_losses).exp(),
+            mean: mean(&divergences),
+            median: quantile(0.5),
+            p99: quantile(0.99),
+            max: quantile(1.0),
+            top1: same / n,
+        }
+    });
+    let ppl_error = ppl * (variance.max(0.0) / (n - 1.0).max(1.0)).sqrt();
+    Ok(Evaluation { ppl, ppl_error, n_scored: losses.len(), divergence })
+}
+
+/// How fast `model` reads and writes: the best of three times each.
+///
+/// # Errors
+/// [`EvaluateError`] if libllama fails.
+pub fn speed(model: &LlamaModel, n_threads: usize) -> Result<Speed, EvaluateError> {
+    let n = PROMPT_TOKENS;
+    let mut context = Context::new(model, n + WRITTEN_TOKENS, 1, n, n_threads)?;
+    let n_vocab = model.vocab().n_tokens();
+    let token = |i: usize| BatchToken { token: (i * 7919 % n_vocab) as Token, pos: i as i32, seq: 0 };
+    let prompt: Vec<BatchToken> = (0..n).map(token).collect();
+    let mut best = [0.0f64; 2];
+    // The first time warms up.
+    for round in 0..4 {
+        context.clear();
+        let start = Instant::now();
+        context.decode_quietly(&prompt)?;
+        let read = n as f64 / start.elapsed().as_secs_f64();
+        let start = Instant::now();
+        for i in 0..WRITTEN_TOKENS {
+            context.decode_quietly(&[token(n + i)])?;
+        }
+        let wrote = WRITTEN_TOKENS as f64 / start.elapsed().as_secs_f64();
+        if round > 0 {
+            best = [best[0].max(read), best[1].max(wrote)];
+        }
+    }
+    Ok(Speed { prompt: best[0], written: best[1] })
+}
+
+/// A question with endings to choose from.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Task {
+    context: String,
+    endings: Vec<String>,
+    right: usize,
+}
+
+/// Endings per task.
+const N_ENDINGS: usize = 4;
+
+/// Tasks from a text as `llama-perplexity --hellaswag` reads it: six lines each, the context, the number of the right
+/// ending, and four endings.
+///
+/// # Errors
+/// [`EvaluateError::Tasks`] with the line at fault.
+pub fn tasks(text: &str) -> Result<Vec<Task>, EvaluateError> {
+    let lines: Vec<&str> = text.lines().collect();
+    let bad = |line: usize, problem: String| Err(EvaluateError::Tasks { line: line + 1, problem });
+    let mut tasks = Vec::new();
+    for (i, task) in lines.chunks(2 + N_ENDINGS).enumerate() {
+        let first = i * (2 + N_ENDINGS);
+        let [context, right, endings @ ..] = task else {
+            return bad(
+                first,
+                "a task has six lines: context, number of the right ending, four endings".into(),
+            );
+        };
+        if endings.len() < N_ENDINGS {
+            return bad(first + task.len() - 1, "the last task has less than six lines".into());
+        }
+        match right.trim().parse() {
+            Ok(right) if right < N_ENDINGS => {
+                let endings = endings.iter().map(|e| e.to_string()).collect();
+                tasks.push(Task { context: context.to_string(), endings, right });
+            }
+            _ => return bad(first + 1, format!("{right:?} is not the number of an ending, 0 to 3")),
+        }
+    }
+    Ok(tasks)
+}
+
+/// Share of `tasks` where the right ending is the likeliest per token (`hellaswag_score` of llama.cpp, acc_norm).
+///
+/// # Errors
+/// [`EvaluateError`] if libllama fails.
+pub fn accuracy(
+    model: &LlamaModel,
+    tasks: &[Task],
+    n_threads: usize,
+    mut progress: impl FnMut(usize, usize) -> bool,
+) -> Result<f64, EvaluateError> {
+    let vocab = model.vocab();
+    let bos = vocab.bos().filter(|_| vocab.add_bos());
+    let (mut right, mut n) = (0, 0);
+    for (i, task) in tasks.iter().enumerate() {
+        let texts: Vec<Vec<Token>> = task
+            .endings
+            .iter()
+            .map(|e| {
+                Ok(bos.into_iter().chain(vocab.tokenize(&format!("{} {e}", task.context), false)?).collect())
+            })
+            .collect::<Result<_, GgmlError>>()?;
+        // What all begin with is given.
+        let given = (0..)
+            .take_while(|&j| texts.iter().all(|t| t.len() > j + 1 && t[j] == texts[0][j]))
+            .count()
+            .max(1);
+        let longest = texts.iter().map(Vec::len).max().unwrap_or(0);
+        let mut window = Window::new(model, longest, n_threads)?;
+        let mut best = (f64::NEG_INFINITY, 0);
+        for (ending, tokens) in texts.iter().enumerate() {
+            let mut sum = 0.0;
+            window.run(tokens, given - 1, |at, rows| {
+                let rows = rows.iter().zip(&tokens[at + 1..]);
+                sum += rows.map(|(row, &next)| f64::from(row[next as usize]) - log_sum_exp(row)).sum::<f64>();
+            })?;
+            let per_token = sum / (tokens.len() - given) as f64;
+            if per_token > best.0 {
+                best = (per_token, ending);
+            }
+        }
+        n += 1;
+        right += usize::from(best.1 == task.right);
+        if !progress(i + 1, tasks.len()) {
+            break;
+        }
+    }
+    Ok(right as f64 / f64::from(n.max(1)))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn tasks_are_six_lines_each() {
+        let text = "A man\n2\nruns.\nsleeps.\neats.\nsings.\nA dog\n0\nbarks.\nb\nc\nd\n";
+        let found = tasks(text).unwrap();
+        assert_eq!((found.len(), found[0].right, found[1].endings[0].as_str()), (2, 2, "barks."));
+        let line = |text: &str| match tasks(text) {
+            Err(EvaluateError::Tasks { line, .. }) => line,
+            other => panic!("{other:?}"),
+        };
+        assert_eq!(line("A\n4\na\nb\nc\nd\n"), 2);
+        assert_eq!(line("A\n1\na\nb\nc\n"), 5);
+        assert_eq!(line("A\n"), 1);
+    }
+}

@@ -1,0 +1,116 @@
+//! How a file does, by libllama, on texts and tasks; and beside another file.
+
+use super::JobError;
+use crate::evaluate::{self, EvaluateError, Evaluation, Protocol, Speed};
+use crate::ggml::LlamaModel;
+use crate::pipeline::Observer;
+use std::path::{Path, PathBuf};
+
+/// What to measure.
+#[derive(Clone, Debug)]
+pub struct EvalJob {
+    /// The file.
+    pub model: PathBuf,
+    /// What it is compared with, most often the file that it was made from.
+    pub base: Option<PathBuf>,
+    /// Texts, one after another.
+    pub texts: Vec<PathBuf>,
+    /// Which tokens are scored.
+    pub protocol: Protocol,
+    /// Tokens per window.
+    pub n_ctx: usize,
+    /// Windows at most.
+    pub n_windows: usize,
+    /// Tasks in llama-perplexity's format for HellaSwag, and how many of them at most.
+    pub tasks: Option<(PathBuf, usize)>,
+    /// Also measure tokens per second.
+    pub speed: bool,
+    /// Threads.
+    pub n_threads: usize,
+}
+
+/// What was measured, of the file and of what it is compared with.
+#[derive(Clone, Copy, Debug)]
+pub struct EvalOutcome {
+    /// Bytes.
+    pub bytes: (u64, Option<u64>),
+    /// On the texts.
+    pub evaluation: Option<Evaluation>,
+    /// Share of tasks that were answered right, and how many there were.
+    pub accuracy: Option<(f64, Option<f64>, usize)>,
+    /// Tokens per second.
+    pub speed: Option<(Speed, Option<Speed>)>,
+}
+
+/// Measures what `job` asks for.
+///
+/// # Errors
+/// [`JobError`] if a file cannot be read, or libllama fails.
+pub fn eval(job: &EvalJob, observer: &mut dyn Observer) -> Result<EvalOutcome, JobError> {
+    let text = |path: &Path| {
+        let bytes = std::fs::read(path).map_err(|source| JobError::Io { path: path.into(), source })?;
+        Ok::<_, JobError>(String::from_utf8_lossy(&bytes).into_owned())
+    };
+    // What can be wrong with texts is said before models are loaded.
+    let texts = job.texts.iter().map(|path| text(path)).collect::<Result<Vec<_>, _>>()?.concat();
+    let tasks = match &job.tasks {
+        Some((path, n)) => {
+            let failed = |source| JobError::Evaluate { path: path.clone(), source };
+            let mut tasks = evaluate::tasks(&text(path)?).map_err(failed)?;
+            tasks.truncate(*n);
+            tasks
+        }
+        None => Vec::new(),
+    };
+    let (model, bytes) = load(&job.model)?;
+    let base = job.base.as_deref().map(load).transpose()?;
+    let (base, base_bytes) = base.map_or((None, None), |(model, bytes)| (Some(model), Some(bytes)));
+    let failed = |source| JobError::Evaluate { path: job.model.clone(), source };
+    let mut outcome =
+        EvalOutcome { bytes: (bytes, base_bytes), evaluation: None, accuracy: None, speed: None };
+
+    if !job.texts.is_empty() {
+        let windows = evaluate::windows(&model, &texts, job.protocol, job.n_ctx, job.n_windows);
+        let windows = windows.map_err(|source| JobError::Evaluate { path: job.texts[0].clone(), source })?;
+        observer.stage("text", windows.len());
+        let told = |done, _| {
+            observer.step(done, "");
+            !observer.interrupted()
+        };
+        let found = evaluate::evaluate(&model, base.as_ref(), &windows, job.protocol, job.n_threads, told)
+            .map_err(failed)?;
+        outcome.evaluation = Some(found);
+    }
+    if !tasks.is_empty() {
+        let mut share = |model: &LlamaModel| -> Result<f64, JobError> {
+            observer.stage("tasks", tasks.len());
+            let told = |done, _| {
+                observer.step(done, "");
+                !observer.interrupted()
+            };
+            let found = evaluate::accuracy(model, &tasks, job.n_threads, told).map_err(failed)?;
+            if observer.interrupted() { Err(JobError::Interrupted) } else { Ok(found) }
+        };
+        outcome.accuracy = Some((share(&model)?, base.as_ref().map(&mut share).transpose()?, tasks.len()));
+    }
+    if observer.interrupted() {
+        return Err(JobError::Interrupted);
+    }
+    if job.speed {
+        observer.stage("speed", 1);
+        let own = evaluate::speed(&model, job.n_threads).map_err(failed)?;
+        let other = base.as_ref().map(|b| evaluate::speed(b, job.n_threads)).transpose().map_err(failed)?;
+        outcome.speed = Some((own, other));
+        observer.step(1, "");
+    }
+    Ok(outcome)
+}
+
+fn load(path: &Path) -> Result<(LlamaModel, u64), JobError> {
+    let failed = |source: crate::ggml::GgmlError| JobError::Evaluate {
+        path: path.into(),
+        source: EvaluateError::Llama(source),
+    };
+    let bytes = crate::gguf::GgufFile::open(path)?.n_bytes();
+    Ok((LlamaModel::load(path).map_err(failed)?, bytes))
+}
