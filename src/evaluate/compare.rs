@@ -3,7 +3,7 @@
 use crate::forward::{Forward, ForwardError, Head};
 use crate::ggml::Token;
 use crate::model::Model;
-use crate::numeric::{exp_neg, log_sum_exp};
+use crate::numeric::{RowComparison, compare_rows};
 use rayon::prelude::*;
 use std::ops::Range;
 
@@ -85,12 +85,13 @@ impl Judge {
             own(&mut ours, span)?;
             let n_vocab = self.head.n_vocab();
             let rows = if ours.is_empty() { &base } else { &ours }.par_chunks(n_vocab);
-            let parts: Vec<[f64; 3]> = rows
+            let parts: Vec<RowComparison> = rows
                 .zip(base.par_chunks(n_vocab))
                 .zip(&window[1..])
-                .map(|((own, base), &next)| compare_row(own, base, next))
+                .map(|((own, base), &next)| compare_rows(own, base, next as usize))
                 .collect();
             for part in parts {
+                let part = [part.nll, part.kl, f64::from(u8::from(part.same_top))];
                 totals.iter_mut().zip(part).for_each(|(t, p)| *t += p);
             }
             scored += window.len() - 1;
@@ -118,45 +119,4 @@ fn final_stream(
     }
     let head = forward.head(model)?;
     Ok((forward, head, stream))
-}
-
-/// Negative log-likelihood of `next`, KL divergence from `base`, and whether the likeliest token is
-/// the same.
-pub(super) fn compare_row(own: &[f32], base: &[f32], next: Token) -> [f64; 3] {
-    let (lse, lse_base) = (log_sum_exp(own), log_sum_exp(base));
-    // Σ p (log p − log q), with p as exact as its own sum.
-    let (mut mass, mut excess) = (0.0f64, 0.0f64);
-    for (b, o) in base.iter().zip(own) {
-        let p = exp_neg(b - lse_base as f32);
-        mass += f64::from(p);
-        excess += f64::from(p * (b - o));
-    }
-    let kl = excess / mass - (lse_base - lse);
-    let top = |row: &[f32]| row.iter().enumerate().max_by(|a, b| a.1.total_cmp(b.1)).map(|(i, _)| i);
-    [lse - f64::from(own[next as usize]), kl, f64::from(u8::from(top(own) == top(base)))]
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn rows_are_compared_as_the_formulas_say() {
-        for n in [3usize, 40, 5000] {
-            let base: Vec<f32> = (0..n).map(|i| (i * 7919 % 613) as f32 / 30.0 - 10.0).collect();
-            let own: Vec<f32> =
-                base.iter().enumerate().map(|(i, b)| b + (i * 31 % 17) as f32 / 9.0).collect();
-            let softmax = |row: &[f32]| -> Vec<f64> {
-                let sum: f64 = row.iter().map(|v| f64::from(*v).exp()).sum();
-                row.iter().map(|v| f64::from(*v).exp() / sum).collect()
-            };
-            let (p, q) = (softmax(&base), softmax(&own));
-            let kl: f64 = p.iter().zip(&q).map(|(p, q)| p * (p / q).ln()).sum();
-            let [nll, mine, top] = compare_row(&own, &base, 2);
-            assert!((nll + q[2].ln()).abs() < 1e-5 && (mine - kl).abs() < 1e-5, "n {n}: {mine} {kl}");
-            let first = |v: &[f64]| (0..n).rev().max_by(|&a, &b| v[a].total_cmp(&v[b])).unwrap();
-            assert_eq!(top == 1.0, p[first(&p)] == p[first(&q)], "n {n}");
-        }
-        assert_eq!(compare_row(&[1.0, 2.0], &[1.0, 2.0], 0)[1..], [0.0, 1.0]);
-    }
 }

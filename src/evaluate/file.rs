@@ -1,8 +1,8 @@
 //! A file on a text, by libllama: what a user of llama.cpp would measure.
 
-use super::{Window, compare_row};
+use super::Window;
 use crate::ggml::{BatchToken, Context, GgmlError, LlamaModel, Token};
-use crate::numeric::log_sum_exp;
+use crate::numeric::{RowComparison, compare_rows, log_sum_exp};
 use rayon::prelude::*;
 use std::time::Instant;
 
@@ -138,7 +138,7 @@ pub fn evaluate(
     let mut own = Window::new(model, n_ctx, n_threads)?;
     let mut other = base.map(|b| Window::new(b, n_ctx, n_threads)).transpose()?;
     let (mut losses, mut base_losses) = (Vec::<f64>::new(), Vec::<f64>::new());
-    let (mut divergences, mut same) = (Vec::<f64>::new(), 0.0);
+    let (mut divergences, mut same) = (Vec::<f64>::new(), 0usize);
     let mut base_logits = Vec::new();
     for (i, window) in windows.iter().enumerate() {
         if let Some(other) = &mut other {
@@ -146,8 +146,6 @@ pub fn evaluate(
             other.run(window, first, |_, rows| {
                 rows.iter().for_each(|row| base_logits.extend_from_slice(row))
             })?;
-            let rows = base_logits.par_chunks(n_vocab).zip(&window[first + 1..]);
-            base_losses.par_extend(rows.map(|(row, &next)| log_sum_exp(row) - f64::from(row[next as usize])));
         }
         own.run(window, first, |at, rows| {
             if base_logits.is_empty() {
@@ -157,13 +155,12 @@ pub fn evaluate(
             }
             let base = base_logits[(at - first) * n_vocab..].par_chunks(n_vocab);
             let rows = rows.par_iter().zip(base).zip(&window[at + 1..]);
-            let found: Vec<[f64; 3]> =
-                rows.map(|((own, base), &next)| compare_row(own, base, next)).collect();
-            for [loss, divergence, top] in found {
-                losses.push(loss);
-                divergences.push(divergence);
-                same += top;
-            }
+            let found: Vec<RowComparison> =
+                rows.map(|((own, base), &next)| compare_rows(own, base, next as usize)).collect();
+            losses.extend(found.iter().map(|r| r.nll));
+            base_losses.extend(found.iter().map(|r| r.base_nll));
+            divergences.extend(found.iter().map(|r| r.kl));
+            same += found.iter().filter(|r| r.same_top).count();
         })?;
         if !progress(i + 1, windows.len()) {
             break;
@@ -182,7 +179,7 @@ pub fn evaluate(
             median: quantile(0.5),
             p99: quantile(0.99),
             max: quantile(1.0),
-            top1: same / n,
+            top1: same as f64 / n,
         }
     });
     let ppl_error = ppl * (variance.max(0.0) / (n - 1.0).max(1.0)).sqrt();

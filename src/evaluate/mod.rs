@@ -4,7 +4,6 @@
 mod compare;
 mod file;
 
-use compare::compare_row;
 pub use compare::{Comparison, Judge};
 pub use file::{
     Divergence, EvaluateError, Evaluation, Protocol, Speed, Task, accuracy, evaluate, speed, tasks, windows,

@@ -8,7 +8,7 @@ use crate::numeric::log_sum_exp;
 use rayon::prelude::*;
 
 /// Positions whose logits are in memory at a time.
-const LOGIT_ROWS: usize = 128;
+pub(crate) const LOGIT_ROWS: usize = 128;
 
 /// The last norm and the output matrix on the backend.
 pub struct Head {

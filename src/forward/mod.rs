@@ -16,6 +16,7 @@ pub use experts::ExpertUse;
 pub use gradient::BlockGradient;
 pub(crate) use gradient::{GRADIENT_TOKENS, LOSS_ROWS};
 pub use head::Head;
+pub(crate) use head::LOGIT_ROWS;
 pub(crate) use stats::moment_products;
 pub use stats::{Collect, InputSquares, Wanted};
 

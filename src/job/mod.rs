@@ -17,7 +17,9 @@ use crate::evaluate;
 use crate::ggml::{FileType, GgmlError, LlamaModel, quantize_file};
 use crate::gguf::{GgufError, OutTensor, write_gguf};
 use crate::model::{BlockShape, Family, Model, ModelError};
-use crate::pipeline::{self, Calibration, Forecast, Journal, Method, Observer, Plan, Settings, Target};
+use crate::pipeline::{
+    self, Calibration, Forecast, HeldOut, Journal, Method, Observer, Plan, Settings, Target,
+};
 use output::{check_paths, finish, folder_of, temporary};
 use sha2::{Digest, Sha256};
 use state::State;
@@ -109,13 +111,11 @@ pub struct Outcome {
     pub time: Duration,
 }
 
-/// Perplexities on calibration windows that were held out.
+/// What was measured on calibration windows that were held out.
 #[derive(Clone, Copy, Debug)]
 pub struct Quality {
-    /// The source, by our forward.
-    pub dense_ppl: f64,
-    /// The result, by our forward.
-    pub pruned_ppl: f64,
+    /// Source and result, by our forward.
+    pub held_out: HeldOut,
     /// The written file, by libllama; absent with `--no-verify`.
     pub file_ppl: Option<f64>,
     /// Tokens fitted on, and how many of them the model wrote itself.
@@ -208,8 +208,7 @@ pub fn run(job: &Job, observer: &mut dyn Observer) -> Result<Outcome, JobError> 
     drop(out);
     observer.step(1, "");
     let mut quality = Quality {
-        dense_ppl: pruned.dense_ppl,
-        pruned_ppl: pruned.pruned_ppl,
+        held_out: pruned.held_out,
         file_ppl: None,
         fit_tokens: (windows.n_fit * windows.n_ctx, windows.n_self * windows.n_ctx),
         held_out_tokens: windows.n_held_out * windows.n_ctx,
@@ -220,7 +219,7 @@ pub fn run(job: &Job, observer: &mut dyn Observer) -> Result<Outcome, JobError> 
         let file = llama(job, temp.path())
             .and_then(|model| evaluate::perplexity(&model, held_out, windows.n_ctx, n_threads))
             .map_err(JobError::DoesNotLoad)?;
-        let own = quality.pruned_ppl;
+        let own = quality.held_out.pruned_ppl;
         // A NaN on either side is no agreement.
         let bound = PARITY.ln() + 1.0 / (held_out.len() as f64).sqrt();
         let agrees = (file / own).ln().abs() <= bound;
@@ -545,7 +544,7 @@ fn advice(sparsity: f64, q: &Quality, carrier: Family, deci_biases: bool) -> Vec
             sparsity * 100.0
         ));
     }
-    if q.pruned_ppl > 2.0 * q.dense_ppl {
+    if q.held_out.pruned_ppl > 2.0 * q.held_out.dense_ppl {
         out.push("perplexity more than doubled: compare with a smaller quant or a smaller model before you ship this".into());
     }
     let since = match carrier {

@@ -1,9 +1,11 @@
-//! Numbers that several rooms share: row-wise exponentials, second moments and their Cholesky factors.
+//! Numbers that several rooms share: row-wise exponentials and comparisons, second moments and their Cholesky factors.
 
 mod cholesky;
+mod compare;
 mod exp;
 mod moments;
 
 pub use cholesky::Cholesky;
+pub use compare::{RowComparison, compare_rows};
 pub use exp::{exp_neg, log_sum_exp};
 pub use moments::{Moments, SymMatrix};

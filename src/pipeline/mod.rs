@@ -39,11 +39,13 @@ use size::{even_shapes, file_size};
 use stream::embedded;
 
 use crate::calibrate::Windows;
-use crate::forward::{Forward, ForwardError, InputSquares};
+use crate::forward::{Forward, ForwardError, InputSquares, LOGIT_ROWS};
 use crate::ggml::GgmlError;
 use crate::gguf::GgufError;
 use crate::model::Model;
+use crate::numeric::{RowComparison, compare_rows};
 use crate::prune::{BudgetError, Singular};
+use rayon::prelude::*;
 
 /// Who is told how far the work is, and can stop it.
 pub trait Observer {
@@ -96,16 +98,27 @@ pub enum PruneError {
     Interrupted,
 }
 
+/// How the pruned and requantised model does on the held-out windows, by our own forward.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct HeldOut {
+    /// Perplexity of the dense model.
+    pub dense_ppl: f64,
+    /// Perplexity of the pruned one.
+    pub pruned_ppl: f64,
+    /// Mean KL divergence of its predictions from the dense model's, in nats.
+    pub kl: f64,
+    /// Share of positions where both think the same token likeliest.
+    pub top1: f64,
+}
+
 /// What came of the passes.
 pub struct Outcome {
     /// What stays of each block, with the tensors that changed.
     pub plan: Plan,
     /// Whether norms and biases were tuned, and held-out windows confirmed it.
     pub tuned: bool,
-    /// Perplexity on the held-out windows of the dense model.
-    pub dense_ppl: f64,
-    /// Perplexity on the held-out windows of the pruned and requantised model, by our own forward.
-    pub pruned_ppl: f64,
+    /// What the held-out windows say.
+    pub held_out: HeldOut,
     /// What a user should know.
     pub warnings: Vec<String>,
 }
@@ -149,7 +162,7 @@ pub fn run(
     };
     let n_groups = groups_to_remove(model, &budgets, s);
     let mut tuned = false;
-    let (dense_ppl, pruned_ppl) = match s.method {
+    let held_out = match s.method {
         Method::Putri => {
             run.search_heads(&budgets, n_groups, settled.heads)?;
             let removed = run.plan.attention_params_removed(&budgets);
@@ -165,7 +178,7 @@ pub fn run(
             run.sensitivity = None;
             tuned = run.tune(&mut streams)?;
             let held_out = run.forward.span(&(windows.n_fit..windows.n_windows()));
-            run.held_out_ppl([&streams.dense[held_out.clone()], &streams.pruned[held_out]])?
+            run.held_out([&streams.dense[held_out.clone()], &streams.pruned[held_out]])?
         }
         Method::Paper | Method::TwoStage => {
             // The paper's order, neurons before heads, does not know yet which groups go.
@@ -175,7 +188,7 @@ pub fn run(
             run.evaluate_plan()?
         }
     };
-    Ok(Outcome { plan: run.plan, tuned, dense_ppl, pruned_ppl, warnings: run.warnings })
+    Ok(Outcome { plan: run.plan, tuned, held_out, warnings: run.warnings })
 }
 
 /// What the matrices of the pruned model see of the windows that it was fitted on, block by block.
@@ -250,21 +263,34 @@ impl Run<'_> {
         if self.observer.interrupted() { Err(PruneError::Interrupted) } else { Ok(()) }
     }
 
-    /// Perplexity of two final residual streams of the held-out windows.
-    fn held_out_ppl(&mut self, streams: [&[f32]; 2]) -> Result<(f64, f64), PruneError> {
+    /// What the final residual streams of the held-out windows, dense and pruned, come to.
+    fn held_out(&mut self, [dense, pruned]: [&[f32]; 2]) -> Result<HeldOut, PruneError> {
         let w = self.windows;
-        let heads = [self.forward.head(self.reference)?, self.forward.head(self.model)?];
+        let (own, base) = (self.forward.head(self.model)?, self.forward.head(self.reference)?);
         let targets = w.targets(w.n_fit..w.n_windows());
-        let mut ppl = [0.0; 2];
-        for ((p, stream), head) in ppl.iter_mut().zip(streams).zip(&heads) {
-            let nll = self.forward.nll(head, stream, &targets)?;
-            *p = (nll.iter().sum::<f64>() / nll.len() as f64).exp();
+        let mut rows: Vec<RowComparison> = Vec::with_capacity(targets.len());
+        let n = LOGIT_ROWS * self.forward.n_embd();
+        let (mut p, n_vocab) = (Vec::new(), own.n_vocab());
+        for ((pruned, dense), targets) in
+            pruned.chunks(n).zip(dense.chunks(n)).zip(targets.chunks(LOGIT_ROWS))
+        {
+            self.forward.logits(&base, dense, |_, logits| p = logits.to_vec())?;
+            self.forward.logits(&own, pruned, |_, q| {
+                let compared = q.par_chunks(n_vocab).zip(p.par_chunks(n_vocab)).zip(targets);
+                rows.par_extend(compared.filter_map(|((q, p), t)| t.map(|t| compare_rows(q, p, t as usize))));
+            })?;
         }
-        Ok((ppl[0], ppl[1]))
+        let mean = |f: fn(&RowComparison) -> f64| rows.iter().map(f).sum::<f64>() / rows.len() as f64;
+        Ok(HeldOut {
+            dense_ppl: mean(|r| r.base_nll).exp(),
+            pruned_ppl: mean(|r| r.nll).exp(),
+            kl: mean(|r| r.kl),
+            top1: mean(|r| f64::from(u8::from(r.same_top))),
+        })
     }
 
-    /// Perplexity on the held-out windows of the dense model and of the plan.
-    fn evaluate_plan(&mut self) -> Result<(f64, f64), PruneError> {
+    /// What the plan comes to on the held-out windows.
+    fn evaluate_plan(&mut self) -> Result<HeldOut, PruneError> {
         let w = self.windows;
         let range = w.n_fit..w.n_windows();
         let tokens = w.tokens_of(range);
@@ -282,7 +308,7 @@ impl Run<'_> {
             }
             self.observer.step(il + 1, "");
         }
-        self.held_out_ppl([&streams[0], &streams[1]])
+        self.held_out([&streams[0], &streams[1]])
     }
 }
 

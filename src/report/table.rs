@@ -34,12 +34,15 @@ pub fn summary(o: &Outcome) -> String {
     let (p, q) = (pieces(&o.before), pieces(&o.after));
     line(pieces_are(&o.before), p.to_string(), q.to_string(), percent(p as f64, q as f64));
     if let Some(q) = &o.quality {
-        let after = q.file_ppl.unwrap_or(q.pruned_ppl);
-        let times = format!("x {:.2}", after / q.dense_ppl);
-        line("perplexity", format!("{:.2}", q.dense_ppl), format!("{after:.2}"), times);
+        let h = &q.held_out;
+        let after = q.file_ppl.unwrap_or(h.pruned_ppl);
+        let times = format!("x {:.2}", after / h.dense_ppl);
+        line("perplexity", format!("{:.2}", h.dense_ppl), format!("{after:.2}"), times);
+        line("KL divergence", String::new(), format!("{:.4}", h.kl), "nats".into());
+        line("same top token", String::new(), format!("{:.1} %", h.top1 * 100.0), String::new());
         let judge = match q.file_ppl {
             Some(_) => {
-                format!("the written file in llama.cpp; our own forward of it says {:.2}", q.pruned_ppl)
+                format!("the written file in llama.cpp; our own forward of it says {:.2}", h.pruned_ppl)
             }
             None => "our own forward; the file was not verified".into(),
         };
