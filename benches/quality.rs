@@ -175,6 +175,7 @@ fn main() {
         output: PathBuf::new(),
         imatrix_out: None,
         state: None,
+        limit: None,
         max_memory: None,
         quantise: None,
         force: true,

@@ -23,6 +23,6 @@ pub mod requant;
 pub mod spill;
 
 pub use job::{
-    DryRun, EvalJob, EvalOutcome, Inspection, Job, JobError, KeepState, Outcome, Quality, Quantise, Size,
-    calibration, dry_run, eval, inspect, remove_temporary, run,
+    DryRun, EvalJob, EvalOutcome, Inspection, Job, JobError, KeepState, Limit, Outcome, Quality, Quantise,
+    Size, calibration, dry_run, eval, inspect, remove_temporary, run, run_nested,
 };

@@ -105,14 +105,38 @@ pub struct Args {
     /// Where the pruned model goes
     pub output: PathBuf,
     /// Share of the blocks' parameters to remove, 0 to 1; 0.1 to 0.25 keeps a chat model usable
-    #[arg(long, value_name = "S", required_unless_present_any = ["target_size", "target_params"])]
+    #[arg(
+        long,
+        value_name = "S",
+        required_unless_present_any = ["target_size", "target_params", "max_kld", "max_ppl_ratio", "nested"],
+        conflicts_with_all = ["target_size", "target_params", "max_kld", "max_ppl_ratio", "nested"]
+    )]
     pub sparsity: Option<f64>,
     /// Remove as little as makes the file no larger than this, as in 80M or 3.8G
-    #[arg(long, value_name = "SIZE", conflicts_with = "sparsity")]
+    #[arg(long, value_name = "SIZE", conflicts_with = "nested")]
     pub target_size: Option<String>,
     /// Remove as little as leaves no more parameters than this, as in 110M or 1.2e9
-    #[arg(long, value_name = "N", conflicts_with_all = ["sparsity", "target_size"], hide_short_help = true)]
+    #[arg(
+        long,
+        value_name = "N",
+        conflicts_with_all = ["target_size", "max_kld", "max_ppl_ratio", "nested"],
+        hide_short_help = true
+    )]
     pub target_params: Option<String>,
+    /// Remove as much as keeps the KL divergence from the source, on held-out text, at or below this
+    #[arg(
+        long,
+        value_name = "X",
+        conflicts_with_all = ["target_size", "max_ppl_ratio", "nested"],
+        hide_short_help = true
+    )]
+    pub max_kld: Option<f64>,
+    /// Remove as much as keeps the perplexity, divided by the source's, at or below this
+    #[arg(long, value_name = "X", conflicts_with_all = ["target_size", "nested"], hide_short_help = true)]
+    pub max_ppl_ratio: Option<f64>,
+    /// Prune at several sparsities on one calibration, as in 0.1,0.2: out.gguf becomes out-10.gguf, out-20.gguf
+    #[arg(long, value_name = "S,S", value_delimiter = ',', hide_short_help = true)]
+    pub nested: Option<Vec<f64>>,
     /// How to prune: our way, or the paper's as its authors' code does it
     #[arg(long, value_enum, default_value_t = MethodArg::Putri, help_heading = "Method", hide_short_help = true)]
     pub method: MethodArg,
@@ -194,7 +218,7 @@ pub const DEFAULT_CHAT_SHARE: f64 = 0.0;
 pub const DEFAULT_CHUNKS: usize = 32;
 
 /// Names of [`putri_gguf::pipeline::Method`].
-#[derive(Clone, Copy, Debug, ValueEnum)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum MethodArg {
     /// Heads by lazy greedy search, widths per block, refit towards the dense model, norms and biases tuned.
     Putri,

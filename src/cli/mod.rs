@@ -4,7 +4,7 @@ mod args;
 mod resolve;
 
 pub use args::{Args, Cli, Command, EvalArgs};
-pub use resolve::{resolve, resolve_eval};
+pub use resolve::{nested_outputs, resolve, resolve_eval};
 
 use anyhow::Context;
 use clap::{CommandFactory, Parser};
@@ -17,6 +17,9 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+
+/// The quality that the user set cannot be had.
+const MISSED: u8 = 3;
 
 /// Interrupted by the user, as shells count it.
 const INTERRUPTED: u8 = 130;
@@ -72,7 +75,7 @@ pub fn main() -> ExitCode {
         }
         Err(Failed::Job(e)) => {
             eprintln!("error: {e}");
-            ExitCode::FAILURE
+            if matches!(e, JobError::Limit { .. }) { ExitCode::from(MISSED) } else { ExitCode::FAILURE }
         }
         Err(Failed::Machine(e)) => {
             eprintln!("error: {e:#}");
@@ -101,7 +104,7 @@ impl From<JobError> for Failed {
 
 /// Prunes, and prints the summary.
 fn prune(args: Args) -> Result<(), Failed> {
-    let (quiet, timings, dry) = (args.quiet, args.timings, args.dry_run);
+    let (quiet, timings, dry, nested) = (args.quiet, args.timings, args.dry_run, args.nested.clone());
     let job = resolve(args).map_err(Failed::Usage)?;
     let n_threads = job.settings.n_threads;
     let stop = ready(n_threads).map_err(Failed::Machine)?;
@@ -110,6 +113,14 @@ fn prune(args: Args) -> Result<(), Failed> {
         return show(&dry_run_table(&putri_gguf::dry_run(&job)?, rate()));
     }
     let mut progress = Progress::new(quiet, stop);
+    if let Some(shares) = nested {
+        let outputs = nested_outputs(&job.output, &shares);
+        let result = putri_gguf::run_nested(&job, &outputs, &mut progress, |path, outcome| {
+            let _ = writeln!(std::io::stdout(), "{}{}\n", summary(outcome), path.display());
+        });
+        progress.finish();
+        return Ok(result?);
+    }
     let mut watched = Timings::new(&mut progress);
     let result = putri_gguf::run(&job, &mut watched);
     let stages = watched.finish();

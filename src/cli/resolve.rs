@@ -7,7 +7,8 @@ use putri_gguf::evaluate::Protocol;
 use putri_gguf::ggml::{FileType, Type};
 use putri_gguf::model::{Arch, Heads};
 use putri_gguf::pipeline::{Method, Settings, Target, TensorTypes};
-use putri_gguf::{EvalJob, Job, KeepState, Quantise};
+use putri_gguf::{EvalJob, Job, KeepState, Limit, Quantise};
+use std::path::{Path, PathBuf};
 
 /// Checks values that only make sense together, and fills in what depends on the machine.
 pub fn resolve(args: Args) -> Result<Job> {
@@ -16,6 +17,31 @@ pub fn resolve(args: Args) -> Result<Job> {
         (_, Some(n)) => Some(Target::Params(count("--target-params", n)?)),
         _ => None,
     };
+    let limit = match (args.max_kld, args.max_ppl_ratio) {
+        (Some(most), _) => {
+            ensure!(most > 0.0 && most.is_finite(), "--max-kld {most} is not a positive number of nats");
+            Some(Limit::Kld(most))
+        }
+        (_, Some(most)) => {
+            ensure!(most > 1.0 && most.is_finite(), "--max-ppl-ratio {most} is not above 1");
+            Some(Limit::PplRatio(most))
+        }
+        _ => None,
+    };
+    if let Some(list) = &args.nested {
+        let shares = list.iter().all(|s| *s > 0.0 && *s < 1.0);
+        let rising = list.windows(2).all(|two| two[0] < two[1]);
+        ensure!(shares && rising, "--nested wants shares between 0 and 1, rising, as in 0.1,0.2,0.3");
+        ensure!(args.imatrix_out.is_none(), "--imatrix-out is of one model; --nested makes several");
+    }
+    if limit.is_some() || args.nested.is_some() {
+        ensure!(!args.dry_run, "--dry-run is about one sparsity; give --sparsity");
+        ensure!(args.state_dir.is_none(), "--state-dir keeps the state of one sparsity; give --sparsity");
+        ensure!(
+            args.method == MethodArg::Putri,
+            "--max-kld, --max-ppl-ratio and --nested go with --method putri"
+        );
+    }
     // With a target it is found once the model is known.
     let s = args.sparsity.unwrap_or(Settings::default().sparsity);
     ensure!((0.0..1.0).contains(&s), "--sparsity {s} is not a share from 0 to 1 (0.25 removes a quarter)");
@@ -75,6 +101,7 @@ pub fn resolve(args: Args) -> Result<Job> {
         imatrix_out: args.imatrix_out,
         quantise: args.to.map(|name| quantise(&name, args.allow_requantize)).transpose()?,
         state: args.state_dir.map(|folder| KeepState { folder, resume: args.resume }),
+        limit,
         max_memory: args.max_memory.as_deref().map(|text| bytes("--max-memory", text)).transpose()?,
         force: args.force,
         verify: !args.no_verify,
@@ -109,6 +136,18 @@ pub fn resolve(args: Args) -> Result<Job> {
             ..Settings::default()
         },
     })
+}
+
+/// Outputs of `--nested`: the share that goes, in percent, behind the name.
+pub fn nested_outputs(output: &Path, shares: &[f64]) -> Vec<(f64, PathBuf)> {
+    let stem = output.file_stem().unwrap_or_default().to_string_lossy();
+    let extension = output.extension().map_or(String::new(), |e| format!(".{}", e.to_string_lossy()));
+    let name = |share: f64| {
+        // 0.07 is 7, not 7.000000000000001.
+        let percent = (share * 1e6).round() / 1e4;
+        output.with_file_name(format!("{stem}-{percent}{extension}"))
+    };
+    shares.iter().map(|&share| (share, name(share))).collect()
 }
 
 /// What `eval` measures.
@@ -259,6 +298,13 @@ mod tests {
     }
 
     #[test]
+    fn nested_outputs_are_named_by_percent() {
+        let names = nested_outputs(Path::new("a/out.gguf"), &[0.07, 0.125, 0.5]);
+        let names: Vec<_> = names.iter().map(|(_, p)| p.to_str().unwrap()).collect();
+        assert_eq!(names, ["a/out-7.gguf", "a/out-12.5.gguf", "a/out-50.gguf"]);
+    }
+
+    #[test]
     fn targets_are_bytes_or_parameters() {
         let target = |args: &[&str]| job(args).unwrap().settings.target;
         assert_eq!(target(&["--target-size", "80M"]), Some(Target::Bytes(80 << 20)));
@@ -289,6 +335,15 @@ mod tests {
             &["--target-params", "1M", "--target-size", "50M"],
             &["--target-size", "small"],
             &["--target-params", "1Q"],
+            &["--sparsity", "0.2", "--max-kld", "0.1"],
+            &["--max-ppl-ratio", "1.1", "--max-kld", "0.1"],
+            &["--max-ppl-ratio", "0.9"],
+            &["--max-kld", "-1"],
+            &["--max-kld", "0.1", "--dry-run"],
+            &["--nested", "0.2,0.1"],
+            &["--nested", "0.1,1.1"],
+            &["--nested", "0.1,0.2", "--state-dir", "s"],
+            &["--nested", "0.1,0.2", "--method", "paper"],
             &["--sparsity", "0.2", "--max-memory", "much"],
             &["--sparsity", "0.2", "--max-memory", "8Q"],
             &["--sparsity", "0.2", "--max-memory", "-1G"],

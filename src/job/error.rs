@@ -1,5 +1,6 @@
 //! What can go wrong, in the words that a user sees.
 
+use super::Limit;
 use crate::calibrate::CalibrateError;
 use crate::evaluate::EvaluateError;
 use crate::ggml::{GgmlError, Type};
@@ -30,6 +31,11 @@ pub enum JobError {
         "{0} needs an importance matrix, which is not made of mixtures of experts; llama-quantize and llama-imatrix do that"
     )]
     OfExperts(&'static str),
+    #[error(
+        "no sparsity gives {limit}{}",
+        least.map_or(": nothing can be removed".into(), |(percent, value)| format!(": {percent} % gives {value:.4}"))
+    )]
+    Limit { limit: Limit, least: Option<(u32, f64)> },
     #[error("the size asked for: {0}")]
     Target(TargetError),
     #[error("--max-memory: {0}")]

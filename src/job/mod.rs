@@ -3,12 +3,14 @@
 mod error;
 mod eval;
 mod inspect;
+mod limit;
 mod output;
 mod state;
 
 pub use error::JobError;
 pub use eval::{EvalJob, EvalOutcome, eval};
 pub use inspect::{Inspection, inspect};
+pub use limit::Limit;
 pub use output::remove_temporary;
 
 use crate::assemble::{Provenance, assemble, importance, write_imatrix};
@@ -18,8 +20,9 @@ use crate::ggml::{FileType, GgmlError, LlamaModel, quantize_file};
 use crate::gguf::{GgufError, OutTensor, write_gguf};
 use crate::model::{BlockShape, Family, Model, ModelError};
 use crate::pipeline::{
-    self, Calibration, Forecast, HeldOut, Journal, Method, Observer, Plan, Settings, Target,
+    self, Calibration, Forecast, HeldOut, Journal, Method, Observer, Plan, Settings, Settled, Target,
 };
+use crate::prune::LazyGreedy;
 use output::{check_paths, finish, folder_of, temporary};
 use sha2::{Digest, Sha256};
 use state::State;
@@ -55,6 +58,8 @@ pub struct Job {
     pub settings: Settings,
     /// Where the state of the run is kept, if anywhere.
     pub state: Option<KeepState>,
+    /// Take the largest sparsity that stays within this, instead of one that is given.
+    pub limit: Option<Limit>,
     /// Bytes of memory to do with, the mapped files not counted.
     pub max_memory: Option<u64>,
 }
@@ -132,137 +137,267 @@ pub fn run(job: &Job, observer: &mut dyn Observer) -> Result<Outcome, JobError> 
     let start = Instant::now();
     let source = open(job)?;
     check_paths(job, &source.file)?;
-    if job.settings.sparsity == 0.0 && job.settings.target.is_none() {
+    if job.settings.sparsity == 0.0 && job.settings.target.is_none() && job.limit.is_none() {
         return copy_as_is(job, &source, start, observer.interrupted());
     }
     let job = &Job { settings: settings(job, &source)?, ..job.clone() };
-    let sha256 = || {
-        let mut sha256 = Sha256::new();
-        source.file.bytes().for_each(|part| sha256.update(part));
-        hex(&sha256.finalize())
+    let mut p = Prepared::new(job, source, observer)?;
+    let mut state = p.state.take();
+    let (settings, pruned) = match (job.limit, &mut state) {
+        (Some(limit), _) => p.prune_within(job, limit, observer)?,
+        (None, Some(state)) => p.prune(job, state, observer)?,
+        (None, None) => p.prune(job, &mut (), observer)?,
     };
-    let (windows, source_sha256, mut state) = match &job.state {
-        None => {
-            let (windows, sha) = std::thread::scope(|scope| {
-                let sha = scope.spawn(sha256);
-                (windows(&source, job, observer), sha.join().expect("hashing does not panic"))
-            });
-            (windows?, sha, None)
-        }
-        Some(keep) => {
-            let sha = sha256();
-            let state = State::open(&keep.folder, keep.resume, job, &source, &sha)?;
-            let windows = match state.windows()? {
-                Some(windows) => windows,
-                None => {
-                    let windows = windows(&source, job, observer)?;
-                    state.keep_windows(&windows)?;
-                    windows
-                }
-            };
-            (windows, sha, Some(state))
-        }
-    };
-    let quantised = job.quantise.map(|q| quantise(job, q, &source, &windows, observer)).transpose()?;
-    let model = quantised.as_ref().map_or(&source, |(model, _)| model);
-    let job = &match quantised {
-        Some(_) => Job { settings: on_target(model, job.settings.clone())?, ..job.clone() },
-        None => job.clone(),
-    };
-    let budgets = pipeline::budgets(model, &job.settings);
-    let journal: &mut dyn Journal = match &mut state {
-        Some(state) => state,
-        None => &mut (),
-    };
-    let forecast = forecast(model, &Calibration::from(&windows), &job.settings)?;
-    let pruned = pipeline::run(model, &source, &windows, &job.settings, journal, observer)?;
-    let sparsity = pruned.plan.sparsity(&budgets);
-    let provenance = Provenance {
-        source_sha256,
-        sparsity: job.settings.sparsity,
-        sparsity_reached: sparsity,
-        method: method_name(job.settings.method).into(),
-        calibration: calibration_text(job, &windows),
-        seed: job.recipe.seed,
-        tune: if pruned.tuned { job.settings.tune } else { 0 },
-    };
-
-    // Beside its name until the model is verified, too.
-    let imatrix = match &job.imatrix_out {
-        None => None,
-        Some(path) => {
-            let squares = pipeline::input_squares(model, &pruned.plan, &windows, &job.settings, observer)?;
-            let temp = temporary(path)?;
-            let mut out = BufWriter::new(temp.as_file());
-            let carrier = pruned.plan.carrier(model);
-            write_imatrix(&mut out, path, model, carrier, &squares, &windows, &provenance.calibration)?;
-            drop(out);
-            Some((path, temp))
-        }
-    };
-    observer.stage("write and verify", 2);
-    let temp = temporary(&job.output)?;
-    let mut out = BufWriter::with_capacity(1 << 20, temp.as_file());
-    let carrier = assemble(model, &pruned.plan, &provenance, &mut out, &job.output)?;
-    out.flush().map_err(|source| JobError::Io { path: job.output.clone(), source })?;
-    drop(out);
-    observer.step(1, "");
-    let mut quality = Quality {
-        held_out: pruned.held_out,
-        file_ppl: None,
-        fit_tokens: (windows.n_fit * windows.n_ctx, windows.n_self * windows.n_ctx),
-        held_out_tokens: windows.n_held_out * windows.n_ctx,
-    };
-    if job.verify {
-        let held_out = windows.tokens_of(windows.n_fit..windows.n_windows());
-        let n_threads = job.settings.n_threads;
-        let file = llama(job, temp.path())
-            .and_then(|model| evaluate::perplexity(&model, held_out, windows.n_ctx, n_threads))
-            .map_err(JobError::DoesNotLoad)?;
-        let own = quality.held_out.pruned_ppl;
-        // A NaN on either side is no agreement.
-        let bound = PARITY.ln() + 1.0 / (held_out.len() as f64).sqrt();
-        let agrees = (file / own).ln().abs() <= bound;
-        if !agrees {
-            return Err(JobError::Disagrees { file, own });
-        }
-        quality.file_ppl = Some(file);
-    }
-    if observer.interrupted() {
-        return Err(JobError::Interrupted);
-    }
-    if let Some((path, temp)) = imatrix {
-        finish(job, temp, path)?;
-    }
-    let bytes = finish(job, temp, &job.output)?;
+    let outcome = p.write(&Job { settings, ..job.clone() }, pruned, start, observer)?;
     state.into_iter().for_each(State::remove);
-    observer.step(2, "");
-    let shapes = pruned.plan.shapes(model);
-    let before = size_of(&source);
-    let after = Size {
-        bytes,
-        params: before.params - removed_params(model, &shapes),
-        block_params: shapes.iter().map(|b| sum(model.hparams.block_params(b))).sum(),
-        blocks: shapes,
+    Ok(outcome)
+}
+
+/// Runs `job` at several sparsities on one calibration, each with an output of its own; heads that go at one also go at
+/// higher ones, so that they are searched for once. `done` is told of each outcome.
+///
+/// # Errors
+/// [`JobError`]; outputs that were finished stay.
+pub fn run_nested(
+    job: &Job,
+    outputs: &[(f64, PathBuf)],
+    observer: &mut dyn Observer,
+    mut done: impl FnMut(&Path, &Outcome),
+) -> Result<(), JobError> {
+    let source = open(job)?;
+    let job_of = |(sparsity, output): &(f64, PathBuf)| Job {
+        output: output.clone(),
+        settings: Settings { sparsity: *sparsity, ..job.settings.clone() },
+        ..job.clone()
     };
-    let mut warnings = pruned.warnings;
-    if let Some(Target::Bytes(target)) = job.settings.target
-        && bytes > target
-    {
-        warnings.push(format!("the file has {} bytes more than was asked for", bytes - target));
+    let jobs: Vec<Job> = outputs.iter().map(job_of).collect();
+    for job in &jobs {
+        check_paths(job, &source.file)?;
+        settings(job, &source)?;
     }
-    let deci_biases = carrier == Family::Deci && source.blocks.iter().any(|b| b.qkv_bias.is_some());
-    warnings.extend(advice(sparsity, &quality, carrier, deci_biases));
-    Ok(Outcome {
-        before,
-        after,
-        carrier,
-        sparsity,
-        quality: Some(quality),
-        forecast: Some(forecast),
-        warnings,
-        time: start.elapsed(),
-    })
+    let mut start = Instant::now();
+    let p = Prepared::new(&jobs[0], source, observer)?;
+    let mut memory = Memory::new(&p, &jobs[0]);
+    for job in jobs {
+        let job = Job { settings: settings(&job, &p.source)?, ..job };
+        let (settings, pruned) = p.prune(&job, &mut memory, observer)?;
+        let outcome = p.write(&Job { settings, ..job.clone() }, pruned, start, observer)?;
+        done(&job.output, &outcome);
+        start = Instant::now();
+    }
+    Ok(())
+}
+
+/// The order in which groups go. Where blocks may keep different numbers, it does not depend on how many go.
+struct Memory {
+    per_block: bool,
+    heads: Option<LazyGreedy>,
+}
+
+impl Memory {
+    fn new(p: &Prepared, job: &Job) -> Memory {
+        Memory { per_block: job.settings.carriers(p.model()).per_block.is_some(), heads: None }
+    }
+}
+
+impl Journal for Memory {
+    fn settled(&mut self) -> Result<Settled, GgufError> {
+        Ok(Settled { heads: self.heads.clone(), ..Settled::default() })
+    }
+
+    fn heads(&mut self, search: &LazyGreedy) -> Result<(), GgufError> {
+        if self.per_block {
+            self.heads = Some(search.clone());
+        }
+        Ok(())
+    }
+}
+
+/// What a job works on, whatever the sparsity.
+struct Prepared {
+    source: Model,
+    source_sha256: String,
+    windows: Windows,
+    /// The source in the types that the result shall have, if these are others. The map goes before the file.
+    quantised: Option<(Model, tempfile::NamedTempFile)>,
+    state: Option<State>,
+}
+
+impl Prepared {
+    fn new(job: &Job, source: Model, observer: &mut dyn Observer) -> Result<Prepared, JobError> {
+        let sha256 = || {
+            let mut sha256 = Sha256::new();
+            source.file.bytes().for_each(|part| sha256.update(part));
+            hex(&sha256.finalize())
+        };
+        let (windows, source_sha256, state) = match &job.state {
+            None => {
+                let (windows, sha) = std::thread::scope(|scope| {
+                    let sha = scope.spawn(sha256);
+                    (windows(&source, job, observer), sha.join().expect("hashing does not panic"))
+                });
+                (windows?, sha, None)
+            }
+            Some(keep) => {
+                let sha = sha256();
+                let state = State::open(&keep.folder, keep.resume, job, &source, &sha)?;
+                let windows = match state.windows()? {
+                    Some(windows) => windows,
+                    None => {
+                        let windows = windows(&source, job, observer)?;
+                        state.keep_windows(&windows)?;
+                        windows
+                    }
+                };
+                (windows, sha, Some(state))
+            }
+        };
+        let quantised = job.quantise.map(|q| quantise(job, q, &source, &windows, observer)).transpose()?;
+        Ok(Prepared { source, source_sha256, windows, quantised, state })
+    }
+
+    /// What is pruned: the source, in the types that the result shall have.
+    fn model(&self) -> &Model {
+        self.quantised.as_ref().map_or(&self.source, |(model, _)| model)
+    }
+
+    /// What the passes make of it, and the settings that they had.
+    fn prune(
+        &self,
+        job: &Job,
+        journal: &mut dyn Journal,
+        observer: &mut dyn Observer,
+    ) -> Result<(Settings, pipeline::Outcome), JobError> {
+        let settings = match self.quantised {
+            Some(_) => on_target(self.model(), job.settings.clone())?,
+            None => job.settings.clone(),
+        };
+        let pruned = pipeline::run(self.model(), &self.source, &self.windows, &settings, journal, observer)?;
+        Ok((settings, pruned))
+    }
+
+    /// The same at the largest sparsity, in hundredths, that stays within `limit` on the held-out windows.
+    fn prune_within(
+        &self,
+        job: &Job,
+        limit: Limit,
+        observer: &mut dyn Observer,
+    ) -> Result<(Settings, pipeline::Outcome), JobError> {
+        let at = |percent: u32| Settings { sparsity: f64::from(percent) / 100.0, ..job.settings.clone() };
+        let can = |percent: &u32| pipeline::check_budget(self.model(), &at(*percent)).is_ok();
+        let mut memory = Memory::new(self, job);
+        let mut best = None;
+        let mut search = limit::Search::new(limit, (1..100).rev().find(can).unwrap_or(0));
+        while let Some(percent) = search.next() {
+            let job = Job { settings: at(percent), ..job.clone() };
+            let found = self.prune(&job, &mut memory, observer)?;
+            let value = limit.of(&found.1.held_out);
+            observer.stage(&format!("{percent} %"), 1);
+            observer.step(1, &format!("{limit} is asked for, {value:.4} found"));
+            if search.tell(percent, value) {
+                best = Some(found);
+            }
+        }
+        best.ok_or_else(|| JobError::Limit { limit, least: search.least() })
+    }
+
+    /// Writes and verifies what came of the passes.
+    fn write(
+        &self,
+        job: &Job,
+        pruned: pipeline::Outcome,
+        start: Instant,
+        observer: &mut dyn Observer,
+    ) -> Result<Outcome, JobError> {
+        let (model, source, windows) = (self.model(), &self.source, &self.windows);
+        let forecast = forecast(model, &Calibration::from(windows), &job.settings)?;
+        let sparsity = pruned.plan.sparsity(&pipeline::budgets(model, &job.settings));
+        let provenance = Provenance {
+            source_sha256: self.source_sha256.clone(),
+            sparsity: job.settings.sparsity,
+            sparsity_reached: sparsity,
+            method: method_name(job.settings.method).into(),
+            calibration: calibration_text(job, windows),
+            seed: job.recipe.seed,
+            tune: if pruned.tuned { job.settings.tune } else { 0 },
+        };
+
+        // Beside its name until the model is verified, too.
+        let imatrix = match &job.imatrix_out {
+            None => None,
+            Some(path) => {
+                let squares = pipeline::input_squares(model, &pruned.plan, windows, &job.settings, observer)?;
+                let temp = temporary(path)?;
+                let mut out = BufWriter::new(temp.as_file());
+                let carrier = pruned.plan.carrier(model);
+                write_imatrix(&mut out, path, model, carrier, &squares, windows, &provenance.calibration)?;
+                drop(out);
+                Some((path, temp))
+            }
+        };
+        observer.stage("write and verify", 2);
+        let temp = temporary(&job.output)?;
+        let mut out = BufWriter::with_capacity(1 << 20, temp.as_file());
+        let carrier = assemble(model, &pruned.plan, &provenance, &mut out, &job.output)?;
+        out.flush().map_err(|source| JobError::Io { path: job.output.clone(), source })?;
+        drop(out);
+        observer.step(1, "");
+        let mut quality = Quality {
+            held_out: pruned.held_out,
+            file_ppl: None,
+            fit_tokens: (windows.n_fit * windows.n_ctx, windows.n_self * windows.n_ctx),
+            held_out_tokens: windows.n_held_out * windows.n_ctx,
+        };
+        if job.verify {
+            let held_out = windows.tokens_of(windows.n_fit..windows.n_windows());
+            let n_threads = job.settings.n_threads;
+            let file = llama(job, temp.path())
+                .and_then(|model| evaluate::perplexity(&model, held_out, windows.n_ctx, n_threads))
+                .map_err(JobError::DoesNotLoad)?;
+            let own = quality.held_out.pruned_ppl;
+            // A NaN on either side is no agreement.
+            let bound = PARITY.ln() + 1.0 / (held_out.len() as f64).sqrt();
+            let agrees = (file / own).ln().abs() <= bound;
+            if !agrees {
+                return Err(JobError::Disagrees { file, own });
+            }
+            quality.file_ppl = Some(file);
+        }
+        if observer.interrupted() {
+            return Err(JobError::Interrupted);
+        }
+        if let Some((path, temp)) = imatrix {
+            finish(job, temp, path)?;
+        }
+        let bytes = finish(job, temp, &job.output)?;
+        observer.step(2, "");
+        let shapes = pruned.plan.shapes(model);
+        let before = size_of(source);
+        let after = Size {
+            bytes,
+            params: before.params - removed_params(model, &shapes),
+            block_params: shapes.iter().map(|b| sum(model.hparams.block_params(b))).sum(),
+            blocks: shapes,
+        };
+        let mut warnings = pruned.warnings;
+        if let Some(Target::Bytes(target)) = job.settings.target
+            && bytes > target
+        {
+            warnings.push(format!("the file has {} bytes more than was asked for", bytes - target));
+        }
+        let deci_biases = carrier == Family::Deci && source.blocks.iter().any(|b| b.qkv_bias.is_some());
+        warnings.extend(advice(sparsity, &quality, carrier, deci_biases));
+        Ok(Outcome {
+            before,
+            after,
+            carrier,
+            sparsity,
+            quality: Some(quality),
+            forecast: Some(forecast),
+            warnings,
+            time: start.elapsed(),
+        })
+    }
 }
 
 /// What a job will need, and what comes of it, as far as shapes say.

@@ -85,7 +85,8 @@ impl Run<'_> {
                 search.run.journal.heads(&greedy)?;
             }
         }
-        Ok(greedy.removed)
+        // Those that go at a lower sparsity are the first of those that go at a higher one.
+        Ok(greedy.removed.into_iter().take(n_remove).collect())
     }
 
     /// 2SSP's search: the whole attention of one block at a time, under the name of its first group.

@@ -1,0 +1,148 @@
+//! The largest sparsity at which the result is still good enough.
+
+use crate::pipeline::HeldOut;
+use std::fmt;
+
+/// What the result shall not lose more than, on the held-out windows.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Limit {
+    /// Mean KL divergence from the source's predictions, in nats.
+    Kld(f64),
+    /// Perplexity divided by the source's.
+    PplRatio(f64),
+}
+
+impl Limit {
+    /// What is measured against it.
+    pub fn of(self, found: &HeldOut) -> f64 {
+        match self {
+            Limit::Kld(_) => found.kl,
+            Limit::PplRatio(_) => found.pruned_ppl / found.dense_ppl,
+        }
+    }
+
+    /// The same as something that is 0 where nothing is removed, and grows about as its square.
+    fn loss(self, value: f64) -> f64 {
+        match self {
+            Limit::Kld(_) => value,
+            Limit::PplRatio(_) => value.ln(),
+        }
+    }
+
+    fn most(self) -> f64 {
+        match self {
+            Limit::Kld(most) | Limit::PplRatio(most) => most,
+        }
+    }
+}
+
+impl fmt::Display for Limit {
+    fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
+        match self {
+            Limit::Kld(most) => write!(f, "a KL divergence of {most}"),
+            Limit::PplRatio(most) => write!(f, "{most} times the perplexity"),
+        }
+    }
+}
+
+/// Where to look first, in hundredths.
+const FIRST: u32 = 25;
+
+/// A search over whole hundredths, by what was measured so far.
+pub(super) struct Search {
+    limit: Limit,
+    /// The largest that is within the limit, and the smallest that is not or cannot be; with their losses, if known.
+    within: (u32, f64),
+    beyond: (u32, Option<f64>),
+    least: Option<(u32, f64)>,
+}
+
+impl Search {
+    /// Up to `most` hundredths.
+    pub(super) fn new(limit: Limit, most: u32) -> Search {
+        Search { limit, within: (0, 0.0), beyond: (most + 1, None), least: None }
+    }
+
+    /// What to measure next, if anything.
+    pub(super) fn next(&self) -> Option<u32> {
+        let (low, high) = (self.within.0, self.beyond.0);
+        if high - low < 2 {
+            return None;
+        }
+        let goal = self.limit.loss(self.limit.most());
+        let guess = match (self.within, self.beyond) {
+            ((0, _), (_, None)) => f64::from(FIRST),
+            // As the square: from what is known, to the goal.
+            ((0, _), (high, Some(loss))) => f64::from(high) * (goal / loss).sqrt(),
+            ((low, loss), (_, None)) => f64::from(low) * (goal / loss.max(1e-9)).sqrt(),
+            ((low, a), (high, Some(b))) => {
+                let [a, b, goal] = [a, b, goal].map(|v| v.max(1e-9).sqrt());
+                f64::from(low) + f64::from(high - low) * (goal - a) / (b - a)
+            }
+        };
+        let guess = if guess.is_finite() { guess.round() as u32 } else { (low + high) / 2 };
+        Some(guess.clamp(low + 1, high - 1))
+    }
+
+    /// Takes in that `percent` gave `value`. Returns whether that is the best so far.
+    pub(super) fn tell(&mut self, percent: u32, value: f64) -> bool {
+        let loss = self.limit.loss(value);
+        if self.least.is_none_or(|(least, _)| percent < least) {
+            self.least = Some((percent, value));
+        }
+        // What is no number is not within anything.
+        if value <= self.limit.most() {
+            self.within = (percent, loss);
+            true
+        } else {
+            self.beyond = (percent, Some(loss).filter(|l| l.is_finite()));
+            false
+        }
+    }
+
+    /// The smallest sparsity that was measured, and what it gave.
+    pub(super) fn least(&self) -> Option<(u32, f64)> {
+        self.least
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Measurements that a search takes, and what it finds, where `loss` is what a share costs.
+    fn found(limit: Limit, most: u32, loss: impl Fn(f64) -> f64) -> (usize, Option<u32>) {
+        let mut search = Search::new(limit, most);
+        let (mut n, mut best) = (0, None);
+        while let Some(percent) = search.next() {
+            n += 1;
+            if search.tell(percent, loss(f64::from(percent) / 100.0)) {
+                best = Some(percent);
+            }
+        }
+        (n, best)
+    }
+
+    #[test]
+    fn the_largest_share_within_the_limit_is_found_in_few_steps() {
+        for power in [1.0, 1.5, 2.0, 3.0] {
+            let loss = |s: f64| 6.0 * s.powf(power);
+            for goal in [0.03, 0.2, 0.7, 2.0, 10.0] {
+                let (n, best) = found(Limit::Kld(goal), 90, loss);
+                let expected = (1..=90).rev().find(|&p| loss(f64::from(p) / 100.0) <= goal);
+                assert_eq!(best, expected, "{goal} {power}");
+                assert!(n <= 9, "{n} steps for {goal} with power {power}");
+            }
+        }
+        let (_, best) = found(Limit::PplRatio(1.5), 90, |s| (3.0 * s).exp());
+        assert_eq!(best, Some(13));
+    }
+
+    #[test]
+    fn what_cannot_be_is_not_found() {
+        assert_eq!(found(Limit::Kld(0.01), 90, |_| 1.0).1, None);
+        assert_eq!(found(Limit::Kld(0.01), 0, |_| 0.0), (0, None));
+        assert_eq!(found(Limit::Kld(1.0), 50, |_| f64::NAN).1, None);
+        assert_eq!(found(Limit::Kld(1.0), 50, |_| 0.0).1, Some(50));
+    }
+}
