@@ -175,6 +175,7 @@ fn main() {
         output: PathBuf::new(),
         imatrix_out: None,
         state: None,
+        samples: false,
         limit: None,
         max_memory: None,
         quantise: None,

@@ -188,6 +188,7 @@ fn job(args: &Args, input: PathBuf, output: PathBuf) -> Job {
         output,
         imatrix_out: None,
         state: None,
+        samples: false,
         limit: None,
         max_memory: None,
         quantise: None,

@@ -24,5 +24,5 @@ pub mod spill;
 
 pub use job::{
     DryRun, EvalJob, EvalOutcome, Inspection, Job, JobError, KeepState, Limit, Outcome, Quality, Quantise,
-    Size, calibration, dry_run, eval, inspect, remove_temporary, run, run_nested,
+    Samples, Size, calibration, dry_run, eval, inspect, remove_temporary, run, run_nested,
 };

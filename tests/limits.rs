@@ -42,7 +42,7 @@ fn the_largest_sparsity_within_a_limit_is_found() {
         assert!(figure(&said, "KL divergence") <= limit + 1e-4, "{said}");
         let found = sparsity(&cli, "out.gguf");
         println!("{}: {found} for {limit}", small.arch);
-        assert!(found >= 0.2 && found < 0.34, "{found}");
+        assert!((0.2..0.34).contains(&found), "{found}");
         // The same as when that sparsity is asked for.
         at(found);
         let [a, b] = ["at.gguf", "out.gguf"].map(|f| std::fs::read(cli.path(f)).unwrap());

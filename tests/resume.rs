@@ -47,6 +47,7 @@ fn job(folder: &Path, method: Method) -> Job {
         windows: None,
         settings: Settings { sparsity: 0.5, method, n_threads, ..Settings::default() },
         state: None,
+        samples: false,
         limit: None,
         max_memory: None,
     }

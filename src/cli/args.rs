@@ -167,6 +167,9 @@ pub struct Args {
     /// Go on with the run whose state is in --state-dir, if there is one
     #[arg(long, requires = "state_dir", help_heading = "Run", hide_short_help = true)]
     pub resume: bool,
+    /// Also write a report, by its name as a page (.html) or for machines (.json)
+    #[arg(long, value_name = "FILE", help_heading = "Output")]
+    pub report: Option<PathBuf>,
     /// Replace existing outputs
     #[arg(long, help_heading = "Output")]
     pub force: bool,

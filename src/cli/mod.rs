@@ -8,12 +8,14 @@ pub use resolve::{nested_outputs, resolve, resolve_eval};
 
 use anyhow::Context;
 use clap::{CommandFactory, Parser};
+use putri_gguf::gguf::GgufFile;
 use putri_gguf::report::{
-    Progress, Timings, dry_run_table, eval_json, eval_table, inspection_json, inspection_table, summary,
+    Progress, Timings, dry_run_table, eval_json, eval_table, inspection_json, inspection_table,
+    page as page_of, report, summary,
 };
-use putri_gguf::{JobError, ggml};
+use putri_gguf::{Job, JobError, Outcome, ggml};
 use std::io::Write;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -105,9 +107,13 @@ impl From<JobError> for Failed {
 /// Prunes, and prints the summary.
 fn prune(args: Args) -> Result<(), Failed> {
     let (quiet, timings, dry, nested) = (args.quiet, args.timings, args.dry_run, args.nested.clone());
+    let report = args.report.clone();
     let job = resolve(args).map_err(Failed::Usage)?;
     let n_threads = job.settings.n_threads;
     let stop = ready(n_threads).map_err(Failed::Machine)?;
+    if let Some(path) = &report {
+        writable(path, job.force)?;
+    }
     if dry {
         let rate = || ggml::product_rate(n_threads).ok();
         return show(&dry_run_table(&putri_gguf::dry_run(&job)?, rate()));
@@ -133,7 +139,31 @@ fn prune(args: Args) -> Result<(), Failed> {
     if timings && let Ok(rate) = ggml::product_rate(n_threads) {
         text += &format!("\n{}", stages.table(rate, outcome.forecast.as_ref()));
     }
+    if let Some(path) = &report {
+        write_report(path, &job, &outcome).map_err(|e| in_file(path, e))?;
+    }
     show(&format!("{text}{}\n", job.output.display()))
+}
+
+/// Refuses a file that is there already, or cannot be, before any work.
+fn writable(path: &Path, force: bool) -> Result<(), Failed> {
+    if !force && path.symlink_metadata().is_ok() {
+        return Err(JobError::Exists(path.into()).into());
+    }
+    let folder = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    tempfile::tempfile_in(folder).map(|_| ()).map_err(|e| in_file(path, e))
+}
+
+fn in_file(path: &Path, source: std::io::Error) -> Failed {
+    JobError::Io { path: path.into(), source }.into()
+}
+
+/// Writes the report, as a page or for machines by the file's name.
+fn write_report(path: &Path, job: &Job, outcome: &Outcome) -> std::io::Result<()> {
+    let written = GgufFile::open(&job.output).map_err(std::io::Error::other)?;
+    let report = report(job, outcome, &written.sha256());
+    let page = path.extension().is_some_and(|e| e == "html");
+    std::fs::write(path, if page { page_of(&report) } else { format!("{report:#}\n") })
 }
 
 /// Measures, and prints the figures.

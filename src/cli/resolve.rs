@@ -34,6 +34,18 @@ pub fn resolve(args: Args) -> Result<Job> {
         ensure!(shares && rising, "--nested wants shares between 0 and 1, rising, as in 0.1,0.2,0.3");
         ensure!(args.imatrix_out.is_none(), "--imatrix-out is of one model; --nested makes several");
     }
+    if let Some(report) = &args.report {
+        let kind = report.extension().and_then(|e| e.to_str());
+        ensure!(
+            matches!(kind, Some("html" | "json")),
+            "--report {} ends in neither .html nor .json",
+            report.display()
+        );
+        ensure!(args.nested.is_none(), "--report is of one model; --nested makes several");
+        ensure!(args.sparsity != Some(0.0), "--report is about pruning; --sparsity 0 only copies");
+        ensure!(!args.dry_run, "--dry-run has nothing to report");
+        ensure!(*report != args.output, "--report and the output are one file");
+    }
     if limit.is_some() || args.nested.is_some() {
         ensure!(!args.dry_run, "--dry-run is about one sparsity; give --sparsity");
         ensure!(args.state_dir.is_none(), "--state-dir keeps the state of one sparsity; give --sparsity");
@@ -101,6 +113,7 @@ pub fn resolve(args: Args) -> Result<Job> {
         imatrix_out: args.imatrix_out,
         quantise: args.to.map(|name| quantise(&name, args.allow_requantize)).transpose()?,
         state: args.state_dir.map(|folder| KeepState { folder, resume: args.resume }),
+        samples: args.report.is_some(),
         limit,
         max_memory: args.max_memory.as_deref().map(|text| bytes("--max-memory", text)).transpose()?,
         force: args.force,

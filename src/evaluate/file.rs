@@ -215,6 +215,38 @@ pub fn speed(model: &LlamaModel, n_threads: usize) -> Result<Speed, EvaluateErro
     Ok(Speed { prompt: best[0], written: best[1] })
 }
 
+/// What `model` writes after `prompt`, always the likeliest token, `n` of them or up to where it ends.
+///
+/// # Errors
+/// [`GgmlError`] if libllama fails.
+pub fn continuation(
+    model: &LlamaModel,
+    prompt: &[Token],
+    n: usize,
+    n_threads: usize,
+) -> Result<String, GgmlError> {
+    let vocab = model.vocab();
+    let mut context = Context::new(model, prompt.len() + n, 1, prompt.len(), n_threads)?;
+    let (mut batch, mut written) = (prompt.to_vec(), Vec::new());
+    let mut pos = 0;
+    while written.len() < n {
+        let tokens = batch.iter().enumerate();
+        let tokens: Vec<_> =
+            tokens.map(|(i, &token)| BatchToken { token, pos: pos + i as i32, seq: 0 }).collect();
+        context.decode(&tokens)?;
+        pos += tokens.len() as i32;
+        let logits = context.logits(tokens.len() - 1);
+        let likeliest = (0..logits.len()).max_by(|&a, &b| logits[a].total_cmp(&logits[b])).unwrap_or(0);
+        let token = likeliest as Token;
+        if vocab.is_eog(token) {
+            break;
+        }
+        written.push(token);
+        batch = vec![token];
+    }
+    Ok(vocab.detokenize(&written))
+}
+
 /// A question with endings to choose from.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Task {

@@ -6,7 +6,8 @@ mod file;
 
 pub use compare::{Comparison, Judge};
 pub use file::{
-    Divergence, EvaluateError, Evaluation, Protocol, Speed, Task, accuracy, evaluate, speed, tasks, windows,
+    Divergence, EvaluateError, Evaluation, Protocol, Speed, Task, accuracy, continuation, evaluate, speed,
+    tasks, windows,
 };
 
 use crate::ggml::{BatchToken, Context, GgmlError, LlamaModel, Token};

@@ -6,6 +6,7 @@
 mod open;
 mod write;
 
+pub(crate) use open::sha256;
 pub use open::{GgufFile, TensorInfo};
 pub use write::{OutTensor, write_gguf};
 

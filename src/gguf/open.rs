@@ -3,6 +3,7 @@
 use super::{GgufError, Value};
 use crate::ggml::{RawGguf, Type};
 use memmap2::Mmap;
+use sha2::{Digest, Sha256};
 use std::collections::HashMap;
 use std::fs::File;
 use std::path::{Path, PathBuf};
@@ -185,6 +186,11 @@ impl GgufFile {
         self.parts.iter().map(|p| &p.map[..])
     }
 
+    /// SHA-256 over all of them, in hex.
+    pub fn sha256(&self) -> String {
+        sha256(self.bytes())
+    }
+
     /// Bytes of them all.
     pub fn n_bytes(&self) -> u64 {
         self.bytes().map(|part| part.len() as u64).sum()
@@ -284,6 +290,13 @@ impl GgufFile {
         }
         Ok(Some(array.into_iter().map(|v| v as usize).collect()))
     }
+}
+
+/// SHA-256 over all parts, in hex.
+pub(crate) fn sha256<'a>(parts: impl IntoIterator<Item = &'a [u8]>) -> String {
+    let mut sha256 = Sha256::new();
+    parts.into_iter().for_each(|part| sha256.update(part));
+    sha256.finalize().iter().map(|b| format!("{b:02x}")).collect()
 }
 
 /// How the name of part `i` of `n` ends (`llama_split_path` of llama.cpp).

@@ -24,7 +24,6 @@ use crate::pipeline::{
 };
 use crate::prune::LazyGreedy;
 use output::{check_paths, finish, folder_of, temporary};
-use sha2::{Digest, Sha256};
 use state::State;
 use std::io::{BufWriter, Write};
 use std::path::{Path, PathBuf};
@@ -58,6 +57,8 @@ pub struct Job {
     pub settings: Settings,
     /// Where the state of the run is kept, if anywhere.
     pub state: Option<KeepState>,
+    /// Let source and result continue a text.
+    pub samples: bool,
     /// Take the largest sparsity that stays within this, instead of one that is given.
     pub limit: Option<Limit>,
     /// Bytes of memory to do with, the mapped files not counted.
@@ -108,12 +109,31 @@ pub struct Outcome {
     pub sparsity: f64,
     /// What was measured; absent when nothing was pruned.
     pub quality: Option<Quality>,
+    /// The attention groups that stay, per block, by their numbers in the source.
+    pub kept_groups: Vec<Vec<usize>>,
+    /// What the predictions lose by the width of each block alone, about, in nats of KL divergence, if that is known.
+    pub block_losses: Option<Vec<f64>>,
+    /// Where the result comes from; absent when nothing was pruned.
+    pub provenance: Option<Provenance>,
+    /// How source and result go on from the same words, if the job asked for it.
+    pub samples: Option<Samples>,
     /// What shapes said beforehand; absent when nothing was pruned.
     pub forecast: Option<Forecast>,
     /// What the user should know.
     pub warnings: Vec<String>,
     /// Wall time.
     pub time: Duration,
+}
+
+/// A text that is continued.
+#[derive(Clone, Debug)]
+pub struct Samples {
+    /// The beginning of the first held-out window.
+    pub prompt: String,
+    /// What the source writes, always the likeliest token.
+    pub before: String,
+    /// What the result writes.
+    pub after: String,
 }
 
 /// What was measured on calibration windows that were held out.
@@ -225,11 +245,7 @@ struct Prepared {
 
 impl Prepared {
     fn new(job: &Job, source: Model, observer: &mut dyn Observer) -> Result<Prepared, JobError> {
-        let sha256 = || {
-            let mut sha256 = Sha256::new();
-            source.file.bytes().for_each(|part| sha256.update(part));
-            hex(&sha256.finalize())
-        };
+        let sha256 = || source.file.sha256();
         let (windows, source_sha256, state) = match &job.state {
             None => {
                 let (windows, sha) = std::thread::scope(|scope| {
@@ -363,6 +379,11 @@ impl Prepared {
             }
             quality.file_ppl = Some(file);
         }
+        let samples = if job.samples {
+            Some(self.samples(job, temp.path()).map_err(JobError::DoesNotLoad)?)
+        } else {
+            None
+        };
         if observer.interrupted() {
             return Err(JobError::Interrupted);
         }
@@ -393,12 +414,33 @@ impl Prepared {
             carrier,
             sparsity,
             quality: Some(quality),
+            kept_groups: pruned.plan.blocks.into_iter().map(|b| b.groups).collect(),
+            block_losses: pruned.block_losses,
+            provenance: Some(provenance),
+            samples,
             forecast: Some(forecast),
             warnings,
             time: start.elapsed(),
         })
     }
+
+    /// How the source and the file `output` go on from the beginning of the first held-out window.
+    fn samples(&self, job: &Job, output: &Path) -> Result<Samples, GgmlError> {
+        let window = self.windows.tokens_of(self.windows.n_fit..self.windows.n_fit + 1);
+        let prompt = &window[..PROMPT_TOKENS.min(window.len())];
+        let written =
+            |model: &LlamaModel| evaluate::continuation(model, prompt, SAMPLE_TOKENS, job.settings.n_threads);
+        let source = llama(job, &job.input)?;
+        let before = written(&source)?;
+        let prompt = source.vocab().detokenize(prompt);
+        drop(source);
+        Ok(Samples { prompt, before, after: written(&llama(job, output)?)? })
+    }
 }
+
+/// Tokens that samples begin with, and that are written.
+const PROMPT_TOKENS: usize = 24;
+const SAMPLE_TOKENS: usize = 64;
 
 /// What a job will need, and what comes of it, as far as shapes say.
 #[derive(Clone, Debug)]
@@ -641,6 +683,10 @@ fn copy_as_is(job: &Job, model: &Model, start: Instant, interrupted: bool) -> Re
         carrier: model.hparams.family,
         sparsity: 0.0,
         quality: None,
+        kept_groups: Plan::whole(model).blocks.into_iter().map(|b| b.groups).collect(),
+        block_losses: None,
+        provenance: None,
+        samples: None,
         forecast: None,
         warnings: Vec::new(),
         time: start.elapsed(),
@@ -695,8 +741,4 @@ fn advice(sparsity: f64, q: &Quality, carrier: Family, deci_biases: bool) -> Vec
         ));
     }
     out
-}
-
-fn hex(bytes: &[u8]) -> String {
-    bytes.iter().map(|b| format!("{b:02x}")).collect()
 }

@@ -1,13 +1,12 @@
 //! What an interrupted run leaves behind for the next one: a folder of small GGUF files, each complete or absent.
 
-use super::{Job, JobError, hex, method_name};
+use super::{Job, JobError, method_name};
 use crate::calibrate::{Recipe, Windows};
-use crate::gguf::{GgufError, GgufFile, OutTensor, Value, write_gguf};
+use crate::gguf::{GgufError, GgufFile, OutTensor, Value, sha256, write_gguf};
 use crate::model::{BlockVector, Model};
 use crate::pipeline::{BlockPlan, Journal, Settings, Settled};
 use crate::prune::{Candidate, GroupId, LazyGreedy};
 use crate::requant::Quantised;
-use sha2::{Digest, Sha256};
 use std::borrow::Cow;
 use std::path::{Path, PathBuf};
 
@@ -278,7 +277,7 @@ fn numbers(values: impl IntoIterator<Item = usize>) -> Value {
 /// All that the outcome depends on, a line each; how many threads there are is not among it.
 fn terms(job: &Job, source_sha256: &str) -> String {
     let settings = Settings { n_threads: 0, shelf: Default::default(), ..job.settings.clone() };
-    let given = job.windows.as_ref().map(|w| hex(&Sha256::digest(bytemuck::cast_slice::<_, u8>(&w.tokens))));
+    let given = job.windows.as_ref().map(|w| sha256([bytemuck::cast_slice(&w.tokens)]));
     let recipe = Recipe { n_threads: 0, n_parallel: 0, ..job.recipe.clone() };
     format!(
         "putri-gguf {} with ggml {}, method {}\nsource: {source_sha256}\n{settings:#?}\n{recipe:#?}\n{:#?}\nwindows given: {given:?}\n",

@@ -38,7 +38,15 @@ impl Run<'_> {
                 neurons_for_target(model, budgets, s, target, &groups, narrowed)
             }
         };
-        Ok(narrowed(n_remove))
+        let widths = narrowed(n_remove);
+        self.block_losses = curves.map(|curves| {
+            let loss = |(c, width): (&Curve, &usize)| {
+                let at = c.widths.iter().position(|w| w == width).expect("widths are those of the curves");
+                c.losses[at] / c.unit
+            };
+            curves.iter().zip(&widths).map(loss).collect()
+        });
+        Ok(widths)
     }
 
     /// Loss curves of all blocks, on the model with its groups removed and its feed-forwards whole. A block's

@@ -119,6 +119,9 @@ pub struct Outcome {
     pub tuned: bool,
     /// What the held-out windows say.
     pub held_out: HeldOut,
+    /// What the predictions lose by the width of each block alone, about, in nats of KL divergence; not known where all
+    /// widths are equal, or were chosen by an earlier run.
+    pub block_losses: Option<Vec<f64>>,
     /// What a user should know.
     pub warnings: Vec<String>,
 }
@@ -158,6 +161,7 @@ pub fn run(
         observer,
         plan: Plan { carriers: s.carriers(model), ..Plan::whole(model) },
         sensitivity: None,
+        block_losses: None,
         warnings: Vec::new(),
     };
     let n_groups = groups_to_remove(model, &budgets, s);
@@ -188,7 +192,8 @@ pub fn run(
             run.evaluate_plan()?
         }
     };
-    Ok(Outcome { plan: run.plan, tuned, held_out, warnings: run.warnings })
+    let Run { plan, block_losses, warnings, .. } = run;
+    Ok(Outcome { plan, tuned, held_out, block_losses, warnings })
 }
 
 /// What the matrices of the pruned model see of the windows that it was fitted on, block by block.
@@ -255,6 +260,7 @@ struct Run<'a> {
     plan: Plan,
     /// What the predictions mind, while neurons are chosen.
     sensitivity: Option<Sensitivity>,
+    block_losses: Option<Vec<f64>>,
     warnings: Vec<String>,
 }
 

@@ -1,15 +1,19 @@
 //! What the user sees: progress while it runs, and a summary at the end.
 
+mod document;
 mod eval;
 mod forecast;
 mod inspect;
+mod page;
 mod progress;
 mod table;
 mod timings;
 
+pub use document::report;
 pub use eval::{eval_json, eval_table};
 pub use forecast::dry_run_table;
 pub use inspect::{inspection_json, inspection_table};
+pub use page::page;
 pub use progress::Progress;
 pub use table::{peak_memory, summary};
 pub use timings::{Stage, StageTimes, Timings};

@@ -1,0 +1,84 @@
+//! The report of a job as JSON; `docs/report.md` says what its fields mean.
+
+use crate::model::BlockShape;
+use crate::{Job, Outcome, Size};
+use serde_json::{Value, json};
+
+/// Number of the layout: it grows when a field changes its meaning or goes; new fields do not count.
+const SCHEMA: u32 = 1;
+
+/// What came of `job`; `output_sha256` is of the file that it wrote.
+pub fn report(job: &Job, o: &Outcome, output_sha256: &str) -> Value {
+    let size =
+        |s: &Size| json!({ "bytes": s.bytes, "parameters": s.params, "block_parameters": s.block_params });
+    let shape = |b: &BlockShape| json!({ "n_head": b.n_head, "n_head_kv": b.n_head_kv, "n_ff": b.n_ff, "n_expert": b.n_expert });
+    let blocks: Vec<Value> = o
+        .before
+        .blocks
+        .iter()
+        .zip(&o.after.blocks)
+        .enumerate()
+        .map(|(il, (before, after))| {
+            json!({
+                "before": shape(before),
+                "after": shape(after),
+                "kept_groups": o.kept_groups[il],
+                "loss": o.block_losses.as_ref().map(|l| l[il]),
+            })
+        })
+        .collect();
+    let quality = o.quality.map(|q| {
+        json!({
+            "tokens": q.held_out_tokens,
+            "ppl_before": q.held_out.dense_ppl,
+            "ppl_after": q.held_out.pruned_ppl,
+            "ppl_after_llama_cpp": q.file_ppl,
+            "kl_divergence": q.held_out.kl,
+            "top1": q.held_out.top1,
+            "calibration_tokens": q.fit_tokens.0,
+            "calibration_tokens_self_written": q.fit_tokens.1,
+        })
+    });
+    let samples =
+        o.samples.as_ref().map(|s| json!({ "prompt": s.prompt, "before": s.before, "after": s.after }));
+    let path = |p: &std::path::Path| p.display().to_string();
+    let (s, r) = (&job.settings, &job.recipe);
+    json!({
+        "schema": SCHEMA,
+        "version": env!("CARGO_PKG_VERSION"),
+        "engine": crate::ggml::engine_version(),
+        "input": { "path": path(&job.input), "sha256": o.provenance.as_ref().map(|p| &p.source_sha256) },
+        "output": { "path": path(&job.output), "sha256": output_sha256, "architecture": o.carrier.name() },
+        "sparsity": o.sparsity,
+        "before": size(&o.before),
+        "after": size(&o.after),
+        "blocks": blocks,
+        "held_out": quality,
+        "samples": samples,
+        "options": {
+            "sparsity": o.provenance.as_ref().map(|p| p.sparsity),
+            "target": s.target.map(|t| format!("{t:?}")),
+            "limit": job.limit.map(|l| l.to_string()),
+            "method": format!("{:?}", s.method),
+            "heads": format!("{:?}", s.heads),
+            "arch": format!("{:?}", s.arch),
+            "type": job.quantise.map(|q| q.to.name()),
+            "tensor_type_attn_output": s.types.attn_output.map(|t| t.name().to_string()),
+            "tensor_type_ffn_down": s.types.ffn_down.map(|t| t.name().to_string()),
+            "tune": s.tune,
+            "ctx_size": r.n_ctx,
+            "chunks": r.n_windows,
+            "files": r.files.iter().map(|f| path(f)).collect::<Vec<_>>(),
+            "self_share": r.self_share,
+            "chat_share": r.chat_share,
+            "seed": r.seed,
+            "threads": s.n_threads,
+            "max_memory": job.max_memory,
+            "verify": job.verify,
+        },
+        "calibration": o.provenance.as_ref().map(|p| &p.calibration),
+        "seconds": o.time.as_secs_f64(),
+        "peak_memory_bytes": super::peak_memory(),
+        "notes": o.warnings,
+    })
+}

@@ -1,0 +1,98 @@
+//! The report, for machines and as a page.
+
+mod common;
+
+use common::cli::Cli;
+use common::small::Small;
+use putri_gguf::ggml::silence_logs;
+use putri_gguf::gguf::GgufFile;
+use putri_gguf::model::Model;
+use serde_json::Value as Json;
+
+const QUICK: [&str; 7] = ["--ctx-size", "64", "--chunks", "8", "--threads", "1", "-q"];
+
+fn keys(v: &Json) -> Vec<&str> {
+    v.as_object().unwrap().keys().map(String::as_str).collect()
+}
+
+#[test]
+fn it_says_what_the_files_say() {
+    silence_logs();
+    let cli = Cli::new();
+    let mixture = Small { experts: Some([8, 2, 0]), blocks: vec![(4, 2, 64); 3], ..Small::default() };
+    for small in [Small { blocks: vec![(4, 2, 256); 4], ..Small::default() }, mixture] {
+        small.write(&cli.path("in.gguf"));
+        let args =
+            ["in.gguf", "out.gguf", "--sparsity", "0.5", "--report", "r.json", "--force", "--seed", "3"];
+        cli.ok(&[&args[..], &QUICK].concat());
+        let r: Json = serde_json::from_slice(&std::fs::read(cli.path("r.json")).unwrap()).unwrap();
+        let [source, result] = ["in.gguf", "out.gguf"].map(|f| GgufFile::open(&cli.path(f)).unwrap());
+        assert_eq!(r["schema"], 1);
+        for (part, file) in [("input", &source), ("output", &result)] {
+            assert_eq!(r[part]["sha256"], file.sha256(), "{part}");
+        }
+        for (part, file) in [("before", &source), ("after", &result)] {
+            assert_eq!(r[part]["bytes"], file.n_bytes());
+        }
+        let h = Model::new(result).unwrap().hparams;
+        assert_eq!(r["output"]["architecture"], h.family.name());
+        for (b, found) in h.blocks.iter().zip(r["blocks"].as_array().unwrap()) {
+            let after = &found["after"];
+            assert_eq!(after["n_head"], b.n_head);
+            assert_eq!(after["n_ff"], b.n_ff);
+            assert_eq!(after["n_expert"], b.n_expert);
+            assert_eq!(found["kept_groups"].as_array().unwrap().len(), b.n_head_kv);
+            assert_eq!(found["loss"].is_f64(), small.experts.is_none());
+        }
+        let q = &r["held_out"];
+        let ppl = |key: &str| q[key].as_f64().unwrap();
+        assert!((ppl("ppl_after") / ppl("ppl_after_llama_cpp") - 1.0).abs() < 0.05);
+        assert!(ppl("kl_divergence") > 0.0 && (0.0..=1.0).contains(&ppl("top1")));
+        assert!(r["samples"]["after"].is_string() && !r["samples"]["prompt"].as_str().unwrap().is_empty());
+        assert_eq!((&r["options"]["seed"], &r["options"]["sparsity"]), (&Json::from(3), &Json::from(0.5)));
+        // Every field is explained.
+        let explained = include_str!("../docs/report.md");
+        for key in keys(&r).into_iter().chain(keys(q)).chain(keys(&r["blocks"][0])).chain(keys(&r["samples"]))
+        {
+            assert!(explained.contains(key), "docs/report.md says nothing of {key}");
+        }
+    }
+}
+
+#[test]
+fn the_page_needs_nothing_else_and_shows_every_block() {
+    silence_logs();
+    let cli = Cli::new();
+    Small { blocks: vec![(4, 2, 256); 4], ..Small::default() }.write(&cli.path("a<b>&c.gguf"));
+    cli.ok(&[&["a<b>&c.gguf", "out.gguf", "--sparsity", "0.4", "--report", "r.html"][..], &QUICK].concat());
+    let page = std::fs::read_to_string(cli.path("r.html")).unwrap();
+    assert!(page.starts_with("<!doctype html>") && page.trim_end().ends_with("</html>"));
+    for outside in ["http:", "https:", "<script", "src=", "href=", "@import", "url("] {
+        assert!(!page.contains(outside), "{outside}");
+    }
+    assert!(page.contains("a&lt;b&gt;&amp;c.gguf") && !page.contains("a<b>"));
+    for part in
+        ["prefers-color-scheme:dark", "width=device-width", "block 3:", "KL divergence", "SHA-256", "seed"]
+    {
+        assert!(page.contains(part), "no {part}");
+    }
+    // What is opened is closed.
+    for tag in ["section", "figure", "svg", "div", "table", "tr", "td", "th", "title", "text", "g"] {
+        let opened = page.matches(&format!("<{tag}>")).count() + page.matches(&format!("<{tag} ")).count();
+        assert_eq!(opened, page.matches(&format!("</{tag}>")).count(), "{tag}");
+    }
+}
+
+#[test]
+fn a_report_that_cannot_be_is_refused_before_any_work() {
+    let cli = Cli::new();
+    Small::default().write(&cli.path("in.gguf"));
+    std::fs::write(cli.path("r.html"), "mine").unwrap();
+    let fails = |report: &str, code: i32, parts: &[&str]| {
+        let args = ["in.gguf", "out.gguf", "--sparsity", "0.3", "--report", report];
+        cli.fails(&[&args[..], &QUICK].concat(), code, parts);
+    };
+    fails("r.html", 1, &["r.html", "--force"]);
+    fails("nowhere/r.html", 1, &["nowhere/r.html"]);
+    fails("r.txt", 2, &["r.txt", ".html", ".json"]);
+}
