@@ -1,6 +1,7 @@
 //! What is in a model, and what could go, from its header alone.
 
-use super::{JobError, Size, open_model, size_of};
+use super::result::size_of;
+use super::{JobError, Size, open_model};
 use crate::ggml::Type;
 use crate::model::{Carriers, ExpertParams, Family, Model};
 use crate::pipeline::{Settings, check_budget};

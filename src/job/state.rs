@@ -1,6 +1,7 @@
 //! What an interrupted run leaves behind for the next one: a folder of small GGUF files, each complete or absent.
 
-use super::{Job, JobError, method_name};
+use super::result::method_name;
+use super::{Job, JobError};
 use crate::calibrate::{Recipe, Windows};
 use crate::gguf::{GgufError, GgufFile, OutTensor, Value, sha256, write_gguf};
 use crate::model::{BlockVector, Model};

@@ -1,0 +1,203 @@
+//! What a job works on whatever the sparsity, and the passes over it, once or more often.
+
+use super::output::temporary;
+use super::state::State;
+use super::{Job, JobError, Limit, Quantise, limit, on_target, open};
+use crate::assemble::importance;
+use crate::calibrate::{self, CalibrateError, Recipe, Windows};
+use crate::ggml::{GgmlError, LlamaModel, quantize_file};
+use crate::gguf::GgufError;
+use crate::model::Model;
+use crate::pipeline::{self, Journal, Observer, Plan, Settings, Settled};
+use crate::prune::LazyGreedy;
+use std::path::Path;
+
+/// The order in which groups go. Where blocks may keep different numbers, it does not depend on how many go.
+pub(super) struct Memory {
+    per_block: bool,
+    heads: Option<LazyGreedy>,
+}
+
+impl Memory {
+    pub(super) fn new(p: &Prepared, job: &Job) -> Memory {
+        Memory { per_block: job.settings.carriers(p.model()).per_block.is_some(), heads: None }
+    }
+}
+
+impl Journal for Memory {
+    fn settled(&mut self) -> Result<Settled, GgufError> {
+        Ok(Settled { heads: self.heads.clone(), ..Settled::default() })
+    }
+
+    fn heads(&mut self, search: &LazyGreedy) -> Result<(), GgufError> {
+        if self.per_block {
+            self.heads = Some(search.clone());
+        }
+        Ok(())
+    }
+}
+
+/// What a job works on, whatever the sparsity.
+pub(super) struct Prepared {
+    pub(super) source: Model,
+    pub(super) source_sha256: String,
+    pub(super) windows: Windows,
+    /// The source in the types that the result shall have, if these are others. The map goes before the file.
+    quantised: Option<(Model, tempfile::NamedTempFile)>,
+    pub(super) state: Option<State>,
+}
+
+impl Prepared {
+    pub(super) fn new(job: &Job, source: Model, observer: &mut dyn Observer) -> Result<Prepared, JobError> {
+        let sha256 = || source.file.sha256();
+        let (windows, source_sha256, state) = match &job.state {
+            None => {
+                let (windows, sha) = std::thread::scope(|scope| {
+                    let sha = scope.spawn(sha256);
+                    (windows(&source, job, observer), sha.join().expect("hashing does not panic"))
+                });
+                (windows?, sha, None)
+            }
+            Some(keep) => {
+                let sha = sha256();
+                let state = State::open(&keep.folder, keep.resume, job, &source, &sha)?;
+                let windows = match state.windows()? {
+                    Some(windows) => windows,
+                    None => {
+                        let windows = windows(&source, job, observer)?;
+                        state.keep_windows(&windows)?;
+                        windows
+                    }
+                };
+                (windows, sha, Some(state))
+            }
+        };
+        let quantised = job.quantise.map(|q| quantise(job, q, &source, &windows, observer)).transpose()?;
+        Ok(Prepared { source, source_sha256, windows, quantised, state })
+    }
+
+    /// What is pruned: the source, in the types that the result shall have.
+    pub(super) fn model(&self) -> &Model {
+        self.quantised.as_ref().map_or(&self.source, |(model, _)| model)
+    }
+
+    /// What the passes make of it, and the settings that they had.
+    pub(super) fn prune(
+        &self,
+        job: &Job,
+        journal: &mut dyn Journal,
+        observer: &mut dyn Observer,
+    ) -> Result<(Settings, pipeline::Outcome), JobError> {
+        let settings = match self.quantised {
+            Some(_) => on_target(self.model(), job.settings.clone())?,
+            None => job.settings.clone(),
+        };
+        let pruned = pipeline::run(self.model(), &self.source, &self.windows, &settings, journal, observer)?;
+        Ok((settings, pruned))
+    }
+
+    /// The same at the largest sparsity, in hundredths, that stays within `limit` on the held-out windows.
+    pub(super) fn prune_within(
+        &self,
+        job: &Job,
+        limit: Limit,
+        observer: &mut dyn Observer,
+    ) -> Result<(Settings, pipeline::Outcome), JobError> {
+        let at = |percent: u32| Settings { sparsity: f64::from(percent) / 100.0, ..job.settings.clone() };
+        let can = |percent: &u32| pipeline::check_budget(self.model(), &at(*percent)).is_ok();
+        let mut memory = Memory::new(self, job);
+        let mut best = None;
+        let mut search = limit::Search::new(limit, (1..100).rev().find(can).unwrap_or(0));
+        while let Some(percent) = search.next() {
+            let job = Job { settings: at(percent), ..job.clone() };
+            let found = self.prune(&job, &mut memory, observer)?;
+            let value = limit.of(&found.1.held_out);
+            observer.stage(&format!("{percent} %"), 1);
+            observer.step(1, &format!("{limit} is asked for, {value:.4} found"));
+            if search.tell(percent, value) {
+                best = Some(found);
+            }
+        }
+        best.ok_or_else(|| JobError::Limit { limit, least: search.least() })
+    }
+}
+
+/// The whole source in another mix of types, in a temporary file: by libllama's quantiser, with the
+/// importance matrix of `windows`. What is cut out of it afterwards needs no second rounding, for types
+/// round along rows.
+fn quantise(
+    job: &Job,
+    q: Quantise,
+    source: &Model,
+    windows: &Windows,
+    observer: &mut dyn Observer,
+) -> Result<(Model, tempfile::NamedTempFile), JobError> {
+    let whole = Plan::whole(source);
+    let squares = pipeline::input_squares(source, &whole, windows, &job.settings, observer)?;
+    let importance = importance(source, &squares, windows);
+    observer.stage("quantise", 1);
+    let temp = temporary(&job.output)?;
+    let n_threads = job.settings.n_threads;
+    quantize_file(&job.input, temp.path(), q.to, &importance, q.again, n_threads)
+        .map_err(JobError::Quantise)?;
+    observer.step(1, "");
+    let model =
+        Model::open(temp.path()).map_err(|source| JobError::Model { path: temp.path().into(), source })?;
+    pipeline::check_budget(&model, &job.settings)?;
+    // The map goes before the file.
+    Ok((model, temp))
+}
+
+/// The calibration windows of `job`, for jobs that shall share them.
+///
+/// # Errors
+/// [`JobError`] if the model cannot be read or there is too little text.
+pub fn calibration(job: &Job, observer: &mut dyn Observer) -> Result<Windows, JobError> {
+    collect(&open(job)?, job, observer)
+}
+
+/// Loads a model into libllama, within the memory of `job`.
+pub(super) fn llama(job: &Job, path: &Path) -> Result<LlamaModel, GgmlError> {
+    if job.max_memory.is_some() { LlamaModel::load_mapped(path) } else { LlamaModel::load(path) }
+}
+
+/// Bytes of KV cache that generating calibration text may take, and their largest share of `--max-memory`.
+const KV_BYTES: usize = 512 << 20;
+const KV_SHARE: u64 = 4;
+
+/// Windows that may be generated side by side: each has its F16 keys and values.
+fn n_parallel(model: &Model, job: &Job) -> usize {
+    let per_token: usize =
+        model.hparams.blocks.iter().map(|b| 4 * b.n_head_kv * model.hparams.head_dim).sum();
+    let room = job.max_memory.map_or(KV_BYTES, |limit| KV_BYTES.min((limit / KV_SHARE) as usize));
+    (room / (per_token * job.recipe.n_ctx).max(1)).clamp(1, job.recipe.n_parallel)
+}
+
+/// The windows that `job` was given, or those that it asks for.
+fn windows(model: &Model, job: &Job, observer: &mut dyn Observer) -> Result<Windows, JobError> {
+    match &job.windows {
+        Some(windows) => Ok(windows.clone()),
+        None => collect(model, job, observer),
+    }
+}
+
+fn collect(model: &Model, job: &Job, observer: &mut dyn Observer) -> Result<Windows, JobError> {
+    // What only tokenises needs no copies of weights; that libllama takes the file is seen all the same.
+    let writes = job.recipe.self_written() > 0;
+    let llama = if writes { llama(job, &job.input) } else { LlamaModel::load_mapped(&job.input) };
+    let llama = llama.map_err(CalibrateError::Llama)?;
+    let mut begun = false;
+    let recipe = Recipe { n_parallel: n_parallel(model, job), ..job.recipe.clone() };
+    let windows = calibrate::collect(&llama, &recipe, |done, total| {
+        if !begun {
+            observer.stage("calibration text", total);
+            begun = true;
+        }
+        observer.step(done, "");
+        !observer.interrupted()
+    });
+    match windows {
+        Err(CalibrateError::Interrupted) => Err(JobError::Interrupted),
+        other => Ok(other?),
+    }
+}

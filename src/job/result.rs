@@ -1,0 +1,256 @@
+//! Writing what came of the passes, verifying it, and what there is to say of it.
+
+use super::output::{finish, temporary};
+use super::prepared::{Prepared, llama};
+use super::{Job, JobError, Outcome, Quality, Samples, Size, forecast};
+use crate::assemble::{Provenance, assemble, write_imatrix};
+use crate::calibrate::Windows;
+use crate::evaluate;
+use crate::ggml::{GgmlError, LlamaModel};
+use crate::gguf::{OutTensor, write_gguf};
+use crate::model::{BlockShape, Family, Model};
+use crate::pipeline::{self, Calibration, Method, Observer, Plan, Target};
+use std::io::{BufWriter, Write};
+use std::path::Path;
+use std::time::Instant;
+
+/// How far libllama's perplexity of the written file may lie from our own forward of the pruned
+/// model, as a ratio, over many tokens: it rounds activations to eight bits for quantised weights, we
+/// do not. Over n tokens chance adds about 1/√n.
+const PARITY: f64 = 1.05;
+
+/// Tokens that samples begin with, and that are written.
+const PROMPT_TOKENS: usize = 24;
+const SAMPLE_TOKENS: usize = 64;
+
+impl Prepared {
+    /// Writes and verifies what came of the passes.
+    pub(super) fn write(
+        &self,
+        job: &Job,
+        pruned: pipeline::Outcome,
+        start: Instant,
+        observer: &mut dyn Observer,
+    ) -> Result<Outcome, JobError> {
+        let (model, source, windows) = (self.model(), &self.source, &self.windows);
+        let forecast = forecast(model, &Calibration::from(windows), &job.settings)?;
+        let sparsity = pruned.plan.sparsity(&pipeline::budgets(model, &job.settings));
+        let provenance = Provenance {
+            source_sha256: self.source_sha256.clone(),
+            sparsity: job.settings.sparsity,
+            sparsity_reached: sparsity,
+            method: method_name(job.settings.method).into(),
+            calibration: calibration_text(job, windows),
+            seed: job.recipe.seed,
+            tune: if pruned.tuned { job.settings.tune } else { 0 },
+        };
+
+        // Beside its name until the model is verified, too.
+        let imatrix = match &job.imatrix_out {
+            None => None,
+            Some(path) => {
+                let squares = pipeline::input_squares(model, &pruned.plan, windows, &job.settings, observer)?;
+                let temp = temporary(path)?;
+                let mut out = BufWriter::new(temp.as_file());
+                let carrier = pruned.plan.carrier(model);
+                write_imatrix(&mut out, path, model, carrier, &squares, windows, &provenance.calibration)?;
+                drop(out);
+                Some((path, temp))
+            }
+        };
+        observer.stage("write and verify", 2);
+        let temp = temporary(&job.output)?;
+        let mut out = BufWriter::with_capacity(1 << 20, temp.as_file());
+        let carrier = assemble(model, &pruned.plan, &provenance, &mut out, &job.output)?;
+        out.flush().map_err(|source| JobError::Io { path: job.output.clone(), source })?;
+        drop(out);
+        observer.step(1, "");
+        let mut quality = Quality {
+            held_out: pruned.held_out,
+            file_ppl: None,
+            fit_tokens: (windows.n_fit * windows.n_ctx, windows.n_self * windows.n_ctx),
+            held_out_tokens: windows.n_held_out * windows.n_ctx,
+        };
+        if job.verify {
+            let held_out = windows.tokens_of(windows.n_fit..windows.n_windows());
+            let n_threads = job.settings.n_threads;
+            let file = llama(job, temp.path())
+                .and_then(|model| evaluate::perplexity(&model, held_out, windows.n_ctx, n_threads))
+                .map_err(JobError::DoesNotLoad)?;
+            let own = quality.held_out.pruned_ppl;
+            // A NaN on either side is no agreement.
+            let bound = PARITY.ln() + 1.0 / (held_out.len() as f64).sqrt();
+            let agrees = (file / own).ln().abs() <= bound;
+            if !agrees {
+                return Err(JobError::Disagrees { file, own });
+            }
+            quality.file_ppl = Some(file);
+        }
+        let samples = if job.samples {
+            Some(self.samples(job, temp.path()).map_err(JobError::DoesNotLoad)?)
+        } else {
+            None
+        };
+        if observer.interrupted() {
+            return Err(JobError::Interrupted);
+        }
+        if let Some((path, temp)) = imatrix {
+            finish(job, temp, path)?;
+        }
+        let bytes = finish(job, temp, &job.output)?;
+        observer.step(2, "");
+        let shapes = pruned.plan.shapes(model);
+        let before = size_of(source);
+        let after = Size {
+            bytes,
+            params: before.params - removed_params(model, &shapes),
+            block_params: shapes.iter().map(|b| sum(model.hparams.block_params(b))).sum(),
+            blocks: shapes,
+        };
+        let mut warnings = pruned.warnings;
+        if let Some(Target::Bytes(target)) = job.settings.target
+            && bytes > target
+        {
+            warnings.push(format!("the file has {} bytes more than was asked for", bytes - target));
+        }
+        let deci_biases = carrier == Family::Deci && source.blocks.iter().any(|b| b.qkv_bias.is_some());
+        warnings.extend(advice(sparsity, &quality, carrier, deci_biases));
+        Ok(Outcome {
+            before,
+            after,
+            carrier,
+            sparsity,
+            quality: Some(quality),
+            kept_groups: pruned.plan.blocks.into_iter().map(|b| b.groups).collect(),
+            block_losses: pruned.block_losses,
+            provenance: Some(provenance),
+            samples,
+            forecast: Some(forecast),
+            warnings,
+            time: start.elapsed(),
+        })
+    }
+
+    /// How the source and the file `output` go on from the beginning of the first held-out window.
+    fn samples(&self, job: &Job, output: &Path) -> Result<Samples, GgmlError> {
+        let window = self.windows.tokens_of(self.windows.n_fit..self.windows.n_fit + 1);
+        let prompt = &window[..PROMPT_TOKENS.min(window.len())];
+        let written =
+            |model: &LlamaModel| evaluate::continuation(model, prompt, SAMPLE_TOKENS, job.settings.n_threads);
+        let source = llama(job, &job.input)?;
+        let before = written(&source)?;
+        let prompt = source.vocab().detokenize(prompt);
+        drop(source);
+        Ok(Samples { prompt, before, after: written(&llama(job, output)?)? })
+    }
+}
+
+/// Sparsity 0: the same bytes, or those of all parts as one file.
+pub(super) fn copy_as_is(
+    job: &Job,
+    model: &Model,
+    start: Instant,
+    interrupted: bool,
+) -> Result<Outcome, JobError> {
+    let io = |source| JobError::Io { path: job.output.clone(), source };
+    let mut temp = temporary(&job.output)?;
+    let parts: Vec<&[u8]> = model.file.bytes().collect();
+    match parts[..] {
+        [bytes] => temp.write_all(bytes).map_err(io)?,
+        _ => {
+            let tensors = model.file.tensors().iter().map(|t| OutTensor::copy(&model.file, t));
+            write_gguf(&mut temp, &job.output, model.file.metadata(), &tensors.collect::<Vec<_>>())?;
+        }
+    }
+    if job.verify {
+        LlamaModel::load(temp.path()).map_err(JobError::DoesNotLoad)?;
+    }
+    if interrupted {
+        return Err(JobError::Interrupted);
+    }
+    let bytes = finish(job, temp, &job.output)?;
+    let before = size_of(model);
+    Ok(Outcome {
+        after: Size { bytes, ..before.clone() },
+        before,
+        carrier: model.hparams.family,
+        sparsity: 0.0,
+        quality: None,
+        kept_groups: Plan::whole(model).blocks.into_iter().map(|b| b.groups).collect(),
+        block_losses: None,
+        provenance: None,
+        samples: None,
+        forecast: None,
+        warnings: Vec::new(),
+        time: start.elapsed(),
+    })
+}
+
+fn sum((a, b): (usize, usize)) -> usize {
+    a + b
+}
+
+pub(super) fn size_of(model: &Model) -> Size {
+    let h = &model.hparams;
+    Size {
+        bytes: model.file.n_bytes(),
+        params: model.file.tensors().iter().map(|t| t.n_elements()).sum(),
+        block_params: h.blocks.iter().map(|b| sum(h.block_params(b))).sum(),
+        blocks: h.blocks.clone(),
+    }
+}
+
+fn removed_params(model: &Model, shapes: &[BlockShape]) -> usize {
+    let h = &model.hparams;
+    h.blocks.iter().zip(shapes).map(|(a, b)| sum(h.block_params(a)) - sum(h.block_params(b))).sum()
+}
+
+pub(super) fn method_name(method: Method) -> &'static str {
+    match method {
+        Method::Putri => "putri",
+        Method::Paper => "paper",
+        Method::TwoStage => "2ssp",
+    }
+}
+
+fn calibration_text(job: &Job, w: &Windows) -> String {
+    let files: Vec<_> = job
+        .recipe
+        .files
+        .iter()
+        .map(|f| f.file_name().unwrap_or_default().to_string_lossy().into_owned())
+        .collect();
+    let mut own = format!("{} of {} windows of {} tokens self-generated", w.n_self, w.n_fit, w.n_ctx);
+    if w.n_self > 0 && job.recipe.chat_share > 0.0 {
+        own += &format!(", {:.0} % of them in the chat template", job.recipe.chat_share * 100.0);
+    }
+    if files.is_empty() { own } else { format!("{own}, the rest from {}", files.join(", ")) }
+}
+
+/// What a user needs to hear about a result like this.
+fn advice(sparsity: f64, q: &Quality, carrier: Family, deci_biases: bool) -> Vec<String> {
+    let mut out = Vec::new();
+    if sparsity >= 0.4 {
+        out.push(format!(
+            "{:.0} % pruned without training afterwards is a start for fine-tuning or a simple task, not a chat model; \
+             10 to 25 % is what keeps answers usable",
+            sparsity * 100.0
+        ));
+    }
+    if q.held_out.pruned_ppl > 2.0 * q.held_out.dense_ppl {
+        out.push("perplexity more than doubled: compare with a smaller quant or a smaller model before you ship this".into());
+    }
+    let since = match carrier {
+        // With biases of Q, K and V: llama.cpp's pull request 21245.
+        Family::Deci if deci_biases => Some("llama.cpp since April 2026 and Ollama since 0.30"),
+        Family::Deci | Family::OpenElm => Some("llama.cpp since 2025 and Ollama since 0.9.3"),
+        _ => None,
+    };
+    if let Some(since) = since {
+        let name = carrier.name();
+        out.push(format!(
+            "the file is of architecture {name}, in which blocks may differ in size, for {since}"
+        ));
+    }
+    out
+}
