@@ -176,6 +176,7 @@ fn main() {
         imatrix_out: None,
         state: None,
         samples: false,
+        compare_quant: false,
         limit: None,
         max_memory: None,
         quantise: None,

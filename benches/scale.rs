@@ -189,6 +189,7 @@ fn job(args: &Args, input: PathBuf, output: PathBuf) -> Job {
         imatrix_out: None,
         state: None,
         samples: false,
+        compare_quant: false,
         limit: None,
         max_memory: None,
         quantise: None,

@@ -24,5 +24,5 @@ pub mod spill;
 
 pub use job::{
     DryRun, EvalJob, EvalOutcome, Inspection, Job, JobError, KeepState, Limit, Outcome, Quality, Quantise,
-    Samples, Size, calibration, dry_run, eval, inspect, remove_temporary, run, run_nested,
+    Rival, Samples, Size, calibration, dry_run, eval, inspect, remove_temporary, run, run_nested,
 };

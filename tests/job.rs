@@ -292,6 +292,7 @@ fn the_two_stage_baseline_takes_whole_attentions_and_equal_widths() {
         imatrix_out: None,
         state: None,
         samples: false,
+        compare_quant: false,
         limit: None,
         max_memory: None,
         quantise: None,

@@ -96,3 +96,40 @@ fn a_report_that_cannot_be_is_refused_before_any_work() {
     fails("nowhere/r.html", 1, &["nowhere/r.html"]);
     fails("r.txt", 2, &["r.txt", ".html", ".json"]);
 }
+
+#[test]
+fn rivals_are_the_mixes_that_come_closest_in_size() {
+    silence_logs();
+    let cli = Cli::new();
+    // Wide enough for types in blocks of 256.
+    let blocks = vec![(4, 2, 1024); 3];
+    let ty = putri_gguf::ggml::Type::F16;
+    Small { ty, n_embd: 256, head_dim: 64, blocks, ..Small::default() }.write(&cli.path("in.gguf"));
+    let args = [
+        "in.gguf",
+        "out.gguf",
+        "--sparsity",
+        "0.25",
+        "--type",
+        "q6_k",
+        "--compare-quant",
+        "--report",
+        "r.json",
+    ];
+    let text = cli.ok(&[&args[..], &QUICK].concat());
+    let r: Json = serde_json::from_slice(&std::fs::read(cli.path("r.json")).unwrap()).unwrap();
+    let rivals = r["rivals"].as_array().unwrap();
+    let bytes = |i: usize| rivals[i]["bytes"].as_u64().unwrap();
+    assert_eq!(
+        (rivals.len(), &rivals[0]["name"], &r["after"]["bytes"]),
+        (3, &Json::from("pruned"), &rivals[0]["bytes"])
+    );
+    assert!(bytes(1) <= bytes(0) && bytes(0) < bytes(2), "{rivals:?}");
+    for rival in rivals {
+        assert!(text.contains(rival["name"].as_str().unwrap()), "{text}");
+        assert!(rival["kl_divergence"].as_f64().unwrap() > 0.0 && rival["ppl"].as_f64().unwrap() > 1.0);
+    }
+    // Nothing of them is left.
+    let names: Vec<_> = cli.listing().into_iter().map(|(p, _)| p.file_name().unwrap().to_owned()).collect();
+    assert_eq!(names, ["in.gguf", "out.gguf", "r.json"]);
+}

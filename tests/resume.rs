@@ -48,6 +48,7 @@ fn job(folder: &Path, method: Method) -> Job {
         settings: Settings { sparsity: 0.5, method, n_threads, ..Settings::default() },
         state: None,
         samples: false,
+        compare_quant: false,
         limit: None,
         max_memory: None,
     }

@@ -170,6 +170,9 @@ pub struct Args {
     /// Also write a report, by its name as a page (.html) or for machines (.json)
     #[arg(long, value_name = "FILE", help_heading = "Output")]
     pub report: Option<PathBuf>,
+    /// Also measure what quantisation alone makes of as many bytes, on the held-out windows
+    #[arg(long, help_heading = "Output", hide_short_help = true)]
+    pub compare_quant: bool,
     /// Replace existing outputs
     #[arg(long, help_heading = "Output")]
     pub force: bool,

@@ -34,6 +34,10 @@ pub fn resolve(args: Args) -> Result<Job> {
         ensure!(shares && rising, "--nested wants shares between 0 and 1, rising, as in 0.1,0.2,0.3");
         ensure!(args.imatrix_out.is_none(), "--imatrix-out is of one model; --nested makes several");
     }
+    ensure!(
+        !args.compare_quant || args.sparsity != Some(0.0),
+        "--compare-quant needs a pruned model; --sparsity 0 only copies"
+    );
     if let Some(report) = &args.report {
         let kind = report.extension().and_then(|e| e.to_str());
         ensure!(
@@ -114,6 +118,7 @@ pub fn resolve(args: Args) -> Result<Job> {
         quantise: args.to.map(|name| quantise(&name, args.allow_requantize)).transpose()?,
         state: args.state_dir.map(|folder| KeepState { folder, resume: args.resume }),
         samples: args.report.is_some(),
+        compare_quant: args.compare_quant,
         limit,
         max_memory: args.max_memory.as_deref().map(|text| bytes("--max-memory", text)).transpose()?,
         force: args.force,

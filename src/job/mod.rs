@@ -7,6 +7,7 @@ mod limit;
 mod output;
 mod prepared;
 mod result;
+mod rivals;
 mod state;
 
 pub use error::JobError;
@@ -15,6 +16,7 @@ pub use inspect::{Inspection, inspect};
 pub use limit::Limit;
 pub use output::remove_temporary;
 pub use prepared::calibration;
+pub use rivals::Rival;
 
 use crate::assemble::Provenance;
 use crate::calibrate::{Recipe, Windows};
@@ -54,6 +56,8 @@ pub struct Job {
     pub state: Option<KeepState>,
     /// Let source and result continue a text.
     pub samples: bool,
+    /// Also measure what quantisation alone makes of as many bytes.
+    pub compare_quant: bool,
     /// Take the largest sparsity that stays within this, instead of one that is given.
     pub limit: Option<Limit>,
     /// Bytes of memory to do with, the mapped files not counted.
@@ -110,6 +114,8 @@ pub struct Outcome {
     pub block_losses: Option<Vec<f64>>,
     /// Where the result comes from; absent when nothing was pruned.
     pub provenance: Option<Provenance>,
+    /// The result, and the source in types that make files of about its size, if the job asked for it.
+    pub rivals: Vec<Rival>,
     /// How source and result go on from the same words, if the job asked for it.
     pub samples: Option<Samples>,
     /// What shapes said beforehand; absent when nothing was pruned.
@@ -308,6 +314,9 @@ fn check_types(job: &Job, source: &Model) -> Result<(), JobError> {
         }
         if job.quantise.is_some() {
             return Err(JobError::OfExperts("--type"));
+        }
+        if job.compare_quant {
+            return Err(JobError::OfExperts("--compare-quant"));
         }
     }
     let quantised = source.file.tensors().iter().find(|t| t.ty.is_quantized());

@@ -99,6 +99,16 @@ impl Prepared {
         }
         let bytes = finish(job, temp, &job.output)?;
         observer.step(2, "");
+        // The result is there whatever comes of this.
+        let mut warnings = pruned.warnings;
+        let rivals = match job.compare_quant.then(|| self.rivals(job, observer)) {
+            None => Vec::new(),
+            Some(Ok(rivals)) => rivals,
+            Some(Err(e)) => {
+                warnings.push(format!("not compared with quantisation alone: {e}"));
+                Vec::new()
+            }
+        };
         let shapes = pruned.plan.shapes(model);
         let before = size_of(source);
         let after = Size {
@@ -107,7 +117,6 @@ impl Prepared {
             block_params: shapes.iter().map(|b| sum(model.hparams.block_params(b))).sum(),
             blocks: shapes,
         };
-        let mut warnings = pruned.warnings;
         if let Some(Target::Bytes(target)) = job.settings.target
             && bytes > target
         {
@@ -125,6 +134,7 @@ impl Prepared {
             block_losses: pruned.block_losses,
             provenance: Some(provenance),
             samples,
+            rivals,
             forecast: Some(forecast),
             warnings,
             time: start.elapsed(),
@@ -180,6 +190,7 @@ pub(super) fn copy_as_is(
         block_losses: None,
         provenance: None,
         samples: None,
+        rivals: Vec::new(),
         forecast: None,
         warnings: Vec::new(),
         time: start.elapsed(),

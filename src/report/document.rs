@@ -55,6 +55,9 @@ pub fn report(job: &Job, o: &Outcome, output_sha256: &str) -> Value {
         "blocks": blocks,
         "held_out": quality,
         "samples": samples,
+        "rivals": o.rivals.iter().map(|r| {
+            json!({ "name": r.name, "bytes": r.bytes, "ppl": r.ppl, "kl_divergence": r.kl, "top1": r.top1 })
+        }).collect::<Vec<_>>(),
         "options": {
             "sparsity": o.provenance.as_ref().map(|p| p.sparsity),
             "target": s.target.map(|t| format!("{t:?}")),

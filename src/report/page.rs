@@ -24,6 +24,7 @@ pub fn page(report: &Value) -> String {
     );
     tiles(&mut body, report);
     let _ = write!(body, "<section><h2>Blocks</h2>{}</section>", picture(report));
+    rivals(&mut body, &report["rivals"]);
     samples(&mut body, &report["samples"]);
     let notes = report["notes"].as_array().map(Vec::as_slice).unwrap_or_default();
     if !notes.is_empty() {
@@ -157,6 +158,33 @@ fn curve(losses: &[f64]) -> String {
         "</svg><figcaption>What the predictions lose by the width of each block alone, about: {most:.4} nats of KL divergence at the highest.</figcaption></figure>"
     );
     svg
+}
+
+/// The result beside files of about its size that are only quantised.
+fn rivals(out: &mut String, rivals: &Value) {
+    let rivals = rivals.as_array().map(Vec::as_slice).unwrap_or_default();
+    if rivals.is_empty() {
+        return;
+    }
+    let number = |r: &Value, key: &str| r[key].as_f64().unwrap_or(f64::NAN);
+    let rows: String = rivals
+        .iter()
+        .map(|r| {
+            format!(
+                "<tr><th>{}</th><td>{:.1} MiB</td><td>{:.2}</td><td>{:.4}</td><td>{:.1} %</td></tr>",
+                escape(r["name"].as_str().unwrap_or("?")),
+                number(r, "bytes") / f64::from(1 << 20),
+                number(r, "ppl"),
+                number(r, "kl_divergence"),
+                number(r, "top1") * 100.0
+            )
+        })
+        .collect();
+    let _ = write!(
+        out,
+        "<section><h2>As many bytes by quantisation alone</h2><table><tr><th></th><th>file</th><th>perplexity</th>\
+         <th>KL divergence</th><th>same top token</th></tr>{rows}</table></section>"
+    );
 }
 
 fn samples(out: &mut String, samples: &Value) {

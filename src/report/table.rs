@@ -54,6 +54,28 @@ pub fn summary(o: &Outcome) -> String {
         );
         blocks(&mut out, o);
     }
+    if !o.rivals.is_empty() {
+        let _ = writeln!(
+            out,
+            "\nAs many bytes by quantisation alone, with the calibration's importance matrix (in llama.cpp, on the held-out windows):"
+        );
+        let _ = writeln!(
+            out,
+            "{:<10} {:>12} {:>12} {:>14} {:>15}",
+            "", "file", "perplexity", "KL divergence", "same top token"
+        );
+        for r in &o.rivals {
+            let _ = writeln!(
+                out,
+                "{:<10} {:>12} {:>12.2} {:>14.4} {:>13.1} %",
+                r.name,
+                megabytes(r.bytes),
+                r.ppl,
+                r.kl,
+                r.top1 * 100.0
+            );
+        }
+    }
     let memory = peak_memory().map_or(String::new(), |b| format!(", peak memory {}", megabytes(b)));
     let _ = writeln!(
         out,

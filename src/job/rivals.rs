@@ -1,0 +1,90 @@
+//! What quantisation alone would make of about as many bytes.
+
+use super::output::temporary;
+use super::prepared::{Prepared, llama};
+use super::{Job, JobError};
+use crate::assemble::importance;
+use crate::evaluate::{self, Evaluation, Protocol};
+use crate::ggml::{FileType, Token, quantize_file};
+use crate::pipeline::{self, Observer, Plan};
+use std::path::Path;
+
+/// llama-quantize's mixes, from small to large.
+const MIXES: [&str; 10] =
+    ["Q2_K", "Q3_K_S", "Q3_K_M", "Q3_K_L", "Q4_K_S", "Q4_K_M", "Q5_K_S", "Q5_K_M", "Q6_K", "Q8_0"];
+
+/// A file, and what it does on the held-out windows, by libllama.
+#[derive(Clone, Debug)]
+pub struct Rival {
+    /// `pruned`, or the mix of types.
+    pub name: String,
+    /// Bytes.
+    pub bytes: u64,
+    /// Perplexity.
+    pub ppl: f64,
+    /// Mean KL divergence from the source's predictions, in nats.
+    pub kl: f64,
+    /// Share of positions where both think the same token likeliest.
+    pub top1: f64,
+}
+
+impl Prepared {
+    /// The result of `job`, and the source in the two mixes whose files come closest to it: the largest that is no
+    /// larger, and the next.
+    ///
+    /// # Errors
+    /// [`JobError`] if libllama fails.
+    pub(super) fn rivals(&self, job: &Job, observer: &mut dyn Observer) -> Result<Vec<Rival>, JobError> {
+        let goal = std::fs::metadata(&job.output).map_or(0, |m| m.len());
+        let whole = Plan::whole(&self.source);
+        let squares = pipeline::input_squares(&self.source, &whole, &self.windows, &job.settings, observer)?;
+        let importance = importance(&self.source, &squares, &self.windows);
+        observer.stage("compare with quants", 4);
+        let quantise = |name: &str| {
+            let temp = temporary(&job.output)?;
+            let to = FileType::from_name(name).expect("llama-quantize knows it");
+            quantize_file(&job.input, temp.path(), to, &importance, true, job.settings.n_threads)
+                .map_err(JobError::Quantise)?;
+            let bytes = temp.as_file().metadata().map_or(0, |m| m.len());
+            Ok::<_, JobError>((temp, bytes))
+        };
+        let (mut below, mut above) = (None, None);
+        let (mut from, mut to) = (0, MIXES.len());
+        while from < to {
+            let middle = (from + to) / 2;
+            let (temp, bytes) = quantise(MIXES[middle])?;
+            let found = Some((MIXES[middle], temp, bytes));
+            if bytes <= goal {
+                (from, below) = (middle + 1, found)
+            } else {
+                (to, above) = (middle, found)
+            }
+            if observer.interrupted() {
+                return Err(JobError::Interrupted);
+            }
+        }
+        // What is larger than the source is no rival of anything.
+        let above = above.filter(|(.., bytes)| *bytes < self.source.file.n_bytes());
+
+        let failed = |source| JobError::Evaluate { path: job.output.clone(), source };
+        let source = llama(job, &job.input).map_err(JobError::DoesNotLoad)?;
+        let held_out = self.windows.tokens_of(self.windows.n_fit..self.windows.n_windows());
+        let windows: Vec<Vec<Token>> =
+            held_out.chunks_exact(self.windows.n_ctx).map(<[Token]>::to_vec).collect();
+        let mut judge = |name: &str, path: &Path, bytes: u64, done: usize| {
+            let file = llama(job, path).map_err(JobError::DoesNotLoad)?;
+            let n_threads = job.settings.n_threads;
+            let found: Evaluation =
+                evaluate::evaluate(&file, Some(&source), &windows, Protocol::Hf, n_threads, |_, _| true)
+                    .map_err(failed)?;
+            observer.step(done, "");
+            let (kl, top1) = found.divergence.map_or((f64::NAN, f64::NAN), |d| (d.mean, d.top1));
+            Ok::<_, JobError>(Rival { name: name.into(), bytes, ppl: found.ppl, kl, top1 })
+        };
+        let mut all = vec![judge("pruned", &job.output, goal, 2)?];
+        for (i, (name, temp, bytes)) in [below, above].into_iter().flatten().enumerate() {
+            all.push(judge(name, temp.path(), bytes, 3 + i)?);
+        }
+        Ok(all)
+    }
+}
