@@ -133,3 +133,23 @@ fn rivals_are_the_mixes_that_come_closest_in_size() {
     let names: Vec<_> = cli.listing().into_iter().map(|(p, _)| p.file_name().unwrap().to_owned()).collect();
     assert_eq!(names, ["in.gguf", "out.gguf", "r.json"]);
 }
+
+#[test]
+fn events_are_lines_for_a_machine() {
+    silence_logs();
+    let cli = Cli::new();
+    Small { blocks: vec![(4, 2, 256); 4], ..Small::default() }.write(&cli.path("in.gguf"));
+    let text = cli.ok(&[&["in.gguf", "out.gguf", "--sparsity", "0.4", "--json"][..], &QUICK].concat());
+    let events: Vec<Json> = text.lines().map(|l| serde_json::from_str(l).unwrap()).collect();
+    let (done, others) = events.split_last().unwrap();
+    assert_eq!((&done["event"], &done["report"]["schema"]), (&Json::from("done"), &Json::from(1)));
+    let mut stage = Json::Null;
+    for e in others {
+        match e["event"].as_str().unwrap() {
+            "stage" => stage = e["stage"].clone(),
+            "step" => assert!(e["stage"] == stage && e["done"].is_u64() && e["note"].is_string(), "{e}"),
+            other => panic!("{other}"),
+        }
+    }
+    assert!(others.iter().any(|e| e["stage"] == "blocks" && e["done"] == 4), "{text}");
+}

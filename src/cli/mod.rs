@@ -10,7 +10,7 @@ use anyhow::Context;
 use clap::{CommandFactory, Parser};
 use putri_gguf::gguf::GgufFile;
 use putri_gguf::report::{
-    Progress, Timings, dry_run_table, eval_json, eval_table, inspection_json, inspection_table,
+    Progress, Timings, dry_run_table, eval_json, eval_table, event, inspection_json, inspection_table,
     page as page_of, report, summary,
 };
 use putri_gguf::{Job, JobError, Outcome, ggml};
@@ -107,18 +107,18 @@ impl From<JobError> for Failed {
 /// Prunes, and prints the summary.
 fn prune(args: Args) -> Result<(), Failed> {
     let (quiet, timings, dry, nested) = (args.quiet, args.timings, args.dry_run, args.nested.clone());
-    let report = args.report.clone();
+    let (report_to, json) = (args.report.clone(), args.json);
     let job = resolve(args).map_err(Failed::Usage)?;
     let n_threads = job.settings.n_threads;
     let stop = ready(n_threads).map_err(Failed::Machine)?;
-    if let Some(path) = &report {
+    if let Some(path) = &report_to {
         writable(path, job.force)?;
     }
     if dry {
         let rate = || ggml::product_rate(n_threads).ok();
         return show(&dry_run_table(&putri_gguf::dry_run(&job)?, rate()));
     }
-    let mut progress = Progress::new(quiet, stop);
+    let mut progress = if json { Progress::events(stop) } else { Progress::new(quiet, stop) };
     if let Some(shares) = nested {
         let outputs = nested_outputs(&job.output, &shares);
         let result = putri_gguf::run_nested(&job, &outputs, &mut progress, |path, outcome| {
@@ -135,12 +135,17 @@ fn prune(args: Args) -> Result<(), Failed> {
         (JobError::Interrupted, Some(keep)) => Failed::Interrupted(keep.folder.clone()),
         (e, _) => Failed::Job(e),
     })?;
+    if let Some(path) = &report_to {
+        write_report(path, &job, &outcome).map_err(|e| in_file(path, e))?;
+    }
+    if json {
+        let found = document(&job, &outcome).map_err(|e| in_file(&job.output, e))?;
+        event(&serde_json::json!({ "event": "done", "report": found }));
+        return Ok(());
+    }
     let mut text = summary(&outcome);
     if timings && let Ok(rate) = ggml::product_rate(n_threads) {
         text += &format!("\n{}", stages.table(rate, outcome.forecast.as_ref()));
-    }
-    if let Some(path) = &report {
-        write_report(path, &job, &outcome).map_err(|e| in_file(path, e))?;
     }
     show(&format!("{text}{}\n", job.output.display()))
 }
@@ -158,10 +163,15 @@ fn in_file(path: &Path, source: std::io::Error) -> Failed {
     JobError::Io { path: path.into(), source }.into()
 }
 
+/// The report's data.
+fn document(job: &Job, outcome: &Outcome) -> std::io::Result<serde_json::Value> {
+    let written = GgufFile::open(&job.output).map_err(std::io::Error::other)?;
+    Ok(report(job, outcome, &written.sha256()))
+}
+
 /// Writes the report, as a page or for machines by the file's name.
 fn write_report(path: &Path, job: &Job, outcome: &Outcome) -> std::io::Result<()> {
-    let written = GgufFile::open(&job.output).map_err(std::io::Error::other)?;
-    let report = report(job, outcome, &written.sha256());
+    let report = document(job, outcome)?;
     let page = path.extension().is_some_and(|e| e == "html");
     std::fs::write(path, if page { page_of(&report) } else { format!("{report:#}\n") })
 }

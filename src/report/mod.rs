@@ -14,6 +14,6 @@ pub use eval::{eval_json, eval_table};
 pub use forecast::dry_run_table;
 pub use inspect::{inspection_json, inspection_table};
 pub use page::page;
-pub use progress::Progress;
+pub use progress::{Progress, event};
 pub use table::{peak_memory, summary};
 pub use timings::{Stage, StageTimes, Timings};

@@ -2,13 +2,19 @@
 
 use crate::pipeline::Observer;
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
-use std::io::IsTerminal;
+use serde_json::{Value, json};
+use std::io::{IsTerminal, Write};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 /// Lines of one stage that are not printed closer together than this, off a terminal.
 const LINE_EVERY: Duration = Duration::from_secs(2);
+
+/// Writes one event. That nobody reads it stops no work.
+pub fn event(e: &Value) {
+    let _ = writeln!(std::io::stdout(), "{e}");
+}
 
 /// Shows progress and passes on the user's wish to stop.
 pub struct Progress {
@@ -19,7 +25,17 @@ pub struct Progress {
 enum Mode {
     Quiet,
     Bar(Option<ProgressBar>),
-    Lines { stage: String, steps: usize, start: Instant, last: Option<Instant> },
+    /// Events as JSON objects, a line each, on stdout.
+    Events {
+        stage: String,
+        steps: usize,
+    },
+    Lines {
+        stage: String,
+        steps: usize,
+        start: Instant,
+        last: Option<Instant>,
+    },
 }
 
 impl Progress {
@@ -33,6 +49,12 @@ impl Progress {
             Mode::Lines { stage: String::new(), steps: 0, start: Instant::now(), last: None }
         };
         Progress { mode, stop }
+    }
+
+    /// Events on stdout for a machine to read: an object per line, `{"event":"stage","stage":…,"steps":…}` and
+    /// `{"event":"step","stage":…,"done":…,"steps":…,"note":…}`.
+    pub fn events(stop: Arc<AtomicBool>) -> Progress {
+        Progress { mode: Mode::Events { stage: String::new(), steps: 0 }, stop }
     }
 
     /// Takes the bar off the terminal.
@@ -60,6 +82,10 @@ impl Observer for Progress {
                 new.enable_steady_tick(Duration::from_millis(250));
                 *bar = Some(new);
             }
+            Mode::Events { stage, steps: n } => {
+                (*stage, *n) = (name.to_string(), steps);
+                event(&json!({ "event": "stage", "stage": name, "steps": steps }));
+            }
             Mode::Lines { stage, steps: n, start, last } => {
                 (*stage, *n, *start, *last) = (name.to_string(), steps, Instant::now(), None);
                 eprintln!("{name}");
@@ -75,6 +101,11 @@ impl Observer for Progress {
                     bar.set_position(done as u64);
                     bar.set_message(note.to_string());
                 }
+            }
+            Mode::Events { stage, steps } => {
+                event(
+                    &json!({ "event": "step", "stage": stage, "done": done, "steps": steps, "note": note }),
+                );
             }
             Mode::Lines { stage, steps, start, last } => {
                 // Tokens tick by the thousand; blocks and heads have something to say each time.
