@@ -110,7 +110,7 @@ fn a_dry_run_says_how_large_the_file_will_be_and_writes_nothing() {
         let before = cli.listing();
         let text = cli.ok(&[&["in.gguf", "out.gguf", "--dry-run"][..], &common].concat());
         assert_eq!(cli.listing(), before);
-        assert!(text.contains("blocks") && text.contains("GiB"), "{text}");
+        assert!(text.contains("blocks") && text.contains("GiB") && text.contains("in f32"), "{text}");
         let model = Model::open(&cli.path("in.gguf")).unwrap();
         let settings = Settings { sparsity: 0.4, ..Settings::default() };
         let c = Calibration { n_ctx: 64, n_fit: 8, n_held_out: 1 };
@@ -157,4 +157,20 @@ fn streams_go_into_files_where_memory_is_short() {
         1,
         &["--max-memory", "not enough", "needs"],
     );
+}
+
+#[test]
+fn a_dry_run_names_types_and_why_they_change() {
+    let cli = Cli::new();
+    // A group of 4 query heads is 64 columns: three of four groups are no whole blocks of 256, all of them are.
+    let ty = putri_gguf::ggml::Type::from_name("q4_K").unwrap();
+    let small = Small { ty, n_embd: 256, blocks: vec![(16, 4, 1024); 4], ..Small::default() };
+    small.write(&cli.path("in.gguf"));
+    let dry =
+        |sparsity| cli.ok(&["in.gguf", "out.gguf", "--dry-run", "-c", "64", "-q", "--sparsity", sparsity]);
+    let text = dry("0.25");
+    assert!(text.contains("ffn_down     of   4 blocks, in q4_K\n"), "{text}");
+    assert!(text.contains("architecture deci"), "{text}");
+    let text = dry("0.6");
+    assert!(text.contains("attn_output") && text.contains("in q5_0 instead of q4_K"), "{text}");
 }

@@ -6,13 +6,13 @@
 
 use super::heads::{ROUGH_CTX, ROUGH_TOKENS, STREAM_BYTES};
 use super::{
-    Method, Settings, budgets, curves, equal_widths, even_shapes, file_size, groups_to_remove, sensitivity,
-    smallest_group, within_family,
+    Method, NewMatrices, Settings, budgets, curves, equal_widths, even_shapes, file_size, groups_to_remove,
+    new_matrices, sensitivity, smallest_group, within_family,
 };
 use crate::calibrate::Windows;
 use crate::forward::{GRADIENT_TOKENS, LOSS_ROWS, MAX_GRADIENT_CTX, moment_products, query_slice};
 use crate::ggml::Type;
-use crate::model::{BlockShape, BlockTensors, Model, Segment};
+use crate::model::{BlockShape, BlockTensors, Family, Model, Segment};
 use crate::prune::{self, BudgetError};
 use crate::requant::output_type;
 
@@ -53,6 +53,10 @@ pub struct Forecast {
     pub file_bytes: u64,
     /// Its parameters.
     pub params: u64,
+    /// Its architecture, most likely.
+    pub carrier: Family,
+    /// The types of the matrices that get new values.
+    pub new_matrices: Vec<NewMatrices>,
     /// In the order in which they run.
     pub stages: Vec<StageForecast>,
 }
@@ -92,7 +96,8 @@ pub fn forecast(model: &Model, c: &Calibration, settings: &Settings) -> Result<F
     let total: usize = budgets.iter().map(prune::Budget::params).sum();
     let pieces: usize = budgets.iter().zip(&widths).map(|(b, w)| b.n_pieces - w).sum();
     let removed = n_groups * group_params + pieces * budgets[0].piece_params;
-    let size = file_size(model, s, &even_shapes(model, settings)?);
+    let (shapes, carriers) = (even_shapes(model, settings)?, s.carriers(model));
+    let size = file_size(model, s, &shapes);
     let w = Work { model, c, s, kept, widths: &widths };
     let stages = match s.method {
         Method::Putri => vec![
@@ -112,6 +117,9 @@ pub fn forecast(model: &Model, c: &Calibration, settings: &Settings) -> Result<F
         sparsity: removed as f64 / total as f64,
         file_bytes: size.bytes,
         params: size.params,
+        // Widths of their own are hardly ever all the same.
+        carrier: carriers.per_block.filter(|_| s.per_block_widths).unwrap_or_else(|| carriers.of(&shapes)),
+        new_matrices: new_matrices(model, s, &shapes),
         // Those that do run.
         stages: stages.into_iter().filter(|s| s.operations > 0.0).collect(),
     })

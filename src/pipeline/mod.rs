@@ -34,8 +34,8 @@ pub use memory::{NoRoom, within_memory};
 pub use plan::{BlockPlan, Plan};
 use sensitivity::Sensitivity;
 pub use settings::{Method, Settings, TensorTypes};
-pub use size::{FileSize, Target, TargetError, sparsity_for};
-use size::{even_shapes, file_size};
+pub use size::{FileSize, NewMatrices, Target, TargetError, sparsity_for};
+use size::{even_shapes, file_size, new_matrices};
 use stream::embedded;
 
 use crate::calibrate::Windows;

@@ -119,6 +119,41 @@ pub(super) fn even_shapes(model: &Model, s: &Settings) -> Result<Vec<BlockShape>
     Ok(shapes.collect())
 }
 
+/// Matrices with new values that get the same type.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct NewMatrices {
+    /// `attn_output` or `ffn_down`.
+    pub role: &'static str,
+    /// The type that they have or shall have.
+    pub wanted: Type,
+    /// The type that rows of their length can have: another where they are no whole blocks of the former.
+    pub written: Type,
+    /// Blocks where that is so.
+    pub n_blocks: usize,
+}
+
+/// The types of the matrices that get new values.
+pub(super) fn new_matrices(model: &Model, s: &Settings, shapes: &[BlockShape]) -> Vec<NewMatrices> {
+    let mut all: Vec<NewMatrices> = Vec::new();
+    for (t, shape) in model.blocks.iter().zip(shapes) {
+        let attn_output = t.attn_output.filter(|_| shape.n_head > 0);
+        let roles = [
+            ("attn_output", attn_output, s.types.attn_output, shape.n_head * model.hparams.head_dim),
+            ("ffn_down", t.ffn_down, s.types.ffn_down, shape.n_ff),
+        ];
+        for (role, segment, wanted, n_in) in roles {
+            let Some(segment) = segment else { continue };
+            let wanted = wanted.unwrap_or(model.tensor(&segment).ty);
+            let written = output_type(wanted, n_in);
+            match all.iter_mut().find(|n| (n.role, n.wanted, n.written) == (role, wanted, written)) {
+                Some(n) => n.n_blocks += 1,
+                None => all.push(NewMatrices { role, wanted, written, n_blocks: 1 }),
+            }
+        }
+    }
+    all
+}
+
 /// The size of the file that holds `model` in blocks of the sizes `shapes`.
 pub(super) fn file_size(model: &Model, s: &Settings, shapes: &[BlockShape]) -> FileSize {
     let s = &within_family(model, s);

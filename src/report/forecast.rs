@@ -35,7 +35,14 @@ pub fn dry_run_table(d: &DryRun, rate: Option<f64>) -> String {
         format!("{:.0}", f.mean_width),
         percent(width, f.mean_width),
     );
-    let _ = writeln!(out, "\nSparsity {:.1} % of the blocks.\n", f.sparsity * 100.0);
+    let (share, arch) = (f.sparsity * 100.0, f.carrier.name());
+    let _ = writeln!(out, "\nSparsity {share:.1} % of the blocks, architecture {arch}. New values have:");
+    for n in &f.new_matrices {
+        let blocks = format!("{:<12} of {:>3} blocks, in {}", n.role, n.n_blocks, n.written);
+        let why = format!(" instead of {}, of whose blocks rows would be no multiple", n.wanted);
+        let _ = writeln!(out, "  {blocks}{}", if n.wanted == n.written { "" } else { &why });
+    }
+    out.push('\n');
 
     let _ =
         writeln!(out, "{:<22} {:>9} {:>10} {:>12} {:>12}", "", "seconds", "GFLOP", "GFLOP (f64)", "memory");
