@@ -175,6 +175,7 @@ fn main() {
         output: PathBuf::new(),
         imatrix_out: None,
         state: None,
+        keep_split: false,
         samples: false,
         compare_quant: false,
         limit: None,

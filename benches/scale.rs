@@ -188,6 +188,7 @@ fn job(args: &Args, input: PathBuf, output: PathBuf) -> Job {
         output,
         imatrix_out: None,
         state: None,
+        keep_split: false,
         samples: false,
         compare_quant: false,
         limit: None,

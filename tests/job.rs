@@ -291,6 +291,7 @@ fn the_two_stage_baseline_takes_whole_attentions_and_equal_widths() {
         output: cli.path("out.gguf"),
         imatrix_out: None,
         state: None,
+        keep_split: false,
         samples: false,
         compare_quant: false,
         limit: None,

@@ -47,6 +47,7 @@ fn job(folder: &Path, method: Method) -> Job {
         windows: None,
         settings: Settings { sparsity: 0.5, method, n_threads, ..Settings::default() },
         state: None,
+        keep_split: false,
         samples: false,
         compare_quant: false,
         limit: None,

@@ -77,6 +77,35 @@ fn parts_can_be_quantised() {
 }
 
 #[test]
+fn parts_can_stay_parts() {
+    let cli = split_model(Type::Q8_0);
+    let first = part("m", 0);
+    cli.ok(&[&[&first, "whole.gguf", "--sparsity", "0.4"][..], &QUICK].concat());
+    for (output, prefix) in [("out.gguf", "out"), ("b-00001-of-00003.gguf", "b")] {
+        let text = cli.ok(&[&[&first, output, "--sparsity", "0.4", "--keep-split"][..], &QUICK].concat());
+        assert_eq!(text.lines().last().unwrap(), part(prefix, 0));
+        let [a, b] = ["whole.gguf", &part(prefix, 0)].map(|f| GgufFile::open(&cli.path(f)).unwrap());
+        assert_eq!(b.paths().count(), N_PARTS);
+        assert_eq!(a.metadata(), b.metadata());
+        for (x, y) in a.tensors().iter().zip(b.tensors()) {
+            assert_eq!((&x.name, &x.ne), (&y.name, &y.ne));
+            assert!(a.data(x) == b.data(y), "{}", x.name);
+        }
+        assert_eq!(a.tensors().len(), b.tensors().len());
+        let sizes: Vec<u64> = b.bytes().map(|p| p.len() as u64).collect();
+        assert!(sizes.iter().all(|n| *n < a.n_bytes() / 2), "{sizes:?}");
+        LlamaModel::load(&cli.path(&part(prefix, 0))).unwrap();
+    }
+    let left: Vec<_> =
+        cli.listing().into_iter().filter(|(p, _)| p.to_string_lossy().contains("parts")).collect();
+    assert!(left.is_empty(), "{left:?}");
+    // One of them that is there already is seen before any work.
+    std::fs::remove_file(cli.path(&part("out", 0))).unwrap();
+    let args = [&first, "out.gguf", "--sparsity", "0.4", "--keep-split"];
+    cli.fails(&[&args[..], &QUICK].concat(), 1, &[&part("out", 1), "--force"]);
+}
+
+#[test]
 fn what_is_no_whole_is_refused_by_name() {
     let cli = split_model(Type::F32);
     let [first, second, third] = std::array::from_fn(|i| part("m", i));

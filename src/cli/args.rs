@@ -173,6 +173,9 @@ pub struct Args {
     /// Also measure what quantisation alone makes of as many bytes, on the held-out windows
     #[arg(long, help_heading = "Output", hide_short_help = true)]
     pub compare_quant: bool,
+    /// Write as many files as a split source has: out.gguf becomes out-00001-of-00003.gguf and so on
+    #[arg(long, help_heading = "Output", hide_short_help = true)]
+    pub keep_split: bool,
     /// Replace existing outputs
     #[arg(long, help_heading = "Output")]
     pub force: bool,

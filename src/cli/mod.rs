@@ -139,7 +139,7 @@ fn prune(args: Args) -> Result<(), Failed> {
         write_report(path, &job, &outcome).map_err(|e| in_file(path, e))?;
     }
     if json {
-        let found = document(&job, &outcome).map_err(|e| in_file(&job.output, e))?;
+        let found = document(&job, &outcome).map_err(|e| in_file(&outcome.output, e))?;
         event(&serde_json::json!({ "event": "done", "report": found }));
         return Ok(());
     }
@@ -147,7 +147,7 @@ fn prune(args: Args) -> Result<(), Failed> {
     if timings && let Ok(rate) = ggml::product_rate(n_threads) {
         text += &format!("\n{}", stages.table(rate, outcome.forecast.as_ref()));
     }
-    show(&format!("{text}{}\n", job.output.display()))
+    show(&format!("{text}{}\n", outcome.output.display()))
 }
 
 /// Refuses a file that is there already, or cannot be, before any work.
@@ -165,7 +165,7 @@ fn in_file(path: &Path, source: std::io::Error) -> Failed {
 
 /// The report's data.
 fn document(job: &Job, outcome: &Outcome) -> std::io::Result<serde_json::Value> {
-    let written = GgufFile::open(&job.output).map_err(std::io::Error::other)?;
+    let written = GgufFile::open(&outcome.output).map_err(std::io::Error::other)?;
     Ok(report(job, outcome, &written.sha256()))
 }
 

@@ -35,6 +35,10 @@ pub fn resolve(args: Args) -> Result<Job> {
         ensure!(args.imatrix_out.is_none(), "--imatrix-out is of one model; --nested makes several");
     }
     ensure!(
+        !args.keep_split || args.sparsity != Some(0.0),
+        "--keep-split needs a model to prune; --sparsity 0 joins the parts"
+    );
+    ensure!(
         !args.compare_quant || args.sparsity != Some(0.0),
         "--compare-quant needs a pruned model; --sparsity 0 only copies"
     );
@@ -58,8 +62,9 @@ pub fn resolve(args: Args) -> Result<Job> {
             "--max-kld, --max-ppl-ratio and --nested go with --method putri"
         );
     }
-    // With a target it is found once the model is known.
-    let s = args.sparsity.unwrap_or(Settings::default().sparsity);
+    // With a target or limit it is found once the model is known; a limit may be met by very little.
+    let least = if limit.is_some() { 0.01 } else { Settings::default().sparsity };
+    let s = args.sparsity.unwrap_or(least);
     ensure!((0.0..1.0).contains(&s), "--sparsity {s} is not a share from 0 to 1 (0.25 removes a quarter)");
     if let Some(share) = args.self_share {
         ensure!((0.0..=1.0).contains(&share), "--self-share {share} is not a share from 0 to 1");
@@ -117,6 +122,7 @@ pub fn resolve(args: Args) -> Result<Job> {
         imatrix_out: args.imatrix_out,
         quantise: args.to.map(|name| quantise(&name, args.allow_requantize)).transpose()?,
         state: args.state_dir.map(|folder| KeepState { folder, resume: args.resume }),
+        keep_split: args.keep_split,
         samples: args.report.is_some(),
         compare_quant: args.compare_quant,
         limit,

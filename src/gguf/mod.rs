@@ -6,9 +6,9 @@
 mod open;
 mod write;
 
-pub(crate) use open::sha256;
 pub use open::{GgufFile, TensorInfo};
-pub use write::{OutTensor, write_gguf};
+pub(crate) use open::{part_suffix, sha256};
+pub use write::{OutTensor, write_gguf, write_parts};
 
 pub use crate::ggml::RawValue as Value;
 

@@ -300,7 +300,7 @@ pub(crate) fn sha256<'a>(parts: impl IntoIterator<Item = &'a [u8]>) -> String {
 }
 
 /// How the name of part `i` of `n` ends (`llama_split_path` of llama.cpp).
-fn part_suffix(i: usize, n: usize) -> String {
+pub(crate) fn part_suffix(i: usize, n: usize) -> String {
     format!("-{:05}-of-{n:05}.gguf", i + 1)
 }
 

@@ -2,8 +2,9 @@
 
 use super::{GgufError, GgufFile, TensorInfo, Value};
 use crate::ggml::{RawGguf, Type};
-use std::io::Write;
-use std::path::Path;
+use std::fs::File;
+use std::io::{BufWriter, Write};
+use std::path::{Path, PathBuf};
 
 /// A tensor to be written; `data` produces its bytes when its turn comes.
 pub struct OutTensor<'a> {
@@ -68,4 +69,41 @@ pub fn write_gguf(
         out.write_all(&padding[..bytes.len().next_multiple_of(ALIGNMENT) - bytes.len()]).map_err(io)?;
     }
     out.flush().map_err(io)
+}
+
+/// Writes `file` as `n_parts` files at the paths that `path` gives, tensors in order and about as many bytes in each, as
+/// llama-gguf-split does: all metadata is in the first.
+///
+/// # Errors
+/// [`GgufError::Io`] if writing fails.
+pub fn write_parts(
+    file: &GgufFile,
+    n_parts: usize,
+    path: impl Fn(usize) -> PathBuf,
+) -> Result<(), GgufError> {
+    let tensors = file.tensors();
+    let total: usize = tensors.iter().map(TensorInfo::n_bytes).sum();
+    let (mut next, mut written) = (0, 0);
+    for i in 0..n_parts {
+        // Every part that is still to come has a tensor.
+        let most = tensors.len() - (n_parts - 1 - i).min(tensors.len());
+        let first = next;
+        while next < most && (next == first || written < total * (i + 1) / n_parts || i + 1 == n_parts) {
+            written += tensors[next].n_bytes();
+            next += 1;
+        }
+        let mut metadata = if i == 0 { file.metadata().to_vec() } else { Vec::new() };
+        metadata.extend([
+            ("split.no".into(), Value::U16(i as u16)),
+            ("split.count".into(), Value::U16(n_parts as u16)),
+            ("split.tensors.count".into(), Value::I32(tensors.len() as i32)),
+        ]);
+        let part: Vec<OutTensor> = tensors[first..next].iter().map(|t| OutTensor::copy(file, t)).collect();
+        let path = path(i);
+        let io = |source| GgufError::Io { path: path.clone(), source };
+        let mut out = BufWriter::new(File::create(&path).map_err(io)?);
+        write_gguf(&mut out, &path, &metadata, &part)?;
+        out.into_inner().map_err(|e| io(e.into_error()))?.sync_all().map_err(io)?;
+    }
+    Ok(())
 }

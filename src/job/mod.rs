@@ -42,6 +42,8 @@ pub struct Job {
     pub imatrix_out: Option<PathBuf>,
     /// The mix of types that the result is written in, instead of the source's types.
     pub quantise: Option<Quantise>,
+    /// Write as many files as a split source has.
+    pub keep_split: bool,
     /// Replace existing outputs.
     pub force: bool,
     /// Let libllama load and judge the result before it gets its name.
@@ -108,6 +110,8 @@ pub struct Outcome {
     pub sparsity: f64,
     /// What was measured; absent when nothing was pruned.
     pub quality: Option<Quality>,
+    /// Where the result is; the first part if it lies in several files.
+    pub output: PathBuf,
     /// The attention groups that stay, per block, by their numbers in the source.
     pub kept_groups: Vec<Vec<usize>>,
     /// What the predictions lose by the width of each block alone, about, in nats of KL divergence, if that is known.
@@ -203,7 +207,7 @@ pub fn run_nested(
         let job = Job { settings: settings(&job, &p.source)?, ..job };
         let (settings, pruned) = p.prune(&job, &mut memory, observer)?;
         let outcome = p.write(&Job { settings, ..job.clone() }, pruned, start, observer)?;
-        done(&job.output, &outcome);
+        done(&outcome.output, &outcome);
         start = Instant::now();
     }
     Ok(())

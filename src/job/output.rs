@@ -1,13 +1,14 @@
 //! Where a job's results go: checked before the work, temporary during it, complete at its end.
 
 use super::{Job, JobError};
-use crate::gguf::GgufFile;
+use crate::ggml::LlamaModel;
+use crate::gguf::{GgufFile, part_suffix, write_parts};
 use std::path::{Path, PathBuf};
 use std::sync::Mutex;
 
 /// Refuses what would harm a file or cannot be written, before anything costs time.
 pub(super) fn check_paths(job: &Job, source: &GgufFile) -> Result<(), JobError> {
-    check_output(job, source, &job.output)?;
+    outputs(job, source).iter().try_for_each(|output| check_output(job, source, output))?;
     if job.verify && job.output.to_str().is_none() {
         let problem = "is no UTF-8 path, which llama.cpp needs to verify it";
         let source = std::io::Error::new(std::io::ErrorKind::InvalidInput, problem);
@@ -20,6 +21,23 @@ pub(super) fn check_paths(job: &Job, source: &GgufFile) -> Result<(), JobError> 
         return Err(JobError::SameOutput(imatrix.clone()));
     }
     check_output(job, source, imatrix)
+}
+
+/// The files that the result lies in: as many as the source does, if that shall stay so.
+pub(super) fn outputs(job: &Job, source: &GgufFile) -> Vec<PathBuf> {
+    match source.paths().count() {
+        n if n > 1 && job.keep_split => (0..n).map(|i| part_path(&job.output, i, n)).collect(),
+        _ => vec![job.output.clone()],
+    }
+}
+
+/// The `i`-th of `n` parts of a file that would be called `output`.
+fn part_path(output: &Path, i: usize, n: usize) -> PathBuf {
+    let name = output.file_name().unwrap_or_default().to_string_lossy();
+    let stem = name.strip_suffix(".gguf").unwrap_or(&name);
+    // The name of a first part names the others, too.
+    let stem = stem.strip_suffix(part_suffix(0, n).trim_end_matches(".gguf")).unwrap_or(stem);
+    output.with_file_name(format!("{stem}{}", part_suffix(i, n)))
 }
 
 /// Refuses an output that is a folder, a file of the source, there already, or in a place where none can be made.
@@ -68,7 +86,7 @@ pub fn remove_temporary() {
     // Not `lock`: the thread that is interrupted may hold it.
     if let Ok(mut paths) = TEMPORARY.try_lock() {
         for path in paths.drain(..) {
-            let _ = std::fs::remove_file(path);
+            let _ = std::fs::remove_file(&path).or_else(|_| std::fs::remove_dir_all(&path));
         }
     }
 }
@@ -102,22 +120,60 @@ pub(super) fn temporary(output: &Path) -> Result<tempfile::NamedTempFile, JobErr
     Ok(temp)
 }
 
+/// Cuts the temporary file into parts and gives them their names, once libllama loads them. Returns the length of all.
+pub(super) fn finish_parts(
+    job: &Job,
+    temp: tempfile::NamedTempFile,
+    paths: &[PathBuf],
+) -> Result<u64, JobError> {
+    let io = |source| JobError::Io { path: paths[0].clone(), source };
+    let whole = GgufFile::open(temp.path())?;
+    // A folder of its own, for libllama finds parts by their names.
+    let folder = tempfile::Builder::new().prefix(".parts.").tempdir_in(folder_of(&job.output)).map_err(io)?;
+    if let Ok(mut paths) = TEMPORARY.lock() {
+        paths.push(folder.path().to_path_buf());
+    }
+    let n = paths.len();
+    let inside = |i: usize| folder.path().join(paths[i].file_name().unwrap_or_default());
+    write_parts(&whole, n, inside)?;
+    drop((whole, temp));
+    if job.verify {
+        LlamaModel::load_mapped(&inside(0)).map_err(JobError::DoesNotLoad)?;
+    }
+    let mut bytes = 0;
+    for (i, path) in paths.iter().enumerate() {
+        let part = inside(i);
+        bytes += part.metadata().map_err(io)?.len();
+        make_readable(job, &std::fs::File::open(&part).map_err(io)?);
+        if !job.force && path.symlink_metadata().is_ok() {
+            return Err(JobError::Exists(path.clone()));
+        }
+        std::fs::rename(&part, path).map_err(io)?;
+    }
+    unregister_temporary(folder.path());
+    Ok(bytes)
+}
+
 /// Syncs the temporary file and gives it the name `path`. Returns its length.
 pub(super) fn finish(job: &Job, temp: tempfile::NamedTempFile, path: &Path) -> Result<u64, JobError> {
     let io = |source| JobError::Io { path: path.into(), source };
     temp.as_file().sync_all().map_err(io)?;
     let bytes = temp.as_file().metadata().map_err(io)?.len();
-    // A temporary file is private, an output as readable as its source. Where the file system knows no
-    // such thing, it stays as it is.
-    #[cfg(unix)]
-    if let Ok(source) = job.input.metadata() {
-        use std::os::unix::fs::PermissionsExt;
-        let mode = source.permissions().mode() & 0o644 | 0o600;
-        let _ = temp.as_file().set_permissions(std::fs::Permissions::from_mode(mode));
-    }
+    make_readable(job, temp.as_file());
     let name = temp.path().to_path_buf();
     let persisted = if job.force { temp.persist(path) } else { temp.persist_noclobber(path) };
     unregister_temporary(&name);
     persisted.map_err(|e| io(e.error))?;
     Ok(bytes)
+}
+
+/// Makes a temporary file, which is private, as readable as the source. Where the file system knows no such thing, it
+/// stays as it is.
+fn make_readable(job: &Job, file: &std::fs::File) {
+    #[cfg(unix)]
+    if let Ok(source) = job.input.metadata() {
+        use std::os::unix::fs::PermissionsExt;
+        let mode = source.permissions().mode() & 0o644 | 0o600;
+        let _ = file.set_permissions(std::fs::Permissions::from_mode(mode));
+    }
 }

@@ -1,6 +1,6 @@
 //! Writing what came of the passes, verifying it, and what there is to say of it.
 
-use super::output::{finish, temporary};
+use super::output::{finish, finish_parts, outputs, temporary};
 use super::prepared::{Prepared, llama};
 use super::{Job, JobError, Outcome, Quality, Samples, Size, forecast};
 use crate::assemble::{Provenance, assemble, write_imatrix};
@@ -97,11 +97,16 @@ impl Prepared {
         if let Some((path, temp)) = imatrix {
             finish(job, temp, path)?;
         }
-        let bytes = finish(job, temp, &job.output)?;
+        let outputs = outputs(job, &source.file);
+        let bytes = match &outputs[..] {
+            [output] => finish(job, temp, output)?,
+            parts => finish_parts(job, temp, parts)?,
+        };
+        let output = outputs[0].clone();
         observer.step(2, "");
         // The result is there whatever comes of this.
         let mut warnings = pruned.warnings;
-        let rivals = match job.compare_quant.then(|| self.rivals(job, observer)) {
+        let rivals = match job.compare_quant.then(|| self.rivals(job, &output, bytes, observer)) {
             None => Vec::new(),
             Some(Ok(rivals)) => rivals,
             Some(Err(e)) => {
@@ -130,6 +135,7 @@ impl Prepared {
             carrier,
             sparsity,
             quality: Some(quality),
+            output,
             kept_groups: pruned.plan.blocks.into_iter().map(|b| b.groups).collect(),
             block_losses: pruned.block_losses,
             provenance: Some(provenance),
@@ -186,6 +192,7 @@ pub(super) fn copy_as_is(
         carrier: model.hparams.family,
         sparsity: 0.0,
         quality: None,
+        output: job.output.clone(),
         kept_groups: Plan::whole(model).blocks.into_iter().map(|b| b.groups).collect(),
         block_losses: None,
         provenance: None,

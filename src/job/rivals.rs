@@ -29,13 +29,18 @@ pub struct Rival {
 }
 
 impl Prepared {
-    /// The result of `job`, and the source in the two mixes whose files come closest to it: the largest that is no
+    /// The result of `job`, `goal` bytes at `output`, and the source in the two mixes whose files come closest to it: the largest that is no
     /// larger, and the next.
     ///
     /// # Errors
     /// [`JobError`] if libllama fails.
-    pub(super) fn rivals(&self, job: &Job, observer: &mut dyn Observer) -> Result<Vec<Rival>, JobError> {
-        let goal = std::fs::metadata(&job.output).map_or(0, |m| m.len());
+    pub(super) fn rivals(
+        &self,
+        job: &Job,
+        output: &Path,
+        goal: u64,
+        observer: &mut dyn Observer,
+    ) -> Result<Vec<Rival>, JobError> {
         let whole = Plan::whole(&self.source);
         let squares = pipeline::input_squares(&self.source, &whole, &self.windows, &job.settings, observer)?;
         let importance = importance(&self.source, &squares, &self.windows);
@@ -81,7 +86,7 @@ impl Prepared {
             let (kl, top1) = found.divergence.map_or((f64::NAN, f64::NAN), |d| (d.mean, d.top1));
             Ok::<_, JobError>(Rival { name: name.into(), bytes, ppl: found.ppl, kl, top1 })
         };
-        let mut all = vec![judge("pruned", &job.output, goal, 2)?];
+        let mut all = vec![judge("pruned", output, goal, 2)?];
         for (i, (name, temp, bytes)) in [below, above].into_iter().flatten().enumerate() {
             all.push(judge(name, temp.path(), bytes, 3 + i)?);
         }

@@ -48,7 +48,7 @@ pub fn report(job: &Job, o: &Outcome, output_sha256: &str) -> Value {
         "version": env!("CARGO_PKG_VERSION"),
         "engine": crate::ggml::engine_version(),
         "input": { "path": path(&job.input), "sha256": o.provenance.as_ref().map(|p| &p.source_sha256) },
-        "output": { "path": path(&job.output), "sha256": output_sha256, "architecture": o.carrier.name() },
+        "output": { "path": path(&o.output), "sha256": output_sha256, "architecture": o.carrier.name() },
         "sparsity": o.sparsity,
         "before": size(&o.before),
         "after": size(&o.after),
