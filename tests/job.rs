@@ -188,6 +188,17 @@ fn heads_and_architecture_are_what_was_asked_for() {
         let (arch, n_head, alike) = prune(&of(source), &["--heads", "uniform"]);
         assert!(arch == carrier && n_head < 16 && alike, "{source}: {arch} {n_head}");
     }
+    let untied = Small { tied: false, ..of("qwen3") };
+    let (arch, n_head) = {
+        untied.write(&cli.path("in.gguf"));
+        let args = ["in.gguf", "out.gguf", "--force", "-q", "--sparsity", "0.5", "--heads", "per-layer"];
+        cli.ok(&[&args[..], &QUICK].concat());
+        opens_everywhere(&cli.path("out.gguf"), "step35");
+        let out = GgufFile::open(&cli.path("out.gguf")).unwrap();
+        let heads = out.get("step35.attention.head_count").unwrap().as_unsigned_array().unwrap();
+        (out.get_str("general.architecture").unwrap().unwrap().to_string(), heads.iter().sum::<u64>())
+    };
+    assert!(arch == "step35" && n_head < 16, "{arch} {n_head}");
     assert_eq!(prune(&of("llama"), &["--heads", "none"]).1, 16);
     let (arch, n_head, alike) = prune(&of("llama"), &["--arch", "keep"]);
     assert!(arch == "llama" && n_head < 16 && alike, "{arch} {n_head}");

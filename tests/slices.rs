@@ -208,6 +208,41 @@ fn a_qwen3_with_uneven_blocks_is_an_openelm() {
 }
 
 #[test]
+fn a_qwen3_with_its_own_head_is_a_step35_if_it_shall_be() {
+    silence_logs();
+    let dir = tempfile::tempdir().unwrap();
+    let (source, target) = (dir.path().join("a.gguf"), dir.path().join("b.gguf"));
+    let tokens: Vec<i32> = (0..150).map(|i| 3 + (i * 31) % 250).collect();
+    let base = ("rope.freq_base", Value::F32(50000.0));
+    let small = Small { arch: "qwen3", tied: false, extra: vec![base], ..Small::default() };
+    small.write(&source);
+    let model = Model::open(&source).unwrap();
+    assert_eq!(model.carriers(Heads::Auto, Arch::Auto).of_heads(), None);
+    let carriers = model.carriers(Heads::PerBlock, Arch::Auto);
+    let mut plan = Plan { carriers, ..Plan::whole(&model) };
+    assert_eq!(plan.carrier(&model), Family::Qwen3);
+    // As it is, the same bits in libllama; with fewer heads, our own logits.
+    let stays = plan.carriers.equal;
+    plan.carriers.equal = Family::Step35;
+    write(&model, &plan, &target);
+    let (max, _) =
+        compare_logits(&libllama_logits(&source, &tokens), &libllama_logits(&target, &tokens), small.n_vocab);
+    assert_eq!(max, 0.0);
+    plan.carriers.equal = stays;
+    plan.blocks[1].groups = vec![1];
+    assert_eq!(write(&model, &plan, &target), Family::Step35);
+    let ours = common::logits(&model, &tokens, |il| plan.block(&model, il).unwrap());
+    let (max, kl) = compare_logits(&libllama_logits(&target, &tokens), &ours, small.n_vocab);
+    println!("largest difference {max:.2e}, KL divergence {kl:.2e}");
+    assert!(max < 0.06 && kl < 2e-5, "{max} {kl}");
+    // A stretched rotary embedding is not known there.
+    let factor = ("rope.scaling.factor", Value::F32(4.0));
+    Small { extra: vec![factor], ..small }.write(&source);
+    let model = Model::open(&source).unwrap();
+    assert_eq!(model.carriers(Heads::PerBlock, Arch::Auto).of_heads(), None);
+}
+
+#[test]
 fn rows_of_different_types_are_joined_in_the_widest() {
     silence_logs();
     let dir = tempfile::tempdir().unwrap();

@@ -70,6 +70,9 @@ pub(super) fn metadata(
     out
 }
 
+/// Tokens that a window of `step35` holds: a million, which llama.cpp can still multiply by its sequences.
+const STEP35_WINDOW: u32 = 1 << 20;
+
 /// Keys that say how large blocks are, and what the carrier would not know otherwise, until they are used.
 struct ShapeKeys {
     left: Vec<(&'static str, Value)>,
@@ -98,6 +101,17 @@ impl ShapeKeys {
         let [old, new] = [model.hparams.family, carrier].map(|f| f.traits().rope_factors);
         if old == RopeFactors::Long && new == RopeFactors::ByType && model.has_rope_factors() {
             left.push(("rope.scaling.type", Value::Str("longrope".into())));
+        }
+        if carrier == Family::Step35 {
+            let h = &model.hparams;
+            // All blocks slide, over more than any context, for those that do not rotate by half.
+            let slides = Value::bool_array(&vec![true; h.n_layer()]);
+            left.extend([
+                ("attention.sliding_window", Value::U32(STEP35_WINDOW)),
+                ("attention.sliding_window_pattern", slides),
+                ("rope.freq_base_swa", Value::F32(h.rope.freq_base)),
+                ("expert_feed_forward_length", Value::U32(0)),
+            ]);
         }
         ShapeKeys { left }
     }

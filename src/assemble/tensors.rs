@@ -133,33 +133,7 @@ fn plan_block<'p>(
             set(t.attn_output.as_ref(), Action::Replace(q));
         }
     }
-    let fewer = p.pieces.iter().copied().ne(0..shape.n_pieces());
-    let fused = |f: Family| f.traits().fused_gate_up;
-    match (&t.experts, t.ffn_gate, t.ffn_up) {
-        (Some(experts), ..) if fewer => {
-            set(Some(&experts.router), Action::Rows(p.pieces.clone()));
-            for each in [&experts.gate, &experts.up, &experts.down] {
-                let rows = p.pieces.iter().flat_map(|&e| each[e].start..each[e].start + each[e].n);
-                set(each.first(), Action::Rows(rows.collect()));
-            }
-        }
-        (None, Some(gate), Some(up)) if gate.tensor == up.tensor => {
-            let [gate, up_rows] =
-                [gate, up].map(|s| p.pieces.iter().map(|n| s.start + n).collect::<Vec<_>>());
-            if !fused(carrier) {
-                let name = |part: &str| format!("blk.{il}.ffn_{part}.weight");
-                set(Some(&up), Action::Split([(name("gate"), gate), (name("up"), up_rows)]));
-            } else if fewer {
-                set(Some(&up), Action::Rows([gate, up_rows].concat()));
-            }
-        }
-        (None, gate, up) if fewer => {
-            for s in [gate, up, t.ffn_gate_bias, t.ffn_up_bias] {
-                set(s.as_ref(), Action::Rows(p.pieces.clone()));
-            }
-        }
-        _ => {}
-    }
+    pieces(model, plan, il, carrier, &mut set);
     if let Some(q) = &p.ffn_down {
         set(t.ffn_down.as_ref(), Action::Replace(q));
     }
@@ -180,6 +154,43 @@ fn plan_block<'p>(
             }
             (None, _) => unreachable!("a plan gives new values to norms that are there"),
         }
+    }
+}
+
+/// What becomes of the rows of gate and up, or of experts, in block `il`.
+fn pieces<'p>(
+    model: &Model,
+    plan: &'p Plan,
+    il: usize,
+    carrier: Family,
+    set: &mut impl FnMut(Option<&Segment>, Action<'p>),
+) {
+    let (t, p, shape) = (&model.blocks[il], &plan.blocks[il], &model.hparams.blocks[il]);
+    let fewer = p.pieces.iter().copied().ne(0..shape.n_pieces());
+    match (&t.experts, t.ffn_gate, t.ffn_up) {
+        (Some(experts), ..) if fewer => {
+            set(Some(&experts.router), Action::Rows(p.pieces.clone()));
+            for each in [&experts.gate, &experts.up, &experts.down] {
+                let rows = p.pieces.iter().flat_map(|&e| each[e].start..each[e].start + each[e].n);
+                set(each.first(), Action::Rows(rows.collect()));
+            }
+        }
+        (None, Some(gate), Some(up)) if gate.tensor == up.tensor => {
+            let [gate, up_rows] =
+                [gate, up].map(|s| p.pieces.iter().map(|n| s.start + n).collect::<Vec<_>>());
+            if !carrier.traits().fused_gate_up {
+                let name = |part: &str| format!("blk.{il}.ffn_{part}.weight");
+                set(Some(&up), Action::Split([(name("gate"), gate), (name("up"), up_rows)]));
+            } else if fewer {
+                set(Some(&up), Action::Rows([gate, up_rows].concat()));
+            }
+        }
+        (None, gate, up) if fewer => {
+            for s in [gate, up, t.ffn_gate_bias, t.ffn_up_bias] {
+                set(s.as_ref(), Action::Rows(p.pieces.clone()));
+            }
+        }
+        _ => {}
     }
 }
 

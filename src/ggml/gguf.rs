@@ -45,6 +45,12 @@ impl RawValue {
         }
     }
 
+    /// An array of truth values.
+    pub fn bool_array(values: &[bool]) -> RawValue {
+        let bytes = values.iter().map(|v| u8::from(*v)).collect();
+        RawValue::Array { ty: sys::GGUF_TYPE_BOOL, bytes, len: values.len() }
+    }
+
     /// An array of unsigned 64-bit integers.
     pub fn u64_array(values: &[u64]) -> RawValue {
         RawValue::Array {

@@ -20,7 +20,7 @@ pub(super) struct Memory {
 
 impl Memory {
     pub(super) fn new(p: &Prepared, job: &Job) -> Memory {
-        Memory { per_block: job.settings.carriers(p.model()).per_block.is_some(), heads: None }
+        Memory { per_block: job.settings.carriers(p.model()).of_heads().is_some(), heads: None }
     }
 }
 

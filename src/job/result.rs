@@ -262,6 +262,7 @@ fn advice(sparsity: f64, q: &Quality, carrier: Family, deci_biases: bool) -> Vec
         // With biases of Q, K and V: llama.cpp's pull request 21245.
         Family::Deci if deci_biases => Some("llama.cpp since April 2026 and Ollama since 0.30"),
         Family::Deci | Family::OpenElm => Some("llama.cpp since 2025 and Ollama since 0.9.3"),
+        Family::Step35 => Some("llama.cpp since February 2026 and Ollama since 0.30"),
         _ => None,
     };
     if let Some(since) = since {

@@ -8,7 +8,8 @@ pub enum Heads {
     /// From each block as many as suit it where an architecture holds that, else as many from every block.
     #[default]
     Auto,
-    /// From each block as many as suit it, or the model is refused.
+    /// From each block as many as suit it, or the model is refused; in an architecture of less renown where there is no
+    /// other.
     PerBlock,
     /// As many from every block, and as many neurons, for readers that know one number only.
     Equal,
@@ -31,6 +32,8 @@ pub enum Arch {
 pub struct Carriers {
     /// With blocks of different sizes, if anywhere.
     pub per_block: Option<Family>,
+    /// With blocks that differ in their heads only, where there is none for the former and it is asked for.
+    pub heads: Option<Family>,
     /// With equal blocks.
     pub equal: Family,
     /// Whether the latter holds fewer heads than the source has.
@@ -47,12 +50,21 @@ impl Carriers {
         if shapes.iter().all(|s| *s == shapes[0]) {
             return self.equal;
         }
-        self.per_block.unwrap_or_else(|| panic!("blocks of {} must be equal", self.equal.name()))
+        let one_width = shapes.iter().all(|s| s.n_pieces() == shapes[0].n_pieces());
+        self.heads
+            .filter(|_| one_width)
+            .or(self.per_block)
+            .unwrap_or_else(|| panic!("blocks of {} must be equal", self.equal.name()))
+    }
+
+    /// Where blocks may keep different numbers of heads, if anywhere.
+    pub fn of_heads(&self) -> Option<Family> {
+        self.per_block.or(self.heads)
     }
 
     /// Whether there is room for biases that pruning adds.
     pub fn have_biases(&self) -> bool {
-        let all = [Some(self.equal), self.per_block];
+        let all = [Some(self.equal), self.per_block, self.heads];
         all.into_iter().flatten().all(|f| f.traits().output_biases)
     }
 }
@@ -63,19 +75,23 @@ impl Model {
     pub fn carriers(&self, heads: Heads, arch: Arch) -> Carriers {
         let (own, traits) = (self.hparams.family, self.hparams.family.traits());
         let fits = |f: &Family| self.no_room_in(f.traits()).is_none();
-        let keeps = Carriers { per_block: None, equal: own, fewer_heads: self.hparams.takes_fewer_heads() };
+        let fewer_heads = self.hparams.takes_fewer_heads();
+        let keeps = Carriers { per_block: None, heads: None, equal: own, fewer_heads };
         let uneven = traits.uneven.filter(fits);
         match (arch, heads) {
             (Arch::Keep, Heads::Equal) => keeps,
             (Arch::Keep, _) => Carriers { per_block: uneven.filter(|f| *f == own), ..keeps },
             (Arch::Auto, Heads::Equal) => match traits.even.filter(fits) {
-                Some(even) => Carriers { per_block: None, equal: even, fewer_heads: true },
+                Some(even) => Carriers { equal: even, fewer_heads: true, ..keeps },
                 None => keeps,
             },
             (Arch::Auto, _) => match uneven {
                 Some(uneven) => {
                     let equal = if traits.stays { own } else { uneven };
-                    Carriers { per_block: Some(uneven), equal, fewer_heads: true }
+                    Carriers { per_block: Some(uneven), equal, fewer_heads: true, ..keeps }
+                }
+                None if heads == Heads::PerBlock => {
+                    Carriers { heads: traits.uneven_heads.filter(fits), ..keeps }
                 }
                 None => keeps,
             },

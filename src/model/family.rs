@@ -45,6 +45,8 @@ families! {
     Qwen3Moe = QWEN3_MOE,
     /// `openelm`: OpenELM, and Qwen 3 with blocks that have their own head counts and widths each.
     OpenElm = OPENELM,
+    /// `step35`: Qwen 3 with blocks that have their own head counts.
+    Step35 = STEP35,
     /// `gemma2`: Gemma 2.
     Gemma2 = GEMMA2,
     /// `gemma3`: Gemma 3, the text model.
@@ -98,6 +100,9 @@ families! {
 const LLAMA: Traits = Traits {
     name: "llama",
     uneven: Some(Family::Deci),
+    uneven_heads: None,
+    carrier_only: false,
+    attention_free: false,
     stays: true,
     even: None,
     one_qkv: false,
@@ -138,15 +143,16 @@ const EQUAL: Traits = Traits { uneven: None, ..BARE };
 /// The same where the loader takes no fewer heads either.
 const ALL_HEADS: Traits = Traits { stays: false, ..EQUAL };
 
-const DECI: Traits = Traits { name: "deci", experts: None, ..LLAMA };
+const DECI: Traits = Traits { name: "deci", attention_free: true, experts: None, ..LLAMA };
 
-const MISTRAL3: Traits = Traits { name: "mistral3", yarn_keys: true, ..DECI };
+const MISTRAL3: Traits = Traits { name: "mistral3", experts: None, yarn_keys: true, ..LLAMA };
 
 const QWEN2: Traits = Traits { name: "qwen2", positions: Positions::RopeNeox, ..INTERNLM2 };
 
 const QWEN3: Traits = Traits {
     name: "qwen3",
     uneven: Some(Family::OpenElm),
+    uneven_heads: Some(Family::Step35),
     stays: true,
     even: None,
     qk_norm: Some(QkNorm::Heads),
@@ -191,7 +197,12 @@ const OLMOE: Traits = Traits {
     ..ALL_HEADS
 };
 
-const OPENELM: Traits = Traits { name: "openelm", one_qkv: true, head: OutputHead::Tied, ..QWEN3 };
+const OPENELM: Traits =
+    Traits { name: "openelm", uneven_heads: None, one_qkv: true, head: OutputHead::Tied, ..QWEN3 };
+
+// Without experts and gates, and with a window that no text fills: the blocks of Qwen 3.
+const STEP35: Traits =
+    Traits { name: "step35", uneven: None, uneven_heads: None, carrier_only: true, ..QWEN3 };
 
 const GEMMA2: Traits = Traits {
     name: "gemma2",
@@ -241,8 +252,13 @@ const PHI3: Traits = Traits {
 };
 
 // deci could carry it only with its scales folded into quantised matrices.
-const GRANITE: Traits =
-    Traits { name: "granite", uneven: None, scales: Some(Scales::Granite { rope_switch: true }), ..DECI };
+const GRANITE: Traits = Traits {
+    name: "granite",
+    uneven: None,
+    scales: Some(Scales::Granite { rope_switch: true }),
+    experts: None,
+    ..LLAMA
+};
 
 const GRANITE_MOE: Traits = Traits {
     name: "granitemoe",
@@ -379,7 +395,7 @@ const NEMOTRON: Traits = Traits {
 impl Family {
     /// The family of `general.architecture`.
     pub fn from_name(name: &str) -> Option<Family> {
-        Family::ALL.iter().copied().find(|f| f.name() == name)
+        Family::sources().find(|f| f.name() == name)
     }
 
     /// The prefix of its metadata keys.
@@ -387,8 +403,13 @@ impl Family {
         self.traits().name
     }
 
-    /// Names of all that are supported, for messages.
+    /// Those that models come in.
+    fn sources() -> impl Iterator<Item = Family> {
+        Family::ALL.iter().copied().filter(|f| !f.traits().carrier_only)
+    }
+
+    /// Names of these, for messages.
     pub(super) fn names() -> String {
-        Family::ALL.iter().map(|f| f.name()).collect::<Vec<_>>().join(", ")
+        Family::sources().map(|f| f.name()).collect::<Vec<_>>().join(", ")
     }
 }

@@ -110,6 +110,8 @@ impl Model {
             Some("biases of Q, K and V")
         } else if self.hparams.experts.is_some() && carrier.experts.is_none() {
             Some("experts")
+        } else if carrier.carrier_only && (h.rope.freq_scale != 1.0 || h.rope.ext_factor != 0.0) {
+            Some("a stretched rotary embedding")
         } else if !carrier.positions.partial() && h.rope.n_rot < h.head_dim {
             Some("heads that are rotated in part")
         } else if !carrier.yarn_keys && own.yarn_keys && yarn_keys {

@@ -12,6 +12,12 @@ pub struct Traits {
     /// if there is one; else all blocks keep equal sizes. Where it has no room for all of a model, that model
     /// goes without ([`Model::carriers`](super::Model::carriers)).
     pub uneven: Option<Family>,
+    /// The same where it reads head counts per block, but one width. Such a model is only written there if it is asked for.
+    pub uneven_heads: Option<Family>,
+    /// Nothing but such an architecture: models that came in it are others.
+    pub carrier_only: bool,
+    /// Blocks may go without attention, but for the first.
+    pub attention_free: bool,
     /// Its own loader takes fewer heads than n_embd / head_dim, and the biases that pruning adds, if any. A pruned model
     /// with equal blocks then stays what it is. Others are written in `uneven` or `even`, or keep their heads.
     pub stays: bool,

@@ -11,7 +11,7 @@ use crate::prune::{self, Budget, BudgetError};
 /// # Errors
 /// [`PruneError::Budget`] with what can be had, or [`PruneError::HeadsPerBlock`].
 pub fn check_budget(model: &Model, s: &Settings) -> Result<(), PruneError> {
-    if s.heads == Heads::PerBlock && s.carriers(model).per_block.is_none() {
+    if s.heads == Heads::PerBlock && s.carriers(model).of_heads().is_none() {
         return Err(PruneError::HeadsPerBlock(model.hparams.family.name()));
     }
     if model.hparams.experts.is_some() && s.method != Method::Putri {
@@ -61,7 +61,7 @@ pub(super) fn groups_to_remove(model: &Model, budgets: &[Budget], s: &Settings) 
     let affordable = (total as f64 * s.sparsity) as usize / largest;
     let wanted = s.groups.unwrap_or_else(|| prune::head_groups_paper(budgets, s.sparsity)).min(affordable);
     let whole_blocks = s.method == Method::TwoStage;
-    let Some(carrier) = carriers.per_block else {
+    let Some(carrier) = carriers.of_heads() else {
         if whole_blocks || !carriers.fewer_heads {
             return 0;
         }

@@ -29,7 +29,7 @@ impl Run<'_> {
         if n_remove == 0 {
             return Ok(());
         }
-        let limits = group_limits(self.plan.carriers.per_block, budgets, n_remove);
+        let limits = group_limits(self.plan.carriers.of_heads(), budgets, n_remove);
         let may_remove = |removed: &[GroupId], c: GroupId| {
             removed.iter().filter(|r| r.block == c.block).count() < limits[c.block]
         };
@@ -109,8 +109,8 @@ impl Run<'_> {
 }
 
 /// How many of the groups may go from each block so that stock llama.cpp can run what is left, if `n_remove` go in all.
-fn group_limits(per_block: Option<Family>, budgets: &[Budget], n_remove: usize) -> Vec<usize> {
-    match per_block {
+fn group_limits(uneven: Option<Family>, budgets: &[Budget], n_remove: usize) -> Vec<usize> {
+    match uneven {
         None => vec![n_remove / budgets.len(); budgets.len()],
         Some(carrier) => removable_groups(carrier, budgets),
     }
@@ -119,7 +119,7 @@ fn group_limits(per_block: Option<Family>, budgets: &[Budget], n_remove: usize) 
 /// How many groups may go from each block where blocks may differ.
 pub(super) fn removable_groups(carrier: Family, budgets: &[Budget]) -> Vec<usize> {
     // deci reads head_dim only if the first block has heads.
-    let keeps_one = |il: usize| il == 0 || carrier.traits().one_qkv;
+    let keeps_one = |il: usize| il == 0 || !carrier.traits().attention_free;
     let limit = |(il, b): (usize, &Budget)| b.n_groups.saturating_sub(usize::from(keeps_one(il)));
     budgets.iter().enumerate().map(limit).collect()
 }
