@@ -17,55 +17,22 @@ pub fn resolve(args: Args) -> Result<Job> {
         (_, Some(n)) => Some(Target::Params(count("--target-params", n)?)),
         _ => None,
     };
-    let limit = match (args.max_kld, args.max_ppl_ratio) {
-        (Some(most), _) => {
-            ensure!(most > 0.0 && most.is_finite(), "--max-kld {most} is not a positive number of nats");
-            Some(Limit::Kld(most))
-        }
-        (_, Some(most)) => {
-            ensure!(most > 1.0 && most.is_finite(), "--max-ppl-ratio {most} is not above 1");
-            Some(Limit::PplRatio(most))
-        }
-        _ => None,
-    };
-    if let Some(list) = &args.nested {
-        let shares = list.iter().all(|s| *s > 0.0 && *s < 1.0);
-        let rising = list.windows(2).all(|two| two[0] < two[1]);
-        ensure!(shares && rising, "--nested wants shares between 0 and 1, rising, as in 0.1,0.2,0.3");
-        ensure!(args.imatrix_out.is_none(), "--imatrix-out is of one model; --nested makes several");
-    }
-    ensure!(
-        !args.keep_split || args.sparsity != Some(0.0),
-        "--keep-split needs a model to prune; --sparsity 0 joins the parts"
-    );
-    ensure!(
-        !args.compare_quant || args.sparsity != Some(0.0),
-        "--compare-quant needs a pruned model; --sparsity 0 only copies"
-    );
-    if let Some(report) = &args.report {
-        let kind = report.extension().and_then(|e| e.to_str());
-        ensure!(
-            matches!(kind, Some("html" | "json")),
-            "--report {} ends in neither .html nor .json",
-            report.display()
-        );
-        ensure!(args.nested.is_none(), "--report is of one model; --nested makes several");
-        ensure!(args.sparsity != Some(0.0), "--report is about pruning; --sparsity 0 only copies");
-        ensure!(!args.dry_run, "--dry-run has nothing to report");
-        ensure!(*report != args.output, "--report and the output are one file");
-    }
-    if limit.is_some() || args.nested.is_some() {
-        ensure!(!args.dry_run, "--dry-run is about one sparsity; give --sparsity");
-        ensure!(args.state_dir.is_none(), "--state-dir keeps the state of one sparsity; give --sparsity");
-        ensure!(
-            args.method == MethodArg::Putri,
-            "--max-kld, --max-ppl-ratio and --nested go with --method putri"
-        );
-    }
+    let limit = limit(&args)?;
+    several(&args, limit)?;
     // With a target or limit it is found once the model is known; a limit may be met by very little.
     let least = if limit.is_some() { 0.01 } else { Settings::default().sparsity };
     let s = args.sparsity.unwrap_or(least);
     ensure!((0.0..1.0).contains(&s), "--sparsity {s} is not a share from 0 to 1 (0.25 removes a quarter)");
+    if s == 0.0 {
+        goes_with_a_copy(&args)?;
+    }
+    if let Some(report) = &args.report {
+        let kind = report.extension().and_then(|e| e.to_str());
+        let name = report.display();
+        ensure!(matches!(kind, Some("html" | "json")), "--report {name} ends in neither .html nor .json");
+        ensure!(!args.dry_run, "--dry-run has nothing to report");
+        ensure!(*report != args.output, "--report and the output are one file");
+    }
     if let Some(share) = args.self_share {
         ensure!((0.0..=1.0).contains(&share), "--self-share {share} is not a share from 0 to 1");
         ensure!(
@@ -79,20 +46,6 @@ pub fn resolve(args: Args) -> Result<Job> {
         share == 0.0 || args.self_share != Some(0.0),
         "--chat-share {share} is a share of the self-written text, of which --self-share 0 leaves none"
     );
-    ensure!(
-        s > 0.0 || args.imatrix_out.is_none(),
-        "--imatrix-out needs a pruned model; --sparsity 0 only copies"
-    );
-    ensure!(
-        s > 0.0 || args.tune.is_none_or(|n| n == 0),
-        "--tune needs a pruned model; --sparsity 0 only copies"
-    );
-    ensure!(s > 0.0 || !args.dry_run, "--dry-run needs a model to prune; --sparsity 0 only copies");
-    ensure!(
-        s > 0.0 || args.state_dir.is_none(),
-        "--state-dir needs a model to prune; --sparsity 0 only copies"
-    );
-    ensure!(s > 0.0 || args.to.is_none(), "--type only goes with pruning; llama-quantize does the rest");
     ensure!(
         target.is_none() || !args.dry_run || args.to.is_none(),
         "--dry-run does not know sizes in other types: no --target-size or --target-params with --type there"
@@ -160,6 +113,62 @@ pub fn resolve(args: Args) -> Result<Job> {
             ..Settings::default()
         },
     })
+}
+
+/// Reads `--max-kld` and `--max-ppl-ratio`.
+fn limit(args: &Args) -> Result<Option<Limit>> {
+    Ok(match (args.max_kld, args.max_ppl_ratio) {
+        (Some(most), _) => {
+            ensure!(most > 0.0 && most.is_finite(), "--max-kld {most} is not a positive number of nats");
+            Some(Limit::Kld(most))
+        }
+        (_, Some(most)) => {
+            ensure!(most > 1.0 && most.is_finite(), "--max-ppl-ratio {most} is not above 1");
+            Some(Limit::PplRatio(most))
+        }
+        _ => None,
+    })
+}
+
+/// Checks arguments that stand for more than one sparsity.
+fn several(args: &Args, limit: Option<Limit>) -> Result<()> {
+    if let Some(list) = &args.nested {
+        let shares = list.iter().all(|s| *s > 0.0 && *s < 1.0);
+        let rising = list.windows(2).all(|two| two[0] < two[1]);
+        ensure!(shares && rising, "--nested wants shares between 0 and 1, rising, as in 0.1,0.2,0.3");
+        for (given, flag) in
+            [(args.imatrix_out.is_some(), "--imatrix-out"), (args.report.is_some(), "--report")]
+        {
+            ensure!(!given, "{flag} is of one model; --nested makes several");
+        }
+    }
+    if limit.is_some() || args.nested.is_some() {
+        ensure!(!args.dry_run, "--dry-run is about one sparsity; give --sparsity");
+        ensure!(args.state_dir.is_none(), "--state-dir keeps the state of one sparsity; give --sparsity");
+        ensure!(
+            args.method == MethodArg::Putri,
+            "--max-kld, --max-ppl-ratio and --nested go with --method putri"
+        );
+    }
+    Ok(())
+}
+
+/// Refuses what needs a pruned model where nothing is removed.
+fn goes_with_a_copy(args: &Args) -> Result<()> {
+    for (given, flag) in [
+        (args.imatrix_out.is_some(), "--imatrix-out"),
+        (args.tune.is_some_and(|n| n > 0), "--tune"),
+        (args.dry_run, "--dry-run"),
+        (args.state_dir.is_some(), "--state-dir"),
+        (args.to.is_some(), "--type"),
+        (args.report.is_some(), "--report"),
+        (args.compare_quant, "--compare-quant"),
+        (args.keep_split, "--keep-split"),
+        (args.json, "--json"),
+    ] {
+        ensure!(!given, "{flag} needs a model to prune; --sparsity 0 only copies");
+    }
+    Ok(())
 }
 
 /// Outputs of `--nested`: the share that goes, in percent, behind the name.
