@@ -3,7 +3,7 @@
 use super::result::size_of;
 use super::{JobError, Size, open_model};
 use crate::ggml::Type;
-use crate::model::{Carriers, ExpertParams, Family, Model};
+use crate::model::{Arch, Carriers, ExpertParams, Family, Heads, Model};
 use crate::pipeline::{Settings, check_budget};
 use std::path::Path;
 
@@ -58,7 +58,10 @@ pub fn inspect(path: &Path) -> Result<Inspection, JobError> {
     let tied = model.output == model.token_embd;
     let heads = 1 + usize::from(!tied);
     let carriers = Settings::default().carriers(&model);
-    let (carrier, why) = carrier(&model, &carriers);
+    let (carrier, mut why) = carrier(&model, &carriers);
+    if let Some(other) = model.carriers(Heads::PerBlock, Arch::Auto).heads {
+        why += &format!("; with --heads per-layer heads go block by block, in {}", other.name());
+    }
     let can = |percent: &u32| {
         let settings = Settings { sparsity: f64::from(*percent) / 100.0, ..Settings::default() };
         check_budget(&model, &settings).is_ok()
