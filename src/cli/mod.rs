@@ -27,7 +27,7 @@ const MISSED: u8 = 3;
 const INTERRUPTED: u8 = 130;
 
 /// Parses, runs, and maps the result to an exit code: 0 written and verified, 1 failed, 2 usage,
-/// 130 interrupted.
+/// 3 a quality that cannot be had, 130 interrupted.
 pub fn main() -> ExitCode {
     // clap prints usage errors itself and exits with 2; help and version with 0.
     let cli = Cli::parse();
@@ -135,13 +135,15 @@ fn prune(args: Args) -> Result<(), Failed> {
         (JobError::Interrupted, Some(keep)) => Failed::Interrupted(keep.folder.clone()),
         (e, _) => Failed::Job(e),
     })?;
-    if let Some(path) = &report_to {
-        write_report(path, &job, &outcome).map_err(|e| in_file(path, e))?;
-    }
-    if json {
-        let found = document(&job, &outcome).map_err(|e| in_file(&outcome.output, e))?;
-        event(&serde_json::json!({ "event": "done", "report": found }));
-        return Ok(());
+    if report_to.is_some() || json {
+        let found = document(&job, &outcome)?;
+        if let Some(path) = &report_to {
+            write_report(path, &found).map_err(|e| in_file(path, e))?;
+        }
+        if json {
+            event(&serde_json::json!({ "event": "done", "report": found }));
+            return Ok(());
+        }
     }
     let mut text = summary(&outcome);
     if timings && let Ok(rate) = ggml::product_rate(n_threads) {
@@ -163,17 +165,16 @@ fn in_file(path: &Path, source: std::io::Error) -> Failed {
     JobError::Io { path: path.into(), source }.into()
 }
 
-/// The report's data.
-fn document(job: &Job, outcome: &Outcome) -> std::io::Result<serde_json::Value> {
-    let written = GgufFile::open(&outcome.output).map_err(std::io::Error::other)?;
+/// The report's data, for which the output is hashed.
+fn document(job: &Job, outcome: &Outcome) -> Result<serde_json::Value, JobError> {
+    let written = GgufFile::open(&outcome.output)?;
     Ok(report(job, outcome, &written.sha256()))
 }
 
 /// Writes the report, as a page or for machines by the file's name.
-fn write_report(path: &Path, job: &Job, outcome: &Outcome) -> std::io::Result<()> {
-    let report = document(job, outcome)?;
+fn write_report(path: &Path, report: &serde_json::Value) -> std::io::Result<()> {
     let page = path.extension().is_some_and(|e| e == "html");
-    std::fs::write(path, if page { page_of(&report) } else { format!("{report:#}\n") })
+    std::fs::write(path, if page { page_of(report) } else { format!("{report:#}\n") })
 }
 
 /// Measures, and prints the figures.

@@ -2,7 +2,7 @@
 
 use super::Window;
 use crate::ggml::{BatchToken, Context, GgmlError, LlamaModel, Token};
-use crate::numeric::{RowComparison, compare_rows, log_sum_exp};
+use crate::numeric::{RowComparison, compare_rows, nll};
 use rayon::prelude::*;
 use std::time::Instant;
 
@@ -150,7 +150,7 @@ pub fn evaluate(
         own.run(window, first, |at, rows| {
             if base_logits.is_empty() {
                 let rows = rows.par_iter().zip(&window[at + 1..]);
-                losses.par_extend(rows.map(|(row, &next)| log_sum_exp(row) - f64::from(row[next as usize])));
+                losses.par_extend(rows.map(|(row, &next)| nll(row, next as usize)));
                 return;
             }
             let base = base_logits[(at - first) * n_vocab..].par_chunks(n_vocab);
@@ -317,15 +317,15 @@ pub fn accuracy(
             .max(1);
         let longest = texts.iter().map(Vec::len).max().unwrap_or(0);
         let mut window = Window::new(model, longest, n_threads)?;
-        let mut best = (f64::NEG_INFINITY, 0);
+        let mut best = (f64::INFINITY, 0);
         for (ending, tokens) in texts.iter().enumerate() {
             let mut sum = 0.0;
             window.run(tokens, given - 1, |at, rows| {
                 let rows = rows.iter().zip(&tokens[at + 1..]);
-                sum += rows.map(|(row, &next)| f64::from(row[next as usize]) - log_sum_exp(row)).sum::<f64>();
+                sum += rows.map(|(row, &next)| nll(row, next as usize)).sum::<f64>();
             })?;
             let per_token = sum / (tokens.len() - given) as f64;
-            if per_token > best.0 {
+            if per_token < best.0 {
                 best = (per_token, ending);
             }
         }

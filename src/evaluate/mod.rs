@@ -11,7 +11,7 @@ pub use file::{
 };
 
 use crate::ggml::{BatchToken, Context, GgmlError, LlamaModel, Token};
-use crate::numeric::log_sum_exp;
+use crate::numeric::nll;
 use rayon::prelude::*;
 
 /// Perplexity of `model` on windows of `n_ctx` tokens: every position but the last of
@@ -35,7 +35,7 @@ pub fn perplexity(
         runner.run(window, 0, |at, rows| {
             let rows = rows.par_iter().zip(&window[at + 1..]);
             n += rows.len();
-            sum += rows.map(|(row, &next)| log_sum_exp(row) - f64::from(row[next as usize])).sum::<f64>();
+            sum += rows.map(|(row, &next)| nll(row, next as usize)).sum::<f64>();
         })?;
     }
     Ok((sum / n as f64).exp())

@@ -4,7 +4,7 @@ use super::block::MAX_NODES;
 use super::{Forward, ForwardError, Net};
 use crate::ggml::{Graph, Resident, T, TensorSpec, Token};
 use crate::model::{Matrix, Model};
-use crate::numeric::log_sum_exp;
+use crate::numeric::nll;
 use rayon::prelude::*;
 
 /// Positions whose logits are in memory at a time.
@@ -101,7 +101,7 @@ impl Forward {
             let chunk: Vec<_> = logits
                 .par_chunks(n_vocab)
                 .zip(&targets[start..])
-                .filter_map(|(row, t)| t.map(|t| log_sum_exp(row) - f64::from(row[t as usize])))
+                .filter_map(|(row, t)| t.map(|t| nll(row, t as usize)))
                 .collect();
             out.extend(chunk);
         })?;

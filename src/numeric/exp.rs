@@ -26,6 +26,11 @@ pub fn log_sum_exp(row: &[f32]) -> f64 {
     f64::from(max) + sum.ln()
 }
 
+/// Negative log-likelihood, in nats, of the token `next` by a row of logits.
+pub fn nll(row: &[f32], next: usize) -> f64 {
+    log_sum_exp(row) - f64::from(row[next])
+}
+
 /// exp(x) for x ≤ 0 to about 2e-7 relative: 2^n · p(r) with a polynomial on |r| ≤ ln2/2.
 pub fn exp_neg(x: f32) -> f32 {
     const LOG2E: f32 = std::f32::consts::LOG2_E;

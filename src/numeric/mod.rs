@@ -7,5 +7,5 @@ mod moments;
 
 pub use cholesky::Cholesky;
 pub use compare::{RowComparison, compare_rows};
-pub use exp::{exp_neg, log_sum_exp};
+pub use exp::{exp_neg, log_sum_exp, nll};
 pub use moments::{Moments, SymMatrix};
