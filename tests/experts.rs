@@ -3,19 +3,88 @@
 mod common;
 
 use common::small::{Rng, Small};
-use putri_gguf::forward::{ExpertUse, Forward};
-use putri_gguf::model::{Matrix, Model};
-use putri_gguf::prune::busiest;
+use putri_gguf::forward::{Block, ExpertUse, Forward};
+use putri_gguf::model::{BlockWeights, Matrix, Model};
+use putri_gguf::numeric::Moments;
+use putri_gguf::prune::{busiest, heaviest};
 
 fn product(m: &Matrix, x: &[f64]) -> Vec<f64> {
     let dot = |row: &[f32]| row.iter().zip(x).map(|(w, x)| f64::from(*w) * x).sum();
     m.data.chunks_exact(m.n_in).map(dot).collect()
 }
 
+fn neurons([gate, up]: [&Matrix; 2], x: &[f64]) -> Vec<f64> {
+    product(gate, x).iter().zip(product(up, x)).map(|(g, u)| g / (1.0 + (-g).exp()) * u).collect()
+}
+
 fn feed_forward([gate, up, down]: [&Matrix; 3], x: &[f64]) -> Vec<f64> {
-    let h: Vec<f64> =
-        product(gate, x).iter().zip(product(up, x)).map(|(g, u)| g / (1.0 + (-g).exp()) * u).collect();
-    product(down, &h)
+    product(down, &neurons([gate, up], x))
+}
+
+/// What experts see of a token's stream.
+fn normed(mid: &[f32], norm: &[f32], eps: f32) -> Vec<f64> {
+    let mean = mid.iter().map(|v| f64::from(v * v)).sum::<f64>() / mid.len() as f64;
+    let rms = (mean + f64::from(eps)).sqrt();
+    mid.iter().zip(norm).map(|(v, w)| f64::from(v * w) / rms).collect()
+}
+
+/// The tokens that choose each expert are those that go through it, and the Gram matrix at its ffn_down is the sum of
+/// the squares of its neurons over them, each with its factor.
+fn moments_are_those_of_its_tokens(
+    forward: &mut Forward,
+    block: &Block,
+    w: &BlockWeights,
+    mid: &[f32],
+    name: &str,
+) {
+    let (n_embd, n_ff) = (forward.n_embd(), w.shape.n_ff);
+    let e = w.experts.as_ref().unwrap();
+    let chosen = forward.choices(block, mid).unwrap();
+    let mut used = ExpertUse::new(e.down.len());
+    forward.experts(block, mid, &mut vec![0.0; mid.len()], Some(&mut used)).unwrap();
+    assert_eq!(chosen.iter().map(Vec::len).collect::<Vec<_>>(), used.n_tokens, "{name}");
+    let norm = w.ffn_norm.as_ref().unwrap();
+    for (i, tokens) in chosen.iter().enumerate().filter(|(_, tokens)| !tokens.is_empty()) {
+        let stream: Vec<f32> =
+            tokens.iter().flat_map(|&(t, _)| &mid[t * n_embd..][..n_embd]).copied().collect();
+        let scales: Vec<f32> = tokens.iter().map(|&(t, weight)| weight * (1.0 + t as f32)).collect();
+        let mut moments = Moments::new(n_ff, 0);
+        forward.expert_moments(block, i, &stream, &scales, &mut moments).unwrap();
+        assert_eq!(moments.n_tokens, tokens.len());
+        let mut gram = vec![0.0; n_ff * n_ff];
+        for (mid, scale) in stream.chunks_exact(n_embd).zip(&scales) {
+            let h = neurons([&e.gate[i], &e.up[i]], &normed(mid, norm, 1e-5));
+            for (row, a) in gram.chunks_exact_mut(n_ff).zip(&h) {
+                row.iter_mut().zip(&h).for_each(|(sum, b)| *sum += a * b * f64::from(*scale).powi(2));
+            }
+        }
+        let size = (0..n_ff).map(|j| gram[j * n_ff + j]).fold(0.0, f64::max);
+        for (j, row) in gram.chunks_exact(n_ff).enumerate() {
+            for (k, expected) in row.iter().enumerate().skip(j) {
+                let off = (moments.gram.get(j, k) - expected).abs();
+                assert!(off < 1e-5 * size, "{name}, expert {i}, {j} {k}: {off} of {size}");
+            }
+        }
+    }
+}
+
+#[test]
+fn the_heaviest_neurons_have_the_largest_weights() {
+    let mut rng = Rng(3);
+    for (n_embd, n_ff) in [(3, 5), (8, 40)] {
+        let mut matrix = |n_in, n_out| Matrix::new(n_in, n_out, rng.vec(n_in * n_out, 1.0));
+        let (gate, up, down) = (matrix(n_embd, n_ff), matrix(n_embd, n_ff), matrix(n_ff, n_embd));
+        let norm = |m: &Matrix| m.data.iter().map(|v| f64::from(*v).powi(2)).sum::<f64>().sqrt();
+        let size = |j: usize| {
+            norm(&gate.select_rows(&[j])) * norm(&up.select_rows(&[j])) * norm(&down.select_cols(&[j]))
+        };
+        for n in [1, n_ff / 2, n_ff] {
+            let kept = heaviest(&gate, &up, &down, n);
+            let least = kept.iter().map(|&j| size(j)).fold(f64::INFINITY, f64::min);
+            assert!(kept.len() == n && kept.is_sorted());
+            assert!((0..n_ff).filter(|j| !kept.contains(j)).all(|j| size(j) <= least));
+        }
+    }
 }
 
 #[test]
@@ -39,9 +108,7 @@ fn each_token_goes_through_those_it_chooses() {
         let norm = w.ffn_norm.as_ref().unwrap();
         let mut off = 0.0f64;
         for (mid, out) in mid.chunks_exact(h.n_embd).zip(out.chunks_exact(h.n_embd)) {
-            let mean = mid.iter().map(|v| f64::from(v * v)).sum::<f64>() / h.n_embd as f64;
-            let rms = (mean + f64::from(h.norm_eps)).sqrt();
-            let x: Vec<f64> = mid.iter().zip(norm).map(|(v, w)| f64::from(v * w) / rms).collect();
+            let x = normed(mid, norm, h.norm_eps);
             let chances: Vec<f64> = product(&e.router, &x).iter().map(|z| z.exp()).collect();
             let sum: f64 = chances.iter().sum();
             let mut chosen: Vec<(f64, usize)> = chances.iter().map(|c| c / sum).zip(0..).collect();
@@ -76,6 +143,7 @@ fn each_token_goes_through_those_it_chooses() {
         for (a, b) in used.energy.iter().zip(&expected.energy) {
             assert!((a - b).abs() < 1e-4 * b.max(1.0), "{name}: {a} {b}");
         }
+        moments_are_those_of_its_tokens(&mut forward, &block, &w, &mid, name);
         for n in [1, n_expert / 2, n_expert] {
             let mean = |i: usize| expected.energy[i] / expected.n_tokens[i].max(1) as f64;
             let kept = busiest(&used.energy, &used.n_tokens, n);

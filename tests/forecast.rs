@@ -7,7 +7,7 @@ use common::small::Small;
 use putri_gguf::calibrate::Windows;
 use putri_gguf::ggml::{Token, silence_logs};
 use putri_gguf::gguf::GgufFile;
-use putri_gguf::model::Model;
+use putri_gguf::model::{Model, Piece};
 use putri_gguf::pipeline::{Calibration, NoRoom, Observer, Settings, forecast, run, within_memory};
 use putri_gguf::report::Timings;
 
@@ -18,8 +18,17 @@ impl Observer for Silent {
     fn step(&mut self, _: usize, _: &str) {}
 }
 
-fn models() -> [(&'static str, Small, usize); 6] {
-    [
+fn models() -> Vec<(&'static str, Small, usize, Piece)> {
+    let mixture = Small {
+        arch: "qwen2moe",
+        tied: false,
+        experts: Some([8, 2, 64]),
+        blocks: vec![(4, 2, 128); 4],
+        n_embd: 128,
+        head_dim: 32,
+        ..Small::default()
+    };
+    let dense = [
         ("short windows", Small { blocks: vec![(8, 4, 512); 4], n_embd: 256, ..Small::default() }, 256),
         (
             "long windows",
@@ -29,19 +38,6 @@ fn models() -> [(&'static str, Small, usize); 6] {
         (
             "gemma3",
             Small { arch: "gemma3", blocks: vec![(4, 1, 512); 7], n_embd: 128, ..Small::default() },
-            256,
-        ),
-        (
-            "experts",
-            Small {
-                arch: "qwen2moe",
-                tied: false,
-                experts: Some([8, 2, 64]),
-                blocks: vec![(4, 2, 128); 4],
-                n_embd: 128,
-                head_dim: 32,
-                ..Small::default()
-            },
             256,
         ),
         (
@@ -66,21 +62,26 @@ fn models() -> [(&'static str, Small, usize); 6] {
             },
             256,
         ),
-    ]
+    ];
+    let dense = dense.into_iter().map(|(name, small, n_ctx)| (name, small, n_ctx, Piece::Neuron));
+    let mixtures =
+        [("experts", mixture.clone(), 256, Piece::Expert), ("narrow experts", mixture, 256, Piece::Neuron)];
+    dense.chain(mixtures).collect()
 }
 
 #[test]
 fn operations_are_those_that_graphs_count() {
     silence_logs();
     let cli = Cli::new();
-    for (name, small, n_ctx) in models() {
+    for (name, small, n_ctx, of_mixtures) in models() {
         small.write(&cli.path("in.gguf"));
         let model = Model::open(&cli.path("in.gguf")).unwrap();
         let c = Calibration { n_ctx, n_fit: 6, n_held_out: 2 };
         let n_vocab = model.hparams.n_vocab as Token;
         let tokens = (0..(8 * n_ctx) as Token).map(|i| 3 + i * 31 % (n_vocab - 3)).collect();
         let windows = Windows { n_ctx, tokens, n_fit: 6, n_held_out: 2, n_self: 0 };
-        let settings = Settings { sparsity: 0.4, groups: Some(4), tune_limit: 1024, ..Settings::default() };
+        let settings =
+            Settings { sparsity: 0.4, groups: Some(4), tune_limit: 1024, of_mixtures, ..Settings::default() };
         let said = forecast(&model, &c, &settings).unwrap();
         let mut silent = Silent;
         let mut watched = Timings::new(&mut silent);
@@ -104,15 +105,17 @@ fn operations_are_those_that_graphs_count() {
 #[test]
 fn a_dry_run_says_how_large_the_file_will_be_and_writes_nothing() {
     let cli = Cli::new();
-    for (name, small, _) in models() {
+    for (name, small, _, of_mixtures) in models() {
         small.write(&cli.path("in.gguf"));
-        let common = ["--sparsity", "0.4", "-c", "64", "--chunks", "8", "-t", "1", "-q"];
+        let experts = if of_mixtures == Piece::Neuron { "narrow" } else { "whole" };
+        let common =
+            ["--sparsity", "0.4", "--experts", experts, "-c", "64", "--chunks", "8", "-t", "1", "-q"];
         let before = cli.listing();
         let text = cli.ok(&[&["in.gguf", "out.gguf", "--dry-run"][..], &common].concat());
         assert_eq!(cli.listing(), before);
         assert!(text.contains("blocks") && text.contains("GiB") && text.contains("in f32"), "{text}");
         let model = Model::open(&cli.path("in.gguf")).unwrap();
-        let settings = Settings { sparsity: 0.4, ..Settings::default() };
+        let settings = Settings { sparsity: 0.4, of_mixtures, ..Settings::default() };
         let c = Calibration { n_ctx: 64, n_fit: 8, n_held_out: 1 };
         let said = forecast(&model, &c, &settings).unwrap();
         cli.ok(&[&["in.gguf", "out.gguf", "--force"][..], &common].concat());

@@ -159,6 +159,64 @@ fn mixtures_lose_whole_experts() {
             }
         }
     }
+    mixture_refusals(&cli);
+}
+
+#[test]
+fn mixtures_lose_neurons_of_each_expert() {
+    silence_logs();
+    let cli = Cli::new();
+    for (name, small) in Small::mixtures() {
+        Small { ty: Type::Q8_0, ..small.clone() }.write(&cli.path("in.gguf"));
+        let source = GgufFile::open(&cli.path("in.gguf")).unwrap();
+        let [n_expert, n_used, _] = small.experts.unwrap();
+        for (sparsity, width) in [("0.25", 64), ("0.5", 32)] {
+            let args = ["in.gguf", "out.gguf", "--force", "--quiet", "--experts", "narrow"];
+            let args = [&args[..], &["--sparsity", sparsity], &QUICK].concat();
+            // The command itself compares llama.cpp's perplexity of the file with that of our own forward.
+            let said = cli.ok(&args);
+            assert!(said.contains("neurons of an expert"), "{said}");
+            opens_everywhere(&cli.path("out.gguf"), small.arch);
+            let out = GgufFile::open(&cli.path("out.gguf")).unwrap();
+            let h = Model::open(&cli.path("out.gguf")).unwrap().hparams;
+            assert!(h.blocks.iter().all(|b| (b.n_expert, b.n_ff) == (n_expert, width)), "{name}");
+            assert_eq!(h.experts.unwrap().n_used, n_used);
+            for il in 0..4 {
+                let rows = |f: &GgufFile, role: &str, n_ff: usize| -> Vec<Vec<Vec<u8>>> {
+                    let t = f.find(&format!("blk.{il}.ffn_{role}.weight")).unwrap();
+                    assert_eq!((t.ty, &t.ne[1..]), (Type::Q8_0, &[n_ff, n_expert][..]), "{name}, {role}");
+                    let row = t.ty.row_bytes(t.ne[0]);
+                    let experts = f.data(t).chunks_exact(row * n_ff);
+                    experts.map(|e| e.chunks_exact(row).map(<[u8]>::to_vec).collect()).collect()
+                };
+                let down = out.find(&format!("blk.{il}.ffn_down_exps.weight")).unwrap();
+                assert_eq!((down.ty, &down.ne[..]), (Type::Q8_0, &[width, h.n_embd, n_expert][..]));
+                // Each row of gate and up is one of the same expert's, byte for byte, and of both the same.
+                let [gate, up] = ["gate_exps", "up_exps"].map(|role| {
+                    let (old, new) = (rows(&source, role, 96), rows(&out, role, width));
+                    let place = |(old, new): (&Vec<Vec<u8>>, &Vec<Vec<u8>>)| -> Vec<usize> {
+                        new.iter().map(|row| old.iter().position(|o| o == row).unwrap()).collect()
+                    };
+                    old.iter().zip(&new).map(place).collect::<Vec<_>>()
+                });
+                assert_eq!(gate, up, "{name}, block {il}");
+                assert!(gate.windows(2).any(|two| two[0] != two[1]), "each expert loses neurons of its own");
+                let router =
+                    |f: &GgufFile| f.data(f.find(&format!("blk.{il}.ffn_gate_inp.weight")).unwrap()).to_vec();
+                assert!(router(&source) == router(&out), "{name}: the router stays");
+            }
+        }
+    }
+    // So few tokens leave some experts without any.
+    let idle = ["in.gguf", "out.gguf", "--force", "--experts", "narrow", "--sparsity", "0.4", "-c", "16"];
+    let said = cli.ok(&[&idle[..], &["--chunks", "1", "--threads", "1", "--no-verify", "-q"]].concat());
+    assert!(said.contains("no token of the calibration chose"), "{said}");
+    opens_everywhere(&cli.path("out.gguf"), "granitemoe");
+    mixture_refusals(&cli);
+}
+
+/// What cannot be done with a mixture, `in.gguf`.
+fn mixture_refusals(cli: &Cli) {
     let asked = |more: &[&str], parts: &[&str]| {
         cli.fails(&[&["in.gguf", "x.gguf", "--sparsity", "0.3"][..], more, &QUICK].concat(), 1, parts);
     };

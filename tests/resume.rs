@@ -6,6 +6,7 @@ use common::cli::Cli;
 use common::small::Small;
 use putri_gguf::calibrate::Recipe;
 use putri_gguf::ggml::silence_logs;
+use putri_gguf::model::Piece;
 use putri_gguf::pipeline::{Method, Observer, Settings};
 use putri_gguf::{Job, JobError, KeepState, run};
 use std::cell::Cell;
@@ -63,14 +64,20 @@ fn interrupted_anywhere_a_run_ends_in_the_same_bytes() {
     let parallel = Small { arch: "falcon", fused_qkv: true, ..llama.clone() };
     let mixture = Small { experts: Some([8, 2, 0]), blocks: vec![(4, 2, 64); 4], ..llama.clone() };
     let variants = [
-        (&llama, Method::Putri),
-        (&llama, Method::Paper),
-        (&parallel, Method::Putri),
-        (&mixture, Method::Putri),
+        (&llama, Method::Putri, Piece::Neuron),
+        (&llama, Method::Paper, Piece::Neuron),
+        (&parallel, Method::Putri, Piece::Neuron),
+        (&mixture, Method::Putri, Piece::Expert),
+        (&mixture, Method::Putri, Piece::Neuron),
     ];
-    for (small, method) in variants {
+    for (small, method, of_mixtures) in variants {
         small.write(&cli.path("in.gguf"));
         let mut job = job(cli.dir.path(), method);
+        job.settings.of_mixtures = of_mixtures;
+        if small.experts.is_some() {
+            // Half of what so narrow experts have is more than the blocks can give.
+            job.settings.sparsity = 0.4;
+        }
         run(&job, &mut StopsAfter(Cell::new(usize::MAX))).unwrap();
         let undisturbed = std::fs::read(&job.output).unwrap();
         let state = cli.path("state");

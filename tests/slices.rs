@@ -46,7 +46,7 @@ fn removed_rows_leave_the_others_as_they_were() {
         let mut plan = Plan::whole(&model);
         plan.blocks[1].groups = vec![1];
         plan.blocks[2].groups = vec![];
-        plan.blocks[0].pieces = vec![5, 3, 90];
+        plan.blocks[0].neurons = vec![5, 3, 90];
         assert_eq!(write(&model, &plan, &target), Family::Deci);
         let out = GgufFile::open(&target).unwrap();
 
@@ -162,7 +162,7 @@ fn equal_blocks_stay_what_they_are_where_they_can() {
     ] {
         let (mut plan, model) = whole(small);
         assert_eq!(plan.carrier(&model), equal);
-        plan.blocks[1].pieces.truncate(64);
+        plan.blocks[1].neurons.truncate(64);
         assert_eq!(plan.carrier(&model), uneven);
     }
 }
@@ -175,7 +175,7 @@ fn gemma3_has_no_carrier_for_uneven_blocks() {
     Small::gemma3().write(&source);
     let model = Model::open(&source).unwrap();
     let mut plan = Plan::whole(&model);
-    plan.blocks[1].pieces.truncate(64);
+    plan.blocks[1].neurons.truncate(64);
     plan.carrier(&model);
 }
 

@@ -53,7 +53,7 @@ fn check(small: &Small, windows: &Windows, biases: bool) {
     println!("{}: held-out divergence {before:.4} to {after:.4}", small.arch);
     assert!(after < 0.99 * before, "{}: {before} to {after}", small.arch);
     for (a, b) in plain.plan.blocks.iter().zip(&tuned.plan.blocks) {
-        assert_eq!((&a.groups, &a.pieces), (&b.groups, &b.pieces));
+        assert_eq!((&a.groups, &a.neurons), (&b.groups, &b.neurons));
         assert!(a.ffn_down.as_ref().unwrap().bytes[..] == b.ffn_down.as_ref().unwrap().bytes[..]);
         assert!(a.vector(BlockVector::FfnNorm).is_none() && b.vector(BlockVector::FfnNorm).is_some());
         assert_eq!(b.vector(BlockVector::FfnDownBias).is_some(), biases);

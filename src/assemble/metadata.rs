@@ -86,18 +86,22 @@ impl ShapeKeys {
             if v.iter().all(|n| *n == v[0]) { Value::U32(v[0]) } else { Value::u32_array(&v) }
         };
         let head_dim = Value::U32(model.hparams.head_dim as u32);
-        let pieces = match model.hparams.experts {
-            Some(_) => ("expert_count", per_block(|s| s.n_expert)),
-            None => ("feed_forward_length", per_block(|s| s.n_ff)),
+        let own_width = model.hparams.family.traits().experts.is_some_and(|e| e.own_width);
+        let width = match model.hparams.experts {
+            Some(_) if own_width => "expert_feed_forward_length",
+            _ => "feed_forward_length",
         };
         let mut left = vec![
-            pieces,
+            (width, per_block(|s| s.n_ff)),
             ("attention.head_count", per_block(|s| s.n_head)),
             ("attention.head_count_kv", per_block(|s| s.n_head_kv)),
             ("attention.key_length", head_dim.clone()),
             ("attention.value_length", head_dim),
             ("rope.dimension_count", Value::U32(model.hparams.rope.n_rot as u32)),
         ];
+        if model.hparams.experts.is_some() {
+            left.push(("expert_count", per_block(|s| s.n_expert)));
+        }
         let [old, new] = [model.hparams.family, carrier].map(|f| f.traits().rope_factors);
         if old == RopeFactors::Long && new == RopeFactors::ByType && model.has_rope_factors() {
             left.push(("rope.scaling.type", Value::Str("longrope".into())));

@@ -13,6 +13,8 @@ enum Action<'p> {
     Drop,
     /// These rows (elements of a vector), in this order.
     Rows(Vec<usize>),
+    /// The same of a tensor of so many matrices: the rows of one behind those of the other.
+    RowsOfEach(usize, Vec<usize>),
     /// One tensor of that name, of rows of several.
     Joined(String, Vec<(usize, Vec<usize>)>),
     /// Several tensors of these names and rows.
@@ -135,7 +137,7 @@ fn plan_block<'p>(
     }
     pieces(model, plan, il, carrier, &mut set);
     if let Some(q) = &p.ffn_down {
-        set(t.ffn_down.as_ref(), Action::Replace(q));
+        set(Some(&t.down()), Action::Replace(q));
     }
     for (v, new) in BlockVector::ALL.into_iter().zip(&p.vectors) {
         // Stock llama.cpp adds no bias in a block without attention.
@@ -166,18 +168,20 @@ fn pieces<'p>(
     set: &mut impl FnMut(Option<&Segment>, Action<'p>),
 ) {
     let (t, p, shape) = (&model.blocks[il], &plan.blocks[il], &model.hparams.blocks[il]);
-    let fewer = p.pieces.iter().copied().ne(0..shape.n_pieces());
+    let fewer = p.neurons.iter().copied().ne(0..shape.n_feed_forwards() * shape.n_ff);
     match (&t.experts, t.ffn_gate, t.ffn_up) {
         (Some(experts), ..) if fewer => {
-            set(Some(&experts.router), Action::Rows(p.pieces.clone()));
-            for each in [&experts.gate, &experts.up, &experts.down] {
-                let rows = p.pieces.iter().flat_map(|&e| each[e].start..each[e].start + each[e].n);
-                set(each.first(), Action::Rows(rows.collect()));
+            set(Some(&experts.router), Action::Rows(p.experts.clone()));
+            for each in [&experts.gate, &experts.up] {
+                set(each.first(), Action::RowsOfEach(p.experts.len(), p.neurons.clone()));
             }
+            let of_each = |&e: &usize| experts.down[e].start..experts.down[e].start + experts.down[e].n;
+            let rows = p.experts.iter().flat_map(of_each).collect();
+            set(experts.down.first(), Action::RowsOfEach(p.experts.len(), rows));
         }
         (None, Some(gate), Some(up)) if gate.tensor == up.tensor => {
             let [gate, up_rows] =
-                [gate, up].map(|s| p.pieces.iter().map(|n| s.start + n).collect::<Vec<_>>());
+                [gate, up].map(|s| p.neurons.iter().map(|n| s.start + n).collect::<Vec<_>>());
             if !carrier.traits().fused_gate_up {
                 let name = |part: &str| format!("blk.{il}.ffn_{part}.weight");
                 set(Some(&up), Action::Split([(name("gate"), gate), (name("up"), up_rows)]));
@@ -187,7 +191,7 @@ fn pieces<'p>(
         }
         (None, gate, up) if fewer => {
             for s in [gate, up, t.ffn_gate_bias, t.ffn_up_bias] {
-                set(s.as_ref(), Action::Rows(p.pieces.clone()));
+                set(s.as_ref(), Action::Rows(p.neurons.clone()));
             }
         }
         _ => {}
@@ -255,16 +259,25 @@ fn output<'m>(
             (Type::F32, t.ne.clone(), Box::new(move || Ok(Cow::Owned(bytes.clone()))))
         }
         Action::Copy => return Ok(Some(OutTensor::copy(&model.file, t))),
-        Action::Replace(q) => (q.ty, vec![q.n_in, q.n_out], Box::new(|| Ok(Cow::Borrowed(&q.bytes[..])))),
+        Action::Replace(q) => {
+            // Of several matrices, each has as many rows as before.
+            let ne = match t.ne.as_slice() {
+                [_, each, _] => vec![q.n_in, *each, q.n_out / each],
+                _ => vec![q.n_in, q.n_out],
+            };
+            (q.ty, ne, Box::new(|| Ok(Cow::Borrowed(&q.bytes[..]))))
+        }
         Action::Rows(rows) => {
             // The rows of a vector are its elements.
             let (row, ne) = match t.ne.as_slice() {
                 [_] => (1, vec![rows.len()]),
-                [n, _] => (*n, vec![*n, rows.len()]),
-                // Whole matrices of several.
-                [n, each, ..] => (*n, vec![*n, *each, rows.len() / each]),
+                [n, ..] => (*n, vec![*n, rows.len()]),
                 [] => unreachable!("a tensor has a dimension"),
             };
+            (t.ty, ne, Box::new(move || Ok(Cow::Owned(select_rows(model.file.data(t), t.ty, row, &rows)))))
+        }
+        Action::RowsOfEach(matrices, rows) => {
+            let (row, ne) = (t.ne[0], vec![t.ne[0], rows.len() / matrices, matrices]);
             (t.ty, ne, Box::new(move || Ok(Cow::Owned(select_rows(model.file.data(t), t.ty, row, &rows)))))
         }
         Action::Joined(name, parts) => return Ok(Some(join(model, name, parts)?)),

@@ -143,6 +143,9 @@ pub struct Args {
     /// Which heads may go
     #[arg(long, value_enum, default_value_t = HeadsArg::Auto, help_heading = "Method", hide_short_help = true)]
     pub heads: HeadsArg,
+    /// What mixtures of experts lose
+    #[arg(long, value_enum, default_value_t = ExpertsArg::Whole, help_heading = "Method", hide_short_help = true)]
+    pub experts: ExpertsArg,
     /// Which architecture the result may have
     #[arg(long, value_enum, default_value_t = ArchArg::Auto, help_heading = "Method", hide_short_help = true)]
     pub arch: ArchArg,
@@ -249,6 +252,15 @@ pub enum HeadsArg {
     Uniform,
     /// None: only feed-forwards shrink.
     None,
+}
+
+/// Names of [`putri_gguf::model::Piece`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum ExpertsArg {
+    /// Whole experts, those that do least for the tokens that choose them.
+    Whole,
+    /// Neurons, as many of every expert, which is refitted.
+    Narrow,
 }
 
 /// Names of [`putri_gguf::model::Arch`].

@@ -1,11 +1,11 @@
 //! From what was typed to a job that can run.
 
-use super::args::{ArchArg, Args, EvalArgs, HeadsArg, MethodArg, PplStyle};
+use super::args::{ArchArg, Args, EvalArgs, ExpertsArg, HeadsArg, MethodArg, PplStyle};
 use anyhow::{Context, Result, bail, ensure};
 use putri_gguf::calibrate::Recipe;
 use putri_gguf::evaluate::Protocol;
 use putri_gguf::ggml::{FileType, Type};
-use putri_gguf::model::{Arch, Heads};
+use putri_gguf::model::{Arch, Heads, Piece};
 use putri_gguf::pipeline::{Method, Settings, Target, TensorTypes};
 use putri_gguf::{EvalJob, Job, KeepState, Limit, Quantise};
 use std::path::{Path, PathBuf};
@@ -102,6 +102,10 @@ pub fn resolve(args: Args) -> Result<Job> {
                 HeadsArg::PerLayer => Heads::PerBlock,
                 HeadsArg::Uniform => Heads::Equal,
                 HeadsArg::None => Heads::Keep,
+            },
+            of_mixtures: match args.experts {
+                ExpertsArg::Whole => Piece::Expert,
+                ExpertsArg::Narrow => Piece::Neuron,
             },
             arch: match args.arch {
                 ArchArg::Auto => Arch::Auto,

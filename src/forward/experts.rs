@@ -4,8 +4,10 @@
 //! the first has run.
 
 use super::block::MAX_NODES;
+use super::stats::sums;
 use super::{Block, Forward, ForwardError, Net};
 use crate::ggml::{Graph, T};
+use crate::numeric::Moments;
 
 /// Index of each weight of a block's experts in the resident set.
 pub(super) struct ExpertRoles {
@@ -18,6 +20,9 @@ pub(super) struct ExpertRoles {
 
 /// The least that what chosen experts count is divided by: the smallest normal half.
 const LEAST_SUM: f32 = 6.103_515_6e-5;
+
+/// The tokens that chose one expert, and what it counts for each.
+pub type Chosen = Vec<(usize, f32)>;
 
 /// What experts have done for the tokens that chose them.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -82,6 +87,53 @@ impl Forward {
         Ok(())
     }
 
+    /// The tokens of the stream `mid` `[n_tokens, n_embd]` that choose each expert.
+    ///
+    /// # Errors
+    /// [`ForwardError`] if the backend fails.
+    ///
+    /// # Panics
+    /// If the block has none.
+    pub fn choices(&mut self, b: &Block, mid: &[f32]) -> Result<Vec<Chosen>, ForwardError> {
+        let roles = b.roles.experts.as_ref().expect("a block with experts");
+        let n_tokens = mid.len() / self.n_embd();
+        let mut g = Graph::new(MAX_NODES);
+        let x = g.input_f32([self.n_embd(), n_tokens], mid);
+        let h = self.net.ffn_input(&mut g, b, x, x);
+        let chances = self.net.chances(&mut g, b, roles, h);
+        g.output(chances);
+        let chances = g.compute(&mut self.engine)?.to_vec(chances);
+        Ok(self.choose(&chances, n_tokens, roles.each.len()))
+    }
+
+    /// Moments at ffn_down of expert `expert`, without residuals, over tokens whose streams are `mid` `[n_tokens, n_embd]`,
+    /// each with a factor of its own.
+    ///
+    /// # Errors
+    /// [`ForwardError`] if the backend fails.
+    ///
+    /// # Panics
+    /// If the block has no such expert.
+    pub fn expert_moments(
+        &mut self,
+        b: &Block,
+        expert: usize,
+        mid: &[f32],
+        scales: &[f32],
+        into: &mut Moments,
+    ) -> Result<(), ForwardError> {
+        let roles = b.roles.experts.as_ref().expect("a block with experts");
+        let [gate, up, _] = roles.each[expert];
+        let mut g = Graph::new(MAX_NODES);
+        let x = g.input_f32([self.n_embd(), scales.len()], mid);
+        let h = self.net.ffn_input(&mut g, b, x, x);
+        let h = self.net.gated(&mut g, b, [gate, up], h);
+        let scales = g.input_f32([1, scales.len()], scales);
+        let sums = sums(&mut g, h, None, scales);
+        sums.add_to(into, &g.compute(&mut self.engine)?);
+        Ok(())
+    }
+
     /// What experts see of the stream `mid` `[n_tokens, n_embd]`, and each token's probability of each `[n_tokens,
     /// n_expert]`; `out` becomes the stream with what the shared expert adds.
     fn route(
@@ -94,9 +146,7 @@ impl Forward {
         let mut g = Graph::new(MAX_NODES);
         let x = g.input_f32([self.n_embd(), mid.len() / self.n_embd()], mid);
         let h = self.net.ffn_input(&mut g, b, x, x);
-        let router = g.resident(&b.set, roles.router);
-        let logits = g.mul_mat(router, h);
-        let chances = g.soft_max(logits, None, 1.0);
+        let chances = self.net.chances(&mut g, b, roles, h);
         let stream = roles.shared.map(|(weights, scale)| {
             let mut y = self.net.feed_forward(&mut g, b, weights, h);
             if let Some(scale) = scale {
@@ -118,7 +168,7 @@ impl Forward {
     }
 
     /// The tokens that choose each expert, and what it counts for them, by `chances` `[n_tokens, n_expert]`.
-    fn choose(&self, chances: &[f32], n_tokens: usize, n_expert: usize) -> Vec<Vec<(usize, f32)>> {
+    fn choose(&self, chances: &[f32], n_tokens: usize, n_expert: usize) -> Vec<Chosen> {
         let h = &self.net.hparams;
         let n_used = h.experts.map_or(n_expert, |e| e.n_used).min(n_expert);
         let normed = h.family.traits().experts.is_some_and(|e| e.normed);
@@ -139,9 +189,25 @@ impl Forward {
 impl Net {
     /// A whole feed-forward without biases, by its gate, up and down.
     fn feed_forward<'a>(&'a self, g: &mut Graph<'a>, b: &'a Block, weights: [usize; 3], h: T) -> T {
-        let [gate, up, down] = weights.map(|i| g.resident(&b.set, i));
-        let (gate, up) = (g.mul_mat(gate, h), g.mul_mat(up, h));
-        let h = g.swiglu(gate, up);
+        let [gate, up, down] = weights;
+        let h = self.gated(g, b, [gate, up], h);
+        let down = g.resident(&b.set, down);
         g.mul_mat(down, h)
+    }
+
+    /// Its neurons, by gate and up.
+    fn gated<'a>(&'a self, g: &mut Graph<'a>, b: &'a Block, weights: [usize; 2], h: T) -> T {
+        let [gate, up] = weights.map(|i| {
+            let m = g.resident(&b.set, i);
+            g.mul_mat(m, h)
+        });
+        g.swiglu(gate, up)
+    }
+
+    /// Each token's probability of each expert, by what experts see.
+    fn chances<'a>(&'a self, g: &mut Graph<'a>, b: &'a Block, roles: &ExpertRoles, h: T) -> T {
+        let router = g.resident(&b.set, roles.router);
+        let logits = g.mul_mat(router, h);
+        g.soft_max(logits, None, 1.0)
     }
 }

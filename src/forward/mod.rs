@@ -12,7 +12,7 @@ mod stats;
 
 pub use block::Block;
 pub(crate) use block::query_slice;
-pub use experts::ExpertUse;
+pub use experts::{Chosen, ExpertUse};
 pub use gradient::BlockGradient;
 pub(crate) use gradient::{GRADIENT_TOKENS, LOSS_ROWS};
 pub use head::Head;
@@ -145,6 +145,11 @@ impl Forward {
     /// Length of a window.
     pub fn n_ctx(&self) -> usize {
         self.net.n_ctx
+    }
+
+    /// Tokens that pass through a block in one graph.
+    pub fn chunk_tokens(&self) -> usize {
+        self.net.chunk * self.net.n_ctx
     }
 
     /// Width of the residual stream.

@@ -21,7 +21,7 @@ pub(crate) fn moment_products(n: usize, m: usize) -> usize {
 }
 
 /// Outputs of a graph that [`Moments::add`] reads.
-struct Sums {
+pub(super) struct Sums {
     panels: Vec<(usize, T)>,
     cross: Option<T>,
     x: T,
@@ -32,7 +32,7 @@ struct Sums {
 }
 
 impl Sums {
-    fn add_to(&self, moments: &mut Moments, done: &Computed) {
+    pub(super) fn add_to(&self, moments: &mut Moments, done: &Computed) {
         for (start, panel) in &self.panels {
             moments.add_panel(*start, &done.view(*panel));
         }
@@ -239,7 +239,7 @@ impl Net {
 
 /// Products over tokens of `x` `[n, n_tokens]` with itself and with `residual` `[m, n_tokens]`, both
 /// multiplied by `scales` `[1, n_tokens]`, and their sums with the square of that weight.
-fn sums<'a>(g: &mut Graph<'a>, x: T, residual: Option<T>, scales: T) -> Sums {
+pub(super) fn sums<'a>(g: &mut Graph<'a>, x: T, residual: Option<T>, scales: T) -> Sums {
     let [n, n_tokens, ..] = g.ne(x);
     g.output(scales);
     let weights = g.reshape(scales, [n_tokens, 1, 1, 1]);

@@ -22,7 +22,7 @@ use crate::assemble::Provenance;
 use crate::calibrate::{Recipe, Windows};
 use crate::ggml::FileType;
 use crate::gguf::GgufError;
-use crate::model::{BlockShape, Family, Model, ModelError};
+use crate::model::{BlockShape, Family, Model, ModelError, Piece};
 use crate::pipeline::{self, Calibration, Forecast, HeldOut, Observer, Settings};
 use output::{check_paths, folder_of};
 use prepared::{Memory, Prepared};
@@ -108,6 +108,8 @@ pub struct Outcome {
     pub carrier: Family,
     /// Share of the blocks' parameters that was removed.
     pub sparsity: f64,
+    /// What feed-forwards lost.
+    pub piece: Piece,
     /// What was measured; absent when nothing was pruned.
     pub quality: Option<Quality>,
     /// Where the result is; the first part if it lies in several files.
@@ -222,6 +224,8 @@ pub struct DryRun {
     pub forecast: Forecast,
     /// What it was made for: those of the job, within its memory.
     pub settings: Settings,
+    /// What feed-forwards would lose.
+    pub piece: Piece,
     /// Tokens that the model writes itself, the held-out ones with them.
     pub self_written: usize,
     /// The result is to have other types than the source, in which the forecast is.
@@ -239,6 +243,7 @@ pub fn dry_run(job: &Job) -> Result<DryRun, JobError> {
     let forecast = forecast(&source, &expected_calibration(job), &settings)?;
     Ok(DryRun {
         before: size_of(&source),
+        piece: settings.piece(&source),
         forecast,
         settings,
         self_written: job.recipe.self_written(),

@@ -34,7 +34,7 @@ impl Prepared {
     ) -> Result<Outcome, JobError> {
         let (model, source, windows) = (self.model(), &self.source, &self.windows);
         let forecast = forecast(model, &Calibration::from(windows), &job.settings)?;
-        let sparsity = pruned.plan.sparsity(&pipeline::budgets(model, &job.settings));
+        let sparsity = pruned.plan.sparsity(model);
         let provenance = Provenance {
             source_sha256: self.source_sha256.clone(),
             sparsity: job.settings.sparsity,
@@ -134,6 +134,7 @@ impl Prepared {
             after,
             carrier,
             sparsity,
+            piece: job.settings.piece(model),
             quality: Some(quality),
             output,
             kept_groups: pruned.plan.blocks.into_iter().map(|b| b.groups).collect(),
@@ -190,6 +191,7 @@ pub(super) fn copy_as_is(
         after: Size { bytes, ..before.clone() },
         before,
         carrier: model.hparams.family,
+        piece: job.settings.piece(model),
         sparsity: 0.0,
         quality: None,
         output: job.output.clone(),

@@ -4,7 +4,7 @@ use super::result::method_name;
 use super::{Job, JobError};
 use crate::calibrate::{Recipe, Windows};
 use crate::gguf::{GgufError, GgufFile, OutTensor, Value, sha256, write_gguf};
-use crate::model::{BlockVector, Model};
+use crate::model::{BlockShape, BlockVector, Model, Piece};
 use crate::pipeline::{BlockPlan, Journal, Settings, Settled};
 use crate::prune::{Candidate, GroupId, LazyGreedy};
 use crate::requant::Quantised;
@@ -27,10 +27,10 @@ fn block_file(il: usize) -> String {
 /// An open state folder.
 pub(super) struct State {
     folder: PathBuf,
-    /// KV heads, and neurons or experts, of each block of the source.
-    shapes: Vec<[usize; 2]>,
-    /// Whether it has experts.
-    experts: bool,
+    /// Of each block of the source.
+    shapes: Vec<BlockShape>,
+    /// What goes from feed-forwards.
+    piece: Piece,
 }
 
 impl State {
@@ -48,9 +48,8 @@ impl State {
     ) -> Result<State, JobError> {
         let io = |source| JobError::Io { path: folder.into(), source };
         std::fs::create_dir_all(folder).map_err(io)?;
-        let shapes = source.hparams.blocks.iter().map(|b| [b.n_head_kv, b.n_pieces()]).collect();
-        let experts = source.hparams.experts.is_some();
-        let state = State { folder: folder.into(), shapes, experts };
+        let (shapes, piece) = (source.hparams.blocks.clone(), job.settings.piece(source));
+        let state = State { folder: folder.into(), shapes, piece };
         let (path, terms) = (folder.join(TERMS), terms(job, source_sha256));
         match std::fs::read_to_string(&path) {
             Ok(_) if !resume => Err(JobError::StateExists(folder.into())),
@@ -149,7 +148,7 @@ impl State {
         let Some(file) = self.read(HEADS)? else { return Ok(None) };
         let group = |n: &[usize]| {
             let [block, group] = n[..] else { return None };
-            let there = self.shapes.get(block).is_some_and(|s| group < s[0]);
+            let there = self.shapes.get(block).is_some_and(|s| group < s.n_head_kv);
             there.then_some(GroupId { block, group })
         };
         let candidate = |n: &[usize]| {
@@ -168,7 +167,7 @@ impl State {
     fn read_block(&self, il: usize) -> Result<Option<(BlockPlan, Vec<String>)>, GgufError> {
         let name = block_file(il);
         let Some(file) = self.read(&name)? else { return Ok(None) };
-        let [n_groups, n_pieces] = self.shapes[il];
+        let shape = self.shapes[il];
         let subset = |key, n: usize| {
             let found = self.numbers(&file, key)?;
             let mut sorted = found.clone();
@@ -186,15 +185,20 @@ impl State {
             *slot = vector(v)?;
         }
         let plan = BlockPlan {
-            groups: subset("groups", n_groups)?,
-            pieces: subset("pieces", n_pieces)?,
+            groups: subset("groups", shape.n_head_kv)?,
+            experts: subset("experts", shape.n_expert)?,
+            neurons: subset("neurons", shape.n_feed_forwards() * shape.n_ff)?,
             attn_output: matrix("attn_output"),
             ffn_down: matrix("ffn_down"),
             vectors,
         };
-        // Experts are taken out as they are.
-        let fits = plan.ffn_down.as_ref().map_or(self.experts, |m| m.n_in == plan.pieces.len());
-        if !fits {
+        let left = shape.with_kept(&plan.experts, &plan.neurons);
+        let of_its_own =
+            |(i, n): (usize, &usize)| Some(&(n / shape.n_ff)) == plan.experts.get(i / left.n_ff.max(1));
+        let in_order = shape.n_expert == 0 || plan.neurons.iter().enumerate().all(of_its_own);
+        // Experts that stay whole are taken over as they are.
+        let fits = plan.ffn_down.as_ref().map_or(shape.n_expert > 0, |m| m.n_in == left.n_ff);
+        if !fits || !in_order {
             return Err(self.damaged(&name, "ffn_down"));
         }
         let warnings = match file.get("warnings") {
@@ -213,7 +217,7 @@ impl Journal for State {
         };
         let fits = |widths: &Vec<usize>| {
             widths.len() == self.shapes.len()
-                && widths.iter().zip(&self.shapes).all(|(&w, s)| w > 0 && w <= s[1])
+                && widths.iter().zip(&self.shapes).all(|(&w, s)| w > 0 && w <= s.n_pieces(self.piece))
         };
         if widths.as_ref().is_some_and(|w| !fits(w)) {
             return Err(self.damaged(WIDTHS, "widths"));
@@ -247,7 +251,8 @@ impl Journal for State {
     fn block(&mut self, il: usize, plan: &BlockPlan, warnings: &[String]) -> Result<(), GgufError> {
         let metadata = [
             ("groups", numbers(plan.groups.iter().copied())),
-            ("pieces", numbers(plan.pieces.iter().copied())),
+            ("experts", numbers(plan.experts.iter().copied())),
+            ("neurons", numbers(plan.neurons.iter().copied())),
             ("warnings", Value::StrArray(warnings.to_vec())),
         ];
         let mut tensors = Vec::new();

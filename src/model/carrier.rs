@@ -50,7 +50,7 @@ impl Carriers {
         if shapes.iter().all(|s| *s == shapes[0]) {
             return self.equal;
         }
-        let one_width = shapes.iter().all(|s| s.n_pieces() == shapes[0].n_pieces());
+        let one_width = shapes.iter().all(|s| (s.n_ff, s.n_expert) == (shapes[0].n_ff, shapes[0].n_expert));
         self.heads
             .filter(|_| one_width)
             .or(self.per_block)

@@ -25,14 +25,49 @@ impl BlockShape {
         self.n_head.checked_div(self.n_head_kv).unwrap_or(0)
     }
 
-    /// What the feed-forward can lose one by one: experts, or neurons where there are none.
-    pub fn n_pieces(&self) -> usize {
-        if self.n_expert > 0 { self.n_expert } else { self.n_ff }
+    /// Feed-forwards side by side: experts, or the one that there is.
+    pub fn n_feed_forwards(&self) -> usize {
+        self.n_expert.max(1)
+    }
+
+    /// How many pieces there are.
+    pub fn n_pieces(&self, piece: Piece) -> usize {
+        match piece {
+            Piece::Neuron => self.n_ff,
+            Piece::Expert => self.n_expert,
+        }
+    }
+
+    /// What is left with the experts and neurons of [`super::BlockWeights::keep_pieces`].
+    pub fn with_kept(self, experts: &[usize], neurons: &[usize]) -> BlockShape {
+        BlockShape { n_ff: neurons.len() / experts.len().max(1), n_expert: experts.len(), ..self }
     }
 
     /// The same with other pieces.
-    pub fn with_pieces(self, n: usize) -> BlockShape {
-        if self.n_expert > 0 { BlockShape { n_expert: n, ..self } } else { BlockShape { n_ff: n, ..self } }
+    pub fn with_pieces(self, piece: Piece, n: usize) -> BlockShape {
+        match piece {
+            Piece::Neuron => BlockShape { n_ff: n, ..self },
+            Piece::Expert => BlockShape { n_expert: n, ..self },
+        }
+    }
+}
+
+/// What feed-forwards lose one by one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Piece {
+    /// A neuron; of a mixture, one of every expert, of each expert another.
+    Neuron,
+    /// A whole expert.
+    Expert,
+}
+
+impl Piece {
+    /// What several are called.
+    pub fn plural(self) -> &'static str {
+        match self {
+            Piece::Neuron => "neurons",
+            Piece::Expert => "experts",
+        }
     }
 }
 
@@ -288,22 +323,31 @@ impl Hparams {
         if self.family.traits().activation.gated() { 3 } else { 2 }
     }
 
-    /// Parameters of a piece of the feed-forward: a neuron's rows of gate and up and its column of down, or all of these of
-    /// an expert, and its row of the router.
-    pub fn piece_params(&self, b: &BlockShape) -> usize {
-        let neuron = self.ffn_matrices() * self.n_embd;
-        if b.n_expert > 0 { b.n_ff * neuron + self.n_embd } else { neuron }
+    /// Parameters of a neuron: its rows of gate and up and its column of down.
+    fn neuron_params(&self) -> usize {
+        self.ffn_matrices() * self.n_embd
     }
 
-    /// Pieces that a feed-forward cannot do without: the experts of a token.
-    pub fn fewest_pieces(&self) -> usize {
-        self.experts.map_or(1, |e| e.n_used)
+    /// Parameters of a piece of the feed-forward; an expert's row of the router, which is next to nothing, is not counted.
+    pub fn piece_params(&self, b: &BlockShape, piece: Piece) -> usize {
+        match piece {
+            Piece::Neuron => b.n_feed_forwards() * self.neuron_params(),
+            Piece::Expert => b.n_ff * self.neuron_params(),
+        }
     }
 
-    /// Prunable parameters of a block, attention and feed-forward (|A| and |F| of the paper; norms
-    /// and biases are left out).
+    /// Pieces that a feed-forward cannot do without: of experts, those of a token.
+    pub fn fewest_pieces(&self, piece: Piece) -> usize {
+        match (piece, self.experts) {
+            (Piece::Expert, Some(e)) => e.n_used,
+            _ => 1,
+        }
+    }
+
+    /// Prunable parameters of a block, attention and feed-forward (|A| and |F| of the paper; norms,
+    /// biases and routers are left out).
     pub fn block_params(&self, b: &BlockShape) -> (usize, usize) {
-        (b.n_head_kv * self.group_params(b), b.n_pieces() * self.piece_params(b))
+        (b.n_head_kv * self.group_params(b), b.n_feed_forwards() * b.n_ff * self.neuron_params())
     }
 }
 

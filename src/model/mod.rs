@@ -12,7 +12,7 @@ mod weights;
 
 pub use carrier::{Arch, Carriers, Heads};
 pub use family::Family;
-pub use hparams::{BlockShape, ExpertParams, Hparams, Temperature};
+pub use hparams::{BlockShape, ExpertParams, Hparams, Piece, Temperature};
 pub use open::Model;
 pub use rope::SlidingWindow;
 pub use tensors::{BlockTensors, BlockVector, ExpertTensors, Segment, SharedTensors};

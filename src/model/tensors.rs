@@ -105,6 +105,15 @@ impl BlockVector {
 }
 
 impl BlockTensors {
+    /// ffn_down, or that of the first expert, which lies in one tensor with the others.
+    ///
+    /// # Panics
+    /// If there is neither.
+    pub fn down(&self) -> Segment {
+        let experts = || self.experts.as_ref().and_then(|e| e.down.first().copied());
+        self.ffn_down.or_else(experts).expect("a block has ffn_down, or experts that do")
+    }
+
     /// Where the vector lies, if there is one.
     pub fn vector(&self, v: BlockVector) -> Option<Segment> {
         match v {

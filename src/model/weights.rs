@@ -145,15 +145,44 @@ impl BlockWeights {
         *vector = Some(values);
     }
 
-    /// Keeps the feed-forward's neurons, or experts, `pieces`, in that order.
-    pub fn keep_pieces(&mut self, pieces: &[usize]) {
-        self.shape = self.shape.with_pieces(pieces.len());
-        let neurons = pieces;
-        if let Some(e) = &mut self.experts {
-            e.router = e.router.select_rows(pieces);
-            for matrices in [&mut e.gate, &mut e.up, &mut e.down] {
-                *matrices = pieces.iter().map(|&i| std::mem::take(&mut matrices[i])).collect();
+    /// Gives ffn_down new values; `[n_ff, n_embd]` of each expert lie one behind the other.
+    pub fn set_ffn_down(&mut self, new: Matrix) {
+        match &mut self.experts {
+            None => self.ffn_down = new,
+            Some(e) => {
+                let n = new.data.len() / e.down.len();
+                let parts = new.data.chunks_exact(n).map(<[f32]>::to_vec);
+                e.down = parts.map(|part| Matrix::new(new.n_in, n / new.n_in, part)).collect();
             }
+        }
+    }
+
+    /// Keeps the experts `experts`, of which there may be none, and of all neurons those numbered `neurons`, in that order:
+    /// neuron j of expert e is number e · n_ff + j, and the experts that stay have as many each.
+    ///
+    /// # Panics
+    /// If one is not there, or is not one of the expert's whose turn it is.
+    pub fn keep_pieces(&mut self, experts: &[usize], neurons: &[usize]) {
+        let n_ff = self.shape.n_ff;
+        self.shape = self.shape.with_kept(experts, neurons);
+        if let Some(e) = &mut self.experts {
+            e.router = e.router.select_rows(experts);
+            for matrices in [&mut e.gate, &mut e.up, &mut e.down] {
+                *matrices = experts.iter().map(|&i| std::mem::take(&mut matrices[i])).collect();
+            }
+            for (i, (&expert, neurons)) in
+                experts.iter().zip(neurons.chunks_exact(self.shape.n_ff)).enumerate()
+            {
+                let own: Vec<usize> = neurons.iter().map(|n| n - expert * n_ff).collect();
+                if own.iter().copied().ne(0..n_ff) {
+                    e.gate[i] = e.gate[i].select_rows(&own);
+                    e.up[i] = e.up[i].select_rows(&own);
+                    e.down[i] = e.down[i].select_cols(&own);
+                }
+            }
+            return;
+        }
+        if neurons.iter().copied().eq(0..n_ff) {
             return;
         }
         self.ffn_gate = self.ffn_gate.as_ref().map(|gate| gate.select_rows(neurons));

@@ -3,7 +3,7 @@
 use super::heads::removable_groups;
 use super::{Method, PruneError, Settings, Target, file_size};
 use crate::ggml::Type;
-use crate::model::{BlockShape, Heads, Model};
+use crate::model::{BlockShape, Heads, Model, Piece};
 use crate::prune::{self, Budget, BudgetError};
 
 /// Checks that the sparsity can be reached in the types that `model` has, and heads can go as they shall.
@@ -33,7 +33,7 @@ pub(super) fn smallest_group(budgets: &[Budget]) -> usize {
 pub(super) fn within_family(model: &Model, s: &Settings) -> Settings {
     let carriers = s.carriers(model);
     if model.hparams.experts.is_some() {
-        // Nothing of experts is refitted, and no gradients go back through them.
+        // Experts stay what they are without those beside them, and no gradients go back through them.
         return Settings {
             per_block_widths: false,
             biases: false,
@@ -126,7 +126,7 @@ pub(super) fn neurons_for_target(
         let blocks = model.hparams.blocks.iter().zip(groups).zip(narrowed(n_remove));
         let shapes = blocks.map(|((b, &n_head_kv), width)| {
             let n_head = n_head_kv * b.heads_per_group();
-            BlockShape { n_head, n_head_kv, ..b.with_pieces(width) }
+            BlockShape { n_head, n_head_kv, ..b.with_pieces(s.piece(model), width) }
         });
         file_size(model, s, &shapes.collect::<Vec<_>>()).is_within(target)
     };
@@ -140,22 +140,23 @@ pub(super) fn neurons_for_target(
 
 /// What every block can give up.
 pub fn budgets(model: &Model, s: &Settings) -> Vec<Budget> {
-    let h = &model.hparams;
+    let (h, piece) = (&model.hparams, s.piece(model));
     let mut budgets: Vec<Budget> = h
         .blocks
         .iter()
         .zip(&model.blocks)
         .map(|(b, t)| {
-            // Experts are taken out as they are, in any number.
-            let down = t.ffn_down.map(|down| s.types.ffn_down.unwrap_or(model.tensor(&down).ty));
-            let step = down.map_or(1, ff_step);
+            let step = match piece {
+                Piece::Neuron => ff_step(s.types.ffn_down.unwrap_or(model.tensor(&t.down()).ty)),
+                Piece::Expert => 1,
+            };
             Budget {
                 n_groups: b.n_head_kv,
                 group_params: h.group_params(b),
-                n_pieces: b.n_pieces(),
-                piece_params: h.piece_params(b),
+                n_pieces: b.n_pieces(piece),
+                piece_params: h.piece_params(b, piece),
                 step,
-                fewest: h.fewest_pieces().max(step),
+                fewest: h.fewest_pieces(piece).max(step),
             }
         })
         .collect();

@@ -122,7 +122,7 @@ impl Run<'_> {
     fn narrowed(&self, mut w: BlockWeights, kept: Vec<usize>, weights: Matrix, m: &Moments) -> BlockWeights {
         let maps = [&w.ffn_down, &weights];
         w.ffn_down_bias = self.adapted_bias(w.ffn_down_bias.clone(), maps, &kept, m, 0.0);
-        w.keep_pieces(&kept);
+        w.keep_pieces(&[], &kept);
         w.ffn_down = weights;
         w
     }

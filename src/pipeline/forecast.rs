@@ -12,7 +12,7 @@ use super::{
 use crate::calibrate::Windows;
 use crate::forward::{GRADIENT_TOKENS, LOSS_ROWS, MAX_GRADIENT_CTX, moment_products, query_slice};
 use crate::ggml::Type;
-use crate::model::{BlockShape, BlockTensors, Family, Model, Segment};
+use crate::model::{BlockShape, BlockTensors, Family, Model, Piece, Segment};
 use crate::prune::{self, BudgetError};
 use crate::requant::output_type;
 
@@ -135,6 +135,8 @@ struct Sizes {
     ff: f64,
     /// Neurons that there are.
     held: f64,
+    /// Neurons of a feed-forward that is refitted.
+    refitted: f64,
     /// Experts that a router knows.
     router: f64,
 }
@@ -177,37 +179,42 @@ impl Work<'_> {
         (self.c.n_held_out * self.c.n_ctx) as f64
     }
 
-    fn sizes(&self, b: &BlockShape, kept: f64, pieces: usize) -> Sizes {
+    fn sizes(&self, b: &BlockShape, kept: f64) -> Sizes {
         let d = self.model.hparams.head_dim as f64 * kept;
         let (ff, held) = match self.model.hparams.experts {
-            None => (pieces, pieces),
-            Some(e) => (e.n_used * b.n_ff + e.n_ff_shared, pieces * b.n_ff + e.n_ff_shared),
+            None => (b.n_ff, b.n_ff),
+            Some(e) => (e.n_used * b.n_ff + e.n_ff_shared, b.n_expert * b.n_ff + e.n_ff_shared),
         };
         Sizes {
             q: d * b.n_head as f64,
             kv: d * b.n_head_kv as f64,
             ff: ff as f64,
             held: held as f64,
-            router: if b.n_expert > 0 { pieces as f64 } else { 0.0 },
+            // One at a time.
+            refitted: if self.s.piece(self.model) == Piece::Neuron { b.n_ff as f64 } else { 0.0 },
+            router: b.n_expert as f64,
         }
     }
 
-    fn has_experts(&self) -> bool {
-        self.model.hparams.experts.is_some()
+    /// Experts that a token uses, and that there are.
+    fn experts(&self) -> Option<[f64; 2]> {
+        let h = &self.model.hparams;
+        h.experts.map(|e| [e.n_used as f64, h.blocks[0].n_expert as f64])
     }
 
     /// Every block whole, with fewer heads, and narrowed as well.
     fn whole(&self) -> Vec<Sizes> {
-        self.model.hparams.blocks.iter().map(|b| self.sizes(b, 1.0, b.n_pieces())).collect()
+        self.model.hparams.blocks.iter().map(|b| self.sizes(b, 1.0)).collect()
     }
 
     fn headless(&self) -> Vec<Sizes> {
-        self.model.hparams.blocks.iter().map(|b| self.sizes(b, self.kept, b.n_pieces())).collect()
+        self.model.hparams.blocks.iter().map(|b| self.sizes(b, self.kept)).collect()
     }
 
     fn pruned(&self) -> Vec<Sizes> {
         let blocks = self.model.hparams.blocks.iter().zip(self.widths);
-        blocks.map(|(b, &w)| self.sizes(b, self.kept, w)).collect()
+        let piece = self.s.piece(self.model);
+        blocks.map(|(b, &w)| self.sizes(&b.with_pieces(piece, w), self.kept)).collect()
     }
 
     /// Tokens that `Windows::sample` gives.
@@ -281,10 +288,7 @@ impl Work<'_> {
 
     /// Neurons of the widest feed-forward that is refitted.
     fn max_ff(&self) -> f64 {
-        if self.has_experts() {
-            return 0.0;
-        }
-        self.whole().iter().map(|b| b.ff).fold(0.0, f64::max)
+        self.whole().iter().map(|b| b.refitted).fold(0.0, f64::max)
     }
 
     fn max_q(&self) -> f64 {
@@ -455,8 +459,17 @@ impl Work<'_> {
                 operations += self.moment_ops(headless.q, e, n_fit) + 2.0 * e * headless.q * n_fit;
                 algebra += 2.0 / 3.0 * headless.q.powi(3) + 3.0 * e * headless.q.powi(2);
             }
-            if self.has_experts() {
+            if let Some([n_used, n_expert]) = self.experts() {
                 operations += 2.0 * e * (headless.router * n_fit + pruned.router * n_all);
+                let n = headless.refitted;
+                if n > 0.0 {
+                    // Of the chosen experts, gate and up only; the tokens of all of them.
+                    operations -= ffn * headless.ff * n_fit;
+                    operations += n_used * (4.0 * e * n * n_fit + self.moment_ops(n, 0.0, n_fit));
+                    let width = pruned.refitted;
+                    algebra +=
+                        n_expert * (inverse_ops(n) + removal_ops(n, width, 2.0 * e) + width.powi(3) / 3.0);
+                }
                 continue;
             }
             let n_out = if ours { e } else { 0.0 };
@@ -541,8 +554,9 @@ impl Work<'_> {
         let group = shape.heads_per_group() * self.model.hparams.head_dim;
         let attn_output =
             t.attn_output.as_ref().map_or(0.0, |o| encoded(self.s.types.attn_output, o, b.q, group));
+        let feed_forwards = shape.n_feed_forwards() as f64;
         let ffn_down =
-            t.ffn_down.as_ref().map_or(0.0, |d| encoded(self.s.types.ffn_down, d, b.ff, b.ff as usize));
+            feed_forwards * encoded(self.s.types.ffn_down, &t.down(), b.refitted, b.refitted as usize);
         attn_output + ffn_down
     }
 

@@ -9,6 +9,7 @@
 
 mod amounts;
 mod curves;
+mod experts;
 mod forecast;
 mod heads;
 mod journal;

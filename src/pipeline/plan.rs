@@ -10,11 +10,14 @@ use crate::requant::Quantised;
 pub struct BlockPlan {
     /// Attention groups of the source block, ascending.
     pub groups: Vec<usize>,
-    /// Neurons of the source block's feed-forward, or experts where it has them, in the order in which they are written.
-    pub pieces: Vec<usize>,
+    /// Experts of the source block, if it has some, in the order in which they are written.
+    pub experts: Vec<usize>,
+    /// Neurons of the source block's feed-forward, in the order in which they are written; of a mixture those of all experts
+    /// that stay, as [`BlockWeights::keep_pieces`] numbers them.
+    pub neurons: Vec<usize>,
     /// New attn_output, if its values changed; its columns belong to `groups`.
     pub attn_output: Option<Quantised>,
-    /// New ffn_down, if its values changed; its columns belong to `neurons`.
+    /// New ffn_down, if its values changed; its columns belong to `neurons`. Those of experts lie one behind the other.
     pub ffn_down: Option<Quantised>,
     /// New values of vectors, in the order of [`BlockVector::ALL`].
     pub vectors: [Option<Vec<f32>>; BlockVector::ALL.len()],
@@ -46,7 +49,8 @@ impl Plan {
     pub fn whole(model: &Model) -> Plan {
         let whole = |b: &BlockShape| BlockPlan {
             groups: (0..b.n_head_kv).collect(),
-            pieces: (0..b.n_pieces()).collect(),
+            experts: (0..b.n_expert).collect(),
+            neurons: (0..b.n_feed_forwards() * b.n_ff).collect(),
             attn_output: None,
             ffn_down: None,
             vectors: Default::default(),
@@ -68,7 +72,7 @@ impl Plan {
             .map(|(p, b)| BlockShape {
                 n_head: p.groups.len() * b.heads_per_group(),
                 n_head_kv: p.groups.len(),
-                ..b.with_pieces(p.pieces.len())
+                ..b.with_kept(&p.experts, &p.neurons)
             })
             .collect()
     }
@@ -83,9 +87,7 @@ impl Plan {
         if plan.groups.len() < w.shape.n_head_kv {
             w.keep_groups(&plan.groups, model.hparams.head_dim);
         }
-        if plan.pieces.iter().copied().ne(0..w.shape.n_pieces()) {
-            w.keep_pieces(&plan.pieces);
-        }
+        w.keep_pieces(&plan.experts, &plan.neurons);
         let read = |q: &Quantised, name: &str| {
             q.to_matrix()
                 .map_err(|source| GgufError::Tensor { name: format!("blk.{il}.{name}.weight"), source })
@@ -94,7 +96,7 @@ impl Plan {
             w.attn_output = read(q, "attn_output")?;
         }
         if let Some(q) = &plan.ffn_down {
-            w.ffn_down = read(q, "ffn_down")?;
+            w.set_ffn_down(read(q, "ffn_down")?);
         }
         for (v, new) in BlockVector::ALL.into_iter().zip(&plan.vectors) {
             if let Some(new) = new {
@@ -118,15 +120,14 @@ impl Plan {
         self.blocks.iter().zip(budgets).map(|(p, b)| (b.n_groups - p.groups.len()) * b.group_params).sum()
     }
 
-    /// Share of the budgets' parameters that is gone.
-    pub fn sparsity(&self, budgets: &[Budget]) -> f64 {
-        let total: usize = budgets.iter().map(Budget::params).sum();
-        let ffn: usize = self
-            .blocks
-            .iter()
-            .zip(budgets)
-            .map(|(p, b)| (b.n_pieces - p.pieces.len()) * b.piece_params)
-            .sum();
-        (self.attention_params_removed(budgets) + ffn) as f64 / total as f64
+    /// Share of the parameters of `model`'s blocks that is gone.
+    pub fn sparsity(&self, model: &Model) -> f64 {
+        let params = |b: &BlockShape| {
+            let (attention, ffn) = model.hparams.block_params(b);
+            attention + ffn
+        };
+        let before: usize = model.hparams.blocks.iter().map(params).sum();
+        let after: usize = self.shapes(model).iter().map(params).sum();
+        (before - after) as f64 / before as f64
     }
 }

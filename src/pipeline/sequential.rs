@@ -2,7 +2,7 @@
 
 use super::stream::embedded;
 use super::{BlockPlan, Method, PruneError, Run, token_scales};
-use crate::forward::{Block, Collect, ExpertUse, Wanted};
+use crate::forward::{Block, Collect, Wanted};
 use crate::ggml::Type;
 use crate::model::{BlockVector, BlockWeights, Matrix};
 use crate::numeric::Moments;
@@ -196,18 +196,15 @@ impl Run<'_> {
         let (keep, refit) = self.choose_neurons(il, w, &moments, width).map_err(|e| failed(e.into()))?;
         let wanted_ridge = if self.settings.method == Method::Putri { self.settings.ridge_ffn } else { 0.0 };
         self.report_ridge(il, "ffn_down", refit.ridge, wanted_ridge);
-        let ffn_down = self.model.blocks[il].ffn_down.expect("a block without experts has ffn_down");
-        let source = self.model.tensor(&ffn_down).ty;
-        let ty = self.settings.types.ffn_down.unwrap_or(source);
-        let q =
-            self.requantise(&refit.weights, &moments, &keep, self.settings.ridge_ffn, ty).map_err(failed)?;
+        let (ty, ridge) = (self.type_of_ffn_down(il), self.settings.ridge_ffn);
+        let q = self.requantise(&refit.weights, &moments, &keep, ridge, ty).map_err(failed)?;
         let new = q.to_matrix()?;
         let (maps, mixture) = ([&w.ffn_down, &new], self.settings.mixture);
         w.ffn_down_bias = self.adapted_bias(w.ffn_down_bias.take(), maps, &keep, &moments, mixture);
         self.plan.blocks[il].set_vector(BlockVector::FfnDownBias, w.ffn_down_bias.clone());
-        w.keep_pieces(&keep);
+        w.keep_pieces(&[], &keep);
         w.ffn_down = new;
-        self.plan.blocks[il].pieces = keep;
+        self.plan.blocks[il].neurons = keep;
         self.plan.blocks[il].ffn_down = Some(q.on(&self.settings.shelf)?);
 
         let block = self.forward.upload(w)?;
@@ -225,46 +222,6 @@ impl Run<'_> {
             x.copy_from_slice(&out);
         }
         Ok(format!("{} groups, {width} neurons", w.shape.n_head_kv))
-    }
-
-    /// Chooses the experts of block `il` that stay, by what they do for the tokens that choose them, and moves the pruned
-    /// stream over the block.
-    fn expert_step(
-        &mut self,
-        il: usize,
-        w: &mut BlockWeights,
-        n_keep: usize,
-        heads: Array<f32>,
-        streams: &mut Streams,
-    ) -> Result<String, PruneError> {
-        let block = self.forward.upload(w)?;
-        let (n_embd, n_tokens) = (self.forward.n_embd(), self.windows.tokens.len());
-        let row = heads.len() / n_tokens;
-        let mut used = ExpertUse::new(w.shape.n_expert);
-        for (chunk, fit) in self.all_chunks() {
-            let span = self.forward.span(&chunk);
-            let a = &heads[span.start / n_embd * row..span.end / n_embd * row];
-            let (mut mid, mut out) = (vec![0.0; span.len()], vec![0.0; span.len()]);
-            let wanted = Wanted { mid: Some(&mut mid), ..Wanted::default() };
-            self.forward.from_heads(&block, &streams.pruned[span.clone()], a, wanted)?;
-            if fit {
-                self.forward.experts(&block, &mid, &mut out, Some(&mut used))?;
-            }
-            streams.pruned[span].copy_from_slice(&mid);
-        }
-        drop((heads, block));
-        let keep = prune::busiest(&used.energy, &used.n_tokens, n_keep);
-        w.keep_pieces(&keep);
-        self.plan.blocks[il].pieces = keep;
-
-        let block = self.forward.upload(w)?;
-        for (chunk, _) in self.all_chunks() {
-            let span = self.forward.span(&chunk);
-            let mut out = vec![0.0; span.len()];
-            self.forward.ffn(&block, &streams.pruned[span.clone()], &mut out)?;
-            streams.pruned[span].copy_from_slice(&out);
-        }
-        Ok(format!("{} groups, {n_keep} experts", w.shape.n_head_kv))
     }
 
     /// What becomes of the bias of a map that changes from `old` to `new` on the inputs `keep`, fitted with
@@ -318,15 +275,21 @@ impl Run<'_> {
     }
 
     /// All windows in chunks, with whether they are fitted on.
-    fn all_chunks(&self) -> Vec<(Range<usize>, bool)> {
+    pub(super) fn all_chunks(&self) -> Vec<(Range<usize>, bool)> {
         let w = self.windows;
         let fit = self.forward.chunks(0..w.n_fit).into_iter().map(|c| (c, true));
         let held_out = self.forward.chunks(w.n_fit..w.n_windows()).into_iter().map(|c| (c, false));
         fit.chain(held_out).collect()
     }
 
+    /// The type that ffn_down of block `il` shall have.
+    pub(super) fn type_of_ffn_down(&self, il: usize) -> Type {
+        let source = self.model.tensor(&self.model.blocks[il].down()).ty;
+        self.settings.types.ffn_down.unwrap_or(source)
+    }
+
     /// Encodes refitted weights on the inputs `keep`.
-    fn requantise(
+    pub(super) fn requantise(
         &self,
         weights: &Matrix,
         moments: &Moments,
@@ -340,7 +303,7 @@ impl Run<'_> {
         Ok(quantise(weights, ty, &importance(moments, keep))?)
     }
 
-    fn report_ridge(&mut self, il: usize, part: &str, used: f64, wanted: f64) {
+    pub(super) fn report_ridge(&mut self, il: usize, part: &str, used: f64, wanted: f64) {
         if used > wanted {
             self.warnings
                 .push(format!("block {il}, {part}: needed a ridge of {used:.0e} (asked for {wanted:.0e})"));
@@ -349,7 +312,7 @@ impl Run<'_> {
 }
 
 /// Puts block and tensor to what went wrong there.
-fn at_block(block: usize, part: &'static str) -> impl Fn(FeedbackError) -> PruneError {
+pub(super) fn at_block(block: usize, part: &'static str) -> impl Fn(FeedbackError) -> PruneError {
     move |e| match e {
         FeedbackError::Singular(source) => PruneError::Singular { block, part, source },
         FeedbackError::Ggml(source) => PruneError::Ggml(source),

@@ -3,7 +3,7 @@
 use super::{Loss, Target};
 use crate::forward::CHUNK_TOKENS;
 use crate::ggml::Type;
-use crate::model::{Arch, Carriers, Heads, Model};
+use crate::model::{Arch, Carriers, Heads, Model, Piece};
 use crate::spill::Shelf;
 
 /// How to prune.
@@ -34,6 +34,8 @@ pub struct Settings {
     pub method: Method,
     /// How heads may go.
     pub heads: Heads,
+    /// What mixtures of experts lose.
+    pub of_mixtures: Piece,
     /// Which architecture the result may have.
     pub arch: Arch,
     /// Threads.
@@ -95,6 +97,11 @@ impl Settings {
     pub fn carriers(&self, model: &Model) -> Carriers {
         model.carriers(self.heads, self.arch)
     }
+
+    /// What the feed-forwards of `model` lose.
+    pub fn piece(&self, model: &Model) -> Piece {
+        if model.hparams.experts.is_some() { self.of_mixtures } else { Piece::Neuron }
+    }
 }
 
 /// Types in which matrices with new values are written; those of the source where none is given.
@@ -113,6 +120,7 @@ impl Default for Settings {
             target: None,
             method: Method::Putri,
             heads: Heads::Auto,
+            of_mixtures: Piece::Expert,
             arch: Arch::Auto,
             n_threads: 1,
             mixture: 0.35,

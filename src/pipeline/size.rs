@@ -3,7 +3,7 @@
 use super::amounts::{equal_widths, groups_to_remove, smallest_group, within_family};
 use super::{Settings, budgets};
 use crate::ggml::Type;
-use crate::model::{BlockShape, Model, Segment};
+use crate::model::{BlockShape, BlockTensors, Model, Piece, Segment};
 use crate::prune::BudgetError;
 use crate::requant::output_type;
 
@@ -114,7 +114,11 @@ pub(super) fn even_shapes(model: &Model, s: &Settings) -> Result<Vec<BlockShape>
         let until_here = (n_groups * before).checked_div(all).unwrap_or(0);
         let n_head_kv = b.n_head_kv - (until_here - gone).min(b.n_head_kv);
         gone = until_here;
-        BlockShape { n_head: n_head_kv * b.heads_per_group(), n_head_kv, ..b.with_pieces(width) }
+        BlockShape {
+            n_head: n_head_kv * b.heads_per_group(),
+            n_head_kv,
+            ..b.with_pieces(s.piece(model), width)
+        }
     });
     Ok(shapes.collect())
 }
@@ -139,7 +143,7 @@ pub(super) fn new_matrices(model: &Model, s: &Settings, shapes: &[BlockShape]) -
         let attn_output = t.attn_output.filter(|_| shape.n_head > 0);
         let roles = [
             ("attn_output", attn_output, s.types.attn_output, shape.n_head * model.hparams.head_dim),
-            ("ffn_down", t.ffn_down, s.types.ffn_down, shape.n_ff),
+            ("ffn_down", new_ffn_down(model, s, t), s.types.ffn_down, shape.n_ff),
         ];
         for (role, segment, wanted, n_in) in roles {
             let Some(segment) = segment else { continue };
@@ -152,6 +156,11 @@ pub(super) fn new_matrices(model: &Model, s: &Settings, shapes: &[BlockShape]) -
         }
     }
     all
+}
+
+/// ffn_down, if it gets new values: that of experts does where they lose neurons.
+fn new_ffn_down(model: &Model, s: &Settings, t: &BlockTensors) -> Option<Segment> {
+    (s.piece(model) == Piece::Neuron).then(|| t.down())
 }
 
 /// The size of the file that holds `model` in blocks of the sizes `shapes`.
@@ -201,19 +210,23 @@ pub(super) fn file_size(model: &Model, s: &Settings, shapes: &[BlockShape]) -> F
         }
         gate.chain(up).for_each(|segment| rows(&mut sizes, segment, new.n_ff));
         if let Some(e) = &t.experts {
-            let each = |i: usize| [e.gate[i], e.up[i], e.down[i]];
-            (0..new.n_expert).flat_map(each).for_each(|segment| rows(&mut sizes, &segment, segment.n));
+            for i in 0..new.n_expert {
+                [e.gate[i], e.up[i]].iter().for_each(|segment| rows(&mut sizes, segment, new.n_ff));
+                rows(&mut sizes, &e.down[i], e.down[i].n);
+            }
             rows(&mut sizes, &e.router, new.n_expert);
         }
-        let encoded = |wanted: Option<Type>, segment: &Segment, n_in: usize| {
+        let encoded = |wanted: Option<Type>, segment: &Segment, n_in: usize, n: usize| {
             let ty = output_type(wanted.unwrap_or(model.tensor(segment).ty), n_in);
-            matrix(ty, n_in, h.n_embd)
+            matrix(ty, n_in, n * h.n_embd)
         };
         if let Some(segment) = &t.attn_output {
-            sizes[segment.tensor] = encoded(s.types.attn_output, segment, new.n_head_kv * group);
+            sizes[segment.tensor] = encoded(s.types.attn_output, segment, new.n_head_kv * group, 1);
         }
-        if let Some(segment) = &t.ffn_down {
-            sizes[segment.tensor] = encoded(s.types.ffn_down, segment, new.n_ff);
+        // Experts that lose no neurons are not encoded anew.
+        if let Some(segment) = new_ffn_down(model, s, t).filter(|_| new.n_expert == 0 || new.n_ff < old.n_ff)
+        {
+            sizes[segment.tensor] = encoded(s.types.ffn_down, &segment, new.n_ff, new.n_feed_forwards());
         }
         if new.n_head_kv == 0 {
             let of_attention = [t.attn_norm, t.attn_norm_bias, t.attn_output_bias, t.attn_post_norm];

@@ -22,7 +22,7 @@ pub use obs::Obs;
 pub(crate) use obs::PENDING;
 pub(crate) use refit::factor;
 pub use refit::{Refit, bias_change, refit};
-pub use select::{Narrowing, busiest, greedy, loudest, narrow, paper_keep};
+pub use select::{Narrowing, busiest, greedy, heaviest, loudest, narrow, paper_keep};
 pub use widths::{Curve, allocate, possible_widths, uniform};
 
 /// Weights in 64-bit floats `[n_out, n_in]`, as the algebra takes them.

@@ -118,6 +118,16 @@ pub fn busiest(energy: &[f64], n_tokens: &[usize], n_keep: usize) -> Vec<usize> 
     largest(&means, n_keep)
 }
 
+/// The `n_keep` neurons of a feed-forward whose weights are largest, ascending: by the product of the norms of their
+/// rows of `gate` and `up` and their column of `down`, for one that nothing is known of.
+pub fn heaviest(gate: &Matrix, up: &Matrix, down: &Matrix, n_keep: usize) -> Vec<usize> {
+    let square = |values: &mut dyn Iterator<Item = f32>| values.map(|v| f64::from(v).powi(2)).sum::<f64>();
+    let row = |m: &Matrix, j: usize| square(&mut m.data[j * m.n_in..][..m.n_in].iter().copied());
+    let column = |j: usize| square(&mut (0..down.n_out).map(|i| down.data[i * down.n_in + j]));
+    let scores: Vec<f64> = (0..down.n_in).map(|j| row(gate, j) * row(up, j) * column(j)).collect();
+    largest(&scores, n_keep)
+}
+
 /// The numbers of the `n` largest, ascending.
 fn largest(scores: &[f64], n: usize) -> Vec<usize> {
     let mut order: Vec<usize> = (0..scores.len()).collect();

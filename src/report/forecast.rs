@@ -1,8 +1,7 @@
 //! What a dry run says.
 
-use super::table::{megabytes, percent, pieces_are};
+use super::table::{megabytes, percent};
 use crate::DryRun;
-use crate::model::BlockShape;
 use std::fmt::Write;
 
 /// What the products in graphs reach of a plain product's rate, and the algebra of half of it (it is in 64 bits);
@@ -15,7 +14,7 @@ const WRITING: f64 = 0.14;
 pub fn dry_run_table(d: &DryRun, rate: Option<f64>) -> String {
     let f = &d.forecast;
     let groups: usize = d.before.blocks.iter().map(|b| b.n_head_kv).sum();
-    let pieces: usize = d.before.blocks.iter().map(BlockShape::n_pieces).sum();
+    let pieces: usize = d.before.blocks.iter().map(|b| b.n_pieces(d.piece)).sum();
     let width = pieces as f64 / d.before.blocks.len() as f64;
     let mut out = format!("{:<22} {:>14} {:>14}\n", "", "before", "after");
     let mut line = |label: &str, before: String, after: String, change: String| {
@@ -30,7 +29,7 @@ pub fn dry_run_table(d: &DryRun, rate: Option<f64>) -> String {
         percent(groups as f64, (groups - f.n_groups) as f64),
     );
     line(
-        &format!("{} a block", pieces_are(&d.before)),
+        &format!("{} a block", d.piece.plural()),
         format!("{width:.0}"),
         format!("{:.0}", f.mean_width),
         percent(width, f.mean_width),

@@ -80,7 +80,7 @@ fn tiles(out: &mut String, report: &Value) {
 fn picture(report: &Value) -> String {
     let blocks = report["blocks"].as_array().map(Vec::as_slice).unwrap_or_default();
     let count = |b: &Value, when: &str, key: &str| b[when][key].as_u64().unwrap_or(0) as usize;
-    let experts = blocks.iter().any(|b| count(b, "before", "n_expert") > 0);
+    let experts = report["piece"] == "experts";
     let (key, what) = if experts { ("n_expert", "experts") } else { ("n_ff", "neurons") };
     let n_groups = blocks.iter().map(|b| count(b, "before", "n_head_kv")).max().unwrap_or(0);
     let widest = blocks.iter().map(|b| count(b, "before", key)).max().unwrap_or(1).max(1);

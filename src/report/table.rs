@@ -1,6 +1,6 @@
 //! The summary at the end.
 
-use crate::model::BlockShape;
+use crate::model::Piece;
 use crate::{Outcome, Size};
 use std::fmt::Write;
 
@@ -30,9 +30,12 @@ pub fn summary(o: &Outcome) -> String {
         count(&o.after),
         percent(groups(&o.before) as f64, groups(&o.after) as f64),
     );
-    let pieces = |s: &Size| s.blocks.iter().map(BlockShape::n_pieces).sum::<usize>();
+    let pieces = |s: &Size| s.blocks.iter().map(|b| b.n_pieces(o.piece)).sum::<usize>();
     let (p, q) = (pieces(&o.before), pieces(&o.after));
-    line(pieces_are(&o.before), p.to_string(), q.to_string(), percent(p as f64, q as f64));
+    let of_each =
+        if o.piece == Piece::Neuron && o.after.blocks[0].n_expert > 0 { " of an expert" } else { "" };
+    let label = format!("{}{of_each}", o.piece.plural());
+    line(&label, p.to_string(), q.to_string(), percent(p as f64, q as f64));
     if let Some(q) = &o.quality {
         let h = &q.held_out;
         let after = q.file_ppl.unwrap_or(h.pruned_ppl);
@@ -92,17 +95,12 @@ pub fn summary(o: &Outcome) -> String {
 
 /// KV heads and widths per block, ten blocks to a line.
 fn blocks(out: &mut String, o: &Outcome) {
-    let _ = writeln!(out, "\nKV heads and {} per block:", pieces_are(&o.after));
+    let _ = writeln!(out, "\nKV heads and {} per block:", o.piece.plural());
     for (i, chunk) in o.after.blocks.chunks(10).enumerate() {
         let cells: Vec<String> =
-            chunk.iter().map(|b| format!("{:>2}·{:<5}", b.n_head_kv, b.n_pieces())).collect();
+            chunk.iter().map(|b| format!("{:>2}·{:<5}", b.n_head_kv, b.n_pieces(o.piece))).collect();
         let _ = writeln!(out, "{:>4}  {}", i * 10, cells.join(" ").trim_end());
     }
-}
-
-/// What the feed-forwards are made of.
-pub(super) fn pieces_are(s: &Size) -> &'static str {
-    if s.blocks.iter().any(|b| b.n_expert > 0) { "experts" } else { "neurons" }
 }
 
 pub(super) fn megabytes(bytes: u64) -> String {

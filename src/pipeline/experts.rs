@@ -1,0 +1,145 @@
+//! Mixtures in the sequential pass: which experts stay, or which neurons of each.
+
+use super::sequential::{Streams, at_block};
+use super::{PruneError, Run, token_scales};
+use crate::forward::{Block, Chosen, ExpertUse, Wanted};
+use crate::model::{BlockWeights, Piece};
+use crate::numeric::Moments;
+use crate::prune;
+use crate::requant::{Quantised, quantise};
+use crate::spill::Array;
+
+impl Run<'_> {
+    /// Takes pieces out of the experts of block `il` until `n_keep` are left, and moves the pruned stream over the block.
+    pub(super) fn expert_step(
+        &mut self,
+        il: usize,
+        w: &mut BlockWeights,
+        n_keep: usize,
+        heads: Array<f32>,
+        streams: &mut Streams,
+    ) -> Result<String, PruneError> {
+        let piece = self.settings.piece(self.model);
+        let block = self.forward.upload(w)?;
+        let (n_embd, n_tokens) = (self.forward.n_embd(), self.windows.tokens.len());
+        let (row, n_expert, n_ff) = (heads.len() / n_tokens, w.shape.n_expert, w.shape.n_ff);
+        let mut used = ExpertUse::new(n_expert);
+        let mut chosen: Vec<Chosen> = vec![Vec::new(); n_expert];
+        for (chunk, fit) in self.all_chunks() {
+            let span = self.forward.span(&chunk);
+            let first = span.start / n_embd;
+            let a = &heads[first * row..span.end / n_embd * row];
+            let (mut mid, mut out) = (vec![0.0; span.len()], vec![0.0; span.len()]);
+            let wanted = Wanted { mid: Some(&mut mid), ..Wanted::default() };
+            self.forward.from_heads(&block, &streams.pruned[span.clone()], a, wanted)?;
+            match piece {
+                Piece::Expert if fit => self.forward.experts(&block, &mid, &mut out, Some(&mut used))?,
+                Piece::Neuron if fit && n_keep < n_ff => {
+                    for (all, here) in chosen.iter_mut().zip(self.forward.choices(&block, &mid)?) {
+                        all.extend(here.into_iter().map(|(t, weight)| (first + t, weight)));
+                    }
+                }
+                _ => {}
+            }
+            streams.pruned[span].copy_from_slice(&mid);
+        }
+        drop(heads);
+        match piece {
+            Piece::Expert => {
+                let keep = prune::busiest(&used.energy, &used.n_tokens, n_keep);
+                let neurons: Vec<usize> = keep.iter().flat_map(|e| e * n_ff..(e + 1) * n_ff).collect();
+                w.keep_pieces(&keep, &neurons);
+                (self.plan.blocks[il].experts, self.plan.blocks[il].neurons) = (keep, neurons);
+            }
+            Piece::Neuron if n_keep < n_ff => self.narrow_experts(il, &block, w, n_keep, &chosen, streams)?,
+            Piece::Neuron => {}
+        }
+        drop(block);
+
+        let block = self.forward.upload(w)?;
+        for (chunk, _) in self.all_chunks() {
+            let span = self.forward.span(&chunk);
+            let mut out = vec![0.0; span.len()];
+            self.forward.ffn(&block, &streams.pruned[span.clone()], &mut out)?;
+            streams.pruned[span].copy_from_slice(&out);
+        }
+        Ok(format!("{} groups, {n_keep} {}", w.shape.n_head_kv, piece.plural()))
+    }
+
+    /// Narrows every expert to `width` neurons and refits its ffn_down to what it gave before, for the tokens that choose
+    /// it, by what it counts for each.
+    fn narrow_experts(
+        &mut self,
+        il: usize,
+        block: &Block,
+        w: &mut BlockWeights,
+        width: usize,
+        chosen: &[Chosen],
+        streams: &Streams,
+    ) -> Result<(), PruneError> {
+        let (n_embd, n_ff, ty) = (self.forward.n_embd(), w.shape.n_ff, self.type_of_ffn_down(il));
+        let failed = at_block(il, "ffn_down");
+        let e = w.experts.as_ref().expect("a block with experts");
+        let (mut neurons, mut bytes, mut n_idle) = (Vec::new(), Vec::new(), 0);
+        let mut written = ty;
+        for (i, tokens) in chosen.iter().enumerate() {
+            self.checkpoint()?;
+            let down = &e.down[i];
+            let (keep, q) = if tokens.is_empty() {
+                n_idle += 1;
+                let keep = prune::heaviest(&e.gate[i], &e.up[i], down, width);
+                let q = quantise(&down.select_cols(&keep), ty, &vec![1.0; width])?;
+                (keep, q)
+            } else {
+                let moments = self.moments_of_expert(block, i, tokens, n_ff, streams)?;
+                // Fewer tokens than neurons leave most directions to chance: the fewer, the closer to the old weights.
+                let ridge = self.settings.ridge_ffn * (n_ff as f64 / tokens.len() as f64).max(1.0);
+                let chosen = prune::greedy(down, None, &moments.gram, ridge, width);
+                let (keep, refit) = chosen.map_err(|e| failed(e.into()))?;
+                self.report_ridge(il, &format!("ffn_down of expert {i}"), refit.ridge, ridge);
+                let q = self.requantise(&refit.weights, &moments, &keep, ridge, ty).map_err(&failed)?;
+                (keep, q)
+            };
+            neurons.extend(keep.iter().map(|j| i * n_ff + j));
+            bytes.extend_from_slice(&q.bytes);
+            written = q.ty;
+        }
+        if n_idle > 0 {
+            self.warnings.push(format!(
+                "block {il}: no token of the calibration chose {n_idle} of {} experts, whose neurons went by the size of their weights",
+                chosen.len()
+            ));
+        }
+        let q = Quantised::new(written, width, chosen.len() * n_embd, bytes);
+        let experts: Vec<usize> = (0..chosen.len()).collect();
+        w.keep_pieces(&experts, &neurons);
+        w.set_ffn_down(q.to_matrix()?);
+        self.plan.blocks[il].neurons = neurons;
+        self.plan.blocks[il].ffn_down = Some(q.on(&self.settings.shelf)?);
+        Ok(())
+    }
+
+    /// Moments at ffn_down of one expert over the tokens that chose it, whose streams before the feed-forward are the pruned
+    /// ones; errors count relative to the dense stream behind the block.
+    fn moments_of_expert(
+        &mut self,
+        block: &Block,
+        expert: usize,
+        tokens: &Chosen,
+        n_ff: usize,
+        streams: &Streams,
+    ) -> Result<Moments, PruneError> {
+        let n_embd = self.forward.n_embd();
+        let mut moments = Moments::new(n_ff, 0);
+        for part in tokens.chunks(self.forward.chunk_tokens()) {
+            let rows = |stream: &[f32]| -> Vec<f32> {
+                part.iter().flat_map(|&(t, _)| &stream[t * n_embd..][..n_embd]).copied().collect()
+            };
+            let mut scales = token_scales(&rows(&streams.dense), n_embd, self.settings.token_weight);
+            scales.iter_mut().zip(part).for_each(|(scale, (_, weight))| *scale *= weight);
+            let mid = rows(&streams.pruned);
+            self.forward.expert_moments(block, expert, &mid, &scales, &mut moments)?;
+        }
+        Ok(moments)
+    }
+}
