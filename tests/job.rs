@@ -181,6 +181,20 @@ fn mixtures_lose_neurons_of_each_expert() {
             let h = Model::open(&cli.path("out.gguf")).unwrap().hparams;
             assert!(h.blocks.iter().all(|b| (b.n_expert, b.n_ff) == (n_expert, width)), "{name}");
             assert_eq!(h.experts.unwrap().n_used, n_used);
+            let Some(Value::F32(reached)) = out.get("putri.sparsity_reached") else {
+                panic!("no provenance")
+            };
+            let params = |f: &GgufFile| -> usize {
+                let prunable = |name: &str| {
+                    let parts =
+                        ["attn_q.w", "attn_k.w", "attn_v.w", "attn_output.w", "_exps.w", "gate_inp.w"];
+                    parts.iter().any(|part| name.contains(part))
+                };
+                f.tensors().iter().filter(|t| prunable(&t.name)).map(|t| t.n_elements()).sum()
+            };
+            let gone = 1.0 - params(&out) as f32 / params(&source) as f32;
+            let asked: f32 = sparsity.parse().unwrap();
+            assert!(*reached >= asked && (*reached - gone).abs() < 1e-6, "{name}: {reached} {gone}");
             for il in 0..4 {
                 let rows = |f: &GgufFile, role: &str, n_ff: usize| -> Vec<Vec<Vec<u8>>> {
                     let t = f.find(&format!("blk.{il}.ffn_{role}.weight")).unwrap();

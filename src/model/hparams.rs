@@ -328,11 +328,11 @@ impl Hparams {
         self.ffn_matrices() * self.n_embd
     }
 
-    /// Parameters of a piece of the feed-forward; an expert's row of the router, which is next to nothing, is not counted.
+    /// Parameters of a piece of the feed-forward; to an expert belongs its row of the router.
     pub fn piece_params(&self, b: &BlockShape, piece: Piece) -> usize {
         match piece {
             Piece::Neuron => b.n_feed_forwards() * self.neuron_params(),
-            Piece::Expert => b.n_ff * self.neuron_params(),
+            Piece::Expert => b.n_ff * self.neuron_params() + self.n_embd,
         }
     }
 
@@ -344,10 +344,11 @@ impl Hparams {
         }
     }
 
-    /// Prunable parameters of a block, attention and feed-forward (|A| and |F| of the paper; norms,
-    /// biases and routers are left out).
+    /// Prunable parameters of a block, attention and feed-forward (|A| and |F| of the paper; norms
+    /// and biases are left out).
     pub fn block_params(&self, b: &BlockShape) -> (usize, usize) {
-        (b.n_head_kv * self.group_params(b), b.n_feed_forwards() * b.n_ff * self.neuron_params())
+        let ffn = b.n_ff * self.piece_params(b, Piece::Neuron) + b.n_expert * self.n_embd;
+        (b.n_head_kv * self.group_params(b), ffn)
     }
 }
 

@@ -155,6 +155,7 @@ pub fn budgets(model: &Model, s: &Settings) -> Vec<Budget> {
                 group_params: h.group_params(b),
                 n_pieces: b.n_pieces(piece),
                 piece_params: h.piece_params(b, piece),
+                fixed: h.block_params(b).1 - b.n_pieces(piece) * h.piece_params(b, piece),
                 step,
                 fewest: h.fewest_pieces(piece).max(step),
             }

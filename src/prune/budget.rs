@@ -11,6 +11,8 @@ pub struct Budget {
     pub n_pieces: usize,
     /// Parameters per piece.
     pub piece_params: usize,
+    /// Parameters that are counted and do not go: the router of experts that all stay.
+    pub fixed: usize,
     /// The step in which their number may change.
     pub step: usize,
     /// The fewest that the block may keep.
@@ -33,10 +35,10 @@ impl Budget {
     }
 
     fn ffn(&self) -> usize {
-        self.n_pieces * self.piece_params
+        self.n_pieces * self.piece_params + self.fixed
     }
 
-    /// All parameters of the block that can be removed or kept.
+    /// All parameters of the block that are counted.
     pub fn params(&self) -> usize {
         self.attention() + self.ffn()
     }
@@ -87,6 +89,7 @@ mod tests {
             group_params: 884_736 / 3,
             n_pieces: 1536,
             piece_params: 3 * 576,
+            fixed: 0,
             step: 32,
             fewest: 32,
         };

@@ -66,7 +66,7 @@ mod tests {
     use super::*;
 
     fn of(n_pieces: usize, step: usize, fewest: usize) -> Budget {
-        Budget { n_groups: 0, group_params: 0, n_pieces, piece_params: 1, step, fewest }
+        Budget { n_groups: 0, group_params: 0, n_pieces, piece_params: 1, fixed: 0, step, fewest }
     }
 
     #[test]
