@@ -5,6 +5,7 @@ mod common;
 use common::small::Small;
 use common::{TEXT, smollm2};
 use putri_gguf::calibrate::{CalibrateError, Recipe, Schedule, collect, generate};
+use putri_gguf::evaluate::{Protocol, evaluate};
 use putri_gguf::ggml::{LlamaModel, silence_logs};
 
 fn recipe(n_ctx: usize, n_windows: usize, self_share: f64) -> Recipe {
@@ -78,9 +79,8 @@ fn a_likely_continuation_is_likely() {
         1,
         &mut |_, _| true,
     )
-    .unwrap()
-    .concat();
-    let ppl = putri_gguf::evaluate::perplexity(&model, &own, 64, 1).unwrap();
+    .unwrap();
+    let ppl = evaluate(&model, None, &own, Protocol::Hf, 1, |_, _| true).unwrap().ppl;
     println!("perplexity of self-generated text: {ppl:.1}");
     assert!(ppl < 1000.0, "{ppl}");
 }

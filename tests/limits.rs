@@ -6,6 +6,7 @@ use common::cli::Cli;
 use common::small::Small;
 use putri_gguf::ggml::silence_logs;
 use putri_gguf::gguf::{GgufFile, Value};
+use serde_json::Value as Json;
 
 const QUICK: [&str; 7] = ["--ctx-size", "64", "--chunks", "8", "--threads", "1", "-q"];
 
@@ -63,16 +64,41 @@ fn nested_outputs_are_those_of_single_runs() {
     silence_logs();
     let cli = Cli::new();
     Small { blocks: vec![(4, 2, 256); 4], ..Small::default() }.write(&cli.path("in.gguf"));
-    let said = cli.ok(&[&["in.gguf", "out.gguf", "--nested", "0.3,0.45,0.6"][..], &QUICK].concat());
-    for (share, name) in [("0.3", "out-30.gguf"), ("0.45", "out-45.gguf"), ("0.6", "out-60.gguf")] {
+    let more = ["--report", "r.json", "--imatrix-out", "i.gguf"];
+    let nested = [&["in.gguf", "out.gguf", "--nested", "0.3,0.45,0.6"][..], &more].concat();
+    let said = cli.ok(&[&nested[..], &QUICK].concat());
+    let json = |text: &[u8]| serde_json::from_slice::<Json>(text).unwrap();
+    for (share, percent) in [("0.3", 30), ("0.45", 45), ("0.6", 60)] {
+        let name = format!("out-{percent}.gguf");
         assert!(said.lines().any(|l| l == name), "{said}");
-        cli.ok(&[&["in.gguf", "one.gguf", "--force", "--sparsity", share][..], &QUICK].concat());
-        let [a, b] = [name, "one.gguf"].map(|f| std::fs::read(cli.path(f)).unwrap());
-        assert!(a == b, "{name}");
+        let one = ["in.gguf", "one.gguf", "--force", "--imatrix-out", "one.imatrix", "--sparsity", share];
+        cli.ok(&[&one[..], &QUICK].concat());
+        let read = |f: &str| std::fs::read(cli.path(f)).unwrap();
+        assert!(read(&name) == read("one.gguf"), "{name}");
+        assert!(read(&format!("i-{percent}.gguf")) == read("one.imatrix"), "{name}");
+        let report = json(&read(&format!("r-{percent}.json")));
+        assert_eq!(report["output"]["path"], name);
+        assert_eq!(report["options"]["sparsity"], share.parse::<f64>().unwrap());
+        assert_eq!(report["output"]["sha256"], GgufFile::open(&cli.path(&name)).unwrap().sha256());
     }
-    assert!(!cli.path("out.gguf").exists());
+    for file in ["out.gguf", "r.json", "i.gguf"] {
+        assert!(!cli.path(file).exists(), "{file}");
+    }
+    let events = cli.ok(&[&nested[..], &["--force", "--json"], &QUICK].concat());
+    let events: Vec<Json> = events.lines().map(|line| json(line.as_bytes())).collect();
+    let done = events.iter().filter(|e| e["event"] == "done").map(|e| e["report"]["output"]["path"].clone());
+    assert_eq!(done.collect::<Vec<_>>(), ["out-30.gguf", "out-45.gguf", "out-60.gguf"]);
+    // Perplexity while windows are scored.
+    let verifies = |e: &&Json| e["stage"] == "verify" && e["event"] == "step";
+    let notes: Vec<&str> = events.iter().filter(verifies).map(|e| e["note"].as_str().unwrap()).collect();
+    assert!(notes.len() >= 3 && notes.iter().all(|n| n.starts_with("perplexity ")), "{notes:?}");
     // One that is there already is seen before any work.
-    std::fs::remove_file(cli.path("out-30.gguf")).unwrap();
-    let args = ["in.gguf", "out.gguf", "--nested", "0.3,0.45"];
-    cli.fails(&[&args[..], &QUICK].concat(), 1, &["out-45.gguf", "--force"]);
+    for file in ["out-30.gguf", "i-30.gguf", "r-30.json", "i-45.gguf", "r-45.json"] {
+        std::fs::remove_file(cli.path(file)).unwrap();
+    }
+    let nested = [&["in.gguf", "out.gguf", "--nested", "0.3,0.45"][..], &more].concat();
+    cli.fails(&[&nested[..], &QUICK].concat(), 1, &["out-45.gguf", "--force"]);
+    std::fs::remove_file(cli.path("out-45.gguf")).unwrap();
+    std::fs::write(cli.path("r-45.json"), "").unwrap();
+    cli.fails(&[&nested[..], &QUICK].concat(), 1, &["r-45.json", "--force"]);
 }

@@ -120,6 +120,11 @@ impl Windows {
         &self.tokens[windows.start * self.n_ctx..windows.end * self.n_ctx]
     }
 
+    /// The windows to judge on.
+    pub fn held_out(&self) -> Vec<&[Token]> {
+        self.tokens_of(self.n_fit..self.n_windows()).chunks_exact(self.n_ctx).collect()
+    }
+
     /// About `n_tokens` tokens in windows of `n_ctx`, the beginnings of windows that are spread evenly
     /// over those to fit on.
     pub fn sample(&self, n_tokens: usize, n_ctx: usize) -> Vec<Token> {

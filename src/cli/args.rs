@@ -218,7 +218,7 @@ pub struct Args {
     #[arg(long, help_heading = "Run", hide_short_help = true)]
     pub timings: bool,
     /// Print events as JSON objects, one per line, instead of progress and summary
-    #[arg(long, help_heading = "Run", hide_short_help = true, conflicts_with_all = ["nested", "dry_run", "timings"])]
+    #[arg(long, help_heading = "Run", hide_short_help = true, conflicts_with_all = ["dry_run", "timings"])]
     pub json: bool,
     /// No progress on stderr
     #[arg(short, long, help_heading = "Run")]

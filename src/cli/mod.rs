@@ -4,7 +4,7 @@ mod args;
 mod resolve;
 
 pub use args::{Args, Cli, Command, EvalArgs};
-pub use resolve::{nested_outputs, resolve, resolve_eval};
+pub use resolve::{nested_name, resolve, resolve_eval};
 
 use anyhow::Context;
 use clap::{CommandFactory, Parser};
@@ -13,7 +13,7 @@ use putri_gguf::report::{
     Progress, Timings, dry_run_table, eval_json, eval_table, event, inspection_json, inspection_table,
     page as page_of, report, summary,
 };
-use putri_gguf::{Job, JobError, Outcome, ggml};
+use putri_gguf::{Job, JobError, Nested, Outcome, ggml};
 use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -40,20 +40,22 @@ pub fn main() -> ExitCode {
     let done = match (cli.command, cli.prune) {
         (Some(Command::Inspect { input, json }), _) => {
             let text = |found| if json { inspection_json(&found) + "\n" } else { inspection_table(&found) };
-            putri_gguf::inspect(&input).map(text).map_err(Failed::Job).and_then(|text| show(&text))
+            putri_gguf::inspect(&input).map(|found| show(&text(found))).map_err(Failed::Job)
         }
         (Some(Command::Eval(args)), _) => measure(args),
         (Some(Command::Completions { shell }), _) => {
             let mut text = Vec::new();
             clap_complete::generate(shell, &mut Cli::command(), "putri-gguf", &mut text);
-            show(&String::from_utf8_lossy(&text))
+            show(&String::from_utf8_lossy(&text));
+            Ok(())
         }
         (Some(Command::Man), _) => {
             let mut text = Vec::new();
             // Writing into memory does not fail.
             let command = Cli::command().version(env!("CARGO_PKG_VERSION"));
             let _ = clap_mangen::Man::new(command).render(&mut text);
-            show(&String::from_utf8_lossy(&text))
+            show(&String::from_utf8_lossy(&text));
+            Ok(())
         }
         (None, Some(args)) => prune(args),
         (None, None) => unreachable!("clap demands a command or what to prune"),
@@ -111,18 +113,29 @@ fn prune(args: Args) -> Result<(), Failed> {
     let job = resolve(args).map_err(Failed::Usage)?;
     let n_threads = job.settings.n_threads;
     let stop = ready(n_threads).map_err(Failed::Machine)?;
-    if let Some(path) = &report_to {
-        writable(path, job.force)?;
-    }
+    // Of several results each has its own.
+    let reports: Vec<PathBuf> = match (&report_to, &nested) {
+        (None, _) => Vec::new(),
+        (Some(path), None) => vec![path.clone()],
+        (Some(path), Some(shares)) => shares.iter().map(|&share| nested_name(path, share)).collect(),
+    };
+    reports.iter().try_for_each(|path| writable(path, job.force))?;
     if dry {
         let rate = || ggml::product_rate(n_threads).ok();
-        return show(&dry_run_table(&putri_gguf::dry_run(&job)?, rate()));
+        show(&dry_run_table(&putri_gguf::dry_run(&job)?, rate()));
+        return Ok(());
     }
     let mut progress = if json { Progress::events(stop) } else { Progress::new(quiet, stop) };
     if let Some(shares) = nested {
-        let outputs = nested_outputs(&job.output, &shares);
-        let result = putri_gguf::run_nested(&job, &outputs, &mut progress, |path, outcome| {
-            let _ = writeln!(std::io::stdout(), "{}{}\n", summary(outcome), path.display());
+        let result_at = |&sparsity: &f64| Nested {
+            sparsity,
+            output: nested_name(&job.output, sparsity),
+            imatrix_out: job.imatrix_out.as_ref().map(|path| nested_name(path, sparsity)),
+        };
+        let results: Vec<Nested> = shares.iter().map(result_at).collect();
+        let mut reports = reports.iter();
+        let result = putri_gguf::run_nested(&job, &results, &mut progress, |job, outcome| {
+            tell(job, outcome, reports.next(), json, "")
         });
         progress.finish();
         return Ok(result?);
@@ -135,34 +148,42 @@ fn prune(args: Args) -> Result<(), Failed> {
         (JobError::Interrupted, Some(keep)) => Failed::Interrupted(keep.folder.clone()),
         (e, _) => Failed::Job(e),
     })?;
+    let rate = timings.then(|| ggml::product_rate(n_threads).ok()).flatten();
+    let timed = rate.map(|rate| format!("\n{}", stages.table(rate, outcome.forecast.as_ref())));
+    Ok(tell(&job, &outcome, reports.first(), json, &timed.unwrap_or_default())?)
+}
+
+/// Writes the report, if there shall be one, and says what came of the job: as an event, or as a summary that ends with
+/// `more` and the output's path.
+fn tell(
+    job: &Job,
+    outcome: &Outcome,
+    report_to: Option<&PathBuf>,
+    json: bool,
+    more: &str,
+) -> Result<(), JobError> {
     if report_to.is_some() || json {
-        let found = document(&job, &outcome)?;
-        if let Some(path) = &report_to {
-            write_report(path, &found).map_err(|e| in_file(path, e))?;
+        let found = document(job, outcome)?;
+        if let Some(path) = report_to {
+            write_report(path, &found).map_err(|source| JobError::Io { path: path.clone(), source })?;
         }
         if json {
             event(&serde_json::json!({ "event": "done", "report": found }));
             return Ok(());
         }
     }
-    let mut text = summary(&outcome);
-    if timings && let Ok(rate) = ggml::product_rate(n_threads) {
-        text += &format!("\n{}", stages.table(rate, outcome.forecast.as_ref()));
-    }
-    show(&format!("{text}{}\n", outcome.output.display()))
+    show(&format!("{}{more}{}\n", summary(outcome), outcome.output.display()));
+    Ok(())
 }
 
 /// Refuses a file that is there already, or cannot be, before any work.
-fn writable(path: &Path, force: bool) -> Result<(), Failed> {
+fn writable(path: &Path, force: bool) -> Result<(), JobError> {
     if !force && path.symlink_metadata().is_ok() {
-        return Err(JobError::Exists(path.into()).into());
+        return Err(JobError::Exists(path.into()));
     }
     let folder = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
-    tempfile::tempfile_in(folder).map(|_| ()).map_err(|e| in_file(path, e))
-}
-
-fn in_file(path: &Path, source: std::io::Error) -> Failed {
-    JobError::Io { path: path.into(), source }.into()
+    tempfile::tempfile_in(folder).map_err(|source| JobError::Io { path: path.into(), source })?;
+    Ok(())
 }
 
 /// The report's data, for which the output is hashed.
@@ -186,7 +207,8 @@ fn measure(args: EvalArgs) -> Result<(), Failed> {
     let result = putri_gguf::eval(&job, &mut progress);
     progress.finish();
     let found = result?;
-    show(&if json { eval_json(&found, job.protocol) + "\n" } else { eval_table(&found, job.protocol) })
+    show(&if json { eval_json(&found, job.protocol) + "\n" } else { eval_table(&found, job.protocol) });
+    Ok(())
 }
 
 /// Sets threads and Ctrl-C up; the flag is raised by the first of the latter.
@@ -198,9 +220,8 @@ fn ready(n_threads: usize) -> anyhow::Result<Arc<AtomicBool>> {
 }
 
 /// Prints what was found. The work is done; that nobody reads it does not make it a failure.
-fn show(text: &str) -> Result<(), Failed> {
+fn show(text: &str) {
     let _ = write!(std::io::stdout(), "{text}");
-    Ok(())
 }
 
 /// A flag that the first Ctrl-C raises; the second ends the process.

@@ -140,11 +140,6 @@ fn several(args: &Args, limit: Option<Limit>) -> Result<()> {
         let shares = list.iter().all(|s| *s > 0.0 && *s < 1.0);
         let rising = list.windows(2).all(|two| two[0] < two[1]);
         ensure!(shares && rising, "--nested wants shares between 0 and 1, rising, as in 0.1,0.2,0.3");
-        for (given, flag) in
-            [(args.imatrix_out.is_some(), "--imatrix-out"), (args.report.is_some(), "--report")]
-        {
-            ensure!(!given, "{flag} is of one model; --nested makes several");
-        }
     }
     if limit.is_some() || args.nested.is_some() {
         ensure!(!args.dry_run, "--dry-run is about one sparsity; give --sparsity");
@@ -175,16 +170,13 @@ fn goes_with_a_copy(args: &Args) -> Result<()> {
     Ok(())
 }
 
-/// Outputs of `--nested`: the share that goes, in percent, behind the name.
-pub fn nested_outputs(output: &Path, shares: &[f64]) -> Vec<(f64, PathBuf)> {
-    let stem = output.file_stem().unwrap_or_default().to_string_lossy();
-    let extension = output.extension().map_or(String::new(), |e| format!(".{}", e.to_string_lossy()));
-    let name = |share: f64| {
-        // 0.07 is 7, not 7.000000000000001.
-        let percent = (share * 1e6).round() / 1e4;
-        output.with_file_name(format!("{stem}-{percent}{extension}"))
-    };
-    shares.iter().map(|&share| (share, name(share))).collect()
+/// A file of one of the results of `--nested`: the share that goes, in percent, behind the name.
+pub fn nested_name(path: &Path, share: f64) -> PathBuf {
+    let stem = path.file_stem().unwrap_or_default().to_string_lossy();
+    let extension = path.extension().map_or(String::new(), |e| format!(".{}", e.to_string_lossy()));
+    // 0.07 is 7, not 7.000000000000001.
+    let percent = (share * 1e6).round() / 1e4;
+    path.with_file_name(format!("{stem}-{percent}{extension}"))
 }
 
 /// What `eval` measures.
@@ -336,9 +328,11 @@ mod tests {
 
     #[test]
     fn nested_outputs_are_named_by_percent() {
-        let names = nested_outputs(Path::new("a/out.gguf"), &[0.07, 0.125, 0.5]);
-        let names: Vec<_> = names.iter().map(|(_, p)| p.to_str().unwrap()).collect();
-        assert_eq!(names, ["a/out-7.gguf", "a/out-12.5.gguf", "a/out-50.gguf"]);
+        let names = [0.07, 0.125, 0.5].map(|share| nested_name(Path::new("a/out.gguf"), share));
+        assert_eq!(
+            names.map(|p| p.display().to_string()),
+            ["a/out-7.gguf", "a/out-12.5.gguf", "a/out-50.gguf"]
+        );
     }
 
     #[test]

@@ -1,6 +1,6 @@
 //! A file on a text, by libllama: what a user of llama.cpp would measure.
 
-use super::Window;
+use super::window::Window;
 use crate::ggml::{BatchToken, Context, GgmlError, LlamaModel, Token};
 use crate::numeric::{RowComparison, compare_rows, nll};
 use rayon::prelude::*;
@@ -113,20 +113,20 @@ pub fn windows(
     Ok(windows)
 }
 
-/// How `model` does on `windows` of one length, and how far it is from `base`, if that is given. `progress` is told
-/// (windows done, in all) and returns whether to go on; if not, what is known by then is returned.
+/// How `model` does on `windows` of one length, and how far it is from `base`, if that is given. `progress` is told the
+/// windows that are done and the perplexity so far, and returns whether to go on; if not, what is known by then is returned.
 ///
 /// # Errors
 /// [`EvaluateError`] if libllama fails, or the two cannot be compared.
 pub fn evaluate(
     model: &LlamaModel,
     base: Option<&LlamaModel>,
-    windows: &[Vec<Token>],
+    windows: &[impl AsRef<[Token]>],
     protocol: Protocol,
     n_threads: usize,
-    mut progress: impl FnMut(usize, usize) -> bool,
+    mut progress: impl FnMut(usize, f64) -> bool,
 ) -> Result<Evaluation, EvaluateError> {
-    let n_ctx = windows[0].len();
+    let n_ctx = windows[0].as_ref().len();
     let first = match protocol {
         Protocol::Llama => n_ctx / 2,
         Protocol::Hf => 0,
@@ -140,7 +140,8 @@ pub fn evaluate(
     let (mut losses, mut base_losses) = (Vec::<f64>::new(), Vec::<f64>::new());
     let (mut divergences, mut same) = (Vec::<f64>::new(), 0usize);
     let mut base_logits = Vec::new();
-    for (i, window) in windows.iter().enumerate() {
+    let mean = |values: &[f64]| values.iter().sum::<f64>() / values.len() as f64;
+    for (i, window) in windows.iter().map(AsRef::as_ref).enumerate() {
         if let Some(other) = &mut other {
             base_logits.clear();
             other.run(window, first, |_, rows| {
@@ -162,12 +163,11 @@ pub fn evaluate(
             divergences.extend(found.iter().map(|r| r.kl));
             same += found.iter().filter(|r| r.same_top).count();
         })?;
-        if !progress(i + 1, windows.len()) {
+        if !progress(i + 1, mean(&losses).exp()) {
             break;
         }
     }
     let n = losses.len() as f64;
-    let mean = |values: &[f64]| values.iter().sum::<f64>() / values.len() as f64;
     let ppl = mean(&losses).exp();
     let variance = losses.iter().map(|l| l * l).sum::<f64>() / n - mean(&losses).powi(2);
     let divergence = (!divergences.is_empty()).then(|| {
@@ -290,6 +290,7 @@ pub fn tasks(text: &str) -> Result<Vec<Task>, EvaluateError> {
 }
 
 /// Share of `tasks` where the right ending is the likeliest per token (`hellaswag_score` of llama.cpp, acc_norm).
+/// `progress` is told the tasks that are done and the share so far, and returns whether to go on.
 ///
 /// # Errors
 /// [`EvaluateError`] if libllama fails.
@@ -297,11 +298,11 @@ pub fn accuracy(
     model: &LlamaModel,
     tasks: &[Task],
     n_threads: usize,
-    mut progress: impl FnMut(usize, usize) -> bool,
+    mut progress: impl FnMut(usize, f64) -> bool,
 ) -> Result<f64, EvaluateError> {
     let vocab = model.vocab();
     let bos = vocab.bos().filter(|_| vocab.add_bos());
-    let (mut right, mut n) = (0, 0);
+    let (mut right, mut share) = (0, 0.0);
     for (i, task) in tasks.iter().enumerate() {
         let texts: Vec<Vec<Token>> = task
             .endings
@@ -329,13 +330,13 @@ pub fn accuracy(
                 best = (per_token, ending);
             }
         }
-        n += 1;
         right += usize::from(best.1 == task.right);
-        if !progress(i + 1, tasks.len()) {
+        share = right as f64 / (i + 1) as f64;
+        if !progress(i + 1, share) {
             break;
         }
     }
-    Ok(right as f64 / f64::from(n.max(1)))
+    Ok(share)
 }
 
 #[cfg(test)]

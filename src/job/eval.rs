@@ -69,16 +69,14 @@ pub fn eval(job: &EvalJob, observer: &mut dyn Observer) -> Result<EvalOutcome, J
     let mut outcome =
         EvalOutcome { bytes: (bytes, base_bytes), evaluation: None, accuracy: None, speed: None };
 
-    let told = |observer: &mut dyn Observer, done: usize| {
-        observer.step(done, "");
-        !observer.interrupted()
-    };
-
     if !job.texts.is_empty() {
         let windows = evaluate::windows(&model, &texts, job.protocol, job.n_ctx, job.n_windows);
         let windows = windows.map_err(|source| JobError::Evaluate { path: job.texts[0].clone(), source })?;
         observer.stage("text", windows.len());
-        let told = |done, _| told(observer, done);
+        let told = |done, ppl| {
+            observer.step(done, &format!("perplexity {ppl:.4}"));
+            !observer.interrupted()
+        };
         let found = evaluate::evaluate(&model, base.as_ref(), &windows, job.protocol, job.n_threads, told)
             .map_err(failed)?;
         outcome.evaluation = Some(found);
@@ -86,7 +84,10 @@ pub fn eval(job: &EvalJob, observer: &mut dyn Observer) -> Result<EvalOutcome, J
     if !tasks.is_empty() {
         let mut share = |model: &LlamaModel| -> Result<f64, JobError> {
             observer.stage("tasks", tasks.len());
-            let told = |done, _| told(observer, done);
+            let told = |done, share: f64| {
+                observer.step(done, &format!("{:.2} % right", share * 100.0));
+                !observer.interrupted()
+            };
             let found = evaluate::accuracy(model, &tasks, job.n_threads, told).map_err(failed)?;
             if observer.interrupted() { Err(JobError::Interrupted) } else { Ok(found) }
         };

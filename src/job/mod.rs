@@ -180,24 +180,36 @@ pub fn run(job: &Job, observer: &mut dyn Observer) -> Result<Outcome, JobError> 
     Ok(outcome)
 }
 
-/// Runs `job` at several sparsities on one calibration, each with an output of its own; heads that go at one also go at
-/// higher ones, so that they are searched for once. `done` is told of each outcome.
+/// One of several results of one calibration.
+#[derive(Clone, Debug)]
+pub struct Nested {
+    /// Its sparsity.
+    pub sparsity: f64,
+    /// Where it goes.
+    pub output: PathBuf,
+    /// Where its importance matrix goes, if anywhere.
+    pub imatrix_out: Option<PathBuf>,
+}
+
+/// Runs `job` at several sparsities on one calibration, each with outputs of its own; heads that go at one also go at
+/// higher ones, so that they are searched for once. `done` is told of each outcome, and of what it was asked for.
 ///
 /// # Errors
-/// [`JobError`]; outputs that were finished stay.
+/// [`JobError`], of `done` too; outputs that were finished stay.
 pub fn run_nested(
     job: &Job,
-    outputs: &[(f64, PathBuf)],
+    results: &[Nested],
     observer: &mut dyn Observer,
-    mut done: impl FnMut(&Path, &Outcome),
+    mut done: impl FnMut(&Job, &Outcome) -> Result<(), JobError>,
 ) -> Result<(), JobError> {
     let source = open(job)?;
-    let job_of = |(sparsity, output): &(f64, PathBuf)| Job {
-        output: output.clone(),
-        settings: Settings { sparsity: *sparsity, ..job.settings.clone() },
+    let job_of = |n: &Nested| Job {
+        output: n.output.clone(),
+        imatrix_out: n.imatrix_out.clone(),
+        settings: Settings { sparsity: n.sparsity, ..job.settings.clone() },
         ..job.clone()
     };
-    let jobs: Vec<Job> = outputs.iter().map(job_of).collect();
+    let jobs: Vec<Job> = results.iter().map(job_of).collect();
     for job in &jobs {
         check_paths(job, &source.file)?;
         settings(job, &source)?;
@@ -208,8 +220,9 @@ pub fn run_nested(
     for job in jobs {
         let job = Job { settings: settings(&job, &p.source)?, ..job };
         let (settings, pruned) = p.prune(&job, &mut memory, observer)?;
-        let outcome = p.write(&Job { settings, ..job.clone() }, pruned, start, observer)?;
-        done(&outcome.output, &outcome);
+        let job = Job { settings, ..job };
+        let outcome = p.write(&job, pruned, start, observer)?;
+        done(&job, &outcome)?;
         start = Instant::now();
     }
     Ok(())

@@ -5,7 +5,7 @@ use super::prepared::{Prepared, llama};
 use super::{Job, JobError, Outcome, Quality, Samples, Size, forecast};
 use crate::assemble::{Provenance, assemble, write_imatrix};
 use crate::calibrate::Windows;
-use crate::evaluate;
+use crate::evaluate::{self, Protocol};
 use crate::ggml::{GgmlError, LlamaModel};
 use crate::gguf::{OutTensor, write_gguf};
 use crate::model::{BlockShape, Family, Model};
@@ -58,7 +58,7 @@ impl Prepared {
                 Some((path, temp))
             }
         };
-        observer.stage("write and verify", 2);
+        observer.stage("write", 1);
         let temp = temporary(&job.output)?;
         let mut out = BufWriter::with_capacity(1 << 20, temp.as_file());
         let carrier = assemble(model, &pruned.plan, &provenance, &mut out, &job.output)?;
@@ -72,14 +72,23 @@ impl Prepared {
             held_out_tokens: windows.n_held_out * windows.n_ctx,
         };
         if job.verify {
-            let held_out = windows.tokens_of(windows.n_fit..windows.n_windows());
+            let held_out = windows.held_out();
+            observer.stage("verify", held_out.len());
+            let written = llama(job, temp.path()).map_err(JobError::DoesNotLoad)?;
+            let told = |done, ppl| {
+                observer.step(done, &format!("perplexity {ppl:.4}"));
+                !observer.interrupted()
+            };
             let n_threads = job.settings.n_threads;
-            let file = llama(job, temp.path())
-                .and_then(|model| evaluate::perplexity(&model, held_out, windows.n_ctx, n_threads))
-                .map_err(JobError::DoesNotLoad)?;
+            let file = evaluate::evaluate(&written, None, &held_out, Protocol::Hf, n_threads, told)
+                .map_err(|source| JobError::Evaluate { path: job.output.clone(), source })?
+                .ppl;
+            if observer.interrupted() {
+                return Err(JobError::Interrupted);
+            }
             let own = quality.held_out.pruned_ppl;
             // A NaN on either side is no agreement.
-            let bound = PARITY.ln() + 1.0 / (held_out.len() as f64).sqrt();
+            let bound = PARITY.ln() + 1.0 / (quality.held_out_tokens as f64).sqrt();
             let agrees = (file / own).ln().abs() <= bound;
             if !agrees {
                 return Err(JobError::Disagrees { file, own });
@@ -103,7 +112,6 @@ impl Prepared {
             parts => finish_parts(job, temp, parts)?,
         };
         let output = outputs[0].clone();
-        observer.step(2, "");
         // The result is there whatever comes of this.
         let mut warnings = pruned.warnings;
         let rivals = match job.compare_quant.then(|| self.rivals(job, &output, bytes, observer)) {

@@ -5,7 +5,7 @@ use super::prepared::{Prepared, llama};
 use super::{Job, JobError};
 use crate::assemble::importance;
 use crate::evaluate::{self, Evaluation, Protocol};
-use crate::ggml::{FileType, Token, quantize_file};
+use crate::ggml::{FileType, quantize_file};
 use crate::pipeline::{self, Observer, Plan};
 use std::path::Path;
 
@@ -73,9 +73,7 @@ impl Prepared {
 
         let failed = |source| JobError::Evaluate { path: job.output.clone(), source };
         let source = llama(job, &job.input).map_err(JobError::DoesNotLoad)?;
-        let held_out = self.windows.tokens_of(self.windows.n_fit..self.windows.n_windows());
-        let windows: Vec<Vec<Token>> =
-            held_out.chunks_exact(self.windows.n_ctx).map(<[Token]>::to_vec).collect();
+        let windows = self.windows.held_out();
         let mut judge = |name: &str, path: &Path, bytes: u64, done: usize| {
             let file = llama(job, path).map_err(JobError::DoesNotLoad)?;
             let n_threads = job.settings.n_threads;

@@ -70,7 +70,10 @@ impl Run<'_> {
                 Some(_) => self.expert_step(il, &mut w, width, heads, &mut streams)?,
             };
             self.journal.block(il, &self.plan.blocks[il], &self.warnings[n_warnings..])?;
-            self.observer.step(il + 1, &note);
+            let held_out = self.forward.span(&(self.windows.n_fit..self.windows.n_windows()));
+            let [dense, pruned] = [&streams.dense, &streams.pruned].map(|s| &s[held_out.clone()]);
+            let off = mean_distance(dense, pruned, self.forward.n_embd());
+            self.observer.step(il + 1, &format!("{note}, stream {:.1} % off", off * 100.0));
         }
         Ok(streams)
     }
@@ -309,6 +312,18 @@ impl Run<'_> {
                 .push(format!("block {il}, {part}: needed a ridge of {used:.0e} (asked for {wanted:.0e})"));
         }
     }
+}
+
+/// How far the tokens of `stream` `[n_tokens, n_embd]` are from those of `dense` on average, relative to the length of
+/// the latter.
+fn mean_distance(dense: &[f32], stream: &[f32], n_embd: usize) -> f64 {
+    let square = |values: &mut dyn Iterator<Item = f32>| values.map(|v| f64::from(v).powi(2)).sum::<f64>();
+    let tokens = dense.chunks_exact(n_embd).zip(stream.chunks_exact(n_embd));
+    let distances = tokens.map(|(d, s)| {
+        let apart = square(&mut d.iter().zip(s).map(|(d, s)| d - s));
+        (apart / square(&mut d.iter().copied()).max(f64::MIN_POSITIVE)).sqrt()
+    });
+    distances.sum::<f64>() / (dense.len() / n_embd) as f64
 }
 
 /// Puts block and tensor to what went wrong there.
