@@ -7,7 +7,7 @@ mod tensors;
 pub use imatrix::{importance, write_imatrix};
 pub use metadata::Provenance;
 
-use crate::gguf::{GgufError, write_gguf};
+use crate::gguf::{GgufError, OutTensor, write_gguf};
 use crate::model::{Family, Model};
 use crate::pipeline::Plan;
 use std::io::Write;
@@ -29,6 +29,17 @@ pub fn assemble(
     let tensors = tensors::tensors(model, plan, carrier)?;
     let n_params = tensors.iter().map(|t| t.ne.iter().product::<usize>()).sum();
     let metadata = metadata::metadata(model, plan, carrier, n_params, provenance);
+    let tensors: Vec<OutTensor> = tensors.into_iter().map(checked).collect();
     write_gguf(out, path, &metadata, &tensors)?;
     Ok(carrier)
+}
+
+/// The same tensor; one that holds what is no number, copied or new, is not written.
+fn checked(t: OutTensor) -> OutTensor {
+    let (ty, name, data) = (t.ty, t.name.clone(), t.data);
+    let data = move || {
+        let bytes = data()?;
+        if ty.decodes_to_numbers(&bytes) { Ok(bytes) } else { Err(GgufError::Damaged(name.clone())) }
+    };
+    OutTensor { data: Box::new(data), ..t }
 }

@@ -37,6 +37,10 @@ pub fn main() -> ExitCode {
         putri_gguf::remove_temporary();
         std::process::exit(1);
     });
+    ggml::install_fault_handler(|file| {
+        eprintln!("error: {file}: became shorter, or could not be read any more, while it was in use");
+        putri_gguf::remove_temporary();
+    });
     let done = match (cli.command, cli.prune) {
         (Some(Command::Inspect { input, json }), _) => {
             let text = |found| if json { inspection_json(&found) + "\n" } else { inspection_table(&found) };

@@ -182,18 +182,14 @@ fn mask(n_ctx: usize, n_rows: usize, n_seen: usize) -> Vec<f32> {
 /// Rows of an embedding by number.
 fn rows(model: &Model, embedding: &Segment, numbers: &[i32]) -> Result<Vec<f32>, GgufError> {
     let t = model.tensor(embedding);
-    let (n_embd, row_bytes) = (t.ne[0], t.ty.row_bytes(t.ne[0]));
-    let data = model.file.data(t);
-    let mut out = vec![0.0; numbers.len() * n_embd];
-    for (row, &number) in out.chunks_exact_mut(n_embd).zip(numbers) {
-        let Some(bytes) = usize::try_from(number).ok().and_then(|i| data.chunks_exact(row_bytes).nth(i))
-        else {
+    let mut out = Vec::with_capacity(numbers.len() * t.ne[0]);
+    for &number in numbers {
+        let Some(i) = usize::try_from(number).ok().filter(|i| *i < t.n_rows()) else {
             let problem =
                 format!("has no row {number}; the tokenizer does not fit the model, or windows are too long");
             return Err(GgufError::BadKey { key: t.name.clone(), problem });
         };
-        t.ty.dequantize(bytes, n_embd, row)
-            .map_err(|source| GgufError::Tensor { name: t.name.clone(), source })?;
+        out.extend(model.file.floats(t, i..i + 1)?);
     }
     Ok(out)
 }

@@ -19,7 +19,10 @@ pub use graph::{Computed, Graph, RopeParams, T};
 pub use llama::{BatchToken, Context, LlamaModel, Token, Vocab};
 pub use product::{operations, product_rate};
 pub use quantize::{FileType, quantize_file};
-pub use system::{cpu_features, engine_version, install_abort_handler, map_file, map_scratch, silence_logs};
+pub use system::{
+    FileMap, cpu_features, engine_version, install_abort_handler, install_fault_handler, map_scratch,
+    silence_logs,
+};
 pub use types::Type;
 
 /// What can go wrong behind the fence.

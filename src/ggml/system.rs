@@ -2,6 +2,8 @@
 
 use llama_cpp_sys_2 as sys;
 use std::ffi::{CStr, c_char, c_void};
+use std::ops::{Deref, Range};
+use std::path::{Path, PathBuf};
 use std::sync::{Mutex, OnceLock};
 
 static ON_ABORT: OnceLock<fn(&str) -> !> = OnceLock::new();
@@ -78,21 +80,92 @@ pub fn cpu_features() -> Vec<String> {
         .collect()
 }
 
-/// Maps `file` read-only.
-///
-/// # Errors
-/// What the system says, for example for an empty file.
-pub fn map_file(file: &std::fs::File) -> std::io::Result<memmap2::Mmap> {
-    // SAFETY: the map is only read. A file that somebody shortens meanwhile raises SIGBUS, as it
-    // does in llama.cpp; that is the price of a map.
-    unsafe { memmap2::Mmap::map(file) }
+/// A file that is mapped to be read.
+#[derive(Debug)]
+pub struct FileMap(memmap2::Mmap);
+
+/// Where the maps lie and what they are of, for the message when reading one fails.
+static MAPS: Mutex<Vec<(Range<usize>, PathBuf)>> = Mutex::new(Vec::new());
+
+impl FileMap {
+    /// Maps `file`, which is called `path`, read-only.
+    ///
+    /// # Errors
+    /// What the system says, for example for an empty file.
+    pub fn new(file: &std::fs::File, path: &Path) -> std::io::Result<FileMap> {
+        // SAFETY: the map is only read. A file that somebody shortens meanwhile raises SIGBUS, as it does in llama.cpp;
+        // `install_fault_handler` makes a message of it.
+        let map = unsafe { memmap2::Mmap::map(file) }?;
+        if let Ok(mut maps) = MAPS.lock() {
+            maps.push((range_of(&map), path.into()));
+        }
+        Ok(FileMap(map))
+    }
 }
+
+impl Deref for FileMap {
+    type Target = [u8];
+
+    fn deref(&self) -> &[u8] {
+        &self.0
+    }
+}
+
+impl Drop for FileMap {
+    fn drop(&mut self) {
+        if let Ok(mut maps) = MAPS.lock() {
+            let range = range_of(&self.0);
+            maps.retain(|(other, _)| *other != range);
+        }
+    }
+}
+
+fn range_of(bytes: &[u8]) -> Range<usize> {
+    let range = bytes.as_ptr_range();
+    range.start as usize..range.end as usize
+}
+
+#[cfg(unix)]
+static ON_FAULT: OnceLock<fn(&str)> = OnceLock::new();
+
+/// Calls `handler` with the name of a file that became shorter while it was mapped, or whose disk failed, and ends the
+/// process with exit code 1, where it would be killed otherwise. The first handler stays.
+#[cfg(unix)]
+pub fn install_fault_handler(handler: fn(&str)) {
+    unsafe extern "C" fn on_fault(_: libc::c_int, info: *mut libc::siginfo_t, _: *mut c_void) {
+        // SAFETY: the system passes the fault's description.
+        let at = unsafe { (*info).si_addr() } as usize;
+        // Not `lock`: who holds it may be the one that is interrupted. The fault is one of reading, not of allocating, so
+        // there is memory for a message.
+        let maps = MAPS.try_lock().ok();
+        let found = maps.as_ref().and_then(|maps| maps.iter().find(|(range, _)| range.contains(&at)));
+        let name = found.map_or("a file that llama.cpp reads".into(), |(_, path)| path.display().to_string());
+        if let Some(handler) = ON_FAULT.get() {
+            handler(&name);
+        }
+        // SAFETY: ends the process; what other threads do does not matter any more.
+        unsafe { libc::_exit(1) }
+    }
+    if ON_FAULT.set(handler).is_ok() {
+        // SAFETY: a handler that lives as long as the process and does not return, with an empty mask of signals.
+        unsafe {
+            let mut action: libc::sigaction = std::mem::zeroed();
+            action.sa_sigaction = on_fault as *const () as usize;
+            action.sa_flags = libc::SA_SIGINFO;
+            libc::sigaction(libc::SIGBUS, &action, std::ptr::null_mut());
+        }
+    }
+}
+
+/// Without such signals there is nothing to handle.
+#[cfg(not(unix))]
+pub fn install_fault_handler(_: fn(&str)) {}
 
 /// A map of `n_bytes` zero bytes in a temporary file of `folder` that has no name and goes with the map.
 ///
 /// # Errors
 /// What the system says; a disk without enough room is noticed here.
-pub fn map_scratch(folder: &std::path::Path, n_bytes: usize) -> std::io::Result<memmap2::MmapMut> {
+pub fn map_scratch(folder: &Path, n_bytes: usize) -> std::io::Result<memmap2::MmapMut> {
     const ZEROS: &[u8] = &[0; 1 << 20];
     let mut file = tempfile::tempfile_in(folder)?;
     // Not just a longer file: where the disk turned out to be full later, a write to the map would be a SIGBUS.

@@ -162,9 +162,15 @@ impl Type {
                 )
             };
         });
-        // SAFETY: `out` is whole rows of this type.
-        let valid = unsafe { sys::ggml_validate_row_data(self.0, out.as_ptr().cast(), out.len()) };
-        if valid { Ok(out) } else { Err(GgmlError::Quantise(self.name().into())) }
+        if self.decodes_to_numbers(&out) { Ok(out) } else { Err(GgmlError::Quantise(self.name().into())) }
+    }
+
+    /// Whether `bytes`, whole blocks of this type, decode to finite numbers, as far as scales say
+    /// (`ggml_validate_row_data`).
+    pub fn decodes_to_numbers(self, bytes: &[u8]) -> bool {
+        assert!(bytes.len().is_multiple_of(self.traits().type_size));
+        // SAFETY: whole blocks of this type.
+        unsafe { sys::ggml_validate_row_data(self.0, bytes.as_ptr().cast(), bytes.len()) }
     }
 
     /// Whether ggml can encode this type, without an importance matrix if none is at hand.

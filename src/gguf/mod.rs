@@ -87,6 +87,19 @@ pub enum GgufError {
         /// Sizes that the metadata implies.
         expected: Vec<usize>,
     },
+    /// A tensor holds what is no number.
+    #[error("tensor {name} holds {value} in row {row}: the file is damaged, or was made wrongly")]
+    NotFinite {
+        /// The tensor.
+        name: String,
+        /// The value.
+        value: f32,
+        /// The row of ne\[0\] elements that it is in.
+        row: usize,
+    },
+    /// A tensor holds what is no number.
+    #[error("tensor {0} does not decode to finite numbers: the file is damaged, or was made wrongly")]
+    Damaged(String),
     /// ggml failed on a tensor.
     #[error("tensor {name}: {source}")]
     Tensor {

@@ -1,8 +1,7 @@
 //! Opening a GGUF over a memory map.
 
 use super::{GgufError, Value};
-use crate::ggml::{RawGguf, Type};
-use memmap2::Mmap;
+use crate::ggml::{FileMap, RawGguf, Type};
 use sha2::{Digest, Sha256};
 use std::collections::HashMap;
 use std::fs::File;
@@ -42,7 +41,7 @@ impl TensorInfo {
 /// One file, mapped.
 struct Part {
     path: PathBuf,
-    map: Mmap,
+    map: FileMap,
 }
 
 /// An open GGUF: metadata in file order, and tensors over a read-only memory map. One that is split into several files is
@@ -80,7 +79,7 @@ impl GgufFile {
                 "is a directory, not a GGUF file",
             )));
         }
-        let map = crate::ggml::map_file(&file).map_err(io)?;
+        let map = FileMap::new(&file, path).map_err(io)?;
         if !map.starts_with(b"GGUF") {
             let magic = String::from_utf8_lossy(&map[..map.len().min(4)]).into_owned();
             return Err(GgufError::Magic { path: path.into(), magic });
@@ -90,10 +89,18 @@ impl GgufFile {
 
         let metadata =
             raw.metadata().map_err(|e| GgufError::Header { path: path.into(), reason: e.to_string() })?;
+        // They are shown to users, and names of any other kind are no model's.
+        let printable = |what: &str, name: &str| {
+            let fine = !name.chars().any(char::is_control);
+            let reason = || format!("{what} {name:?} holds control characters");
+            if fine { Ok(()) } else { Err(GgufError::Header { path: path.into(), reason: reason() }) }
+        };
+        metadata.iter().try_for_each(|(key, _)| printable("metadata key", key))?;
         let keys = metadata.iter().enumerate().map(|(i, (k, _))| (k.clone(), i)).collect();
         let mut tensors = Vec::with_capacity(raw.n_tensors());
         for i in 0..raw.n_tensors() {
             let (name, ty, ne, offset) = raw.tensor(i);
+            printable("the name of tensor", &name)?;
             let Some(ty) = Type::from_raw(ty) else {
                 return Err(GgufError::UnknownType { path: path.into(), name, ty });
             };
@@ -219,14 +226,29 @@ impl GgufFile {
     /// Rows `rows` of a tensor as floats, `[n, ne0]` in row-major order.
     ///
     /// # Errors
-    /// [`GgufError::Tensor`] if ggml cannot decode the type.
+    /// [`GgufError::Tensor`] if ggml cannot decode the type, [`GgufError::NotFinite`] if the values are no numbers.
     pub fn floats(&self, t: &TensorInfo, rows: std::ops::Range<usize>) -> Result<Vec<f32>, GgufError> {
         let row_bytes = t.ty.row_bytes(t.ne[0]);
         let mut out = vec![0.0; rows.len() * t.ne[0]];
         let bytes = &self.data(t)[rows.start * row_bytes..rows.end * row_bytes];
         t.ty.dequantize(bytes, t.ne[0], &mut out)
             .map_err(|source| GgufError::Tensor { name: t.name.clone(), source })?;
-        Ok(out)
+        match out.iter().position(|v| !v.is_finite()) {
+            None => Ok(out),
+            Some(at) => {
+                let row = rows.start + at / t.ne[0];
+                Err(GgufError::NotFinite { name: t.name.clone(), value: out[at], row })
+            }
+        }
+    }
+
+    /// Looks for tensors that hold what is no number, as far as their scales say.
+    ///
+    /// # Errors
+    /// [`GgufError::Damaged`] with the first of them.
+    pub fn check_values(&self) -> Result<(), GgufError> {
+        let damaged = self.tensors.iter().find(|t| !t.ty.decodes_to_numbers(self.data(t)));
+        damaged.map_or(Ok(()), |t| Err(GgufError::Damaged(t.name.clone())))
     }
 
     /// The value of `key`, if it is there.

@@ -49,17 +49,23 @@ pub(super) struct Prepared {
 
 impl Prepared {
     pub(super) fn new(job: &Job, source: Model, observer: &mut dyn Observer) -> Result<Prepared, JobError> {
-        let sha256 = || source.file.sha256();
+        // Both read all of it; what is wrong with it shall not come out at the end of a long run.
+        let sha256 = || {
+            source.file.check_values()?;
+            Ok::<_, GgufError>(source.file.sha256())
+        };
         let (windows, source_sha256, state) = match &job.state {
             None => {
                 let (windows, sha) = std::thread::scope(|scope| {
                     let sha = scope.spawn(sha256);
                     (windows(&source, job, observer), sha.join().expect("hashing does not panic"))
                 });
+                // What is wrong with the file is the cause of what else went wrong.
+                let sha = sha?;
                 (windows?, sha, None)
             }
             Some(keep) => {
-                let sha = sha256();
+                let sha = sha256()?;
                 let state = State::open(&keep.folder, keep.resume, job, &source, &sha)?;
                 let windows = match state.windows()? {
                     Some(windows) => windows,

@@ -168,8 +168,10 @@ impl Hparams {
         if n_layer == 0 || n_layer > 512 {
             return Err(bad(&key("block_count"), format!("is {n_layer}; llama.cpp takes 1 to 512")));
         }
-        if n_embd == 0 {
-            return Err(bad(&key("embedding_length"), "is 0".into()));
+        for (size, suffix) in [(n_embd, "embedding_length"), (n_ctx_train, "context_length")] {
+            if size == 0 {
+                return Err(bad(&key(suffix), "is 0".into()));
+            }
         }
         let per_block = |suffix: &str| file.get_per_block(&key(suffix), n_layer);
         let n_head =
