@@ -23,6 +23,7 @@ pub mod requant;
 pub mod spill;
 
 pub use job::{
-    DryRun, EvalJob, EvalOutcome, Inspection, Job, JobError, KeepState, Limit, Nested, Outcome, Quality,
-    Quantise, Rival, Samples, Size, calibration, dry_run, eval, inspect, remove_temporary, run, run_nested,
+    Check, DryRun, EvalJob, EvalOutcome, Inspection, Job, JobError, KeepState, Limit, Nested, Outcome,
+    Quality, Quantise, Rival, Samples, Size, VerifyJob, calibration, dry_run, eval, inspect,
+    remove_temporary, run, run_nested, verify,
 };

@@ -37,6 +37,7 @@ fn commands_in_the_readme_run() {
         let more = match args[0] {
             "inspect" => &[][..],
             "eval" => &["-c", "64", "-q"],
+            "verify" => &["-t", "1", "-q"],
             _ => &["-c", "64", "--chunks", "8", "-t", "1", "-q", "--force"],
         };
         // As if it were a model of several hundred MB.
@@ -49,7 +50,8 @@ fn commands_in_the_readme_run() {
 fn options_in_the_readme_exist_and_all_that_exist_are_there() {
     let cli = Cli::new();
     let help = cli.ok(&["--help"]);
-    let known: BTreeSet<String> = options(&(help.clone() + &cli.ok(&["eval", "--help"])));
+    let known: BTreeSet<String> =
+        options(&(help.clone() + &cli.ok(&["eval", "--help"]) + &cli.ok(&["verify", "--help"])));
     let table: String = README.lines().filter(|l| l.starts_with("| `--") || l.starts_with("| `-")).collect();
     let told = options(&table);
     assert!(told.is_subset(&known), "{:?}", told.difference(&known));

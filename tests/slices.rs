@@ -20,6 +20,8 @@ fn provenance() -> Provenance {
         calibration: "none".into(),
         seed: 1,
         tune: 0,
+        check_tokens: Vec::new(),
+        check_nll: Vec::new(),
     }
 }
 

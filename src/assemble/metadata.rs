@@ -1,5 +1,6 @@
 //! The output's metadata: the source's, in its order and with its types, brought up to date.
 
+use crate::ggml::Token;
 use crate::gguf::Value;
 use crate::model::{BlockShape, Family, Model, RopeFactors};
 use crate::pipeline::Plan;
@@ -21,6 +22,11 @@ pub struct Provenance {
     pub seed: u64,
     /// Times that tuning went over the calibration; 0 where nothing came of it.
     pub tune: usize,
+    /// The beginning of a held-out window.
+    pub check_tokens: Vec<Token>,
+    /// What the pruned model makes of it by our own forward: the negative log-likelihood of each token but the first, in
+    /// nats; nothing where that is not known.
+    pub check_nll: Vec<f32>,
 }
 
 /// Metadata of the pruned model, which has `n_params` parameters.
@@ -162,6 +168,8 @@ pub(crate) fn size_label(n_params: usize) -> String {
 
 fn provenance(p: &Provenance) -> Vec<(String, Value)> {
     let text = |s: &str| Value::Str(s.into());
+    let check =
+        [("check.tokens", Value::i32_array(&p.check_tokens)), ("check.nll", Value::f32_array(&p.check_nll))];
     [
         ("version", text(env!("CARGO_PKG_VERSION"))),
         ("source.sha256", text(&p.source_sha256)),
@@ -173,6 +181,7 @@ fn provenance(p: &Provenance) -> Vec<(String, Value)> {
         ("tune", Value::U32(p.tune as u32)),
     ]
     .into_iter()
+    .chain(check.into_iter().filter(|_| !p.check_nll.is_empty()))
     .map(|(k, v)| (format!("putri.{k}"), v))
     .collect()
 }

@@ -15,7 +15,8 @@ use std::path::PathBuf;
     after_help = EXAMPLES,
     args_conflicts_with_subcommands = true,
     subcommand_negates_reqs = true,
-    override_usage = "putri-gguf [OPTIONS] --sparsity <S> <INPUT> <OUTPUT>\n       putri-gguf inspect [--json] <INPUT>\n       putri-gguf eval [OPTIONS] <MODEL>"
+    disable_help_subcommand = true,
+    override_usage = "putri-gguf [OPTIONS] --sparsity <S> <INPUT> <OUTPUT>\n       putri-gguf inspect|eval|verify [OPTIONS] <MODEL>"
 )]
 pub struct Cli {
     /// What to do instead of pruning.
@@ -39,6 +40,23 @@ pub enum Command {
     },
     /// Measure a file with llama.cpp: perplexity, speed, and how far it is from another
     Eval(EvalArgs),
+    /// Check that a pruned file is sound, and does what it did when it was made
+    Verify {
+        /// The pruned file
+        model: PathBuf,
+        /// What it was made from
+        #[arg(long, value_name = "MODEL")]
+        source: Option<PathBuf>,
+        /// Threads [default: all cores]
+        #[arg(short, long, value_name = "N")]
+        threads: Option<usize>,
+        /// As a JSON object
+        #[arg(long)]
+        json: bool,
+        /// No progress on stderr
+        #[arg(short, long)]
+        quiet: bool,
+    },
     /// Print completions for a shell
     Completions {
         /// The shell

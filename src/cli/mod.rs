@@ -4,16 +4,16 @@ mod args;
 mod resolve;
 
 pub use args::{Args, Cli, Command, EvalArgs};
-pub use resolve::{nested_name, resolve, resolve_eval};
+pub use resolve::{nested_name, resolve, resolve_eval, threads};
 
 use anyhow::Context;
 use clap::{CommandFactory, Parser};
 use putri_gguf::gguf::GgufFile;
 use putri_gguf::report::{
-    Progress, Timings, dry_run_table, eval_json, eval_table, event, inspection_json, inspection_table,
-    page as page_of, report, summary,
+    Progress, Timings, checks_json, checks_table, dry_run_table, eval_json, eval_table, event,
+    inspection_json, inspection_table, page as page_of, report, summary,
 };
-use putri_gguf::{Job, JobError, Nested, Outcome, ggml};
+use putri_gguf::{Job, JobError, Nested, Outcome, VerifyJob, ggml};
 use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -47,6 +47,9 @@ pub fn main() -> ExitCode {
             putri_gguf::inspect(&input).map(|found| show(&text(found))).map_err(Failed::Job)
         }
         (Some(Command::Eval(args)), _) => measure(args),
+        (Some(Command::Verify { model, source, threads, json, quiet }), _) => {
+            check(model, source, threads, json, quiet)
+        }
         (Some(Command::Completions { shell }), _) => {
             let mut text = Vec::new();
             clap_complete::generate(shell, &mut Cli::command(), "putri-gguf", &mut text);
@@ -213,6 +216,27 @@ fn measure(args: EvalArgs) -> Result<(), Failed> {
     let found = result?;
     show(&if json { eval_json(&found, job.protocol) + "\n" } else { eval_table(&found, job.protocol) });
     Ok(())
+}
+
+/// Checks a pruned file, and prints what was looked at.
+fn check(
+    model: PathBuf,
+    source: Option<PathBuf>,
+    n_threads: Option<usize>,
+    json: bool,
+    quiet: bool,
+) -> Result<(), Failed> {
+    let job = VerifyJob { model, source, n_threads: threads(n_threads).map_err(Failed::Usage)? };
+    let stop = ready(job.n_threads).map_err(Failed::Machine)?;
+    let mut progress = Progress::new(quiet || json, stop);
+    let result = putri_gguf::verify(&job, &mut progress);
+    progress.finish();
+    let checks = result?;
+    show(&if json { checks_json(&checks) + "\n" } else { checks_table(&checks) });
+    match checks.iter().filter(|c| c.found.is_err()).count() {
+        0 => Ok(()),
+        n => Err(JobError::Faults { path: job.model, n }.into()),
+    }
 }
 
 /// Sets threads and Ctrl-C up; the flag is raised by the first of the latter.

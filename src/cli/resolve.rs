@@ -205,7 +205,7 @@ pub fn resolve_eval(args: EvalArgs) -> Result<EvalJob> {
 }
 
 /// Reads `--threads`.
-fn threads(given: Option<usize>) -> Result<usize> {
+pub fn threads(given: Option<usize>) -> Result<usize> {
     ensure!(given.is_none_or(|n| (1..=512).contains(&n)), "--threads is not from 1 to 512");
     Ok(given.unwrap_or_else(|| std::thread::available_parallelism().map_or(1, |n| n.get())))
 }

@@ -101,6 +101,16 @@ impl Judge {
     }
 }
 
+/// What `model` makes of a window by our own forward: the negative log-likelihood of each token but the first, in nats.
+///
+/// # Errors
+/// [`ForwardError`] if the model cannot be read, the tokens are none of its, or the engine fails.
+pub fn own_losses(model: &Model, tokens: &[Token], n_threads: usize) -> Result<Vec<f64>, ForwardError> {
+    let (mut forward, head, stream) = final_stream(model, tokens, tokens.len(), n_threads)?;
+    let targets: Vec<Option<Token>> = tokens[1..].iter().copied().map(Some).chain([None]).collect();
+    forward.nll(&head, &stream, &targets)
+}
+
 type FinalStream = (Forward, Head, Vec<f32>);
 
 fn final_stream(

@@ -186,6 +186,18 @@ pub fn evaluate(
     Ok(Evaluation { ppl, ppl_error, n_scored: losses.len(), divergence })
 }
 
+/// What `model` makes of a window: the negative log-likelihood of each token but the first, in nats.
+///
+/// # Errors
+/// [`GgmlError`] if libllama fails.
+pub fn llama_losses(model: &LlamaModel, tokens: &[Token], n_threads: usize) -> Result<Vec<f64>, GgmlError> {
+    let mut losses = Vec::with_capacity(tokens.len());
+    Window::new(model, tokens.len(), n_threads)?.run(tokens, 0, |at, rows| {
+        losses.extend(rows.iter().zip(&tokens[at + 1..]).map(|(row, &next)| nll(row, next as usize)));
+    })?;
+    Ok(losses)
+}
+
 /// How fast `model` reads and writes: the best of three times each.
 ///
 /// # Errors

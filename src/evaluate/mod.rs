@@ -5,8 +5,8 @@ mod compare;
 mod file;
 mod window;
 
-pub use compare::{Comparison, Judge};
+pub use compare::{Comparison, Judge, own_losses};
 pub use file::{
-    Divergence, EvaluateError, Evaluation, Protocol, Speed, Task, accuracy, continuation, evaluate, speed,
-    tasks, windows,
+    Divergence, EvaluateError, Evaluation, Protocol, Speed, Task, accuracy, continuation, evaluate,
+    llama_losses, speed, tasks, windows,
 };

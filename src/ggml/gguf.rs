@@ -45,6 +45,25 @@ impl RawValue {
         }
     }
 
+    /// An array of 32-bit floats.
+    pub fn f32_array(values: &[f32]) -> RawValue {
+        RawValue::Array {
+            ty: sys::GGUF_TYPE_FLOAT32,
+            bytes: bytemuck::cast_slice(values).to_vec(),
+            len: values.len(),
+        }
+    }
+
+    /// The elements of an array of 32-bit floats, if it is one.
+    pub fn as_f32_array(&self) -> Option<Vec<f32>> {
+        match self {
+            RawValue::Array { ty: sys::GGUF_TYPE_FLOAT32, bytes, .. } => {
+                Some(bytes.as_chunks().0.iter().map(|b| f32::from_ne_bytes(*b)).collect())
+            }
+            _ => None,
+        }
+    }
+
     /// An array of truth values.
     pub fn bool_array(values: &[bool]) -> RawValue {
         let bytes = values.iter().map(|v| u8::from(*v)).collect();

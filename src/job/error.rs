@@ -62,6 +62,12 @@ pub enum JobError {
         "the result loads, but llama.cpp's perplexity on it is {file:.2} and ours of the pruned model {own:.2}; nothing was written"
     )]
     Disagrees { file: f64, own: f64 },
+    #[error("{}: the weights in the file do not do what was measured: {said}", path.display())]
+    Miswritten { path: PathBuf, said: String },
+    #[error("{} was not written by putri-gguf: it has no putri.version", .0.display())]
+    NotOurs(PathBuf),
+    #[error("{}: {n} of the checks failed", path.display())]
+    Faults { path: PathBuf, n: usize },
     #[error("interrupted")]
     Interrupted,
 }

@@ -9,6 +9,7 @@ mod prepared;
 mod result;
 mod rivals;
 mod state;
+mod verify;
 
 pub use error::JobError;
 pub use eval::{EvalJob, EvalOutcome, eval};
@@ -17,6 +18,7 @@ pub use limit::Limit;
 pub use output::remove_temporary;
 pub use prepared::calibration;
 pub use rivals::Rival;
+pub use verify::{Check, VerifyJob, verify};
 
 use crate::assemble::Provenance;
 use crate::calibrate::{Recipe, Windows};

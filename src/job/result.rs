@@ -2,6 +2,7 @@
 
 use super::output::{finish, finish_parts, outputs, temporary};
 use super::prepared::{Prepared, llama};
+use super::verify::{RECORDED, matches_record};
 use super::{Job, JobError, Outcome, Quality, Samples, Size, forecast};
 use crate::assemble::{Provenance, assemble, write_imatrix};
 use crate::calibrate::Windows;
@@ -35,6 +36,9 @@ impl Prepared {
         let (model, source, windows) = (self.model(), &self.source, &self.windows);
         let forecast = forecast(model, &Calibration::from(windows), &job.settings)?;
         let sparsity = pruned.plan.sparsity(model);
+        // Shorter windows might take other factors of the rotation.
+        let as_before = model.rope_factors(windows.n_ctx)? == model.rope_factors(RECORDED)?;
+        let checked = &windows.held_out()[0][..if as_before { RECORDED.min(windows.n_ctx) } else { 0 }];
         let provenance = Provenance {
             source_sha256: self.source_sha256.clone(),
             sparsity: job.settings.sparsity,
@@ -43,6 +47,13 @@ impl Prepared {
             calibration: calibration_text(job, windows),
             seed: job.recipe.seed,
             tune: if pruned.tuned { job.settings.tune } else { 0 },
+            check_tokens: checked.to_vec(),
+            check_nll: pruned
+                .losses
+                .iter()
+                .take(checked.len().saturating_sub(1))
+                .map(|l| *l as f32)
+                .collect(),
         };
 
         // Beside its name until the model is verified, too.
@@ -72,6 +83,7 @@ impl Prepared {
             held_out_tokens: windows.n_held_out * windows.n_ctx,
         };
         if job.verify {
+            matches_record(temp.path(), job.settings.n_threads)?;
             let held_out = windows.held_out();
             observer.stage("verify", held_out.len());
             let written = llama(job, temp.path()).map_err(JobError::DoesNotLoad)?;

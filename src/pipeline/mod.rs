@@ -120,6 +120,8 @@ pub struct Outcome {
     pub tuned: bool,
     /// What the held-out windows say.
     pub held_out: HeldOut,
+    /// The pruned model's negative log-likelihoods of the tokens of the first of them but its first, in nats.
+    pub losses: Vec<f64>,
     /// What the predictions lose by the width of each block alone, about, in nats of KL divergence; not known where all
     /// widths are equal, or were chosen by an earlier run.
     pub block_losses: Option<Vec<f64>>,
@@ -163,6 +165,7 @@ pub fn run(
         plan: Plan { carriers: s.carriers(model), ..Plan::whole(model) },
         sensitivity: None,
         block_losses: None,
+        losses: Vec::new(),
         warnings: Vec::new(),
     };
     let n_groups = groups_to_remove(model, &budgets, s);
@@ -193,8 +196,8 @@ pub fn run(
             run.evaluate_plan()?
         }
     };
-    let Run { plan, block_losses, warnings, .. } = run;
-    Ok(Outcome { plan, tuned, held_out, block_losses, warnings })
+    let Run { plan, block_losses, losses, warnings, .. } = run;
+    Ok(Outcome { plan, tuned, held_out, losses, block_losses, warnings })
 }
 
 /// What the matrices of the pruned model see of the windows that it was fitted on, block by block.
@@ -262,6 +265,8 @@ struct Run<'a> {
     /// What the predictions mind, while neurons are chosen.
     sensitivity: Option<Sensitivity>,
     block_losses: Option<Vec<f64>>,
+    /// Of the first held-out window.
+    losses: Vec<f64>,
     warnings: Vec<String>,
 }
 
@@ -287,6 +292,7 @@ impl Run<'_> {
                 rows.par_extend(compared.filter_map(|((q, p), t)| t.map(|t| compare_rows(q, p, t as usize))));
             })?;
         }
+        self.losses = rows[..w.n_ctx - 1].iter().map(|r| r.nll).collect();
         let mean = |f: fn(&RowComparison) -> f64| rows.iter().map(f).sum::<f64>() / rows.len() as f64;
         Ok(HeldOut {
             dense_ppl: mean(|r| r.base_nll).exp(),

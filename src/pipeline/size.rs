@@ -10,8 +10,9 @@ use crate::requant::output_type;
 /// Alignment of tensors in a file.
 const ALIGNMENT: usize = 32;
 
-/// Bytes that a file gains in its header at most: where it comes from, and keys that had defaults.
-const HEADER_BYTES: usize = 4096;
+/// Bytes that a file gains in its header at most: where it comes from, what it makes of a few tokens, and keys that had
+/// defaults.
+const HEADER_BYTES: usize = 5120;
 
 /// Bytes of a tensor's entry in the header, about.
 const ENTRY_BYTES: usize = 96;

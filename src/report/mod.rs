@@ -1,5 +1,6 @@
 //! What the user sees: progress while it runs, and a summary at the end.
 
+mod checks;
 mod document;
 mod eval;
 mod forecast;
@@ -9,6 +10,7 @@ mod progress;
 mod table;
 mod timings;
 
+pub use checks::{checks_json, checks_table};
 pub use document::report;
 pub use eval::{eval_json, eval_table};
 pub use forecast::dry_run_table;

@@ -1,0 +1,253 @@
+//! Whether a pruned file is what was written, and does what was measured then.
+
+use super::{JobError, open_model};
+use crate::evaluate::{llama_losses, own_losses};
+use crate::ggml::{LlamaModel, Token};
+use crate::gguf::{GgufFile, Value};
+use crate::model::{BlockTensors, Model, Segment};
+use crate::pipeline::Observer;
+use std::collections::HashMap;
+use std::path::{Path, PathBuf};
+
+/// How far our own forward may be from what it said when the file was made, as the median over tokens of the
+/// difference in nats: it computes the same numbers in another order.
+const OWN: f64 = 1e-3;
+
+/// The same of llama.cpp, which takes activations to eight bits for quantised weights, or of a file whose `attn_output`
+/// was encoded once more after that.
+const LLAMA: f64 = 0.2;
+
+/// Tokens of which a file records what it makes.
+pub(super) const RECORDED: usize = 128;
+
+/// What to check.
+#[derive(Clone, Debug)]
+pub struct VerifyJob {
+    /// A file that was pruned by this program.
+    pub model: PathBuf,
+    /// What it was made from, if that is at hand.
+    pub source: Option<PathBuf>,
+    /// Threads.
+    pub n_threads: usize,
+}
+
+/// One thing that was looked at.
+#[derive(Clone, Debug)]
+pub struct Check {
+    /// What.
+    pub name: &'static str,
+    /// What was found: as it should be, or not.
+    pub found: Result<String, String>,
+}
+
+/// What a file says it is: its predictions on a few tokens, by our own forward pass when it was made.
+struct Record {
+    tokens: Vec<Token>,
+    losses: Vec<f64>,
+    /// Its values were all measured as they were written.
+    exact: bool,
+}
+
+impl Record {
+    fn of(file: &GgufFile) -> Option<Record> {
+        let tokens = file.get("putri.check.tokens").and_then(Value::as_unsigned_array)?;
+        let losses = file.get("putri.check.nll").and_then(Value::as_f32_array)?;
+        let exact = file.get("putri.method") == Some(&Value::Str("putri".into()));
+        let sound = tokens.len() > 1 && losses.len() + 1 == tokens.len();
+        sound.then(|| Record {
+            tokens: tokens.into_iter().map(|t| t as Token).collect(),
+            losses: losses.into_iter().map(f64::from).collect(),
+            exact,
+        })
+    }
+
+    /// Whether `losses` are those of the record, within `most`.
+    fn agrees(&self, losses: &[f64], most: f64) -> Result<String, String> {
+        let mut apart: Vec<f64> = losses.iter().zip(&self.losses).map(|(a, b)| (a - b).abs()).collect();
+        apart.sort_by(f64::total_cmp);
+        let median = apart[apart.len() / 2];
+        let ppl = |losses: &[f64]| (losses.iter().sum::<f64>() / losses.len() as f64).exp();
+        let text = format!(
+            "perplexity {:.3} on {} tokens, {:.3} when it was made; the median token differs by {median:.1e} nats",
+            ppl(losses),
+            losses.len(),
+            ppl(&self.losses)
+        );
+        // What is no number is no agreement.
+        if losses.len() == self.losses.len() && median <= most { Ok(text) } else { Err(text) }
+    }
+}
+
+/// Whether our own forward of the file at `path` says what its record says; nothing to complain of where there is none.
+pub(super) fn matches_record(path: &Path, n_threads: usize) -> Result<(), JobError> {
+    let model = open_model(path)?;
+    let Some(record) = Record::of(&model.file) else { return Ok(()) };
+    let losses = own_losses(&model, &record.tokens, n_threads).map_err(|e| JobError::Prune(e.into()))?;
+    let most = if record.exact { OWN } else { LLAMA };
+    record.agrees(&losses, most).map(drop).map_err(|said| JobError::Miswritten { path: path.into(), said })
+}
+
+/// Checks a pruned file. What is wrong with it is among what is returned; an error means that nothing can be said.
+///
+/// # Errors
+/// [`JobError`] if a file cannot be read at all, or is none of ours.
+pub fn verify(job: &VerifyJob, observer: &mut dyn Observer) -> Result<Vec<Check>, JobError> {
+    let model = open_model(&job.model)?;
+    if model.file.get("putri.version").is_none() {
+        return Err(JobError::NotOurs(job.model.clone()));
+    }
+    model.file.check_values()?;
+    let mut checks = Vec::new();
+    let mut add = |name, found| checks.push(Check { name, found });
+    add("tensors", Ok(format!("{} as the metadata says, all of finite numbers", model.file.tensors().len())));
+    if let Some(path) = &job.source {
+        let source = open_model(path)?;
+        observer.stage("hash the source", 1);
+        add("source", is_source(&model, &source));
+        observer.step(1, "");
+        add("sizes", sizes_agree(&model, &source));
+        add("rows", rows_agree(&model, &source));
+    }
+    match Record::of(&model.file) {
+        None => add("predictions", Ok("not recorded in this file".into())),
+        Some(record) => {
+            observer.stage("our own forward", 1);
+            let own = own_losses(&model, &record.tokens, job.n_threads);
+            let own = own.map_err(|e| JobError::Prune(e.into()))?;
+            add("predictions", record.agrees(&own, if record.exact { OWN } else { LLAMA }));
+            observer.step(1, "");
+            observer.stage("llama.cpp", 1);
+            let loaded = LlamaModel::load(&job.model);
+            let losses = loaded.and_then(|m| llama_losses(&m, &record.tokens, job.n_threads));
+            let found = losses.map_err(|e| e.to_string());
+            add("llama.cpp", found.and_then(|losses| record.agrees(&losses, LLAMA)));
+            observer.step(1, "");
+        }
+    }
+    Ok(checks)
+}
+
+/// Whether the file says that it was made from `source`.
+fn is_source(model: &Model, source: &Model) -> Result<String, String> {
+    let (is, said) = (source.file.sha256(), model.file.get("putri.source.sha256"));
+    match said {
+        Some(Value::Str(said)) if *said == is => Ok(format!("has the recorded SHA-256, {}…", &is[..12])),
+        Some(Value::Str(said)) => Err(format!("has the SHA-256 {is}; the file was made from {said}")),
+        _ => Err("the file does not say what it was made from".into()),
+    }
+}
+
+/// Whether as much of the source is gone as the file says.
+fn sizes_agree(model: &Model, source: &Model) -> Result<String, String> {
+    let params = |m: &Model| {
+        let of = |b| {
+            let (attention, ffn) = m.hparams.block_params(b);
+            attention + ffn
+        };
+        m.hparams.blocks.iter().map(of).sum::<usize>() as f64
+    };
+    let gone = 1.0 - params(model) / params(source);
+    match model.file.get("putri.sparsity_reached") {
+        _ if model.hparams.n_layer() != source.hparams.n_layer() => {
+            Err(format!("{} blocks; the source has {}", model.hparams.n_layer(), source.hparams.n_layer()))
+        }
+        Some(Value::F32(said)) if (f64::from(*said) - gone).abs() < 1e-5 => {
+            Ok(format!("{:.2} % of the source's blocks is gone, as recorded", gone * 100.0))
+        }
+        Some(Value::F32(said)) => Err(format!(
+            "{:.2} % of the source's blocks is gone; recorded are {:.2} %",
+            gone * 100.0,
+            said * 100.0
+        )),
+        _ => Err("the file does not say how much is gone".into()),
+    }
+}
+
+/// Whether rows that are copied byte for byte are those of the same heads, and of the same neurons.
+fn rows_agree(model: &Model, source: &Model) -> Result<String, String> {
+    let mut n_compared = 0;
+    for (il, (new, old)) in model.blocks.iter().zip(&source.blocks).enumerate() {
+        let shape = &source.hparams.blocks[il];
+        let head_dim = source.hparams.head_dim;
+        let of_group = [shape.heads_per_group() * head_dim, head_dim, head_dim];
+        let qkv = new.qkv.iter().flatten().zip(old.qkv.iter().flatten()).zip(of_group);
+        let heads: Vec<Part> = ["Q", "K", "V"]
+            .into_iter()
+            .zip(qkv)
+            .map(|(name, ((new, old), rows))| Part { name, new: *new, old: *old, rows })
+            .collect();
+        let [new, old] = [new, old].map(feed_forward);
+        let ffn = ["gate", "up"].into_iter().zip(new.into_iter().zip(old));
+        let neurons: Vec<Part> =
+            ffn.filter_map(|(name, (new, old))| Some(Part { name, new: new?, old: old?, rows: 1 })).collect();
+        for parts in [heads, neurons] {
+            n_compared += one_origin(model, source, &parts).map_err(|e| format!("block {il}: {e}"))?;
+        }
+    }
+    Ok(format!("{n_compared} of Q, K, V, gate and up are the source's, of the same heads and neurons"))
+}
+
+/// A matrix whose rows, so many at a time, belong to one group or neuron.
+struct Part {
+    name: &'static str,
+    new: Segment,
+    old: Segment,
+    rows: usize,
+}
+
+/// Gate and up; those of experts lie one behind the other.
+fn feed_forward(t: &BlockTensors) -> [Option<Segment>; 2] {
+    let whole =
+        |each: &[Segment]| each.first().map(|first| Segment { n: each.iter().map(|s| s.n).sum(), ..*first });
+    match &t.experts {
+        Some(e) => [whole(&e.gate), whole(&e.up)],
+        None => [t.ffn_gate, t.ffn_up],
+    }
+}
+
+/// Checks that the rows of all `parts` are taken from the same groups or neurons of the source, and counts them; matrices
+/// that have another type than there are left out.
+fn one_origin(model: &Model, source: &Model, parts: &[Part]) -> Result<usize, String> {
+    let mut origins: Option<Vec<Vec<usize>>> = None;
+    let mut n_compared = 0;
+    for p in parts.iter().filter(|p| model.tensor(&p.new).ty == source.tensor(&p.old).ty) {
+        let mut places: HashMap<&[u8], Vec<usize>> = HashMap::new();
+        for (i, row) in rows(source, &p.old).enumerate() {
+            places.entry(row).or_default().push(i / p.rows);
+        }
+        let none = Vec::new();
+        let rows: Vec<&[u8]> = rows(model, &p.new).collect();
+        n_compared += rows.len();
+        let found = rows.chunks(p.rows).map(|rows| {
+            // A source may hold a row twice.
+            let of_row = rows.iter().map(|row| places.get(row).unwrap_or(&none));
+            of_row.cloned().reduce(|a, b| common(&a, &b)).unwrap_or_default()
+        });
+        let found: Vec<Vec<usize>> = found.collect();
+        if found.iter().any(Vec::is_empty) {
+            return Err(format!("rows of {} are none of the source's, or of several of its heads", p.name));
+        }
+        let both = match origins {
+            None => found,
+            Some(origins) => origins.iter().zip(&found).map(|(a, b)| common(a, b)).collect(),
+        };
+        if both.iter().any(Vec::is_empty) {
+            return Err(format!(
+                "rows of {} are not those of the same heads or neurons as the others",
+                p.name
+            ));
+        }
+        origins = Some(both);
+    }
+    Ok(n_compared)
+}
+
+fn common(a: &[usize], b: &[usize]) -> Vec<usize> {
+    a.iter().copied().filter(|n| b.contains(n)).collect()
+}
+
+fn rows<'m>(m: &'m Model, s: &Segment) -> impl Iterator<Item = &'m [u8]> {
+    let t = m.tensor(s);
+    let n = t.ty.row_bytes(t.ne[0]);
+    m.file.data(t)[s.start * n..(s.start + s.n) * n].chunks_exact(n)
+}
