@@ -432,14 +432,26 @@ fn sparsity_zero_is_the_same_bytes() {
 }
 
 #[test]
-fn the_same_job_gives_the_same_bytes() {
+fn the_same_job_gives_the_same_bytes_whatever_the_threads() {
+    silence_logs();
     let cli = Cli::new();
-    Small { blocks: vec![(4, 2, 256); 3], ..Small::default() }.write(&cli.path("in.gguf"));
-    for out in ["a.gguf", "b.gguf"] {
-        cli.ok(&[&["in.gguf", out, "--sparsity", "0.4", "--seed", "9"][..], &QUICK].concat());
+    std::fs::write(cli.path("text.txt"), TEXT).unwrap();
+    let wide = Small { ty: Type::Q4_0, blocks: vec![(4, 2, 384); 3], ..Small::default() };
+    let mixture = Small { experts: Some([8, 2, 0]), blocks: vec![(4, 2, 96); 3], ..Small::default() };
+    for (small, more) in [
+        (wide.clone(), &[][..]),
+        (Small { arch: "gemma3", ..wide }, &[]),
+        (mixture.clone(), &[]),
+        (mixture, &["--experts", "narrow"]),
+    ] {
+        small.write(&cli.path("in.gguf"));
+        let run = |threads: &str| {
+            let args = ["in.gguf", "out.gguf", "--sparsity", "0.4", "-f", "text.txt", "--force", "-q"];
+            cli.ok(&[&args[..], more, &["-c", "64", "--chunks", "4", "-t", threads]].concat());
+            std::fs::read(cli.path("out.gguf")).unwrap()
+        };
+        assert!(run("2") == run("1"), "{} {more:?}", small.arch);
     }
-    let read = |n: &str| std::fs::read(cli.path(n)).unwrap();
-    assert!(read("a.gguf") == read("b.gguf"));
 }
 
 #[test]

@@ -5,6 +5,9 @@ use rayon::prelude::*;
 /// Sums that a thread adds to at a time.
 const PART: usize = 1 << 16;
 
+/// Share of an input's square that its variance is told from rounding by: sums of products are in 32 bits.
+const VARIES: f64 = 1e-6;
+
 /// A symmetric matrix `[n, n]`, of which the upper triangle is stored.
 #[derive(Clone, Debug, PartialEq)]
 pub struct SymMatrix {
@@ -135,8 +138,10 @@ impl Moments {
     }
 
     /// From moments about zero to moments about the mean: what is left for a linear map to explain
-    /// once its bias takes care of the means.
+    /// once its bias takes care of the means. Of an input that does not vary only rounding would be left; it is nothing
+    /// then.
     pub fn centre(&mut self) {
+        let before = self.gram.diagonal();
         let weight = self.weight.max(f64::MIN_POSITIVE);
         self.x.iter_mut().chain(&mut self.r).for_each(|sum| *sum /= weight);
         let x = &self.x;
@@ -146,6 +151,17 @@ impl Moments {
         self.gram.rows_mut().into_par_iter().enumerate().for_each(|(i, row)| less(row, x[i], &x[i..]));
         let cross = self.cross.par_chunks_exact_mut(x.len()).zip(&self.r);
         cross.for_each(|(row, mean)| less(row, *mean, x));
+        let varies: Vec<bool> =
+            self.gram.diagonal().iter().zip(before).map(|(now, before)| *now > VARIES * before).collect();
+        if varies.iter().any(|v| !v) {
+            let keep = |row: &mut [f64], varies: &[bool]| {
+                row.iter_mut().zip(varies).filter(|(_, v)| !**v).for_each(|(value, _)| *value = 0.0);
+            };
+            for (i, row) in self.gram.rows_mut().into_iter().enumerate() {
+                if varies[i] { keep(row, &varies[i..]) } else { row.fill(0.0) }
+            }
+            self.cross.chunks_exact_mut(varies.len()).for_each(|row| keep(row, &varies));
+        }
     }
 }
 

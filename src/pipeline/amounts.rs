@@ -157,7 +157,7 @@ pub fn budgets(model: &Model, s: &Settings) -> Vec<Budget> {
                 piece_params: h.piece_params(b, piece),
                 fixed: h.block_params(b).1 - b.n_pieces(piece) * h.piece_params(b, piece),
                 step,
-                fewest: h.fewest_pieces(piece).max(step),
+                fewest: h.fewest_pieces(piece).max(step).max(least_width(b.n_pieces(piece), s)),
             }
         })
         .collect();
@@ -170,6 +170,11 @@ pub fn budgets(model: &Model, s: &Settings) -> Vec<Budget> {
         }
     }
     budgets
+}
+
+/// The fewest of `n_pieces` that a block keeps whatever its losses say.
+fn least_width(n_pieces: usize, s: &Settings) -> usize {
+    (n_pieces as f64 * (1.0 - s.sparsity) * s.least_width) as usize
 }
 
 /// Widths change in steps that keep ffn_down in its type, and rows long enough for vector kernels.

@@ -6,7 +6,7 @@ use crate::forward::{Block, Chosen, ExpertUse, Wanted};
 use crate::model::{BlockWeights, Piece};
 use crate::numeric::Moments;
 use crate::prune;
-use crate::requant::{Quantised, quantise};
+use crate::requant::{Quantised, quantise, within_reason};
 use crate::spill::Array;
 
 impl Run<'_> {
@@ -100,6 +100,7 @@ impl Run<'_> {
                 let q = self.requantise(&refit.weights, &moments, &keep, ridge, ty).map_err(&failed)?;
                 (keep, q)
             };
+            within_reason(&q, down).map_err(&failed)?;
             neurons.extend(keep.iter().map(|j| i * n_ff + j));
             bytes.extend_from_slice(&q.bytes);
             written = q.ty;

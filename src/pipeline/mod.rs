@@ -91,6 +91,18 @@ pub enum PruneError {
         /// Why.
         source: Singular,
     },
+    /// What was fitted is out of all proportion.
+    #[error(
+        "block {block}, {part}: new values are {times:.0} times as large as those before; calibrate on more text"
+    )]
+    Grown {
+        /// The block.
+        block: usize,
+        /// `attn_output` or `ffn_down`.
+        part: &'static str,
+        /// How much larger.
+        times: f32,
+    },
     /// A temporary file failed.
     #[error("temporary file: {0}")]
     Spill(#[from] std::io::Error),

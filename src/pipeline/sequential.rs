@@ -7,7 +7,7 @@ use crate::ggml::Type;
 use crate::model::{BlockVector, BlockWeights, Matrix};
 use crate::numeric::Moments;
 use crate::prune::{self, Singular};
-use crate::requant::{FeedbackError, Quantised, quantise, quantise_with_feedback};
+use crate::requant::{FeedbackError, Quantised, quantise, quantise_with_feedback, within_reason};
 use crate::spill::Array;
 use std::ops::Range;
 
@@ -150,7 +150,8 @@ impl Run<'_> {
                 self.model.blocks[il].attn_output.as_ref().expect("a block with attention has attn_output");
             let ty = s.types.attn_output.unwrap_or(self.model.tensor(segment).ty);
             let q = self.requantise(&refit.weights, &moments, &keep, s.ridge_attn, ty).map_err(failed)?;
-            let old = std::mem::replace(&mut w.attn_output, q.to_matrix()?);
+            let new = within_reason(&q, &w.attn_output).map_err(at_block(il, "attn_output"))?;
+            let old = std::mem::replace(&mut w.attn_output, new);
             let maps = [&old, &w.attn_output];
             w.attn_output_bias =
                 self.adapted_bias(w.attn_output_bias.take(), maps, &keep, &moments, s.mixture);
@@ -201,7 +202,7 @@ impl Run<'_> {
         self.report_ridge(il, "ffn_down", refit.ridge, wanted_ridge);
         let (ty, ridge) = (self.type_of_ffn_down(il), self.settings.ridge_ffn);
         let q = self.requantise(&refit.weights, &moments, &keep, ridge, ty).map_err(failed)?;
-        let new = q.to_matrix()?;
+        let new = within_reason(&q, &w.ffn_down).map_err(at_block(il, "ffn_down"))?;
         let (maps, mixture) = ([&w.ffn_down, &new], self.settings.mixture);
         w.ffn_down_bias = self.adapted_bias(w.ffn_down_bias.take(), maps, &keep, &moments, mixture);
         self.plan.blocks[il].set_vector(BlockVector::FfnDownBias, w.ffn_down_bias.clone());
@@ -307,7 +308,9 @@ impl Run<'_> {
     }
 
     pub(super) fn report_ridge(&mut self, il: usize, part: &str, used: f64, wanted: f64) {
-        if used > wanted {
+        if used.is_infinite() {
+            self.warnings.push(format!("block {il}, {part}: its inputs do not vary, so nothing was fitted"));
+        } else if used > wanted {
             self.warnings
                 .push(format!("block {il}, {part}: needed a ridge of {used:.0e} (asked for {wanted:.0e})"));
         }
@@ -331,6 +334,7 @@ pub(super) fn at_block(block: usize, part: &'static str) -> impl Fn(FeedbackErro
     move |e| match e {
         FeedbackError::Singular(source) => PruneError::Singular { block, part, source },
         FeedbackError::Ggml(source) => PruneError::Ggml(source),
+        FeedbackError::Grown(times) => PruneError::Grown { block, part, times },
     }
 }
 

@@ -74,6 +74,8 @@ pub struct Settings {
     pub sensitivity_tokens: usize,
     /// Every block gets its own width.
     pub per_block_widths: bool,
+    /// The least width of a block where each gets its own, relative to what would stay if all lost the same share.
+    pub least_width: f64,
     /// Biases take over the mean of what was removed.
     pub biases: bool,
     /// Times that tuning goes over its part of the calibration windows; 0 is no tuning.
@@ -138,6 +140,7 @@ impl Default for Settings {
             sensitivity_tokens: 2048,
             error_feedback: true,
             per_block_widths: true,
+            least_width: 0.0,
             biases: true,
             tune: 1,
             tune_rate: 0.005,

@@ -36,5 +36,5 @@ pub(crate) fn in_f64(w: &Matrix) -> Mat<f64> {
 
 /// The matrix could not be factored, whatever the ridge.
 #[derive(Debug, thiserror::Error)]
-#[error("the activations of this layer have no usable second moments (all zero or not finite)")]
+#[error("the activations of this layer have no usable second moments (they are not finite)")]
 pub struct Singular;

@@ -70,13 +70,18 @@ pub fn bias_change(old: &Matrix, new: &Matrix, keep: &[usize], moments: &Moments
         .collect()
 }
 
-/// Cholesky factor of H + ridge · scale · I on the inputs `keep`, or all, with the ridge raised until it exists.
+/// Cholesky factor of H + ridge · scale · I on the inputs `keep`, or all, with the ridge raised until it exists. Where H is
+/// nothing at all, so that there is nothing to fit, it is that of I: every change costs what it is long. The ridge is
+/// infinite then.
 pub(crate) fn factor(
     h: &SymMatrix,
     keep: Option<&[usize]>,
     ridge: f64,
     scale: f64,
 ) -> Result<(Cholesky, f64), Singular> {
+    if scale == 0.0 {
+        return Cholesky::new(h, keep, 1.0).map(|factored| (factored, f64::INFINITY)).ok_or(Singular);
+    }
     if !(scale > 0.0 && scale.is_finite()) {
         return Err(Singular);
     }

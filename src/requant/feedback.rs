@@ -19,6 +19,9 @@ pub enum FeedbackError {
     /// ggml cannot encode the type.
     #[error(transparent)]
     Ggml(#[from] GgmlError),
+    /// So many times as large as before.
+    #[error("new values are {0:.0} times as large as those before")]
+    Grown(f32),
 }
 
 /// Encodes `m` `[n_in, n_out]`, whose inputs are those numbered `keep` in the Gram matrix `gram`, in `wanted` or its

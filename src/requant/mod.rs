@@ -5,5 +5,5 @@ mod quantise;
 mod slice;
 
 pub use feedback::{FeedbackError, quantise_with_feedback};
-pub use quantise::{Quantised, output_type, quantise};
+pub use quantise::{Quantised, output_type, quantise, within_reason};
 pub use slice::{select_columns, select_rows};

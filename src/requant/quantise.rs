@@ -1,5 +1,6 @@
 //! Quantising a changed matrix.
 
+use super::FeedbackError;
 use crate::ggml::{GgmlError, Type};
 use crate::model::Matrix;
 use crate::spill::{Array, Shelf};
@@ -46,6 +47,26 @@ impl Quantised {
     }
 }
 
+/// How many times as large as the largest value before a new one may be: what is more is no repair.
+const MOST_GROWTH: f32 = 1e3;
+
+/// The values of `q` as a reader will see them, where they are no larger than those of `old`, which they take the place
+/// of, within reason.
+///
+/// # Errors
+/// [`FeedbackError::Grown`] if they are, or [`FeedbackError::Ggml`].
+pub fn within_reason(q: &Quantised, old: &Matrix) -> Result<Matrix, FeedbackError> {
+    let new = q.to_matrix()?;
+    let largest = |m: &Matrix| m.data.iter().fold(0f32, |most, v| most.max(v.abs()));
+    let (before, now) = (largest(old), largest(&new));
+    // What was nothing may become something.
+    if before == 0.0 || now <= MOST_GROWTH * before {
+        Ok(new)
+    } else {
+        Err(FeedbackError::Grown(now / before))
+    }
+}
+
 /// The type in which a tensor of type `wanted` can be written with rows of `n_per_row` elements:
 /// itself where rows are whole blocks and ggml can encode it, else llama-quantize's fallback
 /// (`tensor_type_fallback` in `src/llama-quant.cpp`), else F16.
@@ -74,4 +95,25 @@ pub fn quantise(m: &Matrix, wanted: Type, importance: &[f32]) -> Result<Quantise
     let ty = output_type(wanted, m.n_in);
     let bytes = ty.quantize(&m.data, m.n_in, Some(importance))?;
     Ok(Quantised::new(ty, m.n_in, m.n_out, bytes))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn values_out_of_all_proportion_are_refused() {
+        let of = |values: Vec<f32>| Matrix::new(2, 2, values);
+        let old = of(vec![0.5, -1.0, 0.25, 0.0]);
+        for (largest, fine) in [(0.1, true), (900.0, true), (1100.0, false), (f32::INFINITY, false)] {
+            let bytes = bytemuck::cast_slice(&[0.0, largest, 0.1, 0.0]).to_vec();
+            assert_eq!(
+                within_reason(&Quantised::new(Type::F32, 2, 2, bytes), &old).is_ok(),
+                fine,
+                "{largest}"
+            );
+        }
+        let written = quantise(&old, Type::F32, &[1.0; 2]).unwrap();
+        assert!(within_reason(&written, &of(vec![0.0; 4])).is_ok());
+    }
 }
