@@ -13,6 +13,7 @@ use putri_gguf::ggml::{RawGguf, install_abort_handler, silence_logs};
 use putri_gguf::gguf::Value;
 use putri_gguf::model::Model;
 use putri_gguf::report::peak_memory;
+use std::io::{BufRead, BufReader};
 use std::path::Path;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
@@ -412,34 +413,64 @@ fn weights_that_are_no_numbers() {
     }
 }
 
+/// Prunes `in.gguf`, and does `at` once the stage is announced. Exit code and lines on stderr.
+fn disturbed(cli: &Cli, stage: &str, at: impl Fn(&Path)) -> (Option<i32>, Vec<String>) {
+    let mut child = std::process::Command::new(env!("CARGO_BIN_EXE_putri-gguf"))
+        .current_dir(cli.dir.path())
+        .args(["in.gguf", "out.gguf", "--sparsity", "0.3", "-c", "64", "--chunks", "16", "-t", "1"])
+        .stderr(std::process::Stdio::piped())
+        .stdout(std::process::Stdio::null())
+        .spawn()
+        .unwrap();
+    let mut said = Vec::new();
+    for line in BufReader::new(child.stderr.take().unwrap()).lines() {
+        let line = line.unwrap();
+        if line == stage {
+            at(&cli.path("in.gguf"));
+        }
+        said.push(line);
+    }
+    (child.wait().unwrap().code(), said)
+}
+
 #[test]
 #[cfg(unix)]
 fn a_file_that_shrinks_while_it_is_read() {
-    use std::io::{BufRead, BufReader};
     let cli = Cli::new();
     Small { n_embd: 256, blocks: vec![(8, 4, 1024); 12], ..Small::default() }.write(&cli.path("in.gguf"));
     for stage in ["widths", "sensitivity", "blocks"] {
         let whole = std::fs::read(cli.path("in.gguf")).unwrap();
-        let mut child = std::process::Command::new(env!("CARGO_BIN_EXE_putri-gguf"))
-            .current_dir(cli.dir.path())
-            .args(["in.gguf", "out.gguf", "--sparsity", "0.3", "-c", "64", "--chunks", "16", "-t", "1"])
-            .stderr(std::process::Stdio::piped())
-            .stdout(std::process::Stdio::null())
-            .spawn()
-            .unwrap();
-        let mut said = Vec::new();
-        for line in BufReader::new(child.stderr.take().unwrap()).lines() {
-            let line = line.unwrap();
-            if line == stage {
-                // No page of it is left, not even those that are in memory.
-                std::fs::File::options().write(true).open(cli.path("in.gguf")).unwrap().set_len(0).unwrap();
-            }
-            said.push(line);
-        }
-        assert_eq!(child.wait().unwrap().code(), Some(1), "{said:?}");
+        // No page of it is left, not even those that are in memory.
+        let (code, said) = disturbed(&cli, stage, |path| {
+            std::fs::File::options().write(true).open(path).unwrap().set_len(0).unwrap();
+        });
+        assert_eq!(code, Some(1), "{said:?}");
         let errors: Vec<&String> = said.iter().filter(|l| l.starts_with("error:")).collect();
         assert!(errors.len() == 1 && errors[0].contains("in.gguf: became shorter"), "{stage}: {said:?}");
         std::fs::write(cli.path("in.gguf"), whole).unwrap();
         assert_eq!(cli.listing().len(), 1, "{stage} left something behind");
+    }
+}
+
+#[test]
+#[cfg(unix)]
+fn a_file_that_vanishes_while_it_is_read() {
+    let cli = Cli::new();
+    Small { n_embd: 128, blocks: vec![(8, 4, 512); 6], ..Small::default() }.write(&cli.path("in.gguf"));
+    let whole = std::fs::read(cli.path("in.gguf")).unwrap();
+    let (code, said) = disturbed(&cli, "", |_| {});
+    assert_eq!(code, Some(0), "{said:?}");
+    let expected = std::fs::read(cli.path("out.gguf")).unwrap();
+    for stage in ["widths", "blocks", "write"] {
+        std::fs::remove_file(cli.path("out.gguf")).unwrap();
+        std::fs::write(cli.path("in.gguf"), &whole).unwrap();
+        // What is mapped stays readable; another file of that name is none of ours.
+        let (code, said) = disturbed(&cli, stage, |path| {
+            std::fs::remove_file(path).unwrap();
+            std::fs::write(path, "another").unwrap();
+        });
+        assert_eq!(code, Some(0), "{stage}: {said:?}");
+        assert!(std::fs::read(cli.path("out.gguf")).unwrap() == expected, "{stage}");
+        assert_eq!(std::fs::read(cli.path("in.gguf")).unwrap(), b"another");
     }
 }

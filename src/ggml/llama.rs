@@ -137,29 +137,33 @@ pub struct Vocab<'m> {
 impl Vocab<'_> {
     /// Number of tokens.
     pub fn n_tokens(&self) -> usize {
-        // SAFETY: a live vocabulary, here and below.
+        // SAFETY: a live vocabulary.
         unsafe { sys::llama_vocab_n_tokens(self.raw) as usize }
     }
 
     /// Beginning-of-sequence token, if there is one.
     pub fn bos(&self) -> Option<Token> {
+        // SAFETY: a live vocabulary.
         let t = unsafe { sys::llama_vocab_bos(self.raw) };
         (t >= 0).then_some(t)
     }
 
     /// End-of-sequence token, if there is one.
     pub fn eos(&self) -> Option<Token> {
+        // SAFETY: a live vocabulary.
         let t = unsafe { sys::llama_vocab_eos(self.raw) };
         (t >= 0).then_some(t)
     }
 
     /// Whether the tokenizer puts the BOS token in front of a text.
     pub fn add_bos(&self) -> bool {
+        // SAFETY: a live vocabulary.
         unsafe { sys::llama_vocab_get_add_bos(self.raw) }
     }
 
     /// Whether `token` ends a generation.
     pub fn is_eog(&self, token: Token) -> bool {
+        // SAFETY: a live vocabulary; a number that is none of its tokens ends nothing.
         unsafe { sys::llama_vocab_is_eog(self.raw, token) }
     }
 

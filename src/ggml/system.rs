@@ -175,3 +175,31 @@ pub fn map_scratch(folder: &Path, n_bytes: usize) -> std::io::Result<memmap2::Mm
     // SAFETY: nobody else knows the file, so nobody changes or shortens it.
     unsafe { memmap2::MmapMut::map_mut(&file) }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Runs itself once more, where an assertion of ggml's fails.
+    #[test]
+    fn a_failed_assertion_ends_in_our_message_and_exit_code() {
+        const CHILD: &str = "PUTRI_TEST_ABORTS";
+        if std::env::var_os(CHILD).is_some() {
+            install_abort_handler(|message| {
+                eprintln!("error: {message}");
+                std::process::exit(7);
+            });
+            // SAFETY: C strings, and a format that takes one.
+            unsafe { sys::ggml_abort(c"there.c".as_ptr(), 12, c"%s".as_ptr(), c"ne[0] is odd".as_ptr()) };
+        }
+        let name = "ggml::system::tests::a_failed_assertion_ends_in_our_message_and_exit_code";
+        let child = std::process::Command::new(std::env::current_exe().unwrap())
+            .args(["--exact", name, "--nocapture"])
+            .env(CHILD, "1")
+            .output()
+            .unwrap();
+        let stderr = String::from_utf8_lossy(&child.stderr);
+        assert_eq!(child.status.code(), Some(7), "{stderr}");
+        assert!(stderr.contains("error: there.c:12: ne[0] is odd"), "{stderr}");
+    }
+}
