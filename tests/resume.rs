@@ -219,3 +219,29 @@ fn a_state_is_only_taken_over_on_the_same_terms() {
     // More threads are no other terms.
     cli.ok(&[&["in.gguf", "out.gguf"][..], &common, &["--sparsity", "0.5", "--resume", "-t", "2"]].concat());
 }
+
+#[test]
+fn two_runs_do_not_share_a_state() {
+    let cli = Cli::new();
+    Small { n_embd: 128, blocks: vec![(8, 4, 512); 6], ..Small::default() }.write(&cli.path("in.gguf"));
+    let args =
+        ["--sparsity", "0.3", "-c", "64", "--chunks", "16", "-t", "1", "--state-dir", "state", "--resume"];
+    let mut first = Command::new(env!("CARGO_BIN_EXE_putri-gguf"))
+        .current_dir(cli.dir.path())
+        .args(["in.gguf", "out.gguf", "-q"])
+        .args(args)
+        .stdout(Stdio::null())
+        .spawn()
+        .unwrap();
+    while !cli.path("state/windows.gguf").exists() {
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    let second = cli.run(&[&["in.gguf", "other.gguf", "-q"][..], &args].concat());
+    let said = String::from_utf8_lossy(&second.stderr);
+    assert!(second.status.code() == Some(1) && said.contains("another run keeps its state"), "{said}");
+    // One that is killed lets go of it.
+    first.kill().unwrap();
+    first.wait().unwrap();
+    cli.ok(&[&["in.gguf", "out.gguf", "-q"][..], &args].concat());
+    assert!(!cli.path("state").exists());
+}

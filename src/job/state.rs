@@ -9,6 +9,7 @@ use crate::pipeline::{BlockPlan, Journal, Settings, Settled};
 use crate::prune::{Candidate, GroupId, LazyGreedy};
 use crate::requant::Quantised;
 use std::borrow::Cow;
+use std::fs::{File, TryLockError};
 use std::path::{Path, PathBuf};
 
 /// On what terms the run was made: another run may only go on from here on the same.
@@ -19,6 +20,8 @@ const WIDTHS: &str = "widths.gguf";
 /// What is being written. Always the same name, so that a run that was killed leaves one at most, which the next
 /// one writes over or deletes.
 const UNFINISHED: &str = "unfinished.part";
+/// Held by the run that works here. The system lets go of it however that ends.
+const LOCK: &str = "lock";
 
 fn block_file(il: usize) -> String {
     format!("block-{il:03}.gguf")
@@ -31,6 +34,7 @@ pub(super) struct State {
     shapes: Vec<BlockShape>,
     /// What goes from feed-forwards.
     piece: Piece,
+    _lock: File,
 }
 
 impl State {
@@ -48,8 +52,16 @@ impl State {
     ) -> Result<State, JobError> {
         let io = |source| JobError::Io { path: folder.into(), source };
         std::fs::create_dir_all(folder).map_err(io)?;
+        let lock = File::create(folder.join(LOCK)).map_err(io)?;
+        match lock.try_lock() {
+            Ok(()) => {}
+            Err(TryLockError::WouldBlock) => return Err(JobError::StateBusy(folder.into())),
+            // A file system without locks: one run at a time is up to the user there.
+            Err(TryLockError::Error(e)) if e.kind() == std::io::ErrorKind::Unsupported => {}
+            Err(TryLockError::Error(e)) => return Err(io(e)),
+        }
         let (shapes, piece) = (source.hparams.blocks.clone(), job.settings.piece(source));
-        let state = State { folder: folder.into(), shapes, piece };
+        let state = State { folder: folder.into(), shapes, piece, _lock: lock };
         let (path, terms) = (folder.join(TERMS), terms(job, source_sha256));
         match std::fs::read_to_string(&path) {
             Ok(_) if !resume => Err(JobError::StateExists(folder.into())),
@@ -98,6 +110,7 @@ impl State {
     /// Deletes what is kept here, and the folder if nothing else is in it.
     pub(super) fn remove(self) {
         self.clear();
+        let _ = std::fs::remove_file(self.folder.join(LOCK));
         let _ = std::fs::remove_dir(&self.folder);
     }
 
@@ -112,11 +125,11 @@ impl State {
     fn replace(
         &self,
         name: &str,
-        write: impl FnOnce(&mut std::fs::File) -> Result<(), GgufError>,
+        write: impl FnOnce(&mut File) -> Result<(), GgufError>,
     ) -> Result<(), GgufError> {
         let (unfinished, path) = (self.folder.join(UNFINISHED), self.folder.join(name));
         let io = |source| GgufError::Io { path: path.clone(), source };
-        let mut file = std::fs::File::create(&unfinished).map_err(io)?;
+        let mut file = File::create(&unfinished).map_err(io)?;
         write(&mut file)?;
         file.sync_data().map_err(io)?;
         std::fs::rename(unfinished, &path).map_err(io)
