@@ -22,6 +22,7 @@ fn provenance() -> Provenance {
         tune: 0,
         check_tokens: Vec::new(),
         check_nll: Vec::new(),
+        check_exact: false,
     }
 }
 

@@ -67,6 +67,26 @@ fn sound_files_are_believed() {
     assert!(json["checks"].as_array().unwrap().iter().all(|c| c["ok"] == true), "{json}");
 }
 
+#[test]
+fn matrices_that_are_encoded_anew_are_no_fault() {
+    silence_logs();
+    let cli = Cli::new();
+    let small = Small { arch: "qwen3", blocks: vec![(4, 2, 256); 4], ..Small::default() };
+    small.write(&cli.path("f32.gguf"));
+    // As in a mix of types, V in a wider one; openelm has one matrix for the three.
+    common::retype(&GgufFile::open(&cli.path("f32.gguf")).unwrap(), &cli.path("in.gguf"), |name| {
+        let wide = name.contains("attn_v") && name.ends_with("weight");
+        let matrix = name.ends_with("weight") && !name.contains("norm");
+        if wide { Some(Type::Q8_0) } else { matrix.then_some(Type::Q4_0) }
+    });
+    cli.ok(&[&["in.gguf", "out.gguf", "--sparsity", "0.4"][..], &QUICK].concat());
+    let out = GgufFile::open(&cli.path("out.gguf")).unwrap();
+    assert_eq!(out.get_str("general.architecture").unwrap(), Some("openelm"));
+    assert_eq!(out.get("putri.check.exact"), Some(&Value::Bool(false)));
+    let said = cli.ok(&["verify", "out.gguf", "--source", "in.gguf", "-t", "1", "-q"]);
+    println!("{said}");
+}
+
 /// Swaps two runs of `n` bytes.
 fn swapped(bytes: &[u8], n: usize, a: usize, b: usize) -> Vec<u8> {
     let mut bytes = bytes.to_vec();

@@ -27,6 +27,8 @@ pub struct Provenance {
     /// What the pruned model makes of it by our own forward: the negative log-likelihood of each token but the first, in
     /// nats; nothing where that is not known.
     pub check_nll: Vec<f32>,
+    /// The file holds exactly the values that were measured.
+    pub check_exact: bool,
 }
 
 /// Metadata of the pruned model, which has `n_params` parameters.
@@ -168,8 +170,11 @@ pub(crate) fn size_label(n_params: usize) -> String {
 
 fn provenance(p: &Provenance) -> Vec<(String, Value)> {
     let text = |s: &str| Value::Str(s.into());
-    let check =
-        [("check.tokens", Value::i32_array(&p.check_tokens)), ("check.nll", Value::f32_array(&p.check_nll))];
+    let check = [
+        ("check.tokens", Value::i32_array(&p.check_tokens)),
+        ("check.nll", Value::f32_array(&p.check_nll)),
+        ("check.exact", Value::Bool(p.check_exact)),
+    ];
     [
         ("version", text(env!("CARGO_PKG_VERSION"))),
         ("source.sha256", text(&p.source_sha256)),

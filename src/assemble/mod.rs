@@ -8,8 +8,8 @@ pub use imatrix::{importance, write_imatrix};
 pub use metadata::Provenance;
 
 use crate::gguf::{GgufError, OutTensor, write_gguf};
-use crate::model::{Family, Model};
-use crate::pipeline::Plan;
+use crate::model::{BlockTensors, Family, Model, Segment};
+use crate::pipeline::{BlockPlan, Plan};
 use std::io::Write;
 use std::path::Path;
 
@@ -32,6 +32,19 @@ pub fn assemble(
     let tensors: Vec<OutTensor> = tensors.into_iter().map(checked).collect();
     write_gguf(out, path, &metadata, &tensors)?;
     Ok(carrier)
+}
+
+/// Whether what [`assemble`] writes holds exactly the values that `plan` was measured with: not where groups are taken out of
+/// an attn_output that has no new values, which may have to be encoded anew, or Q, K and V of different types become one.
+pub fn writes_exactly(model: &Model, plan: &Plan) -> bool {
+    let one_qkv = plan.carrier(model).traits().one_qkv;
+    let block = |(p, t): (&BlockPlan, &BlockTensors)| {
+        let fewer = t.qkv.is_some_and(|[_, k, _]| p.groups.len() * model.hparams.head_dim < k.n);
+        let type_of = |s: &Segment| model.tensor(s).ty;
+        let mixed = t.qkv.is_some_and(|[q, k, v]| type_of(&q) != type_of(&k) || type_of(&k) != type_of(&v));
+        (p.groups.is_empty() || p.attn_output.is_some() || !fewer) && !(one_qkv && mixed)
+    };
+    plan.blocks.iter().zip(&model.blocks).all(block)
 }
 
 /// The same tensor; one that holds what is no number, copied or new, is not written.

@@ -4,7 +4,7 @@ use super::output::{finish, finish_parts, outputs, temporary};
 use super::prepared::{Prepared, llama};
 use super::verify::{RECORDED, matches_record};
 use super::{Job, JobError, Outcome, Quality, Samples, Size, forecast};
-use crate::assemble::{Provenance, assemble, write_imatrix};
+use crate::assemble::{Provenance, assemble, write_imatrix, writes_exactly};
 use crate::calibrate::Windows;
 use crate::evaluate::{self, Protocol};
 use crate::ggml::{GgmlError, LlamaModel};
@@ -54,6 +54,7 @@ impl Prepared {
                 .take(checked.len().saturating_sub(1))
                 .map(|l| *l as f32)
                 .collect(),
+            check_exact: writes_exactly(model, &pruned.plan),
         };
 
         // Beside its name until the model is verified, too.

@@ -13,8 +13,8 @@ use std::path::{Path, PathBuf};
 /// difference in nats: it computes the same numbers in another order.
 const OWN: f64 = 1e-3;
 
-/// The same of llama.cpp, which takes activations to eight bits for quantised weights, or of a file whose `attn_output`
-/// was encoded once more after that.
+/// The same of llama.cpp, which takes activations to eight bits for quantised weights, or of a file where some matrices were
+/// encoded once more after that.
 const LLAMA: f64 = 0.2;
 
 /// Tokens of which a file records what it makes.
@@ -44,7 +44,7 @@ pub struct Check {
 struct Record {
     tokens: Vec<Token>,
     losses: Vec<f64>,
-    /// Its values were all measured as they were written.
+    /// The file holds exactly the values that were measured.
     exact: bool,
 }
 
@@ -52,7 +52,7 @@ impl Record {
     fn of(file: &GgufFile) -> Option<Record> {
         let tokens = file.get("putri.check.tokens").and_then(Value::as_unsigned_array)?;
         let losses = file.get("putri.check.nll").and_then(Value::as_f32_array)?;
-        let exact = file.get("putri.method") == Some(&Value::Str("putri".into()));
+        let exact = file.get("putri.check.exact") == Some(&Value::Bool(true));
         let sound = tokens.len() > 1 && losses.len() + 1 == tokens.len();
         sound.then(|| Record {
             tokens: tokens.into_iter().map(|t| t as Token).collect(),
