@@ -16,6 +16,7 @@ pub mod gguf;
 mod job;
 pub mod model;
 pub mod numeric;
+pub mod ollama;
 pub mod pipeline;
 pub mod prune;
 pub mod report;

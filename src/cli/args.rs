@@ -118,7 +118,7 @@ pub enum PplStyle {
 /// Arguments of pruning.
 #[derive(clap::Args, Clone, Debug)]
 pub struct Args {
-    /// The model to prune (GGUF, any quantisation that llama.cpp reads); never written to
+    /// The model to prune (GGUF, any quantisation that llama.cpp reads; or ollama:NAME); never written to
     pub input: PathBuf,
     /// Where the pruned model goes
     pub output: PathBuf,
@@ -191,6 +191,9 @@ pub struct Args {
     /// Also write a report, by its name as a page (.html) or for machines (.json)
     #[arg(long, value_name = "FILE", help_heading = "Output")]
     pub report: Option<PathBuf>,
+    /// Also write a Modelfile for `ollama create`: out.gguf gets out.Modelfile
+    #[arg(long, help_heading = "Output", hide_short_help = true)]
+    pub modelfile: bool,
     /// Also measure what quantisation alone makes of as many bytes, on the held-out windows
     #[arg(long, help_heading = "Output", hide_short_help = true)]
     pub compare_quant: bool,

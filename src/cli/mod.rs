@@ -4,11 +4,12 @@ mod args;
 mod resolve;
 
 pub use args::{Args, Cli, Command, EvalArgs};
-pub use resolve::{nested_name, resolve, resolve_eval, threads};
+pub use resolve::{nested_name, resolve, resolve_eval, stored, threads};
 
 use anyhow::Context;
 use clap::{CommandFactory, Parser};
 use putri_gguf::gguf::GgufFile;
+use putri_gguf::ollama::{self, OllamaError, Stored};
 use putri_gguf::report::{
     Progress, Timings, checks_json, checks_table, dry_run_table, eval_json, eval_table, event,
     inspection_json, inspection_table, page as page_of, report, summary,
@@ -44,7 +45,8 @@ pub fn main() -> ExitCode {
     let done = match (cli.command, cli.prune) {
         (Some(Command::Inspect { input, json }), _) => {
             let text = |found| if json { inspection_json(&found) + "\n" } else { inspection_table(&found) };
-            putri_gguf::inspect(&input).map(|found| show(&text(found))).map_err(Failed::Job)
+            let found = located(input).and_then(|path| Ok(putri_gguf::inspect(&path)?));
+            found.map(|found| show(&text(found)))
         }
         (Some(Command::Eval(args)), _) => measure(args),
         (Some(Command::Verify { model, source, threads, json, quiet }), _) => {
@@ -107,6 +109,12 @@ enum Failed {
     Machine(anyhow::Error),
 }
 
+impl From<OllamaError> for Failed {
+    fn from(e: OllamaError) -> Failed {
+        Failed::Machine(e.into())
+    }
+}
+
 impl From<JobError> for Failed {
     fn from(e: JobError) -> Failed {
         Failed::Job(e)
@@ -114,7 +122,12 @@ impl From<JobError> for Failed {
 }
 
 /// Prunes, and prints the summary.
-fn prune(args: Args) -> Result<(), Failed> {
+fn prune(mut args: Args) -> Result<(), Failed> {
+    let stored = stored(&args.input)?;
+    if let Some(stored) = &stored {
+        args.input.clone_from(&stored.model);
+    }
+    let with_modelfile = args.modelfile;
     let (quiet, timings, dry, nested) = (args.quiet, args.timings, args.dry_run, args.nested.clone());
     let (report_to, json) = (args.report.clone(), args.json);
     let job = resolve(args).map_err(Failed::Usage)?;
@@ -126,7 +139,13 @@ fn prune(args: Args) -> Result<(), Failed> {
         (Some(path), None) => vec![path.clone()],
         (Some(path), Some(shares)) => shares.iter().map(|&share| nested_name(path, share)).collect(),
     };
-    reports.iter().try_for_each(|path| writable(path, job.force))?;
+    let outputs: Vec<PathBuf> = match &nested {
+        None => vec![job.output.clone()],
+        Some(shares) => shares.iter().map(|&share| nested_name(&job.output, share)).collect(),
+    };
+    let modelfiles: Vec<PathBuf> =
+        outputs.iter().filter(|_| with_modelfile).map(|path| path.with_extension("Modelfile")).collect();
+    reports.iter().chain(&modelfiles).try_for_each(|path| writable(path, job.force))?;
     if dry {
         let rate = || ggml::product_rate(n_threads).ok();
         show(&dry_run_table(&putri_gguf::dry_run(&job)?, rate()));
@@ -140,8 +159,9 @@ fn prune(args: Args) -> Result<(), Failed> {
             imatrix_out: job.imatrix_out.as_ref().map(|path| nested_name(path, sparsity)),
         };
         let results: Vec<Nested> = shares.iter().map(result_at).collect();
-        let mut reports = reports.iter();
+        let (mut reports, mut modelfiles) = (reports.iter(), modelfiles.iter());
         let result = putri_gguf::run_nested(&job, &results, &mut progress, |job, outcome| {
+            write_modelfile(modelfiles.next(), outcome, stored.as_ref())?;
             tell(job, outcome, reports.next(), json, "")
         });
         progress.finish();
@@ -155,9 +175,22 @@ fn prune(args: Args) -> Result<(), Failed> {
         (JobError::Interrupted, Some(keep)) => Failed::Interrupted(keep.folder.clone()),
         (e, _) => Failed::Job(e),
     })?;
+    write_modelfile(modelfiles.first(), &outcome, stored.as_ref())?;
     let rate = timings.then(|| ggml::product_rate(n_threads).ok()).flatten();
     let timed = rate.map(|rate| format!("\n{}", stages.table(rate, outcome.forecast.as_ref())));
     Ok(tell(&job, &outcome, reports.first(), json, &timed.unwrap_or_default())?)
+}
+
+/// Writes a Modelfile for the output, if there shall be one.
+fn write_modelfile(
+    path: Option<&PathBuf>,
+    outcome: &Outcome,
+    source: Option<&Stored>,
+) -> Result<(), JobError> {
+    let Some(path) = path else { return Ok(()) };
+    let name = outcome.output.file_name().unwrap_or_default().to_string_lossy();
+    std::fs::write(path, ollama::modelfile(&name, source))
+        .map_err(|source| JobError::Io { path: path.clone(), source })
 }
 
 /// Writes the report, if there shall be one, and says what came of the job: as an event, or as a summary that ends with
@@ -205,8 +238,15 @@ fn write_report(path: &Path, report: &serde_json::Value) -> std::io::Result<()> 
     std::fs::write(path, if page { page_of(report) } else { format!("{report:#}\n") })
 }
 
+/// Where a model lies that may be one of a local Ollama.
+fn located(input: PathBuf) -> Result<PathBuf, Failed> {
+    Ok(stored(&input)?.map_or(input, |stored| stored.model))
+}
+
 /// Measures, and prints the figures.
-fn measure(args: EvalArgs) -> Result<(), Failed> {
+fn measure(mut args: EvalArgs) -> Result<(), Failed> {
+    args.model = located(args.model)?;
+    args.base = args.base.map(located).transpose()?;
     let (quiet, json) = (args.quiet, args.json);
     let job = resolve_eval(args).map_err(Failed::Usage)?;
     let stop = ready(job.n_threads).map_err(Failed::Machine)?;
@@ -226,6 +266,7 @@ fn check(
     json: bool,
     quiet: bool,
 ) -> Result<(), Failed> {
+    let source = source.map(located).transpose()?;
     let job = VerifyJob { model, source, n_threads: threads(n_threads).map_err(Failed::Usage)? };
     let stop = ready(job.n_threads).map_err(Failed::Machine)?;
     let mut progress = Progress::new(quiet || json, stop);

@@ -6,6 +6,7 @@ use putri_gguf::calibrate::Recipe;
 use putri_gguf::evaluate::Protocol;
 use putri_gguf::ggml::{FileType, Type};
 use putri_gguf::model::{Arch, Heads, Piece};
+use putri_gguf::ollama::{self, OllamaError, Stored};
 use putri_gguf::pipeline::{Method, Settings, Target, TensorTypes};
 use putri_gguf::{EvalJob, Job, KeepState, Limit, Quantise};
 use std::path::{Path, PathBuf};
@@ -119,6 +120,17 @@ pub fn resolve(args: Args) -> Result<Job> {
     })
 }
 
+/// What a model of a local Ollama is named with.
+const OLLAMA: &str = "ollama:";
+
+/// The model that `input` names, if it is one of a local Ollama.
+pub fn stored(input: &Path) -> Result<Option<Stored>, OllamaError> {
+    match input.to_str().and_then(|name| name.strip_prefix(OLLAMA)) {
+        Some(name) => ollama::find(&ollama::store()?, name).map(Some),
+        None => Ok(None),
+    }
+}
+
 /// Reads `--max-kld` and `--max-ppl-ratio`.
 fn limit(args: &Args) -> Result<Option<Limit>> {
     Ok(match (args.max_kld, args.max_ppl_ratio) {
@@ -163,6 +175,7 @@ fn goes_with_a_copy(args: &Args) -> Result<()> {
         (args.report.is_some(), "--report"),
         (args.compare_quant, "--compare-quant"),
         (args.keep_split, "--keep-split"),
+        (args.modelfile, "--modelfile"),
         (args.json, "--json"),
     ] {
         ensure!(!given, "{flag} needs a model to prune; --sparsity 0 only copies");
