@@ -134,17 +134,16 @@ fn prune(mut args: Args) -> Result<(), Failed> {
     let n_threads = job.settings.n_threads;
     let stop = ready(n_threads).map_err(Failed::Machine)?;
     // Of several results each has its own.
-    let reports: Vec<PathBuf> = match (&report_to, &nested) {
-        (None, _) => Vec::new(),
-        (Some(path), None) => vec![path.clone()],
-        (Some(path), Some(shares)) => shares.iter().map(|&share| nested_name(path, share)).collect(),
+    let of_each = |path: &PathBuf| -> Vec<PathBuf> {
+        let shares = nested.as_deref();
+        shares.map_or(vec![path.clone()], |s| s.iter().map(|&share| nested_name(path, share)).collect())
     };
-    let outputs: Vec<PathBuf> = match &nested {
-        None => vec![job.output.clone()],
-        Some(shares) => shares.iter().map(|&share| nested_name(&job.output, share)).collect(),
+    let reports = report_to.as_ref().map(of_each).unwrap_or_default();
+    let modelfiles: Vec<PathBuf> = if with_modelfile {
+        of_each(&job.output).iter().map(|path| path.with_extension("Modelfile")).collect()
+    } else {
+        Vec::new()
     };
-    let modelfiles: Vec<PathBuf> =
-        outputs.iter().filter(|_| with_modelfile).map(|path| path.with_extension("Modelfile")).collect();
     reports.iter().chain(&modelfiles).try_for_each(|path| writable(path, job.force))?;
     if dry {
         let rate = || ggml::product_rate(n_threads).ok();

@@ -143,7 +143,7 @@ impl Prepared {
         let after = Size {
             bytes,
             params: before.params - removed_params(model, &shapes),
-            block_params: shapes.iter().map(|b| sum(model.hparams.block_params(b))).sum(),
+            block_params: model.hparams.blocks_params(&shapes),
             blocks: shapes,
         };
         if let Some(Target::Bytes(target)) = job.settings.target
@@ -230,23 +230,19 @@ pub(super) fn copy_as_is(
     })
 }
 
-fn sum((a, b): (usize, usize)) -> usize {
-    a + b
-}
-
 pub(super) fn size_of(model: &Model) -> Size {
     let h = &model.hparams;
     Size {
         bytes: model.file.n_bytes(),
         params: model.file.tensors().iter().map(|t| t.n_elements()).sum(),
-        block_params: h.blocks.iter().map(|b| sum(h.block_params(b))).sum(),
+        block_params: h.blocks_params(&h.blocks),
         blocks: h.blocks.clone(),
     }
 }
 
 fn removed_params(model: &Model, shapes: &[BlockShape]) -> usize {
     let h = &model.hparams;
-    h.blocks.iter().zip(shapes).map(|(a, b)| sum(h.block_params(a)) - sum(h.block_params(b))).sum()
+    h.blocks_params(&h.blocks) - h.blocks_params(shapes)
 }
 
 pub(super) fn method_name(method: Method) -> &'static str {

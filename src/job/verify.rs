@@ -61,6 +61,12 @@ impl Record {
         })
     }
 
+    /// Whether our own forward of `model` predicts what the record says.
+    fn agrees_with(&self, model: &Model, n_threads: usize) -> Result<Result<String, String>, JobError> {
+        let losses = own_losses(model, &self.tokens, n_threads).map_err(|e| JobError::Prune(e.into()))?;
+        Ok(self.agrees(&losses, if self.exact { OWN } else { LLAMA }))
+    }
+
     /// Whether `losses` are those of the record, within `most`.
     fn agrees(&self, losses: &[f64], most: f64) -> Result<String, String> {
         let mut apart: Vec<f64> = losses.iter().zip(&self.losses).map(|(a, b)| (a - b).abs()).collect();
@@ -82,9 +88,8 @@ impl Record {
 pub(super) fn matches_record(path: &Path, n_threads: usize) -> Result<(), JobError> {
     let model = open_model(path)?;
     let Some(record) = Record::of(&model.file) else { return Ok(()) };
-    let losses = own_losses(&model, &record.tokens, n_threads).map_err(|e| JobError::Prune(e.into()))?;
-    let most = if record.exact { OWN } else { LLAMA };
-    record.agrees(&losses, most).map(drop).map_err(|said| JobError::Miswritten { path: path.into(), said })
+    let found = record.agrees_with(&model, n_threads)?;
+    found.map(drop).map_err(|said| JobError::Miswritten { path: path.into(), said })
 }
 
 /// Checks a pruned file. What is wrong with it is among what is returned; an error means that nothing can be said.
@@ -112,9 +117,7 @@ pub fn verify(job: &VerifyJob, observer: &mut dyn Observer) -> Result<Vec<Check>
         None => add("predictions", Ok("not recorded in this file".into())),
         Some(record) => {
             observer.stage("our own forward", 1);
-            let own = own_losses(&model, &record.tokens, job.n_threads);
-            let own = own.map_err(|e| JobError::Prune(e.into()))?;
-            add("predictions", record.agrees(&own, if record.exact { OWN } else { LLAMA }));
+            add("predictions", record.agrees_with(&model, job.n_threads)?);
             observer.step(1, "");
             observer.stage("llama.cpp", 1);
             let loaded = LlamaModel::load(&job.model);
@@ -139,13 +142,7 @@ fn is_source(model: &Model, source: &Model) -> Result<String, String> {
 
 /// Whether as much of the source is gone as the file says.
 fn sizes_agree(model: &Model, source: &Model) -> Result<String, String> {
-    let params = |m: &Model| {
-        let of = |b| {
-            let (attention, ffn) = m.hparams.block_params(b);
-            attention + ffn
-        };
-        m.hparams.blocks.iter().map(of).sum::<usize>() as f64
-    };
+    let params = |m: &Model| m.hparams.blocks_params(&m.hparams.blocks) as f64;
     let gone = 1.0 - params(model) / params(source);
     match model.file.get("putri.sparsity_reached") {
         _ if model.hparams.n_layer() != source.hparams.n_layer() => {

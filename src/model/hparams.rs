@@ -352,6 +352,15 @@ impl Hparams {
         let ffn = b.n_ff * self.piece_params(b, Piece::Neuron) + b.n_expert * self.n_embd;
         (b.n_head_kv * self.group_params(b), ffn)
     }
+
+    /// The same of `blocks` in all.
+    pub fn blocks_params(&self, blocks: &[BlockShape]) -> usize {
+        let params = |b: &BlockShape| {
+            let (attention, ffn) = self.block_params(b);
+            attention + ffn
+        };
+        blocks.iter().map(params).sum()
+    }
 }
 
 /// What a file is that goes with a model and is none.

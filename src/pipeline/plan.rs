@@ -122,12 +122,8 @@ impl Plan {
 
     /// Share of the parameters of `model`'s blocks that is gone.
     pub fn sparsity(&self, model: &Model) -> f64 {
-        let params = |b: &BlockShape| {
-            let (attention, ffn) = model.hparams.block_params(b);
-            attention + ffn
-        };
-        let before: usize = model.hparams.blocks.iter().map(params).sum();
-        let after: usize = self.shapes(model).iter().map(params).sum();
+        let h = &model.hparams;
+        let [before, after] = [&h.blocks, &self.shapes(model)].map(|blocks| h.blocks_params(blocks));
         (before - after) as f64 / before as f64
     }
 }
