@@ -181,6 +181,8 @@ fn main() {
         compare_quant: false,
         limit: None,
         max_memory: None,
+        target_ram: None,
+        run_ctx: None,
         quantise: None,
         force: true,
         verify: true,

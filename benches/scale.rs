@@ -93,6 +93,8 @@ struct Args {
     /// GiB of memory that they have to do with.
     #[arg(long, requires = "whole")]
     max_memory: Option<f64>,
+    target_ram: None,
+    run_ctx: None,
     /// What `cargo bench` adds.
     #[arg(long, hide = true)]
     bench: bool,
@@ -159,6 +161,8 @@ fn expect(shape: Shape, args: &Args, rate: f64) {
     let job = Job {
         recipe: Recipe { files: vec!["text".into()], ..recipe(args) },
         max_memory: args.max_memory.map(|gib| (gib * f64::from(1 << 30)) as u64),
+        target_ram: None,
+        run_ctx: None,
         ..job(args, input, folder.path().join("out.gguf"))
     };
     let found = match dry_run(&job) {
@@ -193,6 +197,8 @@ fn job(args: &Args, input: PathBuf, output: PathBuf) -> Job {
         compare_quant: false,
         limit: None,
         max_memory: None,
+        target_ram: None,
+        run_ctx: None,
         quantise: None,
         force: false,
         verify: false,

@@ -17,6 +17,7 @@ mod job;
 pub mod model;
 pub mod numeric;
 pub mod ollama;
+pub mod package;
 pub mod pipeline;
 pub mod prune;
 pub mod report;
@@ -25,6 +26,6 @@ pub mod spill;
 
 pub use job::{
     Check, DryRun, EvalJob, EvalOutcome, Inspection, Job, JobError, KeepState, Limit, Nested, Outcome,
-    Quality, Quantise, Rival, Samples, Size, VerifyJob, calibration, dry_run, eval, inspect,
-    remove_temporary, run, run_nested, verify,
+    Quality, Quantise, RUN_CTX, Rival, Running, Samples, Size, VerifyJob, calibration, dry_run, eval,
+    inspect, remove_temporary, run, run_nested, verify,
 };

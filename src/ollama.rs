@@ -7,6 +7,7 @@ use crate::gguf::sha256;
 use serde_json::Value;
 use std::fmt::Write;
 use std::path::{Path, PathBuf};
+use std::process::Command;
 
 /// The namespace of models that are named without one.
 const LIBRARY: &str = "library";
@@ -50,6 +51,19 @@ pub enum OllamaError {
         what: &'static str,
         /// What to do.
         advice: &'static str,
+    },
+    /// `ollama` cannot be run.
+    #[error(
+        "cannot run `ollama` ({0}): is it installed, and on the PATH? --modelfile writes what it needs, to be used elsewhere"
+    )]
+    Program(std::io::Error),
+    /// `ollama` did not do it.
+    #[error("the model is written, but `ollama create {name}` failed: {said}")]
+    Create {
+        /// The model's name.
+        name: String,
+        /// What it said last.
+        said: String,
     },
     /// A file cannot be read.
     #[error("{}: {source}", path.display())]
@@ -157,8 +171,40 @@ pub fn find(store: &Path, name: &str) -> Result<Stored, OllamaError> {
     Ok(found)
 }
 
-/// The manifest of the model called `name`.
-fn manifest_of(store: &Path, name: &str) -> Result<PathBuf, OllamaError> {
+/// Refuses a name that Ollama would not give a model, and a machine on which [`create`] has nothing to run.
+///
+/// # Errors
+/// [`OllamaError::Name`] or [`OllamaError::Program`].
+pub fn can_create(name: &str) -> Result<(), OllamaError> {
+    parts_of(name)?;
+    Command::new("ollama").arg("--version").output().map_err(OllamaError::Program)?;
+    Ok(())
+}
+
+/// Makes the model called `name` of the GGUF at `model`, by `ollama create` from a Modelfile with what `source` says.
+///
+/// # Errors
+/// [`OllamaError`] with what `ollama` said, for example that no server runs.
+pub fn create(name: &str, model: &Path, source: Option<&Stored>) -> Result<(), OllamaError> {
+    let io = |path: &Path, source| OllamaError::Io { path: path.into(), source };
+    let model = std::path::absolute(model).map_err(|e| io(model, e))?;
+    let mut file =
+        tempfile::Builder::new().prefix("Modelfile.").tempfile().map_err(|e| io(&std::env::temp_dir(), e))?;
+    let text = modelfile(&model.to_string_lossy(), source);
+    std::io::Write::write_all(&mut file, text.as_bytes()).map_err(|e| io(file.path(), e))?;
+    let out = Command::new("ollama").args(["create", name, "-f"]).arg(file.path()).output();
+    let out = out.map_err(OllamaError::Program)?;
+    if out.status.success() {
+        return Ok(());
+    }
+    let said = String::from_utf8_lossy(&out.stderr).into_owned();
+    let last = said.lines().rev().find(|line| !line.trim().is_empty());
+    let said = last.map_or_else(|| out.status.to_string(), |line| line.trim().into());
+    Err(OllamaError::Create { name: name.into(), said })
+}
+
+/// The parts of a model's name that are between slashes, and its tag.
+fn parts_of(name: &str) -> Result<(Vec<&str>, &str), OllamaError> {
     let (path, tag) = match name.rsplit_once(':') {
         Some((path, tag)) if !tag.contains('/') => (path, tag),
         _ => (name, "latest"),
@@ -168,12 +214,22 @@ fn manifest_of(store: &Path, name: &str) -> Result<PathBuf, OllamaError> {
     if !parts.iter().chain([&tag]).all(plain) || parts.len() > 3 || tag.contains('/') {
         return Err(OllamaError::Name(name.into()));
     }
+    Ok((parts, tag))
+}
+
+/// The manifest of the model called `name`.
+fn manifest_of(store: &Path, name: &str) -> Result<PathBuf, OllamaError> {
+    let (parts, tag) = parts_of(name)?;
     let manifests = store.join("manifests");
     let missing = || OllamaError::Missing { name: name.into(), store: store.into() };
     let below = match parts[..] {
         [model] => PathBuf::from(LIBRARY).join(model),
         [namespace, model] => PathBuf::from(namespace).join(model),
-        _ => return Some(manifests.join(path).join(tag)).filter(|m| m.is_file()).ok_or_else(missing),
+        _ => {
+            return Some(manifests.join(parts.join("/")).join(tag))
+                .filter(|m| m.is_file())
+                .ok_or_else(missing);
+        }
     };
     // Whatever the registry is called that they come from.
     let hosts = std::fs::read_dir(&manifests).map_err(|_| missing())?;
@@ -213,10 +269,10 @@ fn parameters(text: &str) -> Option<Vec<(String, String)>> {
     Some(all)
 }
 
-/// A Modelfile for the GGUF called `file`, with what `source` says, if the model came from a store. Without a template
+/// A Modelfile for the GGUF at the path `from`, with what `source` says, if the model came from a store. Without a template
 /// Ollama takes that of the GGUF.
-pub fn modelfile(file: &str, source: Option<&Stored>) -> String {
-    let mut out = format!("FROM ./{file}\n");
+pub fn modelfile(from: &str, source: Option<&Stored>) -> String {
+    let mut out = format!("FROM {from}\n");
     let Some(s) = source else { return out };
     let mut block = |word: &str, text: &str| {
         let _ = match (text.contains('\n') || text.contains('"'), text.contains("\"\"\"")) {

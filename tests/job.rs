@@ -379,6 +379,8 @@ fn the_two_stage_baseline_takes_whole_attentions_and_equal_widths() {
         compare_quant: false,
         limit: None,
         max_memory: None,
+        target_ram: None,
+        run_ctx: None,
         quantise: None,
         force: false,
         verify: true,

@@ -37,9 +37,12 @@ fn add(cli: &Cli, place: &str, layers: &[(&str, &[u8])]) {
 
 /// Runs the command with that store.
 fn run(cli: &Cli, args: &[&str]) -> (Option<i32>, String, String) {
+    // What the test put there comes first.
+    let path = format!("{}:{}", cli.path("bin").display(), std::env::var("PATH").unwrap());
     let out = std::process::Command::new(env!("CARGO_BIN_EXE_putri-gguf"))
         .current_dir(cli.dir.path())
         .env("OLLAMA_MODELS", "store")
+        .env("PATH", path)
         .args(args)
         .output()
         .unwrap();
@@ -160,4 +163,74 @@ fn names_are_those_of_ollama() {
         .unwrap();
     assert!(String::from_utf8_lossy(&nowhere.stderr).contains("is not in"));
     assert!(!Path::new("nowhere").exists());
+}
+
+/// Puts a program `ollama` on the path of [`run`].
+fn install(cli: &Cli, script: &str) {
+    use std::os::unix::fs::PermissionsExt;
+    let path = cli.path("bin/ollama");
+    std::fs::create_dir_all(path.parent().unwrap()).unwrap();
+    std::fs::write(&path, format!("#!/bin/sh\nset -e\n{script}")).unwrap();
+    std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o755)).unwrap();
+}
+
+/// Does what `ollama create NAME -f MODELFILE` does to the store.
+const CREATES: &str = r#"
+[ "$1" = --version ] && exit 0
+[ "$1" = create ] && [ "$3" = -f ]
+from=$(sed -n 's/^FROM //p' "$4")
+sum=$(sha256sum "$from" | cut -d ' ' -f 1)
+cp "$from" "store/blobs/sha256-$sum"
+mkdir -p "store/manifests/registry.example/library/$2"
+printf '{"layers":[{"mediaType":"application/vnd.ollama.image.model","digest":"sha256:%s"}]}' "$sum" \
+    > "store/manifests/registry.example/library/$2/latest"
+cp "$4" given.Modelfile
+echo "success"
+"#;
+
+#[test]
+fn a_model_is_made_in_ollama() {
+    let cli = Cli::new();
+    Small { blocks: vec![(4, 2, 256); 3], ..Small::default() }.write(&cli.path("plain.gguf"));
+    let gguf = std::fs::read(cli.path("plain.gguf")).unwrap();
+    add(&cli, "registry.example/library/small/latest", &[("model", &gguf), ("system", b"You are terse.")]);
+    install(&cli, CREATES);
+    let args = ["ollama:small", "a name.gguf", "--ollama-create", "smaller"];
+    let (code, said, stderr) = run(&cli, &[&args[..], &QUICK].concat());
+    assert_eq!(code, Some(0), "{stderr}");
+    // What is to be read by a program stays as it is without.
+    assert_eq!(said.lines().last(), Some("a name.gguf"));
+    let given = std::fs::read_to_string(cli.path("given.Modelfile")).unwrap();
+    assert!(given.contains("SYSTEM \"You are terse.\"\n"), "{given}");
+    assert!(!cli.path("a name.Modelfile").exists());
+    let verify = ["verify", "a name.gguf", "--source", "ollama:small", "-q", "-t", "1"];
+    assert_eq!(run(&cli, &verify).0, Some(0));
+    let pruned = std::fs::read(cli.path("a name.gguf")).unwrap();
+    assert!(std::fs::read(blob_of(&cli, &pruned)).unwrap() == pruned);
+    assert_eq!(run(&cli, &["inspect", "ollama:smaller"]).0, Some(0));
+}
+
+#[test]
+fn what_ollama_cannot_do_is_said() {
+    let cli = Cli::new();
+    Small { blocks: vec![(4, 2, 256); 3], ..Small::default() }.write(&cli.path("in.gguf"));
+    let refused = |name: &str, part: &str| {
+        let (code, _, stderr) =
+            run(&cli, &[&["in.gguf", "out.gguf", "--ollama-create", name][..], &QUICK].concat());
+        let one = stderr.lines().count() == 1 && stderr.starts_with("error: ");
+        assert!(code == Some(1) && one && stderr.contains(part), "{stderr}");
+    };
+    // Nothing on the path that is called so, if this machine has none.
+    if std::process::Command::new("ollama").arg("--version").output().is_err() {
+        refused("m", "cannot run `ollama`");
+    }
+    install(&cli, CREATES);
+    refused("a/b/c/d", "is not the name of an Ollama model");
+    assert!(!cli.path("out.gguf").exists(), "refused after the work");
+    install(
+        &cli,
+        "[ \"$1\" = --version ] && exit 0\necho working >&2\necho 'Error: no server' >&2\nexit 1\n",
+    );
+    refused("m", "the model is written, but `ollama create m` failed: Error: no server");
+    assert!(cli.path("out.gguf").exists());
 }

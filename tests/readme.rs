@@ -41,7 +41,8 @@ fn commands_in_the_readme_run() {
             _ => &["-c", "64", "--chunks", "8", "-t", "1", "-q", "--force"],
         };
         // As if it were a model of several hundred MB.
-        let args: Vec<&str> = args.into_iter().map(|a| if a == "3.8G" { "200K" } else { a }).collect();
+        let size = if args.contains(&"--target-ram") { "1400K" } else { "200K" };
+        let args: Vec<&str> = args.into_iter().map(|a| if a == "3.8G" { size } else { a }).collect();
         cli.ok(&[&args[..], more].concat());
     }
 }

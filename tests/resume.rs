@@ -53,6 +53,8 @@ fn job(folder: &Path, method: Method) -> Job {
         compare_quant: false,
         limit: None,
         max_memory: None,
+        target_ram: None,
+        run_ctx: None,
     }
 }
 

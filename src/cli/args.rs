@@ -126,8 +126,8 @@ pub struct Args {
     #[arg(
         long,
         value_name = "S",
-        required_unless_present_any = ["target_size", "target_params", "max_kld", "max_ppl_ratio", "nested"],
-        conflicts_with_all = ["target_size", "target_params", "max_kld", "max_ppl_ratio", "nested"]
+        required_unless_present_any = ["target_size", "target_params", "target_ram", "max_kld", "max_ppl_ratio", "nested"],
+        conflicts_with_all = ["target_size", "target_params", "target_ram", "max_kld", "max_ppl_ratio", "nested"]
     )]
     pub sparsity: Option<f64>,
     /// Remove as little as makes the file no larger than this, as in 80M or 3.8G
@@ -141,6 +141,18 @@ pub struct Args {
         hide_short_help = true
     )]
     pub target_params: Option<String>,
+    /// Remove as little as lets llama.cpp run it in so much memory, as in 4G: file, keys and values, and what it computes in
+    #[arg(
+        long,
+        value_name = "SIZE",
+        conflicts_with_all = ["target_size", "target_params", "max_kld", "max_ppl_ratio", "nested"],
+        hide_short_help = true
+    )]
+    pub target_ram: Option<String>,
+    /// Tokens of context that it is to run with, for --target-ram and the memory in the table [default: 4096, or
+    /// --ctx-size if that is more, or what the model was trained for if that is less]
+    #[arg(long, value_name = "N", hide_short_help = true)]
+    pub target_ctx: Option<usize>,
     /// Remove as much as keeps the KL divergence from the source, on held-out text, at or below this
     #[arg(
         long,
@@ -194,6 +206,12 @@ pub struct Args {
     /// Also write a Modelfile for `ollama create`: out.gguf gets out.Modelfile
     #[arg(long, help_heading = "Output", hide_short_help = true)]
     pub modelfile: bool,
+    /// Also make a model of that name in the local Ollama, by `ollama create`
+    #[arg(long, value_name = "NAME", conflicts_with_all = ["nested", "keep_split", "dry_run"], help_heading = "Output", hide_short_help = true)]
+    pub ollama_create: Option<String>,
+    /// Also make this folder for a device: model, Modelfile, report, notice of the licence, how to run it, checksums
+    #[arg(long, value_name = "DIR", conflicts_with_all = ["keep_split", "dry_run"], help_heading = "Output", hide_short_help = true)]
+    pub package: Option<PathBuf>,
     /// Also measure what quantisation alone makes of as many bytes, on the held-out windows
     #[arg(long, help_heading = "Output", hide_short_help = true)]
     pub compare_quant: bool,

@@ -1,6 +1,7 @@
 //! The command line: what was typed, and what it means.
 
 mod args;
+mod extras;
 mod resolve;
 
 pub use args::{Args, Cli, Command, EvalArgs};
@@ -8,15 +9,15 @@ pub use resolve::{nested_name, resolve, resolve_eval, stored, threads};
 
 use anyhow::Context;
 use clap::{CommandFactory, Parser};
-use putri_gguf::gguf::GgufFile;
-use putri_gguf::ollama::{self, OllamaError, Stored};
+use extras::Extras;
+use putri_gguf::ollama::{self, OllamaError};
 use putri_gguf::report::{
-    Progress, Timings, checks_json, checks_table, dry_run_table, eval_json, eval_table, event,
-    inspection_json, inspection_table, page as page_of, report, summary,
+    Progress, Timings, checks_json, checks_table, dry_run_table, eval_json, eval_table, inspection_json,
+    inspection_table,
 };
-use putri_gguf::{Job, JobError, Nested, Outcome, VerifyJob, ggml};
+use putri_gguf::{JobError, Nested, VerifyJob, ggml};
 use std::io::Write;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -121,30 +122,22 @@ impl From<JobError> for Failed {
     }
 }
 
-/// Prunes, and prints the summary.
+/// Prunes, and says what came of it.
 fn prune(mut args: Args) -> Result<(), Failed> {
     let stored = stored(&args.input)?;
     if let Some(stored) = &stored {
         args.input.clone_from(&stored.model);
     }
-    let with_modelfile = args.modelfile;
-    let (quiet, timings, dry, nested) = (args.quiet, args.timings, args.dry_run, args.nested.clone());
-    let (report_to, json) = (args.report.clone(), args.json);
+    let (quiet, timings, dry, json) = (args.quiet, args.timings, args.dry_run, args.json);
+    let (nested, to_ollama) = (args.nested.clone(), args.ollama_create.clone());
+    let shares: Vec<Option<f64>> =
+        nested.as_ref().map_or(vec![None], |shares| shares.iter().copied().map(Some).collect());
+    let extras: Vec<Extras> = shares.into_iter().map(|share| Extras::new(&args, share)).collect();
     let job = resolve(args).map_err(Failed::Usage)?;
     let n_threads = job.settings.n_threads;
     let stop = ready(n_threads).map_err(Failed::Machine)?;
-    // Of several results each has its own.
-    let of_each = |path: &PathBuf| -> Vec<PathBuf> {
-        let shares = nested.as_deref();
-        shares.map_or(vec![path.clone()], |s| s.iter().map(|&share| nested_name(path, share)).collect())
-    };
-    let reports = report_to.as_ref().map(of_each).unwrap_or_default();
-    let modelfiles: Vec<PathBuf> = if with_modelfile {
-        of_each(&job.output).iter().map(|path| path.with_extension("Modelfile")).collect()
-    } else {
-        Vec::new()
-    };
-    reports.iter().chain(&modelfiles).try_for_each(|path| writable(path, job.force))?;
+    extras.iter().try_for_each(Extras::check)?;
+    to_ollama.as_deref().map_or(Ok(()), ollama::can_create)?;
     if dry {
         let rate = || ggml::product_rate(n_threads).ok();
         show(&dry_run_table(&putri_gguf::dry_run(&job)?, rate()));
@@ -158,10 +151,9 @@ fn prune(mut args: Args) -> Result<(), Failed> {
             imatrix_out: job.imatrix_out.as_ref().map(|path| nested_name(path, sparsity)),
         };
         let results: Vec<Nested> = shares.iter().map(result_at).collect();
-        let (mut reports, mut modelfiles) = (reports.iter(), modelfiles.iter());
+        let mut extras = extras.iter();
         let result = putri_gguf::run_nested(&job, &results, &mut progress, |job, outcome| {
-            write_modelfile(modelfiles.next(), outcome, stored.as_ref())?;
-            tell(job, outcome, reports.next(), json, "")
+            extras.next().map_or(Ok(()), |e| e.make(job, outcome, stored.as_ref(), ""))
         });
         progress.finish();
         return Ok(result?);
@@ -174,67 +166,13 @@ fn prune(mut args: Args) -> Result<(), Failed> {
         (JobError::Interrupted, Some(keep)) => Failed::Interrupted(keep.folder.clone()),
         (e, _) => Failed::Job(e),
     })?;
-    write_modelfile(modelfiles.first(), &outcome, stored.as_ref())?;
     let rate = timings.then(|| ggml::product_rate(n_threads).ok()).flatten();
     let timed = rate.map(|rate| format!("\n{}", stages.table(rate, outcome.forecast.as_ref())));
-    Ok(tell(&job, &outcome, reports.first(), json, &timed.unwrap_or_default())?)
-}
-
-/// Writes a Modelfile for the output, if there shall be one.
-fn write_modelfile(
-    path: Option<&PathBuf>,
-    outcome: &Outcome,
-    source: Option<&Stored>,
-) -> Result<(), JobError> {
-    let Some(path) = path else { return Ok(()) };
-    let name = outcome.output.file_name().unwrap_or_default().to_string_lossy();
-    std::fs::write(path, ollama::modelfile(&name, source))
-        .map_err(|source| JobError::Io { path: path.clone(), source })
-}
-
-/// Writes the report, if there shall be one, and says what came of the job: as an event, or as a summary that ends with
-/// `more` and the output's path.
-fn tell(
-    job: &Job,
-    outcome: &Outcome,
-    report_to: Option<&PathBuf>,
-    json: bool,
-    more: &str,
-) -> Result<(), JobError> {
-    if report_to.is_some() || json {
-        let found = document(job, outcome)?;
-        if let Some(path) = report_to {
-            write_report(path, &found).map_err(|source| JobError::Io { path: path.clone(), source })?;
-        }
-        if json {
-            event(&serde_json::json!({ "event": "done", "report": found }));
-            return Ok(());
-        }
+    extras[0].make(&job, &outcome, stored.as_ref(), &timed.unwrap_or_default())?;
+    if let Some(name) = to_ollama {
+        ollama::create(&name, &outcome.output, stored.as_ref())?;
     }
-    show(&format!("{}{more}{}\n", summary(outcome), outcome.output.display()));
     Ok(())
-}
-
-/// Refuses a file that is there already, or cannot be, before any work.
-fn writable(path: &Path, force: bool) -> Result<(), JobError> {
-    if !force && path.symlink_metadata().is_ok() {
-        return Err(JobError::Exists(path.into()));
-    }
-    let folder = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
-    tempfile::tempfile_in(folder).map_err(|source| JobError::Io { path: path.into(), source })?;
-    Ok(())
-}
-
-/// The report's data, for which the output is hashed.
-fn document(job: &Job, outcome: &Outcome) -> Result<serde_json::Value, JobError> {
-    let written = GgufFile::open(&outcome.output)?;
-    Ok(report(job, outcome, &written.sha256()))
-}
-
-/// Writes the report, as a page or for machines by the file's name.
-fn write_report(path: &Path, report: &serde_json::Value) -> std::io::Result<()> {
-    let page = path.extension().is_some_and(|e| e == "html");
-    std::fs::write(path, if page { page_of(report) } else { format!("{report:#}\n") })
 }
 
 /// Where a model lies that may be one of a local Ollama.

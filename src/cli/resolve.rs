@@ -8,7 +8,7 @@ use putri_gguf::ggml::{FileType, Type};
 use putri_gguf::model::{Arch, Heads, Piece};
 use putri_gguf::ollama::{self, OllamaError, Stored};
 use putri_gguf::pipeline::{Method, Settings, Target, TensorTypes};
-use putri_gguf::{EvalJob, Job, KeepState, Limit, Quantise};
+use putri_gguf::{EvalJob, Job, KeepState, Limit, Quantise, RUN_CTX};
 use std::path::{Path, PathBuf};
 
 /// Checks values that only make sense together, and fills in what depends on the machine.
@@ -48,9 +48,12 @@ pub fn resolve(args: Args) -> Result<Job> {
         "--chat-share {share} is a share of the self-written text, of which --self-share 0 leaves none"
     );
     ensure!(
-        target.is_none() || !args.dry_run || args.to.is_none(),
-        "--dry-run does not know sizes in other types: no --target-size or --target-params with --type there"
+        (target.is_none() && args.target_ram.is_none()) || !args.dry_run || args.to.is_none(),
+        "--dry-run does not know sizes in other types: no --target-size, --target-params or --target-ram with --type there"
     );
+    if let Some(n) = args.target_ctx {
+        ensure!((1..=1 << 24).contains(&n), "--target-ctx {n} is not from 1 to 16777216");
+    }
     ensure!(args.ctx_size >= 16, "--ctx-size {} is too small; 16 or more", args.ctx_size);
     ensure!(args.ctx_size <= 32768, "--ctx-size {} is too large; at most 32768", args.ctx_size);
     ensure!((1..=1 << 20).contains(&args.chunks), "--chunks {} is not from 1 to 1048576", args.chunks);
@@ -77,9 +80,11 @@ pub fn resolve(args: Args) -> Result<Job> {
         quantise: args.to.map(|name| quantise(&name, args.allow_requantize)).transpose()?,
         state: args.state_dir.map(|folder| KeepState { folder, resume: args.resume }),
         keep_split: args.keep_split,
-        samples: args.report.is_some(),
+        samples: args.report.is_some() || args.package.is_some(),
         compare_quant: args.compare_quant,
         limit,
+        target_ram: args.target_ram.as_deref().map(|text| bytes("--target-ram", text)).transpose()?,
+        run_ctx: args.target_ctx.or(Some(args.ctx_size).filter(|n| *n > RUN_CTX)),
         max_memory: args.max_memory.as_deref().map(|text| bytes("--max-memory", text)).transpose()?,
         force: args.force,
         verify: !args.no_verify,
@@ -176,6 +181,9 @@ fn goes_with_a_copy(args: &Args) -> Result<()> {
         (args.compare_quant, "--compare-quant"),
         (args.keep_split, "--keep-split"),
         (args.modelfile, "--modelfile"),
+        (args.package.is_some(), "--package"),
+        (args.ollama_create.is_some(), "--ollama-create"),
+        (args.target_ctx.is_some(), "--target-ctx"),
         (args.json, "--json"),
     ] {
         ensure!(!given, "{flag} needs a model to prune; --sparsity 0 only copies");

@@ -61,21 +61,55 @@ impl LlamaModel {
     }
 
     fn open(path: &Path, vocab_only: bool, repack: bool) -> Result<LlamaModel, GgmlError> {
+        LlamaModel::open_with(path, |params| {
+            params.vocab_only = vocab_only;
+            params.use_extra_bufts = repack;
+        })
+    }
+
+    /// Opens the model at `path` on the CPU, with what `set` makes of the default parameters.
+    pub(super) fn open_with(
+        path: &Path,
+        set: impl FnOnce(&mut sys::llama_model_params),
+    ) -> Result<LlamaModel, GgmlError> {
         init_once();
         let _ = with_cause(String::new());
         let c_path = c_path(path)?;
+        // SAFETY: parameters are plain data.
+        let mut params = unsafe { sys::llama_model_default_params() };
+        params.n_gpu_layers = 0;
+        set(&mut params);
+        let what = if params.vocab_only { "cannot read the vocabulary of" } else { "does not load" };
         // SAFETY: a valid C string; null is checked.
-        let raw = unsafe {
-            let mut params = sys::llama_model_default_params();
-            params.vocab_only = vocab_only;
-            params.use_extra_bufts = repack;
-            params.n_gpu_layers = 0;
-            sys::llama_model_load_from_file(c_path.as_ptr(), params)
-        };
-        let what = if vocab_only { "cannot read the vocabulary of" } else { "does not load" };
+        let raw = unsafe { sys::llama_model_load_from_file(c_path.as_ptr(), params) };
         NonNull::new(raw)
             .map(|raw| LlamaModel { raw })
             .ok_or_else(|| GgmlError::Llama(with_cause(format!("{what} {}", path.display()))))
+    }
+
+    /// Bytes of all weights.
+    pub(super) fn n_bytes(&self) -> u64 {
+        // SAFETY: a live model.
+        unsafe { sys::llama_model_size(self.raw.as_ptr()) }
+    }
+
+    /// Makes a context as llama-cli does by default, for one sequence of `n_ctx` tokens, and drops it again.
+    ///
+    /// # Errors
+    /// [`GgmlError::Llama`] if libllama cannot make it.
+    pub(super) fn try_context(&self, n_ctx: usize) -> Result<(), GgmlError> {
+        // SAFETY: parameters are plain data; null is checked; nothing else knows the context.
+        unsafe {
+            let mut params = sys::llama_context_default_params();
+            params.n_ctx = n_ctx as u32;
+            params.swa_full = false;
+            let raw = NonNull::new(sys::llama_init_from_model(self.raw.as_ptr(), params));
+            let raw = raw.ok_or_else(|| {
+                GgmlError::Llama(with_cause(format!("cannot make a context of {n_ctx} tokens")))
+            })?;
+            sys::llama_free(raw.as_ptr());
+        }
+        Ok(())
     }
 
     /// `content` as a user's message in the model's own chat template, up to where the reply begins.

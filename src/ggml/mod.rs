@@ -8,6 +8,7 @@ mod engine;
 mod gguf;
 mod graph;
 mod llama;
+mod memory;
 mod product;
 mod quantize;
 mod system;
@@ -17,6 +18,7 @@ pub use engine::{Engine, Resident, TensorSpec};
 pub use gguf::{RawGguf, RawValue};
 pub use graph::{Computed, Graph, RopeParams, T};
 pub use llama::{BatchToken, Context, LlamaModel, Token, Vocab};
+pub use memory::{RunMemory, run_memory, taken_memory};
 pub use product::{operations, product_rate};
 pub use quantize::{FileType, quantize_file};
 pub use system::{

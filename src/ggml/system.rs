@@ -1,6 +1,7 @@
 //! Process-wide settings of the engine and what it says about itself.
 
 use llama_cpp_sys_2 as sys;
+use std::cell::RefCell;
 use std::ffi::{CStr, c_char, c_void};
 use std::ops::{Deref, Range};
 use std::path::{Path, PathBuf};
@@ -27,10 +28,27 @@ pub fn install_abort_handler(handler: fn(&str) -> !) {
 /// The first error that the engine logged since it was last asked: the cause, before what followed.
 static FIRST_ERROR: Mutex<String> = Mutex::new(String::new());
 
+thread_local! {
+    /// What the engine logs on this thread, while somebody listens.
+    static LISTENER: RefCell<Option<Vec<String>>> = const { RefCell::new(None) };
+}
+
+/// Runs `work`, and returns with it what the engine logs meanwhile on this thread, once logs are silenced.
+pub(super) fn logged_by<R>(work: impl FnOnce() -> R) -> (R, Vec<String>) {
+    LISTENER.set(Some(Vec::new()));
+    let done = work();
+    (done, LISTENER.take().unwrap_or_default())
+}
+
 /// Keeps ggml's and libllama's own log lines off the terminal (they are many, and not for our users);
 /// what they say of an error becomes part of ours.
 pub fn silence_logs() {
     unsafe extern "C" fn quiet(level: sys::ggml_log_level, text: *const c_char, _user: *mut c_void) {
+        LISTENER.with_borrow_mut(|lines| {
+            // SAFETY: the engine passes a C string that lives during the call.
+            let text = || unsafe { CStr::from_ptr(text) }.to_string_lossy().into_owned();
+            lines.iter_mut().for_each(|lines| lines.push(text()));
+        });
         if level == sys::GGML_LOG_LEVEL_ERROR
             && let Ok(mut first) = FIRST_ERROR.lock()
             && first.is_empty()

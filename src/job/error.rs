@@ -48,6 +48,8 @@ pub enum JobError {
     SameOutput(PathBuf),
     #[error("{} exists; --force replaces it", .0.display())]
     Exists(PathBuf),
+    #[error("{} is there, and no package: --force replaces those only; choose another name", .0.display())]
+    NoPackage(PathBuf),
     #[error("{} is where another run keeps its state right now; wait for it, or name another folder", .0.display())]
     StateBusy(PathBuf),
     #[error("{} holds the state of an unfinished run; --resume goes on with it, or remove the folder", .0.display())]

@@ -16,16 +16,18 @@ pub use eval::{EvalJob, EvalOutcome, eval};
 pub use inspect::{Inspection, inspect};
 pub use limit::Limit;
 pub use output::remove_temporary;
+pub(crate) use output::temporary_folder;
 pub use prepared::calibration;
 pub use rivals::Rival;
 pub use verify::{Check, VerifyJob, verify};
 
 use crate::assemble::Provenance;
 use crate::calibrate::{Recipe, Windows};
-use crate::ggml::FileType;
+use crate::evaluate::EvaluateError;
+use crate::ggml::{FileType, RunMemory, run_memory};
 use crate::gguf::GgufError;
-use crate::model::{BlockShape, Family, Model, ModelError, Piece};
-use crate::pipeline::{self, Calibration, Forecast, HeldOut, Observer, Settings};
+use crate::model::{BlockShape, Family, KvCache, Model, ModelError, Piece};
+use crate::pipeline::{self, Calibration, Forecast, HeldOut, Observer, Settings, Target};
 use output::{check_paths, folder_of};
 use prepared::{Memory, Prepared};
 use result::{copy_as_is, size_of};
@@ -66,6 +68,11 @@ pub struct Job {
     pub limit: Option<Limit>,
     /// Bytes of memory to do with, the mapped files not counted.
     pub max_memory: Option<u64>,
+    /// Bytes of memory that llama.cpp may take to run the result; instead of a sparsity or target.
+    pub target_ram: Option<u64>,
+    /// Tokens of context that the result is to run with; without it [`RUN_CTX`], or what the source was trained for if
+    /// that is less.
+    pub run_ctx: Option<usize>,
 }
 
 /// Where an interrupted run leaves what it has settled: text, heads, widths and finished blocks.
@@ -85,6 +92,9 @@ pub struct Quantise {
     /// Also quantise what is quantised already.
     pub again: bool,
 }
+
+/// Tokens of context that llama-cli's users and Ollama's have by default, about.
+pub const RUN_CTX: usize = 4096;
 
 /// Sizes of a model.
 #[derive(Clone, Debug)]
@@ -112,6 +122,8 @@ pub struct Outcome {
     pub sparsity: f64,
     /// What feed-forwards lost.
     pub piece: Piece,
+    /// What llama.cpp takes to run them; absent where it was not asked.
+    pub running: Option<Running>,
     /// What was measured; absent when nothing was pruned.
     pub quality: Option<Quality>,
     /// Where the result is; the first part if it lies in several files.
@@ -132,6 +144,19 @@ pub struct Outcome {
     pub warnings: Vec<String>,
     /// Wall time.
     pub time: Duration,
+}
+
+/// Memory that llama.cpp takes to run source and result.
+#[derive(Clone, Copy, Debug)]
+pub struct Running {
+    /// With so many tokens of context.
+    pub n_ctx: usize,
+    /// The source.
+    pub before: RunMemory,
+    /// The result.
+    pub after: RunMemory,
+    /// Their keys and values, for other lengths.
+    pub kv_caches: [KvCache; 2],
 }
 
 /// A text that is continued.
@@ -166,7 +191,8 @@ pub fn run(job: &Job, observer: &mut dyn Observer) -> Result<Outcome, JobError> 
     let start = Instant::now();
     let source = open(job)?;
     check_paths(job, &source.file)?;
-    if job.settings.sparsity == 0.0 && job.settings.target.is_none() && job.limit.is_none() {
+    let wanted = job.settings.target.is_some() || job.target_ram.is_some() || job.limit.is_some();
+    if job.settings.sparsity == 0.0 && !wanted {
         return copy_as_is(job, &source, start, observer.interrupted());
     }
     let job = &Job { settings: settings(job, &source)?, ..job.clone() };
@@ -241,6 +267,10 @@ pub struct DryRun {
     pub settings: Settings,
     /// What feed-forwards would lose.
     pub piece: Piece,
+    /// Tokens of context that the result is to run with.
+    pub run_ctx: usize,
+    /// Keys and values of the source.
+    pub kv_cache: KvCache,
     /// Tokens that the model writes itself, the held-out ones with them.
     pub self_written: usize,
     /// The result is to have other types than the source, in which the forecast is.
@@ -259,6 +289,8 @@ pub fn dry_run(job: &Job) -> Result<DryRun, JobError> {
     Ok(DryRun {
         before: size_of(&source),
         piece: settings.piece(&source),
+        run_ctx: run_ctx(job, &source),
+        kv_cache: KvCache::new(&source.hparams, &source.hparams.blocks),
         forecast,
         settings,
         self_written: job.recipe.self_written(),
@@ -270,6 +302,12 @@ pub fn dry_run(job: &Job) -> Result<DryRun, JobError> {
 fn settings(job: &Job, source: &Model) -> Result<Settings, JobError> {
     check_types(job, source)?;
     let mut settings = job.settings.clone();
+    if let Some(ram) = job.target_ram {
+        let n_ctx = run_ctx(job, source);
+        // Of the source: that of the result is no more.
+        let compute = ask_memory(job, &job.input, n_ctx)?.compute;
+        settings.target = Some(Target::WithCache { bytes: ram.saturating_sub(compute), n_ctx });
+    }
     // In other types, the size is known once it is in these.
     if job.quantise.is_none() {
         settings = on_target(source, settings)?;
@@ -287,6 +325,17 @@ fn settings(job: &Job, source: &Model) -> Result<Settings, JobError> {
     let calibration = expected_calibration(job);
     pipeline::within_memory(source, &calibration, &settings, limit, folder_of(&job.output))
         .map_err(JobError::NoRoom)
+}
+
+/// Tokens of context that the result is to run with.
+fn run_ctx(job: &Job, source: &Model) -> usize {
+    job.run_ctx.unwrap_or(RUN_CTX.min(source.hparams.n_ctx_train))
+}
+
+/// What llama.cpp takes to run the file at `path`.
+fn ask_memory(job: &Job, path: &Path, n_ctx: usize) -> Result<RunMemory, JobError> {
+    run_memory(path, n_ctx)
+        .map_err(|e| JobError::Evaluate { path: job.input.clone(), source: EvaluateError::Llama(e) })
 }
 
 /// The settings with the sparsity that their target takes, if they have one.

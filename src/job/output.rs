@@ -120,6 +120,20 @@ pub(super) fn temporary(output: &Path) -> Result<tempfile::NamedTempFile, JobErr
     Ok(temp)
 }
 
+/// A temporary folder beside `path`, which goes with its handle.
+pub(crate) fn temporary_folder(path: &Path) -> Result<tempfile::TempDir, JobError> {
+    let beside = folder_of(path);
+    let folder = tempfile::Builder::new()
+        .prefix(".putri.")
+        .suffix(".part")
+        .tempdir_in(beside)
+        .map_err(|source| JobError::Io { path: beside.into(), source })?;
+    if let Ok(mut paths) = TEMPORARY.lock() {
+        paths.push(folder.path().to_path_buf());
+    }
+    Ok(folder)
+}
+
 /// Cuts the temporary file into parts and gives them their names, once libllama loads them. Returns the length of all.
 pub(super) fn finish_parts(
     job: &Job,
@@ -129,10 +143,7 @@ pub(super) fn finish_parts(
     let io = |source| JobError::Io { path: paths[0].clone(), source };
     let whole = GgufFile::open(temp.path())?;
     // A folder of its own, for libllama finds parts by their names.
-    let folder = tempfile::Builder::new().prefix(".parts.").tempdir_in(folder_of(&job.output)).map_err(io)?;
-    if let Ok(mut paths) = TEMPORARY.lock() {
-        paths.push(folder.path().to_path_buf());
-    }
+    let folder = temporary_folder(&job.output)?;
     let n = paths.len();
     let inside = |i: usize| folder.path().join(paths[i].file_name().unwrap_or_default());
     write_parts(&whole, n, inside)?;

@@ -3,13 +3,13 @@
 use super::output::{finish, finish_parts, outputs, temporary};
 use super::prepared::{Prepared, llama};
 use super::verify::{RECORDED, matches_record};
-use super::{Job, JobError, Outcome, Quality, Samples, Size, forecast};
+use super::{Job, JobError, Outcome, Quality, Running, Samples, Size, ask_memory, forecast, run_ctx};
 use crate::assemble::{Provenance, assemble, write_imatrix, writes_exactly};
 use crate::calibrate::Windows;
 use crate::evaluate::{self, Protocol};
 use crate::ggml::{GgmlError, LlamaModel};
 use crate::gguf::{OutTensor, write_gguf};
-use crate::model::{BlockShape, Family, Model};
+use crate::model::{BlockShape, Family, KvCache, Model};
 use crate::pipeline::{self, Calibration, Method, Observer, Plan, Target};
 use std::io::{BufWriter, Write};
 use std::path::Path;
@@ -116,6 +116,7 @@ impl Prepared {
         } else {
             None
         };
+        let running = if job.verify { Some(self.running(job, &pruned.plan, temp.path())?) } else { None };
         if observer.interrupted() {
             return Err(JobError::Interrupted);
         }
@@ -151,6 +152,14 @@ impl Prepared {
         {
             warnings.push(format!("the file has {} bytes more than was asked for", bytes - target));
         }
+        if let (Some(ram), Some(r)) = (job.target_ram, &running)
+            && r.after.total() > ram
+        {
+            warnings.push(format!(
+                "llama.cpp takes {} bytes more to run it than was asked for",
+                r.after.total() - ram
+            ));
+        }
         let deci_biases = carrier == Family::Deci && source.blocks.iter().any(|b| b.qkv_bias.is_some());
         warnings.extend(advice(sparsity, &quality, carrier, deci_biases));
         Ok(Outcome {
@@ -159,6 +168,7 @@ impl Prepared {
             carrier,
             sparsity,
             piece: job.settings.piece(model),
+            running,
             quality: Some(quality),
             output,
             kept_groups: pruned.plan.blocks.into_iter().map(|b| b.groups).collect(),
@@ -169,6 +179,17 @@ impl Prepared {
             forecast: Some(forecast),
             warnings,
             time: start.elapsed(),
+        })
+    }
+
+    /// What llama.cpp takes to run the source and the file `output`.
+    fn running(&self, job: &Job, plan: &Plan, output: &Path) -> Result<Running, JobError> {
+        let (n_ctx, h) = (run_ctx(job, &self.source), &self.source.hparams);
+        Ok(Running {
+            n_ctx,
+            before: ask_memory(job, &job.input, n_ctx)?,
+            after: ask_memory(job, output, n_ctx)?,
+            kv_caches: [&h.blocks, &plan.shapes(&self.source)].map(|shapes| KvCache::new(h, shapes)),
         })
     }
 
@@ -217,6 +238,7 @@ pub(super) fn copy_as_is(
         carrier: model.hparams.family,
         piece: job.settings.piece(model),
         sparsity: 0.0,
+        running: None,
         quality: None,
         output: job.output.clone(),
         kept_groups: Plan::whole(model).blocks.into_iter().map(|b| b.groups).collect(),

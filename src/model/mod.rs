@@ -4,6 +4,7 @@
 mod carrier;
 mod family;
 mod hparams;
+mod kv_cache;
 mod open;
 mod rope;
 mod tensors;
@@ -13,6 +14,7 @@ mod weights;
 pub use carrier::{Arch, Carriers, Heads};
 pub use family::Family;
 pub use hparams::{BlockShape, ExpertParams, Hparams, Piece, Temperature};
+pub use kv_cache::KvCache;
 pub use open::Model;
 pub use rope::SlidingWindow;
 pub use tensors::{BlockTensors, BlockVector, ExpertTensors, Segment, SharedTensors};

@@ -12,7 +12,7 @@ use super::{
 use crate::calibrate::Windows;
 use crate::forward::{GRADIENT_TOKENS, LOSS_ROWS, MAX_GRADIENT_CTX, moment_products, query_slice};
 use crate::ggml::Type;
-use crate::model::{BlockShape, BlockTensors, Family, Model, Piece, Segment};
+use crate::model::{BlockShape, BlockTensors, Family, KvCache, Model, Piece, Segment};
 use crate::prune::{self, BudgetError};
 use crate::requant::output_type;
 
@@ -53,6 +53,8 @@ pub struct Forecast {
     pub file_bytes: u64,
     /// Its parameters.
     pub params: u64,
+    /// The keys and values that llama.cpp keeps with it.
+    pub kv_cache: KvCache,
     /// Its architecture, most likely.
     pub carrier: Family,
     /// The types of the matrices that get new values.
@@ -117,6 +119,7 @@ pub fn forecast(model: &Model, c: &Calibration, settings: &Settings) -> Result<F
         sparsity: removed as f64 / total as f64,
         file_bytes: size.bytes,
         params: size.params,
+        kv_cache: size.kv_cache,
         // Widths of their own are hardly ever all the same.
         carrier: carriers.per_block.filter(|_| s.per_block_widths).unwrap_or_else(|| carriers.of(&shapes)),
         new_matrices: new_matrices(model, s, &shapes),

@@ -3,7 +3,7 @@
 use super::amounts::{equal_widths, groups_to_remove, smallest_group, within_family};
 use super::{Settings, budgets};
 use crate::ggml::Type;
-use crate::model::{BlockShape, BlockTensors, Model, Piece, Segment};
+use crate::model::{BlockShape, BlockTensors, KvCache, Model, Piece, Segment};
 use crate::prune::BudgetError;
 use crate::requant::output_type;
 
@@ -24,6 +24,13 @@ pub enum Target {
     Bytes(u64),
     /// Parameters, all counted.
     Params(u64),
+    /// Bytes of the file and of the keys and values that llama.cpp keeps with it.
+    WithCache {
+        /// Both together.
+        bytes: u64,
+        /// Tokens of context.
+        n_ctx: usize,
+    },
 }
 
 /// Sizes of a pruned file.
@@ -33,6 +40,8 @@ pub struct FileSize {
     pub bytes: u64,
     /// Parameters.
     pub params: u64,
+    /// Its keys and values.
+    pub kv_cache: KvCache,
 }
 
 impl FileSize {
@@ -41,8 +50,23 @@ impl FileSize {
         match target {
             Target::Bytes(n) => self.bytes <= n,
             Target::Params(n) => self.params <= n,
+            Target::WithCache { bytes, n_ctx } => self.bytes + self.kv_cache.bytes(n_ctx) <= bytes,
         }
     }
+
+    /// The keys and values, if `target` is about them.
+    fn cache_of(&self, target: Target) -> String {
+        match target {
+            Target::WithCache { n_ctx, .. } => {
+                format!(", {:.2} MiB of keys and values for {n_ctx} tokens,", mib(self.kv_cache.bytes(n_ctx)))
+            }
+            _ => String::new(),
+        }
+    }
+}
+
+fn mib(bytes: u64) -> f64 {
+    bytes as f64 / f64::from(1 << 20)
 }
 
 /// Why a size cannot be had.
@@ -53,10 +77,12 @@ pub enum TargetError {
     Already,
     /// Not everything can go.
     #[error(
-        "too small: what must stay is {:.2} MiB and {:.2} million parameters, at sparsity {sparsity}",
-        least.bytes as f64 / f64::from(1 << 20), least.params as f64 / 1e6
+        "too small: what must stay is {:.2} MiB{} and {:.2} million parameters, at sparsity {sparsity}",
+        mib(least.bytes), least.cache_of(*target), least.params as f64 / 1e6
     )]
     OutOfReach {
+        /// What was asked for.
+        target: Target,
         /// The smallest that there is.
         least: FileSize,
         /// What that takes.
@@ -73,6 +99,7 @@ pub fn sparsity_for(model: &Model, s: &Settings, target: Target) -> Result<f64, 
     let own = FileSize {
         bytes: model.file.n_bytes(),
         params: model.file.tensors().iter().map(|t| t.n_elements() as u64).sum(),
+        kv_cache: KvCache::new(&model.hparams, &model.hparams.blocks),
     };
     if own.is_within(target) {
         return Err(TargetError::Already);
@@ -95,7 +122,7 @@ pub fn sparsity_for(model: &Model, s: &Settings, target: Target) -> Result<f64, 
     let sparsity = f64::from(within) / 1000.0;
     match at(within) {
         Ok(size) if size.is_within(target) => Ok(sparsity),
-        _ => Err(TargetError::OutOfReach { least: least.1, sparsity: f64::from(least.0) / 1000.0 }),
+        _ => Err(TargetError::OutOfReach { target, least: least.1, sparsity: f64::from(least.0) / 1000.0 }),
     }
 }
 
@@ -243,5 +270,6 @@ pub(super) fn file_size(model: &Model, s: &Settings, shapes: &[BlockShape]) -> F
     FileSize {
         bytes: all().map(|(bytes, _)| bytes.next_multiple_of(ALIGNMENT) as u64).sum::<u64>() + header as u64,
         params: all().map(|(_, elements)| *elements as u64).sum(),
+        kv_cache: KvCache::new(h, shapes),
     }
 }

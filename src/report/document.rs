@@ -1,11 +1,36 @@
 //! The report of a job as JSON; `docs/report.md` says what its fields mean.
 
+use crate::ggml::RunMemory;
 use crate::model::BlockShape;
 use crate::{Job, Outcome, Size};
 use serde_json::{Value, json};
 
 /// Number of the layout: it grows when a field changes its meaning or goes; new fields do not count.
 const SCHEMA: u32 = 1;
+
+/// Lengths of context around `n`, in powers of two.
+fn contexts(n: usize) -> impl Iterator<Item = usize> {
+    (0..5).map(move |i| (n.next_power_of_two() >> 2) << i).filter(|n| *n > 0)
+}
+
+/// A report without what depends on when, where and how fast it was made.
+pub fn portable(report: &Value) -> Value {
+    let mut report = report.clone();
+    for key in ["seconds", "peak_memory_bytes"] {
+        report[key] = Value::Null;
+    }
+    for key in ["threads", "max_memory"] {
+        report["options"][key] = Value::Null;
+    }
+    let name_only = |path: &mut Value| {
+        let name = path.as_str().and_then(|p| std::path::Path::new(p).file_name());
+        *path = name.map_or(Value::Null, |n| n.to_string_lossy().into());
+    };
+    name_only(&mut report["input"]["path"]);
+    name_only(&mut report["output"]["path"]);
+    report["options"]["files"].as_array_mut().into_iter().flatten().for_each(name_only);
+    report
+}
 
 /// What came of `job`; `output_sha256` is of the file that it wrote.
 pub fn report(job: &Job, o: &Outcome, output_sha256: &str) -> Value {
@@ -39,6 +64,20 @@ pub fn report(job: &Job, o: &Outcome, output_sha256: &str) -> Value {
             "calibration_tokens_self_written": q.fit_tokens.1,
         })
     });
+    let running = o.running.map(|r| {
+        let memory = |m: &RunMemory| {
+            json!({ "weights": m.weights, "kv_cache": m.kv_cache, "compute": m.compute, "bytes": m.total() })
+        };
+        let [before, after] = r.kv_caches;
+        json!({
+            "ctx_size": r.n_ctx,
+            "before": memory(&r.before),
+            "after": memory(&r.after),
+            "kv_caches": contexts(r.n_ctx).map(|n| {
+                json!({ "ctx_size": n, "before": before.bytes(n), "after": after.bytes(n) })
+            }).collect::<Vec<_>>(),
+        })
+    });
     let samples =
         o.samples.as_ref().map(|s| json!({ "prompt": s.prompt, "before": s.before, "after": s.after }));
     let path = |p: &std::path::Path| p.display().to_string();
@@ -54,6 +93,7 @@ pub fn report(job: &Job, o: &Outcome, output_sha256: &str) -> Value {
         "after": size(&o.after),
         "piece": o.piece.plural(),
         "blocks": blocks,
+        "running": running,
         "held_out": quality,
         "samples": samples,
         "rivals": o.rivals.iter().map(|r| {
@@ -79,6 +119,7 @@ pub fn report(job: &Job, o: &Outcome, output_sha256: &str) -> Value {
             "seed": r.seed,
             "threads": s.n_threads,
             "max_memory": job.max_memory,
+            "target_ram": job.target_ram,
             "verify": job.verify,
         },
         "calibration": o.provenance.as_ref().map(|p| &p.calibration),

@@ -28,6 +28,9 @@ pub fn dry_run_table(d: &DryRun, rate: Option<f64>) -> String {
         (groups - f.n_groups).to_string(),
         percent(groups as f64, (groups - f.n_groups) as f64),
     );
+    let (before, after) = (d.kv_cache.bytes(d.run_ctx), f.kv_cache.bytes(d.run_ctx));
+    let label = format!("KV cache, {} tokens", d.run_ctx);
+    line(&label, megabytes(before), megabytes(after), percent(before as f64, after as f64));
     line(
         &format!("{} a block", d.piece.plural()),
         format!("{width:.0}"),

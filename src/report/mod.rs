@@ -11,7 +11,7 @@ mod table;
 mod timings;
 
 pub use checks::{checks_json, checks_table};
-pub use document::report;
+pub use document::{portable, report};
 pub use eval::{eval_json, eval_table};
 pub use forecast::dry_run_table;
 pub use inspect::{inspection_json, inspection_table};

@@ -64,6 +64,17 @@ fn tiles(out: &mut String, report: &Value) {
     };
     both("File", "bytes", megabytes);
     both("Parameters", "parameters", millions);
+    if let (Some(n), Some(a), Some(b)) = (
+        report["running"]["ctx_size"].as_u64(),
+        number(&report["running"]["before"]["bytes"]),
+        number(&report["running"]["after"]["bytes"]),
+    ) {
+        tile(
+            &format!("To run {n} tokens"),
+            megabytes(b),
+            format!("{} before, {}", megabytes(a), change(a, b)),
+        );
+    }
     let q = &report["held_out"];
     let after = number(&q["ppl_after_llama_cpp"]).or(number(&q["ppl_after"]));
     if let (Some(a), Some(b)) = (number(&q["ppl_before"]), after) {

@@ -1,5 +1,6 @@
 //! The summary at the end.
 
+use crate::ggml::RunMemory;
 use crate::model::Piece;
 use crate::{Outcome, Size};
 use std::fmt::Write;
@@ -36,6 +37,14 @@ pub fn summary(o: &Outcome) -> String {
         if o.piece == Piece::Neuron && o.after.blocks[0].n_expert > 0 { " of an expert" } else { "" };
     let label = format!("{}{of_each}", o.piece.plural());
     line(&label, p.to_string(), q.to_string(), percent(p as f64, q as f64));
+    if let Some(r) = &o.running {
+        let mut memory = |label: &str, part: fn(&RunMemory) -> u64| {
+            let (p, q) = (part(&r.before), part(&r.after));
+            line(label, megabytes(p), megabytes(q), percent(p as f64, q as f64));
+        };
+        memory(&format!("to run {} tokens", r.n_ctx), RunMemory::total);
+        memory("  KV cache", |m| m.kv_cache);
+    }
     if let Some(q) = &o.quality {
         let h = &q.held_out;
         let after = q.file_ppl.unwrap_or(h.pruned_ppl);

@@ -1,0 +1,215 @@
+//! A folder for a device: the model, what it is run with, where it comes from, and sums to check it by.
+//!
+//! The same job gives the same bytes: nothing in it depends on when, where or how fast it ran.
+
+use crate::gguf::{GgufFile, Value, sha256};
+use crate::job::{JobError, temporary_folder};
+use crate::report;
+use serde_json::Value as Json;
+use std::fmt::Write;
+use std::path::Path;
+
+/// The list of all other files, as sha256sum writes and reads it.
+const SUMS: &str = "SHA256SUMS";
+
+/// What goes into a package.
+#[derive(Clone, Copy, Debug)]
+pub struct Package<'a> {
+    /// The model's file.
+    pub model: &'a Path,
+    /// What [`crate::ollama::modelfile`] wrote for it.
+    pub modelfile: &'a str,
+    /// Its report.
+    pub report: &'a Json,
+    /// Texts of licences that came with the source.
+    pub licenses: &'a [String],
+}
+
+/// Refuses a place that cannot become a package: what is there already, but for an empty folder, and with `force` a package.
+///
+/// # Errors
+/// [`JobError::Exists`], or [`JobError::Io`] if nothing can be made there.
+pub fn check(folder: &Path, force: bool) -> Result<(), JobError> {
+    let there = folder.symlink_metadata().is_ok();
+    if there && !is_empty(folder) && !(force && is_package(folder)) {
+        return Err(if force { JobError::NoPackage(folder.into()) } else { JobError::Exists(folder.into()) });
+    }
+    temporary_folder(folder).map(drop)
+}
+
+impl Package<'_> {
+    /// Writes it as the folder `folder`, which appears when all is in it. The model is a link to the same file where the
+    /// file system has that.
+    ///
+    /// # Errors
+    /// [`JobError`] if a file cannot be read or written, or there is something that [`check`] refuses.
+    pub fn write(&self, folder: &Path, force: bool) -> Result<(), JobError> {
+        check(folder, force)?;
+        let io = |source| JobError::Io { path: folder.into(), source };
+        let temp = temporary_folder(folder)?;
+        let name = self.model.file_name().unwrap_or_default().to_string_lossy();
+        let model = temp.path().join(&*name);
+        std::fs::hard_link(self.model, &model)
+            .or_else(|_| std::fs::copy(self.model, &model).map(drop))
+            .map_err(io)?;
+        let report = report::portable(self.report);
+        let file = GgufFile::open(&model)?;
+        let files = [
+            ("Modelfile", self.modelfile.to_string()),
+            ("NOTICE.txt", self.notice(&file, &name)),
+            ("README.md", self.readme(&file, &name)),
+            ("report.html", report::page(&report)),
+            ("report.json", format!("{report:#}\n")),
+        ];
+        let mut sums = vec![(name.to_string(), file.sha256())];
+        for (name, text) in files {
+            std::fs::write(temp.path().join(name), &text).map_err(io)?;
+            sums.push((name.into(), sha256([text.as_bytes()])));
+        }
+        sums.sort();
+        let sums: String = sums.iter().map(|(name, sum)| format!("{sum}  {name}\n")).collect();
+        std::fs::write(temp.path().join(SUMS), sums).map_err(io)?;
+        make_readable(temp.path()).map_err(io)?;
+        // An old package goes when the new one is whole.
+        let old = if is_package(folder) {
+            let old = temporary_folder(folder)?;
+            std::fs::rename(folder, old.path()).map_err(io)?;
+            Some(old)
+        } else {
+            None
+        };
+        std::fs::rename(temp.path(), folder).map_err(io)?;
+        drop(old);
+        Ok(())
+    }
+
+    /// How to run it and what that takes.
+    fn readme(&self, file: &GgufFile, name: &str) -> String {
+        let r = self.report;
+        let mib = |bytes: &Json| format!("{:.1} MiB", bytes.as_f64().unwrap_or(0.0) / f64::from(1 << 20));
+        let title = file.get("general.name").and_then(text).unwrap_or(name);
+        let mut out = format!("# {title}\n\n");
+        let _ = writeln!(
+            out,
+            "`{name}`, {}, made by putri-gguf {}: {:.1} % of the parameters in the source's blocks are gone. Where it comes \
+             from and under which licence: `NOTICE.txt`. What it lost: `report.html`.\n",
+            mib(&r["after"]["bytes"]),
+            r["version"].as_str().unwrap_or("?"),
+            r["sparsity"].as_f64().unwrap_or(0.0) * 100.0
+        );
+        let running = &r["running"];
+        let context = running["ctx_size"].as_u64().map_or(String::new(), |n| format!(" -c {n}"));
+        let tag = ollama_name(name);
+        let _ = writeln!(
+            out,
+            "```sh\nllama-cli -m {name}{context}\nollama create {tag} -f Modelfile && ollama run {tag}\n\
+             sha256sum -c {SUMS}    # are the files whole?\n```"
+        );
+        if let (Some(caches), Some(n)) = (running["kv_caches"].as_array(), running["ctx_size"].as_u64()) {
+            let (before, after) = (&running["before"], &running["after"]);
+            let _ = writeln!(
+                out,
+                "\nWith {n} tokens of context llama.cpp takes {} on a CPU, vocabulary and program not counted: {} of weights, \
+                 {} of keys and values, {} to compute in. (The source: {}.)\n\n| Context | Keys and values | Of the source |\n|---|---|---|",
+                mib(&after["bytes"]),
+                mib(&after["weights"]),
+                mib(&after["kv_cache"]),
+                mib(&after["compute"]),
+                mib(&before["bytes"]),
+            );
+            for c in caches {
+                let _ = writeln!(out, "| {} | {} | {} |", c["ctx_size"], mib(&c["after"]), mib(&c["before"]));
+            }
+        }
+        out
+    }
+
+    /// What was changed, and what the source says of its makers and licence.
+    fn notice(&self, file: &GgufFile, name: &str) -> String {
+        let r = self.report;
+        let mut out = format!(
+            "{name} is a changed version of another model (SHA-256 of its GGUF: {}).\n\
+             putri-gguf {} removed {:.1} % of the parameters of its blocks, and gave new values to what makes up for them.\n\n",
+            r["input"]["sha256"].as_str().unwrap_or("unknown"),
+            r["version"].as_str().unwrap_or("?"),
+            r["sparsity"].as_f64().unwrap_or(0.0) * 100.0
+        );
+        let of_makers = file.metadata().iter().filter(|(key, _)| is_of_makers(key));
+        let said: Vec<String> =
+            of_makers.filter_map(|(key, v)| Some(format!("{key}: {}", text(v)?))).collect();
+        if said.is_empty() && self.licenses.is_empty() {
+            out += "The source says nothing of its licence. Ask those who made it before you pass this on.\n";
+        }
+        if !said.is_empty() {
+            let _ = writeln!(out, "What the source says of its makers and licence:\n\n{}", said.join("\n"));
+        }
+        for text in self.licenses {
+            let _ = writeln!(out, "\n{}\n\n{text}", "-".repeat(80));
+        }
+        out
+    }
+}
+
+fn text(value: &Value) -> Option<&str> {
+    if let Value::Str(text) = value { Some(text) } else { None }
+}
+
+/// Whether a key says who made a model or on what terms it may be passed on.
+fn is_of_makers(key: &str) -> bool {
+    const KEYS: [&str; 8] = ["license", "name", "author", "organization", "version", "url", "doi", "uuid"];
+    const GROUPS: [&str; 4] = ["license.", "source.", "base_model.", "repo_url"];
+    key.strip_prefix("general.")
+        .is_some_and(|k| KEYS.contains(&k) || GROUPS.iter().any(|group| k.starts_with(group)))
+}
+
+/// A name for Ollama: what its names may hold of a file's name.
+fn ollama_name(file: &str) -> String {
+    let stem = file.strip_suffix(".gguf").unwrap_or(file).to_lowercase();
+    let kept = |c: char| if c.is_ascii_alphanumeric() || "._-".contains(c) { c } else { '-' };
+    let name: String = stem.chars().map(kept).collect();
+    let name = name.trim_matches(['.', '_', '-']);
+    if name.is_empty() { "pruned".into() } else { name.into() }
+}
+
+fn is_empty(folder: &Path) -> bool {
+    std::fs::read_dir(folder).is_ok_and(|mut entries| entries.next().is_none())
+}
+
+/// Whether a folder holds what its list says and nothing else, so that a newer package may take its place.
+fn is_package(folder: &Path) -> bool {
+    let Ok(sums) = std::fs::read_to_string(folder.join(SUMS)) else { return false };
+    let listed: Vec<&str> = sums.lines().filter_map(|line| Some(line.split_once("  ")?.1)).collect();
+    let known = |entry: std::io::Result<std::fs::DirEntry>| {
+        entry.is_ok_and(|e| e.file_name().to_str().is_some_and(|n| n == SUMS || listed.contains(&n)))
+    };
+    std::fs::read_dir(folder).is_ok_and(|mut entries| entries.all(known))
+}
+
+/// Makes a folder, which is private while it is temporary, as readable as others.
+fn make_readable(folder: &Path) -> std::io::Result<()> {
+    #[cfg(unix)]
+    {
+        use std::os::unix::fs::PermissionsExt;
+        std::fs::set_permissions(folder, std::fs::Permissions::from_mode(0o755))?;
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_are_such_as_ollama_takes() {
+        let names = ["Out v2.gguf", "SmolLM2-135M.Q4_1.gguf", "größe.gguf", "..gguf", "-x-"];
+        assert_eq!(names.map(ollama_name), ["out-v2", "smollm2-135m.q4_1", "gr--e", "pruned", "x"]);
+    }
+
+    #[test]
+    fn makers_and_licence_are_told_apart_from_the_rest() {
+        let told = ["general.license", "general.license.link", "general.base_model.0.name", "general.author"];
+        assert!(told.iter().all(|key| is_of_makers(key)));
+        let other = ["general.file_type", "general.quantization_version", "llama.license", "general.tags"];
+        assert!(!other.iter().any(|key| is_of_makers(key)));
+    }
+}

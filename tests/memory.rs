@@ -1,0 +1,104 @@
+//! What llama.cpp takes to run a model, before and after: foreseen, asked for, and taken.
+
+mod common;
+
+use common::cli::Cli;
+use common::small::Small;
+use common::smollm2;
+use putri_gguf::ggml::{RunMemory, Type, run_memory, silence_logs, taken_memory};
+use putri_gguf::gguf::GgufFile;
+use putri_gguf::model::{KvCache, Model};
+use std::path::Path;
+
+const QUICK: [&str; 7] = ["--ctx-size", "64", "--chunks", "8", "--threads", "1", "-q"];
+
+/// libllama's log has two decimals, for each of up to two caches.
+const LOGGED: f64 = 0.011 * (1 << 20) as f64;
+
+fn foreseen(path: &Path, n_ctx: usize) -> u64 {
+    let h = Model::open(path).unwrap().hparams;
+    KvCache::new(&h, &h.blocks).bytes(n_ctx)
+}
+
+fn about(a: u64, b: u64) -> bool {
+    (a as f64 - b as f64).abs() <= LOGGED
+}
+
+/// Nothing that is allocated is larger than it was foreseen.
+fn agree(a: &RunMemory, b: &RunMemory) -> bool {
+    a.weights == b.weights && about(a.kv_cache, b.kv_cache) && about(a.compute, b.compute)
+}
+
+#[test]
+fn simulated_memory_is_what_is_allocated() {
+    let path = smollm2();
+    for n_ctx in [512, 3000, 8192] {
+        let (simulated, taken) = (run_memory(&path, n_ctx).unwrap(), taken_memory(&path, n_ctx).unwrap());
+        assert!(agree(&simulated, &taken), "{n_ctx}: {simulated:?} {taken:?}");
+        assert!(about(simulated.kv_cache, foreseen(&path, n_ctx)), "{n_ctx}: {simulated:?}");
+    }
+}
+
+#[test]
+fn caches_are_foreseen_in_every_family() {
+    silence_logs();
+    let cli = Cli::new();
+    let path = cli.path("in.gguf");
+    let mut found = vec![("llama", Small::default()), ("gemma3", Small::gemma3())];
+    found.extend(Small::rows());
+    for (name, small) in found {
+        small.write(&path);
+        for n_ctx in [200, 4096] {
+            let memory = run_memory(&path, n_ctx).unwrap();
+            let kv = foreseen(&path, n_ctx);
+            assert!(about(memory.kv_cache, kv), "{name}, {n_ctx} tokens: {kv} foreseen, {memory:?}");
+        }
+    }
+}
+
+#[test]
+fn what_the_result_takes_to_run_is_within_what_was_asked_for() {
+    silence_logs();
+    let cli = Cli::new();
+    let blocks = vec![(4, 2, 512); 4];
+    let small = Small { ty: Type::Q8_0, blocks, ..Small::default() };
+    small.write(&cli.path("in.gguf"));
+    for n_ctx in [256, 4096] {
+        let before = run_memory(&cli.path("in.gguf"), n_ctx).unwrap();
+        // Not what is computed in: that stays about the same.
+        let target = before.compute + (before.weights + before.kv_cache) * 3 / 4;
+        let (ram, ctx) = (target.to_string(), n_ctx.to_string());
+        let args = [
+            "in.gguf",
+            "out.gguf",
+            "--force",
+            "--target-ram",
+            &ram,
+            "--target-ctx",
+            &ctx,
+            "--report",
+            "r.json",
+        ];
+        let said = cli.ok(&[&args[..], &QUICK].concat());
+        let after = taken_memory(&cli.path("out.gguf"), n_ctx).unwrap();
+        assert!(after.total() <= target, "{after:?} in {target}");
+        // A step of all widths together; and what was assumed to stay: what is computed in, and the header.
+        let header = GgufFile::open(&cli.path("in.gguf")).unwrap().n_bytes() - before.weights;
+        let step = 4 * 32 * 3 * small.n_embd as u64 * 9 / 8;
+        let slack = step + header + 8192 + before.compute - after.compute;
+        assert!(after.total() + slack >= target, "{after:?} is much less than {target}");
+        assert!(said.contains(&format!("to run {n_ctx} tokens")), "{said}");
+        let r: serde_json::Value =
+            serde_json::from_slice(&std::fs::read(cli.path("r.json")).unwrap()).unwrap();
+        let asked = run_memory(&cli.path("out.gguf"), n_ctx).unwrap();
+        assert_eq!(r["running"]["after"]["bytes"], asked.total());
+        let caches = r["running"]["kv_caches"].as_array().unwrap();
+        let same = caches.iter().find(|c| c["ctx_size"] == n_ctx).unwrap();
+        assert!(about(same["after"].as_u64().unwrap(), asked.kv_cache));
+    }
+    cli.fails(
+        &[&["in.gguf", "new.gguf", "--target-ram", "1M"][..], &QUICK].concat(),
+        1,
+        &["too small", "of keys and values for 256 tokens"],
+    );
+}
