@@ -172,32 +172,17 @@ fn main() {
     let scratch = tempfile::tempdir().expect("temporary folder");
     let folder = args.keep.clone().unwrap_or_else(|| scratch.path().to_path_buf());
     let mut job = Job {
-        input: args.model.clone(),
-        output: PathBuf::new(),
-        imatrix_out: None,
-        state: None,
-        keep_split: false,
-        samples: false,
-        compare_quant: false,
-        limit: None,
-        max_memory: None,
-        target_ram: None,
-        run_ctx: None,
-        quantise: None,
         force: true,
-        verify: true,
         recipe: Recipe {
             n_ctx: args.ctx,
             n_windows: args.chunks,
             files: args.calibrate.clone(),
             self_share: args.self_share,
             chat_share: args.chat_share,
-            seed: 1,
             n_threads: args.threads,
-            n_parallel: 64,
+            ..Recipe::default()
         },
-        windows: None,
-        settings: Settings::default(),
+        ..Job::new(&args.model, "")
     };
     job.windows = Some(windows(&args, &job));
 

@@ -93,8 +93,6 @@ struct Args {
     /// GiB of memory that they have to do with.
     #[arg(long, requires = "whole")]
     max_memory: Option<f64>,
-    target_ram: None,
-    run_ctx: None,
     /// What `cargo bench` adds.
     #[arg(long, hide = true)]
     bench: bool,
@@ -161,8 +159,6 @@ fn expect(shape: Shape, args: &Args, rate: f64) {
     let job = Job {
         recipe: Recipe { files: vec!["text".into()], ..recipe(args) },
         max_memory: args.max_memory.map(|gib| (gib * f64::from(1 << 30)) as u64),
-        target_ram: None,
-        run_ctx: None,
         ..job(args, input, folder.path().join("out.gguf"))
     };
     let found = match dry_run(&job) {
@@ -177,34 +173,19 @@ fn recipe(args: &Args) -> Recipe {
     Recipe {
         n_ctx: args.ctx,
         n_windows: args.chunks,
-        files: Vec::new(),
         self_share: 0.0,
-        chat_share: 0.0,
-        seed: 1,
         n_threads: args.threads,
         n_parallel: 1,
+        ..Recipe::default()
     }
 }
 
 fn job(args: &Args, input: PathBuf, output: PathBuf) -> Job {
     Job {
-        input,
-        output,
-        imatrix_out: None,
-        state: None,
-        keep_split: false,
-        samples: false,
-        compare_quant: false,
-        limit: None,
-        max_memory: None,
-        target_ram: None,
-        run_ctx: None,
-        quantise: None,
-        force: false,
         verify: false,
         recipe: recipe(args),
-        windows: None,
         settings: Settings { sparsity: args.sparsity, n_threads: args.threads, ..Settings::default() },
+        ..Job::new(input, output)
     }
 }
 

@@ -358,35 +358,10 @@ fn the_two_stage_baseline_takes_whole_attentions_and_equal_widths() {
     silence_logs();
     let cli = Cli::new();
     Small { blocks: vec![(4, 2, 256); 6], ..Small::default() }.write(&cli.path("in.gguf"));
-    let recipe = Recipe {
-        n_ctx: 64,
-        n_windows: 8,
-        files: Vec::new(),
-        self_share: 1.0,
-        chat_share: 0.0,
-        seed: 1,
-        n_threads: 1,
-        n_parallel: 8,
-    };
-    let settings = Settings { sparsity: 0.6, method: Method::TwoStage, ..Settings::default() };
     let job = Job {
-        input: cli.path("in.gguf"),
-        output: cli.path("out.gguf"),
-        imatrix_out: None,
-        state: None,
-        keep_split: false,
-        samples: false,
-        compare_quant: false,
-        limit: None,
-        max_memory: None,
-        target_ram: None,
-        run_ctx: None,
-        quantise: None,
-        force: false,
-        verify: true,
-        recipe,
-        windows: None,
-        settings,
+        recipe: Recipe { n_ctx: 64, n_windows: 8, n_threads: 1, n_parallel: 8, ..Recipe::default() },
+        settings: Settings { sparsity: 0.6, method: Method::TwoStage, ..Settings::default() },
+        ..Job::new(cli.path("in.gguf"), cli.path("out.gguf"))
     };
     let outcome = putri_gguf::run(&job, &mut Silent).unwrap();
     let blocks = &outcome.after.blocks;

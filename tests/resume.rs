@@ -29,32 +29,9 @@ impl Observer for StopsAfter {
 fn job(folder: &Path, method: Method) -> Job {
     let n_threads = 1;
     Job {
-        input: folder.join("in.gguf"),
-        output: folder.join("out.gguf"),
-        imatrix_out: None,
-        quantise: None,
-        force: false,
-        verify: true,
-        recipe: Recipe {
-            n_ctx: 64,
-            n_windows: 8,
-            files: Vec::new(),
-            self_share: 1.0,
-            chat_share: 0.0,
-            seed: 1,
-            n_threads,
-            n_parallel: 8,
-        },
-        windows: None,
+        recipe: Recipe { n_ctx: 64, n_windows: 8, n_threads, n_parallel: 8, ..Recipe::default() },
         settings: Settings { sparsity: 0.5, method, n_threads, ..Settings::default() },
-        state: None,
-        keep_split: false,
-        samples: false,
-        compare_quant: false,
-        limit: None,
-        max_memory: None,
-        target_ram: None,
-        run_ctx: None,
+        ..Job::new(folder.join("in.gguf"), folder.join("out.gguf"))
     }
 }
 

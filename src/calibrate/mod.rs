@@ -71,6 +71,22 @@ pub struct Recipe {
     pub n_parallel: usize,
 }
 
+impl Default for Recipe {
+    /// 16384 tokens that the model writes itself, on all cores.
+    fn default() -> Recipe {
+        Recipe {
+            n_ctx: 512,
+            n_windows: 32,
+            files: Vec::new(),
+            self_share: 1.0,
+            chat_share: 0.0,
+            seed: 1,
+            n_threads: std::thread::available_parallelism().map_or(1, |n| n.get()),
+            n_parallel: 64,
+        }
+    }
+}
+
 impl Recipe {
     /// How many windows the model writes itself.
     fn n_self(&self) -> usize {

@@ -74,8 +74,6 @@ pub fn resolve(args: Args) -> Result<Job> {
     };
     ensure!(tune <= 1000, "--tune {tune} is not from 0 to 1000");
     Ok(Job {
-        input: args.input,
-        output: args.output,
         imatrix_out: args.imatrix_out,
         quantise: args.to.map(|name| quantise(&name, args.allow_requantize)).transpose()?,
         state: args.state_dir.map(|folder| KeepState { folder, resume: args.resume }),
@@ -96,9 +94,8 @@ pub fn resolve(args: Args) -> Result<Job> {
             chat_share: args.chat_share,
             seed: args.seed,
             n_threads,
-            n_parallel: 64,
+            ..Recipe::default()
         },
-        windows: None,
         settings: Settings {
             sparsity: s,
             target,
@@ -122,6 +119,7 @@ pub fn resolve(args: Args) -> Result<Job> {
             types: tensor_types(&args.tensor_type)?,
             ..Settings::default()
         },
+        ..Job::new(args.input, args.output)
     })
 }
 

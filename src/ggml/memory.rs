@@ -45,6 +45,27 @@ pub fn taken_memory(path: &Path, n_ctx: usize) -> Result<RunMemory, GgmlError> {
     logged_memory(path, n_ctx, |_| {})
 }
 
+/// Bytes of the weights at `path` that libllama keeps in another order on the CPU, for its faster kernels.
+///
+/// # Errors
+/// [`GgmlError::Llama`] if libllama refuses the file.
+pub fn repacked_bytes(path: &Path) -> Result<u64, GgmlError> {
+    silence_logs();
+    let (model, lines) = logged_by(|| LlamaModel::load(path));
+    model?;
+    Ok(sum(&lines, &["_REPACK", "model buffer size ="]))
+}
+
+/// Bytes in the lines that hold all of `parts`.
+fn sum(lines: &[String], parts: &[&str]) -> u64 {
+    let lines = lines.iter().filter(|line| parts.iter().all(|part| line.contains(part)));
+    let sizes = lines.filter_map(|line| {
+        let (_, rest) = line.split_once("size =")?;
+        rest.split_whitespace().next()?.parse::<f64>().ok()
+    });
+    (sizes.sum::<f64>() * f64::from(1 << 20)) as u64
+}
+
 fn logged_memory(
     path: &Path,
     n_ctx: usize,
@@ -55,21 +76,13 @@ fn logged_memory(
     let (made, lines) = logged_by(|| model.try_context(n_ctx));
     made?;
     // `llama_kv_cache: size = 45.00 MiB (512 cells, ...`, one per cache; `sched_reserve: CPU compute buffer size = 9.00 MiB`.
-    let sum = |parts: &[&str]| {
-        let lines = lines.iter().filter(|line| parts.iter().all(|part| line.contains(part)));
-        let sizes = lines.filter_map(|line| {
-            let (_, rest) = line.split_once("size =")?;
-            rest.split_whitespace().next()?.parse::<f64>().ok()
-        });
-        (sizes.sum::<f64>() * f64::from(1 << 20)) as u64
-    };
-    let compute = sum(&["compute buffer size ="]);
+    let compute = sum(&lines, &["compute buffer size ="]);
     if compute == 0 {
         return Err(GgmlError::Llama(format!("does not say what {} takes to run", path.display())));
     }
     Ok(RunMemory {
         weights: model.n_bytes(),
-        kv_cache: sum(&["size =", " cells,"]),
-        compute: compute + sum(&["output buffer size ="]),
+        kv_cache: sum(&lines, &["size =", " cells,"]),
+        compute: compute + sum(&lines, &["output buffer size ="]),
     })
 }

@@ -18,7 +18,7 @@ pub use engine::{Engine, Resident, TensorSpec};
 pub use gguf::{RawGguf, RawValue};
 pub use graph::{Computed, Graph, RopeParams, T};
 pub use llama::{BatchToken, Context, LlamaModel, Token, Vocab};
-pub use memory::{RunMemory, run_memory, taken_memory};
+pub use memory::{RunMemory, repacked_bytes, run_memory, taken_memory};
 pub use product::{operations, product_rate};
 pub use quantize::{FileType, quantize_file};
 pub use system::{

@@ -75,6 +75,33 @@ pub struct Job {
     pub run_ctx: Option<usize>,
 }
 
+impl Job {
+    /// Prunes `input` to `output` as the command does without options: by the default settings, on text that the model
+    /// writes itself, verified.
+    pub fn new(input: impl Into<PathBuf>, output: impl Into<PathBuf>) -> Job {
+        let recipe = Recipe::default();
+        Job {
+            input: input.into(),
+            output: output.into(),
+            imatrix_out: None,
+            quantise: None,
+            keep_split: false,
+            force: false,
+            verify: true,
+            windows: None,
+            settings: Settings { n_threads: recipe.n_threads, ..Settings::default() },
+            recipe,
+            state: None,
+            samples: false,
+            compare_quant: false,
+            limit: None,
+            max_memory: None,
+            target_ram: None,
+            run_ctx: None,
+        }
+    }
+}
+
 /// Where an interrupted run leaves what it has settled: text, heads, widths and finished blocks.
 #[derive(Clone, Debug)]
 pub struct KeepState {
