@@ -195,7 +195,7 @@ fn a_qwen3_with_uneven_blocks_is_an_openelm() {
         let mut plan = Plan::whole(&model);
         plan.blocks[1].groups = vec![1];
         assert_eq!(write(&model, &plan, &target), Family::OpenElm);
-        let ours = common::logits(&model, &tokens, |il| plan.block(&model, il).unwrap());
+        let ours = common::logits(&model, &tokens, 1, |il| plan.block(&model, il).unwrap());
         let (max, kl) = compare_logits(&libllama_logits(&target, &tokens), &ours, small.n_vocab);
         println!("{ty}: largest difference {max:.2e}, KL divergence {kl:.2e}");
         assert!(kl < if ty == Type::F32 { 2e-5 } else { 2e-3 }, "{ty}: {max} {kl}");
@@ -234,7 +234,7 @@ fn a_qwen3_with_its_own_head_is_a_step35_if_it_shall_be() {
     plan.carriers.equal = stays;
     plan.blocks[1].groups = vec![1];
     assert_eq!(write(&model, &plan, &target), Family::Step35);
-    let ours = common::logits(&model, &tokens, |il| plan.block(&model, il).unwrap());
+    let ours = common::logits(&model, &tokens, 1, |il| plan.block(&model, il).unwrap());
     let (max, kl) = compare_logits(&libllama_logits(&target, &tokens), &ours, small.n_vocab);
     println!("largest difference {max:.2e}, KL divergence {kl:.2e}");
     assert!(max < 0.06 && kl < 2e-5, "{max} {kl}");
@@ -264,7 +264,7 @@ fn rows_of_different_types_are_joined_in_the_widest() {
     let out = GgufFile::open(&target).unwrap();
     assert_eq!(out.find("blk.1.attn_qkv.weight").unwrap().ty, Type::Q8_0);
     let tokens: Vec<i32> = (0..150).map(|i| 3 + (i * 31) % 250).collect();
-    let ours = common::logits(&model, &tokens, |il| plan.block(&model, il).unwrap());
+    let ours = common::logits(&model, &tokens, 1, |il| plan.block(&model, il).unwrap());
     let (max, kl) = compare_logits(&libllama_logits(&target, &tokens), &ours, small.n_vocab);
     println!("largest difference {max:.2e}, KL divergence {kl:.2e}");
     assert!(kl < 2e-3, "{max} {kl}");
@@ -291,7 +291,7 @@ fn gemma3_computes_the_same_with_fewer_heads() {
             let name = format!("blk.3.{name}.weight");
             assert_eq!(rows(&out, &name) == rows(&model.file, &name), copied, "{name}");
         }
-        let planned = common::logits(&model, &tokens, |il| plan.block(&model, il).unwrap());
+        let planned = common::logits(&model, &tokens, 1, |il| plan.block(&model, il).unwrap());
         let (max, kl) = compare_logits(&libllama_logits(&target, &tokens), &planned, small.n_vocab);
         println!("{n_blocks} blocks: largest difference {max:.2e}, KL divergence {kl:.2e}");
         assert!(max < 0.06 && kl < 2e-5, "{n_blocks} blocks: largest difference {max}, KL divergence {kl}");

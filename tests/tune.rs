@@ -34,7 +34,7 @@ fn divergence(path: &Path, model: &Model, windows: &Windows, outcome: &Outcome) 
     let held_out = windows.tokens_of(windows.n_fit..windows.n_windows());
     let of_window = |tokens: &[i32]| {
         let dense = our_logits(path, tokens);
-        let own = logits(model, tokens, |il| outcome.plan.block(model, il).unwrap());
+        let own = logits(model, tokens, 1, |il| outcome.plan.block(model, il).unwrap());
         compare_logits(&dense, &own, model.matrix(&model.output).unwrap().n_out).1
     };
     held_out.chunks_exact(windows.n_ctx).map(of_window).sum::<f64>() / windows.n_held_out as f64

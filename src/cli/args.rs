@@ -25,6 +25,36 @@ pub struct Cli {
     /// How to prune.
     #[command(flatten)]
     pub prune: Option<Args>,
+    /// Where to compute. Not part of the former: what is optional as a whole can have no such part.
+    #[command(flatten)]
+    pub devices: DeviceArgs,
+}
+
+/// Arguments of where to compute.
+#[derive(clap::Args, Clone, Debug, Default)]
+pub struct DeviceArgs {
+    /// Compute on these devices instead of the CPU, as in Vulkan0; --list-devices names them
+    #[arg(
+        long,
+        visible_alias = "dev",
+        value_name = "NAME,NAME",
+        value_delimiter = ',',
+        help_heading = "Devices",
+        hide_short_help = true
+    )]
+    pub device: Vec<String>,
+    /// Layers that llama.cpp keeps on devices when it writes text and judges [default: all, with --device]
+    #[arg(long, visible_alias = "ngl", value_name = "N", help_heading = "Devices", hide_short_help = true)]
+    pub n_gpu_layers: Option<usize>,
+    /// Other machines' devices, too: those where rpc-server runs
+    #[arg(
+        long,
+        value_name = "HOST:PORT",
+        value_delimiter = ',',
+        help_heading = "Devices",
+        hide_short_help = true
+    )]
+    pub rpc: Vec<String>,
 }
 
 /// Other things than pruning.
@@ -56,6 +86,24 @@ pub enum Command {
         /// No progress on stderr
         #[arg(short, long)]
         quiet: bool,
+    },
+    /// List the devices that --device takes
+    Devices {
+        /// Those of these machines, too
+        #[arg(long, value_name = "HOST:PORT", value_delimiter = ',')]
+        rpc: Vec<String>,
+    },
+    /// Let other machines' --rpc compute on this one's CPU, until it is stopped; only for networks that can be trusted
+    RpcServer {
+        /// Where to listen
+        #[arg(long, default_value = "127.0.0.1")]
+        host: String,
+        /// Port
+        #[arg(short, long, default_value_t = 50052)]
+        port: u16,
+        /// Threads [default: all cores]
+        #[arg(short, long, value_name = "N")]
+        threads: Option<usize>,
     },
     /// Print completions for a shell
     Completions {
@@ -104,6 +152,9 @@ pub struct EvalArgs {
     /// No progress on stderr
     #[arg(short, long)]
     pub quiet: bool,
+    /// Where to compute.
+    #[command(flatten)]
+    pub devices: DeviceArgs,
 }
 
 /// Names of [`putri_gguf::evaluate::Protocol`].

@@ -4,7 +4,7 @@ mod args;
 mod extras;
 mod resolve;
 
-pub use args::{Args, Cli, Command, EvalArgs};
+pub use args::{Args, Cli, Command, DeviceArgs, EvalArgs};
 pub use resolve::{nested_name, resolve, resolve_eval, stored, threads};
 
 use anyhow::Context;
@@ -12,10 +12,11 @@ use clap::{CommandFactory, Parser};
 use extras::Extras;
 use putri_gguf::ollama::{self, OllamaError};
 use putri_gguf::report::{
-    Progress, Timings, checks_json, checks_table, dry_run_table, eval_json, eval_table, inspection_json,
-    inspection_table,
+    Progress, Timings, checks_json, checks_table, devices_table, dry_run_table, eval_json, eval_table,
+    inspection_json, inspection_table,
 };
 use putri_gguf::{JobError, Nested, VerifyJob, ggml};
+use std::ffi::OsString;
 use std::io::Write;
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -32,7 +33,7 @@ const INTERRUPTED: u8 = 130;
 /// 3 a quality that cannot be had, 130 interrupted.
 pub fn main() -> ExitCode {
     // clap prints usage errors itself and exits with 2; help and version with 0.
-    let cli = Cli::parse();
+    let cli = Cli::parse_from(std::env::args_os().map(as_clap_has_it));
     ggml::silence_logs();
     ggml::install_abort_handler(|message| {
         eprintln!("error: llama.cpp stopped on an inconsistency in the model or in our use of it: {message}");
@@ -53,6 +54,10 @@ pub fn main() -> ExitCode {
         (Some(Command::Verify { model, source, threads, json, quiet }), _) => {
             check(model, source, threads, json, quiet)
         }
+        (Some(Command::Devices { rpc }), _) => join(&rpc).map(|()| show(&devices_table(&ggml::devices()))),
+        (Some(Command::RpcServer { host, port, threads: n }), _) => threads(n)
+            .map_err(Failed::Usage)
+            .and_then(|n| ggml::serve(&format!("{host}:{port}"), n).map_err(|e| Failed::Machine(e.into()))),
         (Some(Command::Completions { shell }), _) => {
             let mut text = Vec::new();
             clap_complete::generate(shell, &mut Cli::command(), "putri-gguf", &mut text);
@@ -67,7 +72,7 @@ pub fn main() -> ExitCode {
             show(&String::from_utf8_lossy(&text));
             Ok(())
         }
-        (None, Some(args)) => prune(args),
+        (None, Some(args)) => prune(args, &cli.devices),
         (None, None) => unreachable!("clap demands a command or what to prune"),
     };
     match done {
@@ -98,6 +103,17 @@ pub fn main() -> ExitCode {
     }
 }
 
+/// llama.cpp's short flags of more than one letter as clap can have them.
+fn as_clap_has_it(arg: OsString) -> OsString {
+    match arg.to_str() {
+        Some("-ngl") => "--n-gpu-layers".into(),
+        Some("-dev") => "--device".into(),
+        // As a flag, as llama.cpp has it.
+        Some("--list-devices") => "devices".into(),
+        _ => arg,
+    }
+}
+
 /// Why there is no result.
 enum Failed {
     /// Arguments make no sense.
@@ -123,7 +139,7 @@ impl From<JobError> for Failed {
 }
 
 /// Prunes, and says what came of it.
-fn prune(mut args: Args) -> Result<(), Failed> {
+fn prune(mut args: Args, devices: &DeviceArgs) -> Result<(), Failed> {
     let stored = stored(&args.input)?;
     if let Some(stored) = &stored {
         args.input.clone_from(&stored.model);
@@ -133,7 +149,8 @@ fn prune(mut args: Args) -> Result<(), Failed> {
     let shares: Vec<Option<f64>> =
         nested.as_ref().map_or(vec![None], |shares| shares.iter().copied().map(Some).collect());
     let extras: Vec<Extras> = shares.into_iter().map(|share| Extras::new(&args, share)).collect();
-    let job = resolve(args).map_err(Failed::Usage)?;
+    join(&devices.rpc)?;
+    let job = resolve(args, devices).map_err(Failed::Usage)?;
     let n_threads = job.settings.n_threads;
     let stop = ready(n_threads).map_err(Failed::Machine)?;
     extras.iter().try_for_each(Extras::check)?;
@@ -175,6 +192,11 @@ fn prune(mut args: Args) -> Result<(), Failed> {
     Ok(())
 }
 
+/// Makes the devices of other machines some of this one's.
+fn join(servers: &[String]) -> Result<(), Failed> {
+    servers.iter().try_for_each(|s| ggml::add_server(s)).context("--rpc").map_err(Failed::Machine)
+}
+
 /// Where a model lies that may be one of a local Ollama.
 fn located(input: PathBuf) -> Result<PathBuf, Failed> {
     Ok(stored(&input)?.map_or(input, |stored| stored.model))
@@ -185,6 +207,7 @@ fn measure(mut args: EvalArgs) -> Result<(), Failed> {
     args.model = located(args.model)?;
     args.base = args.base.map(located).transpose()?;
     let (quiet, json) = (args.quiet, args.json);
+    join(&args.devices.rpc)?;
     let job = resolve_eval(args).map_err(Failed::Usage)?;
     let stop = ready(job.n_threads).map_err(Failed::Machine)?;
     let mut progress = Progress::new(quiet, stop);

@@ -1,10 +1,10 @@
 //! From what was typed to a job that can run.
 
-use super::args::{ArchArg, Args, EvalArgs, ExpertsArg, HeadsArg, MethodArg, PplStyle};
+use super::args::{ArchArg, Args, DeviceArgs, EvalArgs, ExpertsArg, HeadsArg, MethodArg, PplStyle};
 use anyhow::{Context, Result, bail, ensure};
 use putri_gguf::calibrate::Recipe;
 use putri_gguf::evaluate::Protocol;
-use putri_gguf::ggml::{FileType, Type};
+use putri_gguf::ggml::{self, Device, FileType, Offload, Type};
 use putri_gguf::model::{Arch, Heads, Piece};
 use putri_gguf::ollama::{self, OllamaError, Stored};
 use putri_gguf::pipeline::{Method, Settings, Target, TensorTypes};
@@ -12,7 +12,7 @@ use putri_gguf::{EvalJob, Job, KeepState, Limit, Quantise, RUN_CTX};
 use std::path::{Path, PathBuf};
 
 /// Checks values that only make sense together, and fills in what depends on the machine.
-pub fn resolve(args: Args) -> Result<Job> {
+pub fn resolve(args: Args, devices: &DeviceArgs) -> Result<Job> {
     let target = match (&args.target_size, &args.target_params) {
         (Some(size), _) => Some(Target::Bytes(bytes("--target-size", size)?)),
         (_, Some(n)) => Some(Target::Params(count("--target-params", n)?)),
@@ -73,7 +73,9 @@ pub fn resolve(args: Args) -> Result<Job> {
         (_, Some(_)) => bail!("--tune goes with --method putri; the paper's method has no such step"),
     };
     ensure!(tune <= 1000, "--tune {tune} is not from 0 to 1000");
+    let offload = offload(devices)?;
     Ok(Job {
+        n_gpu_layers: offload.n_layers,
         imatrix_out: args.imatrix_out,
         quantise: args.to.map(|name| quantise(&name, args.allow_requantize)).transpose()?,
         state: args.state_dir.map(|folder| KeepState { folder, resume: args.resume }),
@@ -115,6 +117,7 @@ pub fn resolve(args: Args) -> Result<Job> {
                 ArchArg::Keep => Arch::Keep,
             },
             n_threads,
+            devices: offload.devices,
             tune,
             types: tensor_types(&args.tensor_type)?,
             ..Settings::default()
@@ -220,7 +223,34 @@ pub fn resolve_eval(args: EvalArgs) -> Result<EvalJob> {
         tasks: args.hellaswag.map(|path| (path, args.hellaswag_tasks)),
         speed: !args.no_speed,
         n_threads: threads(args.threads)?,
+        offload: offload(&args.devices)?,
     })
+}
+
+/// Reads `--device` and `--n-gpu-layers`, once servers are among the devices.
+fn offload(args: &DeviceArgs) -> Result<Offload> {
+    let n_layers = args.n_gpu_layers.unwrap_or(usize::MAX);
+    if args.device.is_empty() && args.rpc.is_empty() && args.n_gpu_layers.is_none_or(|n| n == 0)
+        || args.device == ["none"]
+    {
+        return Ok(Offload::default());
+    }
+    let there = ggml::devices();
+    let names = || match there.is_empty() {
+        true => "there are none".into(),
+        false => format!("there are {}", there.iter().map(|d| &*d.name).collect::<Vec<_>>().join(", ")),
+    };
+    let named = |name: &String| {
+        let found = there.iter().find(|d| d.name.eq_ignore_ascii_case(name));
+        found.map(|d| d.device).with_context(|| format!("--device {name} is not a device here; {}", names()))
+    };
+    let devices: Vec<Device> = if args.device.is_empty() {
+        ensure!(!there.is_empty(), "--n-gpu-layers wants a device, and this build or machine has none");
+        there.iter().map(|d| d.device).collect()
+    } else {
+        args.device.iter().map(named).collect::<Result<_>>()?
+    };
+    Ok(Offload { devices, n_layers })
 }
 
 /// Reads `--threads`.
@@ -304,7 +334,7 @@ mod tests {
     fn job(extra: &[&str]) -> Result<Job> {
         let base = ["putri-gguf", "in.gguf", "out.gguf"];
         let cli = Cli::try_parse_from(base.iter().chain(extra))?;
-        resolve(cli.prune.expect("arguments of pruning"))
+        resolve(cli.prune.expect("arguments of pruning"), &cli.devices)
     }
 
     #[test]

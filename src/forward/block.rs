@@ -213,7 +213,7 @@ impl Forward {
         mid: Option<&mut [f32]>,
         out: &mut [f32],
     ) -> Result<(), ForwardError> {
-        let mut g = Graph::new(MAX_NODES);
+        let mut g = Graph::new(&self.engine, MAX_NODES);
         let x = g.input_f32([self.n_embd(), x.len() / self.n_embd()], x);
         let a = b.roles.attn_output.map(|_| self.net.heads(&mut g, b, x));
         let m = self.net.attention_residual(&mut g, b, x, a);
@@ -263,7 +263,7 @@ impl Forward {
         if b.has_experts() {
             return self.experts(b, mid, out, None);
         }
-        let mut g = Graph::new(MAX_NODES);
+        let mut g = Graph::new(&self.engine, MAX_NODES);
         let mid = g.input_f32([self.n_embd(), mid.len() / self.n_embd()], mid);
         let h = self.net.neurons(&mut g, b, mid, mid);
         let y = self.net.ffn_residual(&mut g, b, mid, h);

@@ -69,7 +69,7 @@ impl Forward {
             }
             let rows: Vec<f32> =
                 tokens.iter().flat_map(|&(t, _)| &inputs[t * n_embd..][..n_embd]).copied().collect();
-            let mut g = Graph::new(MAX_NODES);
+            let mut g = Graph::new(&self.engine, MAX_NODES);
             let h = g.input_f32([n_embd, tokens.len()], &rows);
             let y = self.net.feed_forward(&mut g, b, weights, h);
             g.output(y);
@@ -97,7 +97,7 @@ impl Forward {
     pub fn choices(&mut self, b: &Block, mid: &[f32]) -> Result<Vec<Chosen>, ForwardError> {
         let roles = b.roles.experts.as_ref().expect("a block with experts");
         let n_tokens = mid.len() / self.n_embd();
-        let mut g = Graph::new(MAX_NODES);
+        let mut g = Graph::new(&self.engine, MAX_NODES);
         let x = g.input_f32([self.n_embd(), n_tokens], mid);
         let h = self.net.ffn_input(&mut g, b, x, x);
         let chances = self.net.chances(&mut g, b, roles, h);
@@ -124,7 +124,7 @@ impl Forward {
     ) -> Result<(), ForwardError> {
         let roles = b.roles.experts.as_ref().expect("a block with experts");
         let [gate, up, _] = roles.each[expert];
-        let mut g = Graph::new(MAX_NODES);
+        let mut g = Graph::new(&self.engine, MAX_NODES);
         let x = g.input_f32([self.n_embd(), scales.len()], mid);
         let h = self.net.ffn_input(&mut g, b, x, x);
         let h = self.net.gated(&mut g, b, [gate, up], h);
@@ -143,7 +143,7 @@ impl Forward {
         mid: &[f32],
         out: &mut [f32],
     ) -> Result<(Vec<f32>, Vec<f32>), ForwardError> {
-        let mut g = Graph::new(MAX_NODES);
+        let mut g = Graph::new(&self.engine, MAX_NODES);
         let x = g.input_f32([self.n_embd(), mid.len() / self.n_embd()], mid);
         let h = self.net.ffn_input(&mut g, b, x, x);
         let chances = self.net.chances(&mut g, b, roles, h);

@@ -62,7 +62,7 @@ impl Forward {
         let mut out = vec![0.0; own.len()];
         let rows = LOSS_ROWS * n_embd;
         for ((own, dense), out) in own.chunks(rows).zip(dense.chunks(rows)).zip(out.chunks_mut(rows)) {
-            let mut g = Graph::new(MAX_NODES);
+            let mut g = Graph::new(&self.engine, MAX_NODES);
             let ne = [n_embd, own.len() / n_embd];
             let (x, dense) = (g.input_f32(ne, own), g.input_f32(ne, dense));
             let q = self.net.stream_logits(&mut g, own_head, x);
@@ -98,7 +98,7 @@ impl Forward {
                 let bits = bits();
                 part.iter_mut().enumerate().filter(|(i, _)| bits >> i & 1 == 1).for_each(|(_, s)| *s = -1.0);
             }
-            let mut g = Graph::new(MAX_NODES);
+            let mut g = Graph::new(&self.engine, MAX_NODES);
             let x = g.input_f32([n_embd, n], x);
             let q = self.net.stream_logits(&mut g, head, x);
             let p = g.soft_max(q, None, 1.0);
@@ -151,7 +151,7 @@ impl Forward {
     ) -> Result<(), ForwardError> {
         let ne = [self.n_embd(), x.len() / self.n_embd()];
         let (before, ones) = (grad.to_vec(), vec![1.0; ne[1]]);
-        let mut g = Graph::new(MAX_NODES);
+        let mut g = Graph::new(&self.engine, MAX_NODES);
         let x = g.input_f32(ne, x);
         let net = &self.net;
         let attention = b.has_attention().then(|| net.attention(&mut g, b, x));

@@ -72,7 +72,7 @@ impl Forward {
         let n_embd = self.n_embd();
         let mut buffer = Vec::new();
         for (i, rows) in x.chunks(LOGIT_ROWS * n_embd).enumerate() {
-            let mut g = Graph::new(MAX_NODES);
+            let mut g = Graph::new(&self.engine, MAX_NODES);
             let h = g.input_f32([n_embd, rows.len() / n_embd], rows);
             let h = self.net.normed(&mut g, h);
             let y = self.net.logits(&mut g, head, h);

@@ -20,7 +20,7 @@ pub(crate) use head::LOGIT_ROWS;
 pub(crate) use stats::moment_products;
 pub use stats::{Collect, InputSquares, Wanted};
 
-use crate::ggml::{Engine, GgmlError, Resident, TensorSpec, Token};
+use crate::ggml::{Compute, Engine, GgmlError, Resident, TensorSpec, Token};
 use crate::gguf::GgufError;
 use crate::model::{Hparams, Model, Segment};
 use std::ops::Range;
@@ -71,13 +71,13 @@ struct Net {
 }
 
 impl Forward {
-    /// A forward pass of `model` over windows of `n_ctx` tokens.
+    /// A forward pass of `model` over windows of `n_ctx` tokens, on the CPU with so many threads or on devices.
     ///
     /// # Errors
     /// [`ForwardError`] if the backend fails or the frequency factors cannot be read.
-    pub fn new(model: &Model, n_ctx: usize, n_threads: usize) -> Result<Forward, ForwardError> {
+    pub fn new(model: &Model, n_ctx: usize, compute: impl Into<Compute>) -> Result<Forward, ForwardError> {
         assert!(n_ctx > 0);
-        let engine = Engine::cpu(n_threads)?;
+        let engine = Engine::new(&compute.into())?;
         let factors = model.rope_factors(n_ctx)?;
         let hparams = model.hparams.clone();
         let mask_rows = if n_ctx <= MAX_GRADIENT_CTX { n_ctx } else { query_slice(n_ctx) };

@@ -97,7 +97,7 @@ impl Forward {
         squares: &mut InputSquares,
     ) -> Result<(), ForwardError> {
         assert!(!b.has_experts(), "each expert has inputs of its own");
-        let mut g = Graph::new(MAX_NODES);
+        let mut g = Graph::new(&self.engine, MAX_NODES);
         let x = g.input_f32([self.n_embd(), x.len() / self.n_embd()], x);
         let attention =
             b.has_attention().then(|| (self.net.attn_input(&mut g, b, x), self.net.heads(&mut g, b, x)));
@@ -136,7 +136,7 @@ impl Forward {
             return Ok(Vec::new());
         }
         let ne = [self.n_embd(), x.len() / self.n_embd()];
-        let mut g = Graph::new(MAX_NODES);
+        let mut g = Graph::new(&self.engine, MAX_NODES);
         let x = g.input_f32(ne, x);
         let a = self.net.heads(&mut g, b, x);
         g.output(a);
@@ -165,7 +165,7 @@ impl Forward {
     ) -> Result<(), ForwardError> {
         let n = x.len() / self.n_embd();
         let ne = [self.n_embd(), n];
-        let mut g = Graph::new(MAX_NODES);
+        let mut g = Graph::new(&self.engine, MAX_NODES);
         let x = g.input_f32(ne, x);
         let a = (!a.is_empty()).then(|| g.input_f32([a.len() / n, n], a));
         let mid = self.net.attention_residual(&mut g, b, x, a);

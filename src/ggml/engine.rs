@@ -1,14 +1,32 @@
-//! A compute backend and the tensors that stay on it between graphs.
+//! Compute backends and the tensors that stay on them between graphs.
 
+use super::device::{Compute, Device};
 use super::{GgmlError, Type};
 use llama_cpp_sys_2 as sys;
+use std::cell::Cell;
 use std::ptr::NonNull;
 
-/// A ggml backend with its scratch memory. One graph runs on it at a time.
+/// Tensors that a graph has at most, leaves and copies between devices included.
+const MAX_TENSORS: usize = 8192;
+
+/// Backends with their scratch memory. One graph runs at a time.
 pub struct Engine {
-    pub(super) backend: sys::ggml_backend_t,
-    pub(super) galloc: sys::ggml_gallocr_t,
+    cpu: sys::ggml_backend_t,
     n_threads: usize,
+    pub(super) place: Place,
+}
+
+/// Where graphs run.
+pub(super) enum Place {
+    /// On the CPU, with memory for intermediate results from this allocator.
+    Host { galloc: sys::ggml_gallocr_t },
+    /// Where the weights are, and on the CPU what devices cannot do.
+    Devices {
+        backends: Vec<sys::ggml_backend_t>,
+        sched: sys::ggml_backend_sched_t,
+        /// The one that the next tensors go to.
+        next: Cell<usize>,
+    },
 }
 
 impl Engine {
@@ -17,20 +35,34 @@ impl Engine {
     /// # Errors
     /// [`GgmlError::Backend`] if ggml refuses.
     pub fn cpu(n_threads: usize) -> Result<Engine, GgmlError> {
-        let n_threads = n_threads.max(1);
+        Engine::new(&n_threads.into())
+    }
+
+    /// Starts what graphs shall run on.
+    ///
+    /// # Errors
+    /// [`GgmlError::Backend`] or [`GgmlError::Device`] if ggml refuses.
+    pub fn new(compute: &Compute) -> Result<Engine, GgmlError> {
+        let n_threads = compute.n_threads.max(1);
         // SAFETY: plain constructors; null is checked before use.
         unsafe {
-            let backend = sys::ggml_backend_cpu_init();
-            if backend.is_null() {
+            let cpu = sys::ggml_backend_cpu_init();
+            if cpu.is_null() {
                 return Err(GgmlError::Backend("CPU"));
             }
-            sys::ggml_backend_cpu_set_n_threads(backend, n_threads as i32);
-            let galloc = sys::ggml_gallocr_new(sys::ggml_backend_get_default_buffer_type(backend));
-            if galloc.is_null() {
-                sys::ggml_backend_free(backend);
-                return Err(GgmlError::Backend("CPU"));
-            }
-            Ok(Engine { backend, galloc, n_threads })
+            sys::ggml_backend_cpu_set_n_threads(cpu, n_threads as i32);
+            // Whatever fails from here on drops what there is.
+            let mut engine = Engine { cpu, n_threads, place: Place::Host { galloc: std::ptr::null_mut() } };
+            engine.place = if compute.devices.is_empty() {
+                let galloc = sys::ggml_gallocr_new(sys::ggml_backend_get_default_buffer_type(cpu));
+                if galloc.is_null() {
+                    return Err(GgmlError::Backend("CPU"));
+                }
+                Place::Host { galloc }
+            } else {
+                devices_of(cpu, &compute.devices)?
+            };
+            Ok(engine)
         }
     }
 
@@ -38,14 +70,105 @@ impl Engine {
     pub fn n_threads(&self) -> usize {
         self.n_threads
     }
+
+    /// Whether graphs run on devices.
+    pub(super) fn has_devices(&self) -> bool {
+        matches!(self.place, Place::Devices { .. })
+    }
+
+    /// Gives all tensors of `graph` memory.
+    ///
+    /// # Safety
+    /// The graph is alive, and no result of one before is read any more.
+    pub(super) unsafe fn allocate(&mut self, graph: *mut sys::ggml_cgraph) -> bool {
+        // SAFETY: by the caller.
+        unsafe {
+            match self.place {
+                // Planned anew each time: by itself the allocator keeps the plan of the graph before when
+                // node counts and sizes happen to match, whatever the two graphs compute.
+                Place::Host { galloc } => {
+                    sys::ggml_gallocr_reserve(galloc, graph) && sys::ggml_gallocr_alloc_graph(galloc, graph)
+                }
+                Place::Devices { sched, .. } => {
+                    sys::ggml_backend_sched_reset(sched);
+                    sys::ggml_backend_sched_alloc_graph(sched, graph)
+                }
+            }
+        }
+    }
+
+    /// Runs `graph`, whose inputs are there.
+    ///
+    /// # Safety
+    /// The graph was given memory by [`Engine::allocate`].
+    pub(super) unsafe fn run(&mut self, graph: *mut sys::ggml_cgraph) -> sys::ggml_status {
+        // SAFETY: by the caller.
+        unsafe {
+            match self.place {
+                Place::Host { .. } => sys::ggml_backend_graph_compute(self.cpu, graph),
+                Place::Devices { sched, .. } => sys::ggml_backend_sched_graph_compute(sched, graph),
+            }
+        }
+    }
+
+    /// The backend that tensors are put on: devices take turns.
+    fn next_backend(&self) -> sys::ggml_backend_t {
+        match &self.place {
+            Place::Host { .. } => self.cpu,
+            Place::Devices { backends, next, .. } => {
+                let i = next.get();
+                next.set((i + 1) % backends.len());
+                backends[i]
+            }
+        }
+    }
+}
+
+/// Starts `devices`, with the CPU for what they cannot do.
+///
+/// # Safety
+/// `cpu` is a live backend that outlives the result.
+unsafe fn devices_of(cpu: sys::ggml_backend_t, devices: &[Device]) -> Result<Place, GgmlError> {
+    let mut backends: Vec<sys::ggml_backend_t> = Vec::new();
+    // SAFETY: devices are live; null is checked before use; what was started is freed where another fails.
+    unsafe {
+        for device in devices {
+            let raw = device.raw();
+            let backend = sys::ggml_backend_dev_init(raw, std::ptr::null());
+            if backend.is_null() {
+                backends.iter().for_each(|b| sys::ggml_backend_free(*b));
+                let name = super::system::static_text(sys::ggml_backend_dev_name(raw));
+                return Err(GgmlError::Device(name.into()));
+            }
+            backends.push(backend);
+        }
+        let mut all = backends.clone();
+        // The last is the one for the rest.
+        all.push(cpu);
+        let sched = sys::ggml_backend_sched_new(
+            all.as_mut_ptr(),
+            std::ptr::null_mut(),
+            all.len() as i32,
+            MAX_TENSORS,
+            false,
+            false,
+        );
+        Ok(Place::Devices { backends, sched, next: Cell::new(0) })
+    }
 }
 
 impl Drop for Engine {
     fn drop(&mut self) {
-        // SAFETY: both were made by `cpu` and nothing borrows the engine any more.
+        // SAFETY: all were made by `new` and nothing borrows the engine any more.
         unsafe {
-            sys::ggml_gallocr_free(self.galloc);
-            sys::ggml_backend_free(self.backend);
+            match &self.place {
+                Place::Host { galloc } => sys::ggml_gallocr_free(*galloc),
+                Place::Devices { backends, sched, .. } => {
+                    sys::ggml_backend_sched_free(*sched);
+                    backends.iter().for_each(|b| sys::ggml_backend_free(*b));
+                }
+            }
+            sys::ggml_backend_free(self.cpu);
         }
     }
 }
@@ -75,7 +198,7 @@ pub struct Resident {
 }
 
 impl Resident {
-    /// Copies `specs` onto the engine's backend.
+    /// Copies `specs` onto one of the engine's backends.
     ///
     /// # Errors
     /// [`GgmlError::Memory`] if the backend has no room.
@@ -103,11 +226,13 @@ impl Resident {
                     NonNull::new_unchecked(sys::ggml_new_tensor(ctx.as_ptr(), s.ty.raw(), 2, ne.as_ptr()))
                 })
                 .collect();
-            let buffer = sys::ggml_backend_alloc_ctx_tensors(ctx.as_ptr(), engine.backend);
+            let buffer = sys::ggml_backend_alloc_ctx_tensors(ctx.as_ptr(), engine.next_backend());
             if buffer.is_null() {
                 sys::ggml_free(ctx.as_ptr());
                 return Err(GgmlError::Memory(total >> 20, "weights"));
             }
+            // So that operations run where their weights are.
+            sys::ggml_backend_buffer_set_usage(buffer, sys::GGML_BACKEND_BUFFER_USAGE_WEIGHTS);
             for (t, s) in tensors.iter().zip(specs) {
                 sys::ggml_backend_tensor_set(t.as_ptr(), s.bytes.as_ptr().cast(), 0, s.bytes.len());
             }

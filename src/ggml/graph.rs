@@ -76,12 +76,14 @@ pub struct Graph<'a> {
     inputs: Vec<(NonNull<sys::ggml_tensor>, &'a [u8])>,
     /// Its matrix products, with their floating-point operations.
     products: Vec<(T, u64)>,
+    /// It will run on devices, whose backends multiply by themselves.
+    on_devices: bool,
     _weights: PhantomData<&'a Resident>,
 }
 
 impl<'a> Graph<'a> {
-    /// An empty graph with room for `max_nodes` tensors.
-    pub fn new(max_nodes: usize) -> Graph<'a> {
+    /// An empty graph with room for `max_nodes` tensors, to be run on `engine`.
+    pub fn new(engine: &Engine, max_nodes: usize) -> Graph<'a> {
         // SAFETY: the context is sized for max_nodes headers and the graph; null is checked.
         unsafe {
             let params = sys::ggml_init_params {
@@ -100,6 +102,7 @@ impl<'a> Graph<'a> {
                 tensors: Vec::new(),
                 inputs: Vec::new(),
                 products: Vec::new(),
+                on_devices: engine.has_devices(),
                 _weights: PhantomData,
             }
         }
@@ -168,6 +171,19 @@ impl<'a> Graph<'a> {
             "mul_mat of {x:?} and {y:?}"
         );
         let operations = 2 * (x[0] * x[1] * y[1] * y[2] * y[3]) as u64;
+        if self.on_devices {
+            let (a, b) = (self.with_rows(a), self.with_rows(b));
+            // SAFETY: sizes as asserted, rows without gaps.
+            let raw = unsafe {
+                let raw = sys::ggml_mul_mat(self.ctx.as_ptr(), self.raw(a), self.raw(b));
+                // Backends may take halves otherwise, which Gram matrices do not bear.
+                sys::ggml_mul_mat_set_prec(raw, sys::GGML_PREC_F32);
+                raw
+            };
+            let product = self.push(raw);
+            self.products.push((product, operations));
+            return product;
+        }
         let [m, n, n2, n3] = [x[1], y[1], y[2], y[3]].map(|n| n as i64);
         let mut sources = [self.raw(a), self.raw(b)];
         // SAFETY: live F32 headers of this context, of the sizes that `multiply` expects.
@@ -190,6 +206,13 @@ impl<'a> Graph<'a> {
         let product = self.push(raw);
         self.products.push((product, operations));
         product
+    }
+
+    /// The same with neighbours along ne\[0\] beside each other in memory.
+    fn with_rows(&mut self, a: T) -> T {
+        // SAFETY: a live header.
+        let dense = unsafe { (*self.raw(a)).nb[0] == sys::ggml_type_size((*self.raw(a)).type_) };
+        if dense { a } else { self.cont(a) }
     }
 
     fn assert_repeats(&self, a: T, b: T, op: &str) {
@@ -481,10 +504,8 @@ impl<'a> Graph<'a> {
         // SAFETY: the engine is borrowed mutably until the results are dropped, so no other graph
         // can reuse its scratch memory; inputs were checked against their shapes.
         unsafe {
-            // Planned anew each time: by itself the allocator keeps the plan of the graph before when
-            // node counts and sizes happen to match, whatever the two graphs compute.
-            let planned = sys::ggml_gallocr_reserve(engine.galloc, self.graph);
-            if !planned || !sys::ggml_gallocr_alloc_graph(engine.galloc, self.graph) {
+            assert_eq!(self.on_devices, engine.has_devices(), "a graph for another engine");
+            if !engine.allocate(self.graph) {
                 return Err(GgmlError::Memory(0, "a compute graph"));
             }
             for (t, bytes) in &self.inputs {
@@ -493,7 +514,7 @@ impl<'a> Graph<'a> {
                     sys::ggml_backend_tensor_set(t.as_ptr(), bytes.as_ptr().cast(), 0, bytes.len());
                 }
             }
-            let status = sys::ggml_backend_graph_compute(engine.backend, self.graph);
+            let status = engine.run(self.graph);
             if status != sys::GGML_STATUS_SUCCESS {
                 return Err(GgmlError::Compute(status));
             }

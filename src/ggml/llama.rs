@@ -1,6 +1,7 @@
 //! libllama: the tokenizer, and the runtime that judges our files.
 
 use super::GgmlError;
+use super::device::Device;
 use super::system::with_cause;
 use llama_cpp_sys_2 as sys;
 use std::ffi::CString;
@@ -22,6 +23,15 @@ pub(super) fn c_path(path: &Path) -> Result<CString, GgmlError> {
     let text =
         path.to_str().ok_or_else(|| GgmlError::Llama(format!("cannot open {path:?}: not a UTF-8 path")))?;
     CString::new(text).map_err(|_| GgmlError::Llama(format!("cannot open {path:?}: NUL in path")))
+}
+
+/// What libllama keeps on devices.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Offload {
+    /// The devices; none is the CPU alone.
+    pub devices: Vec<Device>,
+    /// Layers that lie there at most.
+    pub n_layers: usize,
 }
 
 /// A model (or only its vocabulary) loaded by libllama.
@@ -60,6 +70,19 @@ impl LlamaModel {
         LlamaModel::open(path, false, false)
     }
 
+    /// Loads the model with `offload.n_layers` of its layers on devices.
+    ///
+    /// # Errors
+    /// [`GgmlError::Llama`] if libllama refuses the file.
+    pub fn load_on(path: &Path, offload: &Offload) -> Result<LlamaModel, GgmlError> {
+        let ends = std::iter::once(std::ptr::null_mut());
+        let mut devices: Vec<_> = offload.devices.iter().map(|d| d.raw()).chain(ends).collect();
+        LlamaModel::open_with(path, |params| {
+            params.devices = devices.as_mut_ptr();
+            params.n_gpu_layers = i32::try_from(offload.n_layers).unwrap_or(i32::MAX);
+        })
+    }
+
     fn open(path: &Path, vocab_only: bool, repack: bool) -> Result<LlamaModel, GgmlError> {
         LlamaModel::open_with(path, |params| {
             params.vocab_only = vocab_only;
@@ -77,6 +100,9 @@ impl LlamaModel {
         let c_path = c_path(path)?;
         // SAFETY: parameters are plain data.
         let mut params = unsafe { sys::llama_model_default_params() };
+        // A list that ends at once: no device is even looked at.
+        let mut no_devices = [std::ptr::null_mut()];
+        params.devices = no_devices.as_mut_ptr();
         params.n_gpu_layers = 0;
         set(&mut params);
         let what = if params.vocab_only { "cannot read the vocabulary of" } else { "does not load" };

@@ -4,6 +4,7 @@
 //! programming errors by aborting the process, so shapes are asserted here before each call, and
 //! [`install_abort_handler`] turns what slips through into one clear line.
 
+mod device;
 mod engine;
 mod gguf;
 mod graph;
@@ -14,10 +15,11 @@ mod quantize;
 mod system;
 mod types;
 
+pub use device::{Compute, Device, DeviceInfo, add_server, devices, serve};
 pub use engine::{Engine, Resident, TensorSpec};
 pub use gguf::{RawGguf, RawValue};
 pub use graph::{Computed, Graph, RopeParams, T};
-pub use llama::{BatchToken, Context, LlamaModel, Token, Vocab};
+pub use llama::{BatchToken, Context, LlamaModel, Offload, Token, Vocab};
 pub use memory::{RunMemory, repacked_bytes, run_memory, taken_memory};
 pub use product::{operations, product_rate};
 pub use quantize::{FileType, quantize_file};
@@ -33,6 +35,17 @@ pub enum GgmlError {
     /// A backend could not be created.
     #[error("ggml could not start its {0} backend")]
     Backend(&'static str),
+    /// A device could not be made ready.
+    #[error("ggml could not start device {0}")]
+    Device(String),
+    /// Other machines cannot be used.
+    #[error(
+        "this build has no RPC backend; build with GGML_RPC=ON in the environment, as in this project's own .cargo/config.toml"
+    )]
+    NoRpc,
+    /// A machine does not answer.
+    #[error("{0}: {1}")]
+    Server(String, String),
     /// A buffer could not be allocated.
     #[error(
         "ggml could not allocate {0} MiB for {1}; use a smaller --ctx-size or fewer threads, or free some memory"

@@ -44,7 +44,7 @@ pub fn product_rate(n_threads: usize) -> Result<f64, GgmlError> {
     let mut best = f64::INFINITY;
     // The first warms up; of the others the best counts, for other programs only ever slow it down.
     for _ in 0..4 {
-        let mut g = Graph::new(8);
+        let mut g = Graph::new(&engine, 8);
         let (a, b) = (g.input_f32([N, N], &x), g.input_f32([N, N], &x));
         let y = g.mul_mat(a, b);
         g.output(y);
@@ -181,7 +181,7 @@ mod tests {
             let mut first: Option<Vec<f32>> = None;
             for (n_threads, turn) in [(1, false), (3, false), (2, true)] {
                 let mut engine = Engine::cpu(n_threads).unwrap();
-                let mut g = Graph::new(16);
+                let mut g = Graph::new(&engine, 16);
                 let x =
                     if turn { g.input_f32([m, k * heads], &turned) } else { g.input_f32([k, m * heads], &a) };
                 let x = if turn { g.reshape(x, [m, k, heads, 1]) } else { g.reshape(x, [k, m, heads, 1]) };

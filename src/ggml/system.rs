@@ -72,7 +72,7 @@ pub(super) fn with_cause(message: String) -> String {
     if reason.is_empty() { message } else { format!("{message} ({reason})") }
 }
 
-fn static_text(p: *const c_char) -> &'static str {
+pub(super) fn static_text(p: *const c_char) -> &'static str {
     if p.is_null() {
         return "?";
     }

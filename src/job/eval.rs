@@ -2,7 +2,7 @@
 
 use super::JobError;
 use crate::evaluate::{self, EvaluateError, Evaluation, Protocol, Speed};
-use crate::ggml::LlamaModel;
+use crate::ggml::{LlamaModel, Offload};
 use crate::pipeline::Observer;
 use std::path::{Path, PathBuf};
 
@@ -27,6 +27,8 @@ pub struct EvalJob {
     pub speed: bool,
     /// Threads.
     pub n_threads: usize,
+    /// What lies on devices.
+    pub offload: Offload,
 }
 
 /// What was measured, of the file and of what it is compared with.
@@ -62,8 +64,8 @@ pub fn eval(job: &EvalJob, observer: &mut dyn Observer) -> Result<EvalOutcome, J
         }
         None => Vec::new(),
     };
-    let (model, bytes) = load(&job.model)?;
-    let base = job.base.as_deref().map(load).transpose()?;
+    let (model, bytes) = load(&job.model, &job.offload)?;
+    let base = job.base.as_deref().map(|path| load(path, &job.offload)).transpose()?;
     let (base, base_bytes) = base.map_or((None, None), |(model, bytes)| (Some(model), Some(bytes)));
     let failed = |source| JobError::Evaluate { path: job.model.clone(), source };
     let mut outcome =
@@ -106,11 +108,13 @@ pub fn eval(job: &EvalJob, observer: &mut dyn Observer) -> Result<EvalOutcome, J
     Ok(outcome)
 }
 
-fn load(path: &Path) -> Result<(LlamaModel, u64), JobError> {
+fn load(path: &Path, offload: &Offload) -> Result<(LlamaModel, u64), JobError> {
     let failed = |source: crate::ggml::GgmlError| JobError::Evaluate {
         path: path.into(),
         source: EvaluateError::Llama(source),
     };
     let bytes = crate::gguf::GgufFile::open(path)?.n_bytes();
-    Ok((LlamaModel::load(path).map_err(failed)?, bytes))
+    let model =
+        if offload.devices.is_empty() { LlamaModel::load(path) } else { LlamaModel::load_on(path, offload) };
+    Ok((model.map_err(failed)?, bytes))
 }

@@ -70,6 +70,8 @@ pub struct Job {
     pub max_memory: Option<u64>,
     /// Bytes of memory that llama.cpp may take to run the result; instead of a sparsity or target.
     pub target_ram: Option<u64>,
+    /// Layers that llama.cpp keeps on the devices of the settings, if there are some, when it writes text and judges.
+    pub n_gpu_layers: usize,
     /// Tokens of context that the result is to run with; without it [`RUN_CTX`], or what the source was trained for if
     /// that is less.
     pub run_ctx: Option<usize>,
@@ -98,6 +100,7 @@ impl Job {
             max_memory: None,
             target_ram: None,
             run_ctx: None,
+            n_gpu_layers: usize::MAX,
         }
     }
 }

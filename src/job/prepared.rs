@@ -5,7 +5,7 @@ use super::state::State;
 use super::{Job, JobError, Limit, Quantise, limit, on_target, open};
 use crate::assemble::importance;
 use crate::calibrate::{self, CalibrateError, Recipe, Windows};
-use crate::ggml::{GgmlError, LlamaModel, quantize_file};
+use crate::ggml::{GgmlError, LlamaModel, Offload, quantize_file};
 use crate::gguf::GgufError;
 use crate::model::Model;
 use crate::pipeline::{self, Journal, Observer, Plan, Settings, Settled};
@@ -164,6 +164,10 @@ pub fn calibration(job: &Job, observer: &mut dyn Observer) -> Result<Windows, Jo
 
 /// Loads a model into libllama, within the memory of `job`.
 pub(super) fn llama(job: &Job, path: &Path) -> Result<LlamaModel, GgmlError> {
+    if !job.settings.devices.is_empty() {
+        let devices = job.settings.devices.clone();
+        return LlamaModel::load_on(path, &Offload { devices, n_layers: job.n_gpu_layers });
+    }
     if job.max_memory.is_some() { LlamaModel::load_mapped(path) } else { LlamaModel::load(path) }
 }
 

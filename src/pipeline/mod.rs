@@ -246,7 +246,7 @@ pub fn input_squares(
 
 /// A forward pass over windows of `n_ctx` tokens.
 fn forward(model: &Model, n_ctx: usize, s: &Settings) -> Result<Forward, ForwardError> {
-    Ok(Forward::new(model, n_ctx, s.n_threads)?.in_chunks_of(s.chunk_tokens))
+    Ok(Forward::new(model, n_ctx, s.compute())?.in_chunks_of(s.chunk_tokens))
 }
 
 /// Factor of each token of `stream` `[n_tokens, n_embd]` in least-squares sums: its root mean square to

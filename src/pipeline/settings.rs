@@ -2,7 +2,7 @@
 
 use super::{Loss, Target};
 use crate::forward::CHUNK_TOKENS;
-use crate::ggml::Type;
+use crate::ggml::{Compute, Device, Type};
 use crate::model::{Arch, Carriers, Heads, Model, Piece};
 use crate::spill::Shelf;
 
@@ -40,6 +40,8 @@ pub struct Settings {
     pub arch: Arch,
     /// Threads.
     pub n_threads: usize,
+    /// Devices that blocks pass through, instead of the CPU.
+    pub devices: Vec<Device>,
     /// Weight of the dense model's stream in the refit's target.
     pub mixture: f64,
     /// How far a token's error counts relative to its residual stream, which the next norm divides by:
@@ -95,6 +97,11 @@ pub struct Settings {
 }
 
 impl Settings {
+    /// What graphs run on.
+    pub fn compute(&self) -> Compute {
+        Compute { n_threads: self.n_threads, devices: self.devices.clone() }
+    }
+
     /// Where `model` may go.
     pub fn carriers(&self, model: &Model) -> Carriers {
         model.carriers(self.heads, self.arch)
@@ -125,6 +132,7 @@ impl Default for Settings {
             of_mixtures: Piece::Expert,
             arch: Arch::Auto,
             n_threads: 1,
+            devices: Vec::new(),
             mixture: 0.35,
             token_weight: 1.0,
             ridge_stream: 0.1,

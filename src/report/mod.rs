@@ -1,6 +1,7 @@
 //! What the user sees: progress while it runs, and a summary at the end.
 
 mod checks;
+mod devices;
 mod document;
 mod eval;
 mod forecast;
@@ -11,6 +12,7 @@ mod table;
 mod timings;
 
 pub use checks::{checks_json, checks_table};
+pub use devices::devices_table;
 pub use document::{portable, report};
 pub use eval::{eval_json, eval_table};
 pub use forecast::dry_run_table;

@@ -84,16 +84,17 @@ pub fn libllama_logits(path: &std::path::Path, tokens: &[i32]) -> Vec<f32> {
 /// Our logits for the same window.
 pub fn our_logits(path: &std::path::Path, tokens: &[i32]) -> Vec<f32> {
     let model = putri_gguf::model::Model::open(path).unwrap();
-    logits(&model, tokens, |il| model.block(il).unwrap())
+    logits(&model, tokens, 1, |il| model.block(il).unwrap())
 }
 
-/// Our logits of `model` with the blocks that `block` gives.
+/// Our logits of `model` with the blocks that `block` gives, by what computes.
 pub fn logits(
     model: &putri_gguf::model::Model,
     tokens: &[i32],
+    compute: impl Into<putri_gguf::ggml::Compute>,
     block: impl Fn(usize) -> putri_gguf::model::BlockWeights,
 ) -> Vec<f32> {
-    let mut forward = putri_gguf::forward::Forward::new(model, tokens.len(), 1).unwrap();
+    let mut forward = putri_gguf::forward::Forward::new(model, tokens.len(), compute).unwrap();
     let mut x = forward.embed(model, tokens).unwrap();
     let mut y = vec![0.0; x.len()];
     for il in 0..model.hparams.n_layer() {

@@ -1,0 +1,140 @@
+//! Devices that graphs can run on beside the CPU: GPUs of the backends that are built in, and other machines.
+
+use super::GgmlError;
+use super::llama::init_once;
+use super::system::static_text;
+use llama_cpp_sys_2 as sys;
+use std::ffi::{CStr, CString, c_char};
+use std::net::{TcpStream, ToSocketAddrs};
+use std::time::Duration;
+
+/// A device, by its number among [`devices`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Device(usize);
+
+/// What graphs run on.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Compute {
+    /// Threads of the CPU.
+    pub n_threads: usize,
+    /// Devices; none is the CPU alone. Of several, each gets its share of the blocks.
+    pub devices: Vec<Device>,
+}
+
+impl From<usize> for Compute {
+    /// The CPU with so many threads.
+    fn from(n_threads: usize) -> Compute {
+        Compute { n_threads, devices: Vec::new() }
+    }
+}
+
+/// What is known of a device.
+#[derive(Clone, Debug)]
+pub struct DeviceInfo {
+    /// The device.
+    pub device: Device,
+    /// What it is called in arguments, such as `CUDA0`, `Vulkan0`, `RPC0`.
+    pub name: String,
+    /// What it is.
+    pub description: String,
+    /// Bytes of its memory that are free.
+    pub free: u64,
+    /// Bytes of its memory.
+    pub total: u64,
+}
+
+impl Device {
+    pub(super) fn raw(self) -> sys::ggml_backend_dev_t {
+        // SAFETY: the number is that of a device, and devices do not go.
+        unsafe { sys::ggml_backend_dev_get(self.0) }
+    }
+}
+
+/// All devices but the CPU, those of servers that were added with them.
+pub fn devices() -> Vec<DeviceInfo> {
+    init_once();
+    // SAFETY: numbers below the count; names and descriptions are C strings that live as long as the device.
+    unsafe {
+        let all = (0..sys::ggml_backend_dev_count()).map(|i| (i, sys::ggml_backend_dev_get(i)));
+        let beside = all.filter(|(_, raw)| {
+            let kind = sys::ggml_backend_dev_type(*raw);
+            kind == sys::GGML_BACKEND_DEVICE_TYPE_GPU || kind == sys::GGML_BACKEND_DEVICE_TYPE_IGPU
+        });
+        beside
+            .map(|(i, raw)| {
+                let (mut free, mut total) = (0, 0);
+                sys::ggml_backend_dev_memory(raw, &mut free, &mut total);
+                DeviceInfo {
+                    device: Device(i),
+                    name: static_text(sys::ggml_backend_dev_name(raw)).into(),
+                    description: static_text(sys::ggml_backend_dev_description(raw)).into(),
+                    free: free as u64,
+                    total: total as u64,
+                }
+            })
+            .collect()
+    }
+}
+
+/// A function of the RPC backend, if that is built in.
+fn rpc_function(name: &CStr) -> Result<*mut std::ffi::c_void, GgmlError> {
+    init_once();
+    // SAFETY: C strings; null is checked.
+    unsafe {
+        let backend = sys::ggml_backend_reg_by_name(c"RPC".as_ptr());
+        let function = if backend.is_null() {
+            std::ptr::null_mut()
+        } else {
+            sys::ggml_backend_reg_get_proc_address(backend, name.as_ptr())
+        };
+        if function.is_null() { Err(GgmlError::NoRpc) } else { Ok(function) }
+    }
+}
+
+/// Makes the devices of the machine at `endpoint` (`host:port`), on which llama.cpp's rpc-server or [`serve`] runs, some of
+/// [`devices`].
+///
+/// # Errors
+/// [`GgmlError::NoRpc`] if that backend is not built in, [`GgmlError::Server`] if nobody answers.
+pub fn add_server(endpoint: &str) -> Result<(), GgmlError> {
+    type AddServer = unsafe extern "C" fn(*const c_char) -> sys::ggml_backend_reg_t;
+    let function = rpc_function(c"ggml_backend_rpc_add_server")?;
+    let refused = |problem: String| GgmlError::Server(endpoint.into(), problem);
+    // ggml aborts where it cannot connect.
+    let address = endpoint.to_socket_addrs().map_err(|e| refused(e.to_string()))?.next();
+    let address = address.ok_or_else(|| refused("has no address".into()))?;
+    TcpStream::connect_timeout(&address, Duration::from_secs(5)).map_err(|e| refused(e.to_string()))?;
+    let name = CString::new(endpoint).map_err(|_| refused("has a NUL in its name".into()))?;
+    // SAFETY: the function of that name has that type (ggml-rpc.h); the registry takes what it returns.
+    unsafe {
+        let add: AddServer = std::mem::transmute(function);
+        let server = add(name.as_ptr());
+        if server.is_null() {
+            return Err(refused("does not speak the protocol of this version of ggml".into()));
+        }
+        sys::ggml_backend_register(server);
+    }
+    Ok(())
+}
+
+/// Lets other machines compute on this one's CPU, until the process ends.
+///
+/// # Errors
+/// [`GgmlError::NoRpc`] if that backend is not built in, [`GgmlError::Server`] if it cannot listen at `endpoint`.
+pub fn serve(endpoint: &str, n_threads: usize) -> Result<(), GgmlError> {
+    type StartServer =
+        unsafe extern "C" fn(*const c_char, *const c_char, usize, usize, *mut sys::ggml_backend_dev_t);
+    let function = rpc_function(c"ggml_backend_rpc_start_server")?;
+    let refused = |problem: &str| GgmlError::Server(endpoint.into(), problem.into());
+    let name = CString::new(endpoint).map_err(|_| refused("has a NUL in its name"))?;
+    // SAFETY: the function of that name has that type (ggml-rpc.h); arguments live as long as it runs.
+    unsafe {
+        let mut cpu = sys::ggml_backend_dev_by_type(sys::GGML_BACKEND_DEVICE_TYPE_CPU);
+        if cpu.is_null() {
+            return Err(GgmlError::Backend("CPU"));
+        }
+        let start: StartServer = std::mem::transmute(function);
+        start(name.as_ptr(), std::ptr::null(), n_threads, 1, &mut cpu);
+    }
+    Err(refused("cannot be listened at"))
+}

@@ -1,0 +1,228 @@
+//! Graphs on devices, against the same on the CPU.
+//!
+//! By default the devices are two RPC servers of this very process on the loopback interface: real backends with memory of
+//! their own, behind a socket. PUTRI_TEST_DEVICE names another, as in Vulkan0.
+
+mod common;
+
+use common::cli::Cli;
+use common::small::{Rng, Small};
+use common::{TEXT, compare_logits, logits};
+use putri_gguf::evaluate::llama_losses;
+use putri_gguf::forward::{Block, BlockGradient, Collect, Forward, InputSquares, Wanted};
+use putri_gguf::ggml::{
+    Compute, Device, LlamaModel, Offload, Type, add_server, devices, serve, silence_logs,
+};
+use putri_gguf::model::Model;
+use putri_gguf::numeric::Moments;
+use std::net::{TcpListener, TcpStream};
+use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
+use std::time::Duration;
+
+/// How far sums in 32 bits may be from each other that were made in another order, relative to their size.
+const ROUNDING: f64 = 2e-5;
+
+/// Names and numbers of the devices, and the arguments that stand for them.
+struct Devices {
+    all: Vec<Device>,
+    args: Vec<String>,
+}
+
+/// The devices, for one test at a time: a server has one client.
+fn under_test() -> MutexGuard<'static, Devices> {
+    static FOUND: OnceLock<Mutex<Devices>> = OnceLock::new();
+    let found = FOUND.get_or_init(|| Mutex::new(find()));
+    found.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+fn find() -> Devices {
+    silence_logs();
+    if let Ok(name) = std::env::var("PUTRI_TEST_DEVICE") {
+        let all: Vec<Device> = devices().iter().filter(|d| d.name == name).map(|d| d.device).collect();
+        assert!(!all.is_empty(), "{name} is none of {:?}", devices());
+        return Devices { all, args: vec!["--device".into(), name] };
+    }
+    let servers = [start_server(), start_server()];
+    servers.iter().for_each(|s| add_server(s).unwrap());
+    let all: Vec<Device> = devices().iter().map(|d| d.device).collect();
+    assert_eq!(all.len(), 2, "{:?}", devices());
+    Devices { all, args: vec!["--rpc".into(), servers.join(",")] }
+}
+
+/// Serves this machine's CPU to the rest of the test; returns where.
+fn start_server() -> String {
+    let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+    let endpoint = format!("127.0.0.1:{port}");
+    let served = endpoint.clone();
+    std::thread::spawn(move || serve(&served, 1).unwrap());
+    let up = (0..100).any(|_| {
+        std::thread::sleep(Duration::from_millis(20));
+        TcpStream::connect(&endpoint).is_ok()
+    });
+    assert!(up, "{endpoint} does not answer");
+    endpoint
+}
+
+impl Devices {
+    fn compute(&self) -> Compute {
+        Compute { n_threads: 2, devices: self.all.clone() }
+    }
+}
+
+fn families() -> Vec<(&'static str, Small)> {
+    let mut all = vec![
+        ("llama", Small { blocks: vec![(6, 2, 160); 3], n_embd: 96, ..Small::default() }),
+        ("gemma3", Small::gemma3()),
+    ];
+    all.extend(Small::rows());
+    all.extend(Small::mixtures());
+    all
+}
+
+/// Largest difference, relative to the largest of `b`.
+fn apart<T: Copy + Into<f64>>(a: &[T], b: &[T]) -> f64 {
+    assert_eq!(a.len(), b.len());
+    let most = b.iter().map(|v| (*v).into().abs()).fold(f64::MIN_POSITIVE, f64::max);
+    a.iter().zip(b).map(|(a, b)| ((*a).into() - (*b).into()).abs()).fold(0.0, f64::max) / most
+}
+
+#[test]
+fn logits_are_those_of_the_cpu_in_every_family() {
+    let devices = under_test();
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("m.gguf");
+    for (name, small) in families() {
+        small.write(&path);
+        let model = Model::open(&path).unwrap();
+        let tokens: Vec<i32> = (0..50).map(|i| 3 + i * 7 % (small.n_vocab as i32 - 3)).collect();
+        let [ours, theirs] =
+            [1.into(), devices.compute()].map(|c| logits(&model, &tokens, c, |il| model.block(il).unwrap()));
+        let (max, kl) = compare_logits(&ours, &theirs, model.hparams.n_vocab);
+        println!("{name}: {max:e}, KL {kl:e}");
+        // A token near the border between two experts may go to the other one.
+        let bound = if small.experts.is_some() { 1e-2 } else { 1e-3 };
+        assert!(max < bound && kl.abs() < 1e-5, "{name}: {max} {kl}");
+    }
+}
+
+/// All that a pass over a block collects, as one list of numbers per kind.
+fn collected(forward: &mut Forward, block: &Block, x: &[f32], n_ff: usize) -> Vec<(&'static str, Vec<f64>)> {
+    let n_embd = forward.n_embd();
+    let scales: Vec<f32> = (0..x.len() / n_embd).map(|i| 0.5 + (i % 7) as f32 / 7.0).collect();
+    let target: Vec<f32> = x.iter().map(|v| v * 0.9).collect();
+    let mut found: Vec<(&'static str, Vec<f64>)> = Vec::new();
+    let mut add = |what: [&'static str; 3], m: &Moments| {
+        let gram = (0..m.gram.n()).flat_map(|i| m.gram.row(i).to_vec()).collect();
+        found.extend(what.into_iter().zip([gram, m.cross.clone(), m.x.clone()]));
+    };
+    let widths = forward.heads(block, x, None).unwrap().len() / scales.len();
+    let mut at_heads = Moments::new(widths, n_embd);
+    let collect = Collect { target: Some(&target), scales: &scales, into: &mut at_heads };
+    let heads = forward.heads(block, x, Some(collect)).unwrap();
+    add(["Gram of heads", "cross of heads", "sums of heads"], &at_heads);
+    let mut at_neurons = Moments::new(n_ff, n_embd);
+    let collect = Collect { target: Some(&target), scales: &scales, into: &mut at_neurons };
+    forward.from_heads(block, x, &heads, Wanted { moments: Some(collect), ..Wanted::default() }).unwrap();
+    add(["Gram of neurons", "cross of neurons", "sums of neurons"], &at_neurons);
+    let (mut squares, mut out) = (InputSquares::default(), vec![0.0; x.len()]);
+    forward.block_squares(block, x, &mut out, &mut squares).unwrap();
+    found.push(("squares", [squares.qkv, squares.attn_output, squares.ffn, squares.ffn_down].concat()));
+    let (mut grad, mut sums) = (target, BlockGradient::default());
+    forward.block_gradient(block, x, &mut grad, &mut sums).unwrap();
+    found.push(("gradient", grad.iter().map(|v| f64::from(*v)).collect()));
+    found
+}
+
+#[test]
+fn sums_for_the_algebra_are_those_of_the_cpu() {
+    let devices = under_test();
+    const N_CTX: usize = 64;
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("m.gguf");
+    for (n_embd, n_ff) in [(64, 96), (96, 352), (128, 512)] {
+        Small { n_embd, blocks: vec![(4, 2, n_ff); 2], ..Small::default() }.write(&path);
+        let model = Model::open(&path).unwrap();
+        let w = model.block(1).unwrap();
+        let x = Rng(5).vec(4 * N_CTX * n_embd, 1.0);
+        let [ours, theirs] = [1.into(), devices.compute()].map(|c| {
+            let mut forward = Forward::new(&model, N_CTX, c).unwrap();
+            let block = forward.upload(&w).unwrap();
+            collected(&mut forward, &block, &x, n_ff)
+        });
+        for ((what, ours), (_, theirs)) in ours.iter().zip(&theirs) {
+            let apart = apart(theirs, ours);
+            println!("{n_embd} x {n_ff}, {what}: {apart:e}");
+            assert!(apart < ROUNDING, "{n_embd} x {n_ff}, {what}: {apart:e}");
+        }
+    }
+}
+
+#[test]
+fn llama_cpp_predicts_the_same_there() {
+    let there = under_test();
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("m.gguf");
+    Small { ty: Type::Q8_0, n_embd: 96, blocks: vec![(6, 2, 160); 3], ..Small::default() }.write(&path);
+    let offload = Offload { devices: there.all.clone(), n_layers: usize::MAX };
+    let tokens: Vec<i32> = (0..60).map(|i| 3 + i * 11 % 200).collect();
+    let losses = |m: LlamaModel| llama_losses(&m, &tokens, 1).unwrap();
+    let here = losses(LlamaModel::load(&path).unwrap());
+    let there = losses(LlamaModel::load_on(&path, &offload).unwrap());
+    // Weights in eight bits, and activations on some of the devices.
+    assert!(apart(&there, &here) < 5e-3, "{}", apart(&there, &here));
+}
+
+#[test]
+fn what_the_command_makes_there_is_as_good() {
+    let devices = under_test();
+    let cli = Cli::new();
+    Small { ty: Type::Q8_0, n_embd: 96, blocks: vec![(6, 3, 256); 4], ..Small::default() }
+        .write(&cli.path("in.gguf"));
+    std::fs::write(cli.path("text.txt"), TEXT.repeat(12)).unwrap();
+    let quick =
+        ["--sparsity", "0.4", "-f", "text.txt", "--self-share", "0", "-c", "64", "--chunks", "16", "-q"];
+    let args: Vec<&str> = devices.args.iter().map(String::as_str).collect();
+    cli.ok(&[&["in.gguf", "cpu.gguf", "--report", "cpu.json"][..], &quick].concat());
+    cli.ok(&[&["in.gguf", "dev.gguf", "--report", "dev.json"][..], &args, &quick].concat());
+    let read = |name: &str| -> serde_json::Value {
+        serde_json::from_slice(&std::fs::read(cli.path(name)).unwrap()).unwrap()
+    };
+    let [cpu, dev] = ["cpu.json", "dev.json"].map(read);
+    let groups = |r: &serde_json::Value| -> Vec<String> {
+        r["blocks"].as_array().unwrap().iter().map(|b| b["kept_groups"].to_string()).collect()
+    };
+    assert_eq!(groups(&cpu), groups(&dev));
+    let ppl = |r: &serde_json::Value| r["held_out"]["ppl_after"].as_f64().unwrap();
+    let off = (ppl(&dev) / ppl(&cpu)).ln().abs();
+    println!("{} on the CPU, {} there", ppl(&cpu), ppl(&dev));
+    assert!(off < 0.01, "{} on the CPU, {} there", ppl(&cpu), ppl(&dev));
+    // The CPU, which made neither, finds what was measured there.
+    cli.ok(&["verify", "dev.gguf", "--source", "in.gguf", "-q"]);
+    let eval = ["eval", "dev.gguf", "-f", "text.txt", "-c", "64", "--no-speed", "--json", "-q"];
+    let found = [&[][..], &args].map(|more| -> f64 {
+        let said: serde_json::Value = serde_json::from_str(&cli.ok(&[&eval[..], more].concat())).unwrap();
+        said["text"]["ppl"].as_f64().unwrap_or_else(|| panic!("{said}"))
+    });
+    assert!((found[0] / found[1]).ln().abs() < 5e-3, "{found:?}");
+}
+
+#[test]
+fn devices_are_listed_and_what_is_none_is_refused() {
+    let there = under_test();
+    let cli = Cli::new();
+    Small::default().write(&cli.path("in.gguf"));
+    let args: Vec<&str> = there.args.iter().map(String::as_str).collect();
+    let prune = ["in.gguf", "out.gguf", "--sparsity", "0.2", "-q"];
+    cli.fails(&[&prune[..], &["--device", "CUDA9"]].concat(), 2, &["--device CUDA9", "not a device here"]);
+    cli.fails(&[&prune[..], &["--rpc", "127.0.0.1:1"]].concat(), 1, &["127.0.0.1:1", "refused"]);
+    assert!(cli.ok(&["--list-devices"]).starts_with("Available devices:"));
+    if args[0] == "--rpc" {
+        let said = cli.ok(&[&["devices"][..], &args].concat());
+        assert!(said.contains("RPC0: 127.0.0.1:") && said.contains("RPC1: "), "{said}");
+        if devices().len() == 2 && !cli.ok(&["devices"]).contains("0: ") {
+            cli.fails(&[&prune[..], &["-ngl", "9"]].concat(), 2, &["wants a device"]);
+        }
+    }
+    // Nothing but the CPU, whatever there is.
+    cli.ok(&[&prune[..], &["--device", "none", "-c", "64", "--chunks", "8", "-ngl", "0"]].concat());
+}
