@@ -4,10 +4,17 @@ PRUNED = models/SmolLM2-135M-pruned.gguf
 # `make build CARGO='cargo --config vendor/config.toml --offline'` is the air-gapped build: vendor/README.md.
 CARGO = cargo
 
+# Where `make install` puts what is not the binary, and what `make dist` builds for.
+PREFIX = $(HOME)/.local
+SHARE = $(PREFIX)/share
+PRINT = $(CARGO) run --release --locked --quiet --
+DIST_TARGET = x86_64-unknown-linux-gnu
+DIST_CPU = x86-64-v3
+
 # Prerequisites run left to right even under -j: setup has to finish before cargo starts, which is parallel by itself.
 .NOTPARALLEL:
 .DEFAULT_GOAL = help
-.PHONY: help demo test setup model build check clean install
+.PHONY: help demo test setup model build check clean install dist
 
 help: ## List the targets
 	@sed -n 's/^\([a-z]*\):.*## /  \1	/p' Makefile
@@ -33,10 +40,21 @@ check: ## Formatting, lints and documentation, warnings as errors
 	$(CARGO) clippy --all-targets --release --locked -- -D warnings
 	RUSTDOCFLAGS="-D warnings" $(CARGO) doc --no-deps --release --locked
 
-install: ## Install the binary for this user
+install: ## Install the binary, its manual page and completions for this user
 	$(CARGO) install --path . --locked
+	install -d $(SHARE)/man/man1 $(SHARE)/bash-completion/completions $(SHARE)/zsh/site-functions $(SHARE)/fish/vendor_completions.d
+	$(PRINT) man > $(SHARE)/man/man1/putri-gguf.1
+	$(PRINT) completions bash > $(SHARE)/bash-completion/completions/putri-gguf
+	$(PRINT) completions zsh > $(SHARE)/zsh/site-functions/_putri-gguf
+	$(PRINT) completions fish > $(SHARE)/fish/vendor_completions.d/putri-gguf.fish
+
+# Nothing of the machine that builds it goes in but its kind: glibc and libstdc++ are inside, and kernels are for DIST_CPU.
+dist: setup ## Build a binary for other machines into dist/
+	RUSTFLAGS="-C target-cpu=$(DIST_CPU) -C target-feature=+crt-static" \
+		$(CARGO) build --release --locked --features static --target $(DIST_TARGET)
+	install -D target/$(DIST_TARGET)/release/putri-gguf dist/putri-gguf-$(DIST_TARGET)-$(DIST_CPU)
 
 # The fetched model stays: it is an input, and 98 MB to get again.
 clean: ## Remove what was built and the demo's output
 	$(CARGO) clean
-	rm -f $(PRUNED)
+	rm -rf $(PRUNED) dist

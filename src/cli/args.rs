@@ -33,7 +33,7 @@ pub struct Cli {
 /// Arguments of where to compute.
 #[derive(clap::Args, Clone, Debug, Default)]
 pub struct DeviceArgs {
-    /// Compute on these devices instead of the CPU, as in Vulkan0; --list-devices names them
+    /// (-dev) Compute on these devices instead of the CPU, as in Vulkan0; the command devices lists them
     #[arg(
         long,
         visible_alias = "dev",
@@ -43,8 +43,8 @@ pub struct DeviceArgs {
         hide_short_help = true
     )]
     pub device: Vec<String>,
-    /// Layers that llama.cpp keeps on devices when it writes text and judges [default: all, with --device]
-    #[arg(long, visible_alias = "ngl", value_name = "N", help_heading = "Devices", hide_short_help = true)]
+    /// (-ngl) Layers that llama.cpp keeps on devices when it writes text and judges [default: all, with --device]
+    #[arg(long, alias = "gpu-layers", value_name = "N", help_heading = "Devices", hide_short_help = true)]
     pub n_gpu_layers: Option<usize>,
     /// Other machines' devices, too: those where rpc-server runs
     #[arg(
@@ -93,7 +93,7 @@ pub enum Command {
         #[arg(long, value_name = "HOST:PORT", value_delimiter = ',')]
         rpc: Vec<String>,
     },
-    /// Let other machines' --rpc compute on this one's CPU, until it is stopped; only for networks that can be trusted
+    /// Let other machines' --rpc compute on this one's CPU; for trusted networks only
     RpcServer {
         /// Where to listen
         #[arg(long, default_value = "127.0.0.1")]
@@ -169,7 +169,7 @@ pub enum PplStyle {
 /// Arguments of pruning.
 #[derive(clap::Args, Clone, Debug)]
 pub struct Args {
-    /// The model to prune (GGUF, any quantisation that llama.cpp reads; or ollama:NAME); never written to
+    /// The model to prune (GGUF, or ollama:NAME); never written to
     pub input: PathBuf,
     /// Where the pruned model goes
     pub output: PathBuf,
@@ -181,7 +181,7 @@ pub struct Args {
         conflicts_with_all = ["target_size", "target_params", "target_ram", "max_kld", "max_ppl_ratio", "nested"]
     )]
     pub sparsity: Option<f64>,
-    /// Remove as little as makes the file no larger than this, as in 80M or 3.8G
+    /// Remove as little as makes the file no larger than this, as in 3.8G
     #[arg(long, value_name = "SIZE", conflicts_with = "nested")]
     pub target_size: Option<String>,
     /// Remove as little as leaves no more parameters than this, as in 110M or 1.2e9
