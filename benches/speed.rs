@@ -110,7 +110,7 @@ fn main() {
 
 /// The source, in the types asked for, and what is made of it. How well it is calibrated does not matter here.
 fn candidates(args: &Args, folder: &Path) -> Vec<Candidate> {
-    let recipe = Recipe { n_ctx: 128, n_windows: 8, ..Recipe::default() };
+    let recipe = Recipe { n_ctx: 64, n_windows: 4, ..Recipe::default() };
     let mut source = args.model.clone();
     if let Some(name) = &args.to {
         let to = FileType::from_name(name).expect("a type of llama-quantize's");
@@ -122,8 +122,18 @@ fn candidates(args: &Args, folder: &Path) -> Vec<Candidate> {
         to: FileType::from_name(name).expect("a type of llama-quantize's"),
         again: true,
     });
-    let settings = Settings { tune: 0, n_threads: recipe.n_threads, ..Settings::default() };
-    let job = Job { quantise, recipe, settings, ..Job::new(&args.model, folder.join("out.gguf")) };
+    let settings = Settings {
+        head_tokens: 64,
+        head_ctx: 64,
+        curve_tokens: 256,
+        probe_tokens: 64,
+        sensitivity_tokens: 0,
+        tune: 0,
+        n_threads: recipe.n_threads,
+        ..Settings::default()
+    };
+    let job =
+        Job { quantise, recipe, settings, verify: false, ..Job::new(&args.model, folder.join("out.gguf")) };
     let results: Vec<Nested> = args
         .sparsity
         .iter()
