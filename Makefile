@@ -52,7 +52,7 @@ install: ## Install the binary, its manual page and completions for this user
 dist: setup ## Build a binary for other machines into dist/
 	RUSTFLAGS="-C target-cpu=$(DIST_CPU) -C target-feature=+crt-static" \
 		$(CARGO) build --release --locked --features static --target $(DIST_TARGET)
-	install -D target/$(DIST_TARGET)/release/putri-gguf dist/putri-gguf-$(DIST_TARGET)-$(DIST_CPU)
+	install -D --strip target/$(DIST_TARGET)/release/putri-gguf dist/putri-gguf-$(DIST_TARGET)-$(DIST_CPU)
 
 # The fetched model stays: it is an input, and 98 MB to get again.
 clean: ## Remove what was built and the demo's output

@@ -2,10 +2,10 @@
 
 use super::output::temporary;
 use super::state::State;
-use super::{Job, JobError, Limit, Quantise, limit, on_target, open};
+use super::{Job, JobError, Limit, Quantise, ask_memory, limit, on_target, open, run_ctx};
 use crate::assemble::importance;
 use crate::calibrate::{self, CalibrateError, Recipe, Windows};
-use crate::ggml::{GgmlError, LlamaModel, Offload, quantize_file};
+use crate::ggml::{GgmlError, LlamaModel, Offload, RunMemory, quantize_file};
 use crate::gguf::GgufError;
 use crate::model::Model;
 use crate::pipeline::{self, Journal, Observer, Plan, Settings, Settled};
@@ -45,10 +45,15 @@ pub(super) struct Prepared {
     /// The source in the types that the result shall have, if these are others. The map goes before the file.
     quantised: Option<(Model, tempfile::NamedTempFile)>,
     pub(super) state: Option<State>,
+    /// What llama.cpp takes to run the source, if that is to be told.
+    pub(super) to_run: Option<RunMemory>,
 }
 
 impl Prepared {
     pub(super) fn new(job: &Job, source: Model, observer: &mut dyn Observer) -> Result<Prepared, JobError> {
+        // Now: at the end another file may have its name.
+        let n_ctx = run_ctx(job, &source);
+        let to_run = job.verify.then(|| ask_memory(job, &job.input, n_ctx)).transpose()?;
         // Both read all of it; what is wrong with it shall not come out at the end of a long run.
         let sha256 = || {
             source.file.check_values()?;
@@ -79,7 +84,7 @@ impl Prepared {
             }
         };
         let quantised = job.quantise.map(|q| quantise(job, q, &source, &windows, observer)).transpose()?;
-        Ok(Prepared { source, source_sha256, windows, quantised, state })
+        Ok(Prepared { source, source_sha256, windows, quantised, state, to_run })
     }
 
     /// What is pruned: the source, in the types that the result shall have.
