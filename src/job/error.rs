@@ -38,6 +38,8 @@ pub enum JobError {
     Limit { limit: Limit, least: Option<(u32, f64)> },
     #[error("the size asked for: {0}")]
     Target(TargetError),
+    #[error("--target-ram: llama.cpp computes in {:.2} MiB, and for the rest: {source}", *compute as f64 / f64::from(1 << 20))]
+    TargetRam { compute: u64, source: TargetError },
     #[error("--max-memory: {0}")]
     NoRoom(NoRoom),
     #[error("--type: {0}")]
