@@ -7,7 +7,7 @@ use crate::gguf::sha256;
 use serde_json::Value;
 use std::fmt::Write;
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Command, Output};
 
 /// The namespace of models that are named without one.
 const LIBRARY: &str = "library";
@@ -57,6 +57,9 @@ pub enum OllamaError {
         "cannot run `ollama` ({0}): is it installed, and on the PATH? --modelfile writes what it needs, to be used elsewhere"
     )]
     Program(std::io::Error),
+    /// No server answers.
+    #[error("--ollama-create wants Ollama's server: `ollama list` said: {0}")]
+    Server(String),
     /// `ollama` did not do it.
     #[error("the model is written, but `ollama create {name}` failed: {said}")]
     Create {
@@ -176,9 +179,14 @@ pub fn find(store: &Path, name: &str) -> Result<Stored, OllamaError> {
 /// # Errors
 /// [`OllamaError::Name`] or [`OllamaError::Program`].
 pub fn can_create(name: &str) -> Result<(), OllamaError> {
-    parts_of(name)?;
-    Command::new("ollama").arg("--version").output().map_err(OllamaError::Program)?;
-    Ok(())
+    let (parts, tag) = parts_of(name)?;
+    let usual = |c: char| c.is_ascii_alphanumeric() || "._-".contains(c);
+    if !parts.iter().chain([&tag]).all(|part| part.chars().all(usual) && !part.starts_with('-')) {
+        return Err(OllamaError::Name(name.into()));
+    }
+    // Asks the server.
+    let out = Command::new("ollama").arg("list").output().map_err(OllamaError::Program)?;
+    if out.status.success() { Ok(()) } else { Err(OllamaError::Server(last_words(&out))) }
 }
 
 /// Makes the model called `name` of the GGUF at `model`, by `ollama create` from a Modelfile with what `source` says.
@@ -197,10 +205,14 @@ pub fn create(name: &str, model: &Path, source: Option<&Stored>) -> Result<(), O
     if out.status.success() {
         return Ok(());
     }
-    let said = String::from_utf8_lossy(&out.stderr).into_owned();
+    Err(OllamaError::Create { name: name.into(), said: last_words(&out) })
+}
+
+/// The last line that a program that failed said.
+fn last_words(out: &Output) -> String {
+    let said = String::from_utf8_lossy(&out.stderr);
     let last = said.lines().rev().find(|line| !line.trim().is_empty());
-    let said = last.map_or_else(|| out.status.to_string(), |line| line.trim().into());
-    Err(OllamaError::Create { name: name.into(), said })
+    last.map_or_else(|| out.status.to_string(), |line| line.trim().into())
 }
 
 /// The parts of a model's name that are between slashes, and its tag.

@@ -7,7 +7,7 @@ use crate::job::{JobError, temporary_folder};
 use crate::report;
 use serde_json::Value as Json;
 use std::fmt::Write;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 /// The list of all other files, as sha256sum writes and reads it.
 const SUMS: &str = "SHA256SUMS";
@@ -25,16 +25,40 @@ pub struct Package<'a> {
     pub licenses: &'a [String],
 }
 
-/// Refuses a place that cannot become a package: what is there already, but for an empty folder, and with `force` a package.
+/// Files of a package beside the model and the list.
+const FILES: [&str; 5] = ["Modelfile", "NOTICE.txt", "README.md", "report.html", "report.json"];
+
+/// Refuses a place that cannot become a package of `model`: what is there already, but for an empty folder, and with `force` a
+/// package. None of the paths `outside` may lie in it, for it is made, or replaced, as a whole.
 ///
 /// # Errors
-/// [`JobError::Exists`], or [`JobError::Io`] if nothing can be made there.
-pub fn check(folder: &Path, force: bool) -> Result<(), JobError> {
-    let there = folder.symlink_metadata().is_ok();
-    if there && !is_empty(folder) && !(force && is_package(folder)) {
-        return Err(if force { JobError::NoPackage(folder.into()) } else { JobError::Exists(folder.into()) });
+/// [`JobError::Exists`], [`JobError::NoPackage`] or [`JobError::InPackage`], or [`JobError::Io`] if nothing can be made there.
+pub fn check(folder: &Path, model: &Path, outside: &[&Path], force: bool) -> Result<(), JobError> {
+    let name = model.file_name().and_then(|n| n.to_str()).unwrap_or_default();
+    let below = |path: &&&Path| absolute(path).starts_with(absolute(folder));
+    if let Some(path) = outside.iter().chain([&model]).find(below) {
+        return Err(JobError::InPackage { path: path.to_path_buf(), folder: folder.into() });
+    }
+    if name == SUMS || FILES.contains(&name) {
+        return Err(JobError::InPackage { path: name.into(), folder: folder.into() });
+    }
+    match folder.symlink_metadata() {
+        Ok(found) if found.is_dir() && (is_empty(folder) || force && is_package(folder)) => {}
+        Ok(_) if force => return Err(JobError::NoPackage(folder.into())),
+        Ok(_) => return Err(JobError::Exists(folder.into())),
+        Err(_) => {}
     }
     temporary_folder(folder).map(drop)
+}
+
+/// A path without links in as much of it as exists.
+fn absolute(path: &Path) -> PathBuf {
+    let path = std::path::absolute(path).unwrap_or_else(|_| path.into());
+    match (path.canonicalize(), path.parent(), path.file_name()) {
+        (Ok(real), ..) => real,
+        (Err(_), Some(parent), Some(name)) => absolute(parent).join(name),
+        _ => path,
+    }
 }
 
 impl Package<'_> {
@@ -44,7 +68,7 @@ impl Package<'_> {
     /// # Errors
     /// [`JobError`] if a file cannot be read or written, or there is something that [`check`] refuses.
     pub fn write(&self, folder: &Path, force: bool) -> Result<(), JobError> {
-        check(folder, force)?;
+        check(folder, self.model, &[], force)?;
         let io = |source| JobError::Io { path: folder.into(), source };
         let temp = temporary_folder(folder)?;
         let name = self.model.file_name().unwrap_or_default().to_string_lossy();
@@ -63,7 +87,8 @@ impl Package<'_> {
         ];
         let mut sums = vec![(name.to_string(), file.sha256())];
         for (name, text) in files {
-            std::fs::write(temp.path().join(name), &text).map_err(io)?;
+            let mut file = std::fs::File::create_new(temp.path().join(name)).map_err(io)?;
+            std::io::Write::write_all(&mut file, text.as_bytes()).map_err(io)?;
             sums.push((name.into(), sha256([text.as_bytes()])));
         }
         sums.sort();
@@ -78,9 +103,11 @@ impl Package<'_> {
         } else {
             None
         };
-        std::fs::rename(temp.path(), folder).map_err(io)?;
-        drop(old);
-        Ok(())
+        std::fs::rename(temp.path(), folder).map_err(|e| {
+            // The old one where it was.
+            old.as_ref().map(|old| std::fs::rename(old.path(), folder));
+            io(e)
+        })
     }
 
     /// How to run it and what that takes.
@@ -180,9 +207,14 @@ fn is_package(folder: &Path) -> bool {
     let Ok(sums) = std::fs::read_to_string(folder.join(SUMS)) else { return false };
     let listed: Vec<&str> = sums.lines().filter_map(|line| Some(line.split_once("  ")?.1)).collect();
     let known = |entry: std::io::Result<std::fs::DirEntry>| {
-        entry.is_ok_and(|e| e.file_name().to_str().is_some_and(|n| n == SUMS || listed.contains(&n)))
+        entry.is_ok_and(|e| {
+            e.file_type().is_ok_and(|t| t.is_file())
+                && e.file_name().to_str().is_some_and(|n| n == SUMS || listed.contains(&n))
+        })
     };
-    std::fs::read_dir(folder).is_ok_and(|mut entries| entries.all(known))
+    // Many folders of models come with such a list: ours has our files, and one model.
+    let ours = FILES.iter().all(|name| listed.contains(name)) && listed.len() == FILES.len() + 1;
+    ours && std::fs::read_dir(folder).is_ok_and(|mut entries| entries.all(known))
 }
 
 /// Makes a folder, which is private while it is temporary, as readable as others.

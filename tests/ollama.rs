@@ -176,7 +176,7 @@ fn install(cli: &Cli, script: &str) {
 
 /// Does what `ollama create NAME -f MODELFILE` does to the store.
 const CREATES: &str = r#"
-[ "$1" = --version ] && exit 0
+[ "$1" = list ] && exit 0
 [ "$1" = create ] && [ "$3" = -f ]
 from=$(sed -n 's/^FROM //p' "$4")
 sum=$(sha256sum "$from" | cut -d ' ' -f 1)
@@ -225,12 +225,13 @@ fn what_ollama_cannot_do_is_said() {
         refused("m", "cannot run `ollama`");
     }
     install(&cli, CREATES);
-    refused("a/b/c/d", "is not the name of an Ollama model");
+    for bad in ["a/b/c/d", "a b", "x:y z", "m/-f"] {
+        refused(bad, "is not the name of an Ollama model");
+    }
+    install(&cli, "echo 'could not connect' >&2\nexit 1\n");
+    refused("m", "`ollama list` said: could not connect");
     assert!(!cli.path("out.gguf").exists(), "refused after the work");
-    install(
-        &cli,
-        "[ \"$1\" = --version ] && exit 0\necho working >&2\necho 'Error: no server' >&2\nexit 1\n",
-    );
+    install(&cli, "[ \"$1\" = list ] && exit 0\necho working >&2\necho 'Error: no server' >&2\nexit 1\n");
     refused("m", "the model is written, but `ollama create m` failed: Error: no server");
     assert!(cli.path("out.gguf").exists());
 }

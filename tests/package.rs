@@ -97,6 +97,22 @@ fn only_a_package_makes_way_for_another() {
     cli.fails(&args(&["--force"]), 1, &["no package"]);
     assert_eq!(std::fs::read(cli.path("p/mine.txt")).unwrap(), b"notes");
     cli.fails(&[&["in.gguf", "new.gguf", "--package", "no/p"][..], &QUICK].concat(), 1, &["No such file"]);
+    // What would go, or be lost, with the folder.
+    let inside = |args: &[&str], part: &str| {
+        cli.fails(&[args, &QUICK].concat(), 1, &[part, "no place in the package"])
+    };
+    std::fs::remove_file(cli.path("p/mine.txt")).unwrap();
+    inside(&["p/out.gguf", "new.gguf", "--package", "p", "--force"], "p/out.gguf");
+    inside(&["in.gguf", "new/out.gguf", "--package", "new"], "new/out.gguf");
+    inside(&["in.gguf", "new.gguf", "--package", "q", "--report", "q/r.json"], "q/r.json");
+    inside(&["in.gguf", "README.md", "--package", "q"], "README.md");
+    // A list of sums alone does not make it ours.
+    std::fs::create_dir(cli.path("models")).unwrap();
+    std::fs::write(cli.path("models/a.gguf"), "weights").unwrap();
+    std::fs::write(cli.path("models/SHA256SUMS"), "00  a.gguf\n").unwrap();
+    let args = ["in.gguf", "new.gguf", "--package", "models", "--force"];
+    cli.fails(&[&args[..], &QUICK].concat(), 1, &["no package"]);
+    assert!(cli.path("models/a.gguf").exists());
     // Several results have a folder each.
     let several =
         ["in.gguf", "n.gguf", "--nested", "0.2,0.4", "--package", "q", "-q", "-c", "64", "--chunks", "8"];

@@ -16,6 +16,9 @@ pub struct Extras {
     report: Option<PathBuf>,
     modelfile: Option<PathBuf>,
     package: Option<PathBuf>,
+    /// What the package is not to hold or replace: the model that it is made of, and all else that is read or written.
+    output: PathBuf,
+    others: Vec<PathBuf>,
     json: bool,
     force: bool,
 }
@@ -28,6 +31,13 @@ impl Extras {
             report: args.report.as_ref().map(named),
             modelfile: args.modelfile.then(|| named(&args.output).with_extension("Modelfile")),
             package: args.package.as_ref().map(named),
+            output: named(&args.output),
+            others: [Some(&args.input), args.imatrix_out.as_ref(), args.report.as_ref()]
+                .into_iter()
+                .flatten()
+                .chain(&args.file)
+                .cloned()
+                .collect(),
             json: args.json,
             force: args.force,
         }
@@ -35,8 +45,11 @@ impl Extras {
 
     /// Refuses what is there already, or cannot be, before any work.
     pub fn check(&self) -> Result<(), JobError> {
-        [&self.report, &self.modelfile].into_iter().flatten().try_for_each(|path| self.check_file(path))?;
-        self.package.as_ref().map_or(Ok(()), |folder| package::check(folder, self.force))
+        if let Some(folder) = &self.package {
+            let others: Vec<&Path> = self.others.iter().map(PathBuf::as_path).collect();
+            package::check(folder, &self.output, &others, self.force)?;
+        }
+        [&self.report, &self.modelfile].into_iter().flatten().try_for_each(|path| self.check_file(path))
     }
 
     fn check_file(&self, path: &Path) -> Result<(), JobError> {

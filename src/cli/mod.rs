@@ -33,10 +33,15 @@ const INTERRUPTED: u8 = 130;
 /// 3 a quality that cannot be had, 130 interrupted.
 pub fn main() -> ExitCode {
     // clap prints usage errors itself and exits with 2; help and version with 0.
-    let cli = Cli::parse_from(std::env::args_os().map(as_clap_has_it));
+    let cli = Cli::parse_from(as_clap_has_it(std::env::args_os().collect()));
     ggml::silence_logs();
     ggml::install_abort_handler(|message| {
-        eprintln!("error: llama.cpp stopped on an inconsistency in the model or in our use of it: {message}");
+        let why = if message.contains("RPC") {
+            "another machine went away, or its ggml is of another version"
+        } else {
+            "llama.cpp stopped on an inconsistency in the model or in our use of it"
+        };
+        eprintln!("error: {why}: {message}");
         putri_gguf::remove_temporary();
         std::process::exit(1);
     });
@@ -103,15 +108,20 @@ pub fn main() -> ExitCode {
     }
 }
 
-/// llama.cpp's short flags of more than one letter as clap can have them.
-fn as_clap_has_it(arg: OsString) -> OsString {
-    match arg.to_str() {
-        Some("-ngl") => "--n-gpu-layers".into(),
-        Some("-dev") => "--device".into(),
-        // As a flag, as llama.cpp has it.
-        Some("--list-devices") => "devices".into(),
-        _ => arg,
+/// llama.cpp's short flags of more than one letter, and its flag that is a command, as clap can have them.
+fn as_clap_has_it(mut args: Vec<OsString>) -> Vec<OsString> {
+    for arg in &mut args {
+        match arg.to_str() {
+            Some("-ngl") => *arg = "--n-gpu-layers".into(),
+            Some("-dev") => *arg = "--device".into(),
+            _ => {}
+        }
     }
+    if let Some(at) = args.iter().position(|arg| arg == "--list-devices") {
+        args.remove(at);
+        args.insert(1, "devices".into());
+    }
+    args
 }
 
 /// Why there is no result.

@@ -100,9 +100,11 @@ pub fn add_server(endpoint: &str) -> Result<(), GgmlError> {
     type AddServer = unsafe extern "C" fn(*const c_char) -> sys::ggml_backend_reg_t;
     let function = rpc_function(c"ggml_backend_rpc_add_server")?;
     let refused = |problem: String| GgmlError::Server(endpoint.into(), problem);
-    // ggml aborts where it cannot connect.
-    let address = endpoint.to_socket_addrs().map_err(|e| refused(e.to_string()))?.next();
-    let address = address.ok_or_else(|| refused("has no address".into()))?;
+    // ggml takes addresses of version 4 only, and aborts where it cannot connect.
+    let mut addresses = endpoint.to_socket_addrs().map_err(|e| refused(e.to_string()))?;
+    let address = addresses.find(std::net::SocketAddr::is_ipv4);
+    let address = address.filter(|_| endpoint.matches(':').count() == 1);
+    let address = address.ok_or_else(|| refused("is not HOST:PORT with an IPv4 address".into()))?;
     TcpStream::connect_timeout(&address, Duration::from_secs(5)).map_err(|e| refused(e.to_string()))?;
     let name = CString::new(endpoint).map_err(|_| refused("has a NUL in its name".into()))?;
     // SAFETY: the function of that name has that type (ggml-rpc.h); the registry takes what it returns.
@@ -110,7 +112,7 @@ pub fn add_server(endpoint: &str) -> Result<(), GgmlError> {
         let add: AddServer = std::mem::transmute(function);
         let server = add(name.as_ptr());
         if server.is_null() {
-            return Err(refused("does not speak the protocol of this version of ggml".into()));
+            return Err(refused("offers no devices".into()));
         }
         sys::ggml_backend_register(server);
     }

@@ -91,7 +91,8 @@ impl Engine {
                 }
                 Place::Devices { sched, .. } => {
                     sys::ggml_backend_sched_reset(sched);
-                    sys::ggml_backend_sched_alloc_graph(sched, graph)
+                    // The scheduler has no call to plan a graph that is then run; one of another size makes it plan anew.
+                    reserve_another(sched) && sys::ggml_backend_sched_alloc_graph(sched, graph)
                 }
             }
         }
@@ -154,6 +155,42 @@ unsafe fn devices_of(cpu: sys::ggml_backend_t, devices: &[Device]) -> Result<Pla
             false,
         );
         Ok(Place::Devices { backends, sched, next: Cell::new(0) })
+    }
+}
+
+/// Nodes of the graph that is planned between others: with one leaf only, no other has so many.
+const ANOTHER: usize = 509;
+
+/// Makes `sched` plan a small graph, so that it does not take the plan of the graph before for the next one. Buffers stay as
+/// large as they are.
+///
+/// # Safety
+/// `sched` is alive, and no graph has its memory from it any more.
+unsafe fn reserve_another(sched: sys::ggml_backend_sched_t) -> bool {
+    // SAFETY: the context has room for all headers and the graph, and outlives the call; the plan keeps no pointer to them.
+    unsafe {
+        let params = sys::ggml_init_params {
+            mem_size: (ANOTHER + 2) * sys::ggml_tensor_overhead()
+                + sys::ggml_graph_overhead_custom(ANOTHER + 2, false),
+            mem_buffer: std::ptr::null_mut(),
+            no_alloc: true,
+        };
+        let ctx = sys::ggml_init(params);
+        if ctx.is_null() {
+            return false;
+        }
+        let graph = sys::ggml_new_graph_custom(ctx, ANOTHER + 2, false);
+        let ne = [1];
+        let mut t = sys::ggml_new_tensor(ctx, sys::GGML_TYPE_F32, 1, ne.as_ptr());
+        sys::ggml_set_input(t);
+        for _ in 0..ANOTHER {
+            t = sys::ggml_scale(ctx, t, 1.0);
+        }
+        sys::ggml_build_forward_expand(graph, t);
+        let reserved = sys::ggml_backend_sched_reserve(sched, graph);
+        sys::ggml_backend_sched_reset(sched);
+        sys::ggml_free(ctx);
+        reserved
     }
 }
 

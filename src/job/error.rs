@@ -38,8 +38,6 @@ pub enum JobError {
     Limit { limit: Limit, least: Option<(u32, f64)> },
     #[error("the size asked for: {0}")]
     Target(TargetError),
-    #[error("--target-ram: llama.cpp computes in {:.2} MiB, and for the rest: {source}", *compute as f64 / f64::from(1 << 20))]
-    TargetRam { compute: u64, source: TargetError },
     #[error("--max-memory: {0}")]
     NoRoom(NoRoom),
     #[error("--type: {0}")]
@@ -52,6 +50,8 @@ pub enum JobError {
     Exists(PathBuf),
     #[error("{} is there, and no package: --force replaces those only; choose another name", .0.display())]
     NoPackage(PathBuf),
+    #[error("{} has no place in the package {}, which is made as a whole; choose another name for one", path.display(), folder.display())]
+    InPackage { path: PathBuf, folder: PathBuf },
     #[error("{} is where another run keeps its state right now; wait for it, or name another folder", .0.display())]
     StateBusy(PathBuf),
     #[error("{} holds the state of an unfinished run; --resume goes on with it, or remove the folder", .0.display())]

@@ -332,20 +332,15 @@ pub fn dry_run(job: &Job) -> Result<DryRun, JobError> {
 fn settings(job: &Job, source: &Model) -> Result<Settings, JobError> {
     check_types(job, source)?;
     let mut settings = job.settings.clone();
-    let mut compute = None;
-    if let Some(ram) = job.target_ram {
+    if let Some(bytes) = job.target_ram {
         let n_ctx = run_ctx(job, source);
         // Of the source: that of the result is no more.
-        let of_source = ask_memory(job, &job.input, n_ctx)?.compute;
-        settings.target = Some(Target::WithCache { bytes: ram.saturating_sub(of_source), n_ctx });
-        compute = Some(of_source);
+        let compute = ask_memory(job, &job.input, n_ctx)?.compute;
+        settings.target = Some(Target::WithCache { bytes, n_ctx, compute });
     }
     // In other types, the size is known once it is in these.
     if job.quantise.is_none() {
-        settings = on_target(source, settings).map_err(|e| match (e, compute) {
-            (JobError::Target(source), Some(compute)) => JobError::TargetRam { compute, source },
-            (e, _) => e,
-        })?;
+        settings = on_target(source, settings)?;
     }
     pipeline::check_budget(source, &settings)?;
     let n_ctx_train = source.hparams.n_ctx_train;

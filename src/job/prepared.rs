@@ -45,15 +45,15 @@ pub(super) struct Prepared {
     /// The source in the types that the result shall have, if these are others. The map goes before the file.
     quantised: Option<(Model, tempfile::NamedTempFile)>,
     pub(super) state: Option<State>,
-    /// What llama.cpp takes to run the source, if that is to be told.
-    pub(super) to_run: Option<RunMemory>,
+    /// What llama.cpp takes to run the source.
+    pub(super) to_run: RunMemory,
 }
 
 impl Prepared {
     pub(super) fn new(job: &Job, source: Model, observer: &mut dyn Observer) -> Result<Prepared, JobError> {
         // Now: at the end another file may have its name.
         let n_ctx = run_ctx(job, &source);
-        let to_run = job.verify.then(|| ask_memory(job, &job.input, n_ctx)).transpose()?;
+        let to_run = ask_memory(job, &job.input, n_ctx)?;
         // Both read all of it; what is wrong with it shall not come out at the end of a long run.
         let sha256 = || {
             source.file.check_values()?;

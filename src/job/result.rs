@@ -7,7 +7,7 @@ use super::{Job, JobError, Outcome, Quality, Running, Samples, Size, ask_memory,
 use crate::assemble::{Provenance, assemble, write_imatrix, writes_exactly};
 use crate::calibrate::Windows;
 use crate::evaluate::{self, Protocol};
-use crate::ggml::{GgmlError, LlamaModel, RunMemory};
+use crate::ggml::{GgmlError, LlamaModel};
 use crate::gguf::{OutTensor, write_gguf};
 use crate::model::{BlockShape, Family, KvCache, Model};
 use crate::pipeline::{self, Calibration, Method, Observer, Plan, Target};
@@ -116,8 +116,11 @@ impl Prepared {
         } else {
             None
         };
-        let running =
-            self.to_run.map(|before| self.running(job, before, &pruned.plan, temp.path())).transpose()?;
+        let running = match self.running(job, &pruned.plan, temp.path()) {
+            Err(e) if job.verify => return Err(e),
+            // What is not to be loaded need not load.
+            found => found.ok(),
+        };
         if observer.interrupted() {
             return Err(JobError::Interrupted);
         }
@@ -184,11 +187,11 @@ impl Prepared {
     }
 
     /// What llama.cpp takes to run the source and the file `output`.
-    fn running(&self, job: &Job, before: RunMemory, plan: &Plan, output: &Path) -> Result<Running, JobError> {
+    fn running(&self, job: &Job, plan: &Plan, output: &Path) -> Result<Running, JobError> {
         let (n_ctx, h) = (run_ctx(job, &self.source), &self.source.hparams);
         Ok(Running {
             n_ctx,
-            before,
+            before: self.to_run,
             after: ask_memory(job, output, n_ctx)?,
             kv_caches: [&h.blocks, &plan.shapes(&self.source)].map(|shapes| KvCache::new(h, shapes)),
         })

@@ -24,12 +24,14 @@ pub enum Target {
     Bytes(u64),
     /// Parameters, all counted.
     Params(u64),
-    /// Bytes of the file and of the keys and values that llama.cpp keeps with it.
+    /// Bytes of the file, of the keys and values that llama.cpp keeps with it, and that it computes in.
     WithCache {
-        /// Both together.
+        /// All together.
         bytes: u64,
         /// Tokens of context.
         n_ctx: usize,
+        /// Bytes that it computes in.
+        compute: u64,
     },
 }
 
@@ -50,15 +52,21 @@ impl FileSize {
         match target {
             Target::Bytes(n) => self.bytes <= n,
             Target::Params(n) => self.params <= n,
-            Target::WithCache { bytes, n_ctx } => self.bytes + self.kv_cache.bytes(n_ctx) <= bytes,
+            Target::WithCache { bytes, n_ctx, compute } => {
+                self.bytes + self.kv_cache.bytes(n_ctx) + compute <= bytes
+            }
         }
     }
 
-    /// The keys and values, if `target` is about them.
+    /// What else is in memory, if `target` is about that.
     fn cache_of(&self, target: Target) -> String {
         match target {
-            Target::WithCache { n_ctx, .. } => {
-                format!(", {:.2} MiB of keys and values for {n_ctx} tokens,", mib(self.kv_cache.bytes(n_ctx)))
+            Target::WithCache { n_ctx, compute, .. } => {
+                let cache = mib(self.kv_cache.bytes(n_ctx));
+                format!(
+                    ", {cache:.2} MiB of keys and values for {n_ctx} tokens, {:.2} MiB to compute in",
+                    mib(compute)
+                )
             }
             _ => String::new(),
         }
