@@ -114,7 +114,5 @@ fn load(path: &Path, offload: &Offload) -> Result<(LlamaModel, u64), JobError> {
         source: EvaluateError::Llama(source),
     };
     let bytes = crate::gguf::GgufFile::open(path)?.n_bytes();
-    let model =
-        if offload.devices.is_empty() { LlamaModel::load(path) } else { LlamaModel::load_on(path, offload) };
-    Ok((model.map_err(failed)?, bytes))
+    Ok((LlamaModel::load_on(path, offload).map_err(failed)?, bytes))
 }
