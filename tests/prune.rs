@@ -5,6 +5,7 @@ mod common;
 use common::small::Rng;
 use putri_gguf::model::Matrix;
 use putri_gguf::numeric::{Moments, SymMatrix};
+use putri_gguf::pipeline::Settings;
 use putri_gguf::prune::{Metric, Obs, bias_change, greedy, loudest, narrow, paper_keep, refit};
 
 /// A least-squares problem with its data: inputs x `[t, n]`, residuals r `[t, m]`, a map W.
@@ -368,6 +369,42 @@ fn under_a_metric_neurons_stay_that_it_minds() {
     let samples: Vec<f32> = (0..40).flat_map(|t| [0.0, 1.0 + t as f32]).collect();
     let costs = Metric::new(&samples, m).unwrap().apply(&w);
     assert_eq!(greedy(&costs, None, &gram, 1e-3, n / 2).unwrap().0, (n / 2..n).collect::<Vec<_>>());
+}
+
+#[test]
+fn what_few_tokens_make_up_for_holds_for_others() {
+    let settings = Settings::default();
+    for (t, n, m, seed) in [(12, 96, 8, 1), (48, 96, 8, 2), (90, 48, 4, 3), (2000, 96, 8, 4)] {
+        let p = Problem::new(t + 500, n, m, seed);
+        let part = |tokens: std::ops::Range<usize>| Problem {
+            t: tokens.len(),
+            x: p.x[tokens.start * n..tokens.end * n].to_vec(),
+            r: p.r[tokens.start * m..tokens.end * m].to_vec(),
+            w: p.w.clone(),
+            ..p
+        };
+        let (seen, others) = (part(0..t), part(t..t + 500));
+        let loss = |keep: &[usize], w: &Matrix| {
+            others.loss(keep, &|o, a| f64::from(w.data[o * keep.len() + a]), 0.0, 0.0)
+        };
+        let with = |ridge: f64| {
+            let (keep, refit) = greedy(&seen.w, None, &seen.moments().gram, ridge, n * 3 / 4).unwrap();
+            [loss(&keep, &refit.weights), loss(&keep, &seen.w.select_cols(&keep))]
+        };
+        let ridge = settings.ridge_of_neurons(n, t);
+        let ([fitted, unfitted], [close, _]) = (with(ridge), with(settings.ridge_ffn));
+        println!(
+            "{t} tokens for {n} neurons: ridge {ridge:.1e}, {fitted:.3e}, close {close:.3e}, unfitted {unfitted:.3e}"
+        );
+        // Of a handful nothing can be learnt; it must not do harm either.
+        assert!(fitted < 1.02 * unfitted, "{t} tokens for {n} neurons: {fitted}, but {unfitted} as it was");
+        if t > 8 * n {
+            assert_eq!(ridge, settings.ridge_ffn);
+        } else {
+            assert!(fitted < close, "{t} tokens for {n} neurons: {fitted}, {close} with less ridge");
+        }
+    }
+    assert_eq!(settings.ridge_of_neurons(1 << 20, 1), 1.0);
 }
 
 #[test]

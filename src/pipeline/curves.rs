@@ -91,7 +91,9 @@ impl Run<'_> {
             drop(block);
             let widths = prune::possible_widths(budget);
             let at = self.probe_at(&widths);
-            let n = prune::narrow(&w.ffn_down, &moments.gram, self.settings.ridge_ffn, &widths, widths[at])
+            // That of the fit to come, which sees all tokens: the curves only compare blocks.
+            let ridge = self.settings.ridge_of_neurons(w.shape.n_ff, self.windows.n_fit * n_ctx);
+            let n = prune::narrow(&w.ffn_down, &moments.gram, ridge, &widths, widths[at])
                 .map_err(|source| PruneError::Singular { block: il, part: "ffn_down", source })?;
             losses_probed.push(n.losses[at]);
             let probe_block = probe.upload(&w)?;

@@ -92,8 +92,7 @@ impl Run<'_> {
                 (keep, q)
             } else {
                 let moments = self.moments_of_expert(block, i, tokens, n_ff, streams)?;
-                // Fewer tokens than neurons leave most directions to chance: the fewer, the closer to the old weights.
-                let ridge = self.settings.ridge_ffn * (n_ff as f64 / tokens.len() as f64).max(1.0);
+                let ridge = self.settings.ridge_of_neurons(n_ff, moments.n_tokens);
                 let chosen = prune::greedy(down, None, &moments.gram, ridge, width);
                 let (keep, refit) = chosen.map_err(|e| failed(e.into()))?;
                 self.report_ridge(il, &format!("ffn_down of expert {i}"), refit.ridge, ridge);

@@ -197,10 +197,12 @@ impl Run<'_> {
             moments.centre();
         }
         let failed = at_block(il, "ffn_down");
-        let (keep, refit) = self.choose_neurons(il, w, &moments, width).map_err(|e| failed(e.into()))?;
-        let wanted_ridge = if self.settings.method == Method::Putri { self.settings.ridge_ffn } else { 0.0 };
+        let ridge = self.settings.ridge_of_neurons(w.shape.n_ff, moments.n_tokens);
+        let chosen = self.choose_neurons(il, w, &moments, ridge, width);
+        let (keep, refit) = chosen.map_err(|e| failed(e.into()))?;
+        let wanted_ridge = if self.settings.method == Method::Putri { ridge } else { 0.0 };
         self.report_ridge(il, "ffn_down", refit.ridge, wanted_ridge);
-        let (ty, ridge) = (self.type_of_ffn_down(il), self.settings.ridge_ffn);
+        let ty = self.type_of_ffn_down(il);
         let q = self.requantise(&refit.weights, &moments, &keep, ridge, ty).map_err(failed)?;
         let new = within_reason(&q, &w.ffn_down).map_err(at_block(il, "ffn_down"))?;
         let (maps, mixture) = ([&w.ffn_down, &new], self.settings.mixture);
@@ -253,6 +255,7 @@ impl Run<'_> {
         il: usize,
         w: &BlockWeights,
         moments: &Moments,
+        ridge: f64,
         width: usize,
     ) -> Result<(Vec<usize>, prune::Refit), Singular> {
         let (s, ffn_down) = (self.settings, &w.ffn_down);
@@ -271,7 +274,7 @@ impl Run<'_> {
         let corrected = prune::refit(ffn_down, moments, s.mixture, &all, s.ridge_stream)?;
         let costs = self.sensitivity.as_ref().map(|s| s.costs(il, w, &corrected.weights)).transpose()?;
         let (keep, mut refit) =
-            prune::greedy(&corrected.weights, costs.as_ref(), &moments.gram, s.ridge_ffn, width)?;
+            prune::greedy(&corrected.weights, costs.as_ref(), &moments.gram, ridge, width)?;
         if corrected.ridge > s.ridge_stream {
             refit.ridge = refit.ridge.max(corrected.ridge);
         }
