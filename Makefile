@@ -4,12 +4,26 @@ PRUNED = models/SmolLM2-135M-pruned.gguf
 # `make build CARGO='cargo --config vendor/config.toml --offline'` is the air-gapped build: vendor/README.md.
 CARGO = cargo
 
-# Where `make install` puts what is not the binary, and what `make dist` builds for.
+# Where `make install` puts what is not the binary.
 PREFIX = $(HOME)/.local
 SHARE = $(PREFIX)/share
 PRINT = $(CARGO) run --release --locked --quiet --
-DIST_TARGET = x86_64-unknown-linux-gnu
+
+# What `make dist` builds for: x86_64 or aarch64, and which processors of that kind. The engine crate knows but one for ARM.
+DIST_ARCH = x86_64
+DIST_TARGET = $(DIST_ARCH)-unknown-linux-gnu
+ifeq ($(DIST_ARCH),aarch64)
+DIST_CPU = armv8-a
+else
 DIST_CPU = x86-64-v3
+DIST_FLAGS = -C target-cpu=$(DIST_CPU)
+endif
+# On another kind of machine, with Debian's cross compilers.
+ifneq ($(DIST_ARCH),$(shell uname -m))
+CROSS = $(DIST_ARCH)-linux-gnu-
+CROSS_ENV = CC_$(DIST_ARCH)_unknown_linux_gnu=$(CROSS)gcc CXX_$(DIST_ARCH)_unknown_linux_gnu=$(CROSS)g++ \
+	CARGO_TARGET_$(shell echo $(DIST_ARCH) | tr a-z A-Z)_UNKNOWN_LINUX_GNU_LINKER=$(CROSS)gcc
+endif
 
 # Prerequisites run left to right even under -j: setup has to finish before cargo starts, which is parallel by itself.
 .NOTPARALLEL:
@@ -50,9 +64,10 @@ install: ## Install the binary, its manual page and completions for this user
 
 # Nothing of the machine that builds it goes in but its kind: glibc and libstdc++ are inside, and kernels are for DIST_CPU.
 dist: setup ## Build a binary for other machines into dist/
-	RUSTFLAGS="-C target-cpu=$(DIST_CPU) -C target-feature=+crt-static" \
+	$(CROSS_ENV) RUSTFLAGS="$(DIST_FLAGS) -C target-feature=+crt-static" \
 		$(CARGO) build --release --locked --features static --target $(DIST_TARGET)
-	install -D --strip target/$(DIST_TARGET)/release/putri-gguf dist/putri-gguf-$(DIST_TARGET)-$(DIST_CPU)
+	install -D --strip --strip-program=$(CROSS)strip $${CARGO_TARGET_DIR:-target}/$(DIST_TARGET)/release/putri-gguf \
+		dist/putri-gguf-$(DIST_TARGET)-$(DIST_CPU)
 
 # The fetched model stays: it is an input, and 98 MB to get again.
 clean: ## Remove what was built and the demo's output

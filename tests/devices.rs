@@ -9,24 +9,40 @@ use common::cli::Cli;
 use common::small::{Rng, Small};
 use common::{TEXT, compare_logits, logits};
 use putri_gguf::evaluate::llama_losses;
-use putri_gguf::forward::{Block, BlockGradient, Collect, Forward, InputSquares, Wanted};
+use putri_gguf::forward::{Block, BlockGradient, CHUNK_TOKENS, Collect, Forward, InputSquares, Wanted};
 use putri_gguf::ggml::{
     Compute, Device, LlamaModel, Offload, Type, add_server, devices, serve, silence_logs,
 };
 use putri_gguf::model::Model;
 use putri_gguf::numeric::Moments;
+use putri_gguf::pipeline::{Calibration, Settings, forecast};
 use std::net::{TcpListener, TcpStream};
 use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Duration;
-
-/// How far sums in 32 bits may be from each other that were made in another order, relative to their size.
-const ROUNDING: f64 = 2e-5;
 
 /// Names and numbers of the devices, and the arguments that stand for them.
 struct Devices {
     all: Vec<Device>,
     args: Vec<String>,
+    close: Close,
 }
+
+/// How far from the CPU's results a device's may be.
+struct Close {
+    /// Sums for the algebra, relative to the largest.
+    sums: f64,
+    logits: f32,
+    /// Divergence of what they predict.
+    kl: f64,
+    /// Losses of llama.cpp, whose activations have eight bits on some devices only.
+    losses: f64,
+}
+
+/// The same kernels, on another machine: sums in another order.
+const SAME_KERNELS: Close = Close { sums: 2e-5, logits: 1e-3, kl: 1e-5, losses: 5e-3 };
+
+/// Graphics processors halve the inputs of products, whatever precision sums are asked for in.
+const HALVED_INPUTS: Close = Close { sums: 1e-3, logits: 1e-2, kl: 1e-4, losses: 2e-2 };
 
 /// The devices, for one test at a time: a server has one client.
 fn under_test() -> MutexGuard<'static, Devices> {
@@ -40,13 +56,13 @@ fn find() -> Devices {
     if let Ok(name) = std::env::var("PUTRI_TEST_DEVICE") {
         let all: Vec<Device> = devices().iter().filter(|d| d.name == name).map(|d| d.device).collect();
         assert!(!all.is_empty(), "{name} is none of {:?}", devices());
-        return Devices { all, args: vec!["--device".into(), name] };
+        return Devices { all, args: vec!["--device".into(), name], close: HALVED_INPUTS };
     }
     let servers = [start_server(), start_server()];
     servers.iter().for_each(|s| add_server(s).unwrap());
     let all: Vec<Device> = devices().iter().map(|d| d.device).collect();
     assert_eq!(all.len(), 2, "{:?}", devices());
-    Devices { all, args: vec!["--rpc".into(), servers.join(",")] }
+    Devices { all, args: vec!["--rpc".into(), servers.join(",")], close: SAME_KERNELS }
 }
 
 /// Serves this machine's CPU to the rest of the test; returns where.
@@ -100,8 +116,8 @@ fn logits_are_those_of_the_cpu_in_every_family() {
         let (max, kl) = compare_logits(&ours, &theirs, model.hparams.n_vocab);
         println!("{name}: {max:e}, KL {kl:e}");
         // A token near the border between two experts may go to the other one.
-        let bound = if small.experts.is_some() { 1e-2 } else { 1e-3 };
-        assert!(max < bound && kl.abs() < 1e-5, "{name}: {max} {kl}");
+        let bound = devices.close.logits * if small.experts.is_some() { 10.0 } else { 1.0 };
+        assert!(max < bound && kl.abs() < devices.close.kl, "{name}: {max} {kl}");
     }
 }
 
@@ -152,7 +168,7 @@ fn sums_for_the_algebra_are_those_of_the_cpu() {
         for ((what, ours), (_, theirs)) in ours.iter().zip(&theirs) {
             let apart = apart(theirs, ours);
             println!("{n_embd} x {n_ff}, {what}: {apart:e}");
-            assert!(apart < ROUNDING, "{n_embd} x {n_ff}, {what}: {apart:e}");
+            assert!(apart < devices.close.sums, "{n_embd} x {n_ff}, {what}: {apart:e}");
         }
     }
 }
@@ -167,9 +183,8 @@ fn llama_cpp_predicts_the_same_there() {
     let tokens: Vec<i32> = (0..60).map(|i| 3 + i * 11 % 200).collect();
     let losses = |m: LlamaModel| llama_losses(&m, &tokens, 1).unwrap();
     let here = losses(LlamaModel::load(&path).unwrap());
-    let there = losses(LlamaModel::load_on(&path, &offload).unwrap());
-    // Weights in eight bits, and activations on some of the devices.
-    assert!(apart(&there, &here) < 5e-3, "{}", apart(&there, &here));
+    let off = apart(&losses(LlamaModel::load_on(&path, &offload).unwrap()), &here);
+    assert!(off < there.close.losses, "{off}");
 }
 
 #[test]
@@ -203,7 +218,49 @@ fn what_the_command_makes_there_is_as_good() {
         let said: serde_json::Value = serde_json::from_str(&cli.ok(&[&eval[..], more].concat())).unwrap();
         said["text"]["ppl"].as_f64().unwrap_or_else(|| panic!("{said}"))
     });
-    assert!((found[0] / found[1]).ln().abs() < 5e-3, "{found:?}");
+    assert!((found[0] / found[1]).ln().abs() < devices.close.losses, "{found:?}");
+}
+
+#[test]
+fn memory_there_is_foreseen_and_kept_within() {
+    let devices = under_test();
+    let cli = Cli::new();
+    let path = cli.path("in.gguf");
+    Small { n_embd: 128, blocks: vec![(8, 4, 512); 3], n_vocab: 600, ..Small::default() }.write(&path);
+    std::fs::write(cli.path("text.txt"), TEXT.repeat(60)).unwrap();
+    let model = Model::open(&path).unwrap();
+    let args: Vec<&str> = devices.args.iter().map(String::as_str).collect();
+    let prune =
+        ["in.gguf", "out.gguf", "--force", "--sparsity", "0.4", "-f", "text.txt", "--self-share", "0"];
+    let prune = [&prune[..], &["-c", "128", "--chunks", "64", "-q", "--report", "r.json"], &args].concat();
+    let c = Calibration { n_ctx: 128, n_fit: 56, n_held_out: 8 };
+    let foreseen = [CHUNK_TOKENS, 1].map(|chunk_tokens| {
+        let settings = Settings { sparsity: 0.4, chunk_tokens, ..Settings::default() };
+        forecast(&model, &c, &settings).unwrap().on_devices()
+    });
+    assert!(foreseen[1] < 0.6 * foreseen[0], "{foreseen:?}");
+    for foreseen in foreseen {
+        // What is foreseen is within a fifth.
+        let limit = (foreseen * 1.2) as u64;
+        cli.ok(&[&prune[..], &["--max-device-memory", &limit.to_string()]].concat());
+        let report: serde_json::Value =
+            serde_json::from_slice(&std::fs::read(cli.path("r.json")).unwrap()).unwrap();
+        let taken = report["peak_device_memory_bytes"].as_f64().unwrap();
+        println!("{foreseen} foreseen, {taken} taken");
+        assert!(taken <= limit as f64 && taken > 0.5 * foreseen, "{foreseen} foreseen, {taken} taken");
+    }
+    let said = cli.ok(&[&prune[..prune.len() - args.len() - 2], &args, &["--dry-run"]].concat());
+    assert!(said.contains("of theirs. 2048 tokens"), "{said}");
+    cli.fails(
+        &[&prune[..], &["--max-device-memory", "1M"]].concat(),
+        1,
+        &["--device: 0.00 GiB of memory on a device are not enough", "with one window at a time"],
+    );
+    cli.fails(
+        &["in.gguf", "x.gguf", "--sparsity", "0.2", "--max-device-memory", "1G", "-q"],
+        2,
+        &["--max-device-memory wants a --device"],
+    );
 }
 
 #[test]

@@ -371,7 +371,7 @@ fn headers_that_no_writer_writes() {
         let out = std::process::Command::new("sh")
             .current_dir(cli.dir.path())
             // A gigabyte of address space is enough for the program, and not for what these files promise.
-            .args(["-c", "ulimit -v 1500000; exec \"$0\" in.gguf out.gguf --sparsity 0.25 -q -t 1"])
+            .args(["-c", "ulimit -v ${PUTRI_TEST_ADDRESS_SPACE:-1500000}; exec \"$0\" in.gguf out.gguf --sparsity 0.25 -q -t 1"])
             .arg(env!("CARGO_BIN_EXE_putri-gguf"))
             .output()
             .unwrap();

@@ -301,6 +301,9 @@ pub struct Args {
     /// Do with so much memory, as in 8G: streams go into files beside the output where they must
     #[arg(long, value_name = "SIZE", help_heading = "Run")]
     pub max_memory: Option<String>,
+    /// Do with so much memory of each device, as in 6G [default: most of what is free there]
+    #[arg(long, value_name = "SIZE", help_heading = "Devices", hide_short_help = true)]
+    pub max_device_memory: Option<String>,
     /// Only say what would be removed, and the size, time and memory to expect
     #[arg(long, help_heading = "Run")]
     pub dry_run: bool,

@@ -74,6 +74,10 @@ pub fn resolve(args: Args, devices: &DeviceArgs) -> Result<Job> {
     };
     ensure!(tune <= 1000, "--tune {tune} is not from 0 to 1000");
     let offload = offload(devices)?;
+    ensure!(
+        args.max_device_memory.is_none() || !offload.devices.is_empty(),
+        "--max-device-memory wants a --device"
+    );
     Ok(Job {
         n_gpu_layers: offload.n_layers,
         imatrix_out: args.imatrix_out,
@@ -86,6 +90,11 @@ pub fn resolve(args: Args, devices: &DeviceArgs) -> Result<Job> {
         target_ram: args.target_ram.as_deref().map(|text| bytes("--target-ram", text)).transpose()?,
         run_ctx: args.target_ctx.or(Some(args.ctx_size).filter(|n| *n > RUN_CTX)),
         max_memory: args.max_memory.as_deref().map(|text| bytes("--max-memory", text)).transpose()?,
+        max_device_memory: args
+            .max_device_memory
+            .as_deref()
+            .map(|text| bytes("--max-device-memory", text))
+            .transpose()?,
         force: args.force,
         verify: !args.no_verify,
         recipe: Recipe {

@@ -134,7 +134,7 @@ impl Forward {
     ) -> Result<(), ForwardError> {
         assert!(!b.has_experts(), "no gradients go back through a choice");
         let n_windows = x.len() / (self.n_ctx() * self.n_embd());
-        let at_a_time = (GRADIENT_TOKENS / self.n_ctx()).max(1);
+        let at_a_time = (GRADIENT_TOKENS / self.n_ctx()).clamp(1, self.net.chunk);
         for start in (0..n_windows).step_by(at_a_time) {
             let span = self.span(&(start..(start + at_a_time).min(n_windows)));
             self.chunk_gradient(b, &x[span.clone()], &mut grad[span], sums)?;

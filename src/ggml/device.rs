@@ -6,6 +6,7 @@ use super::system::static_text;
 use llama_cpp_sys_2 as sys;
 use std::ffi::{CStr, CString, c_char};
 use std::net::{TcpStream, ToSocketAddrs};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 /// A device, by its number among [`devices`].
@@ -48,6 +49,14 @@ impl Device {
         // SAFETY: the number is that of a device, and devices do not go.
         unsafe { sys::ggml_backend_dev_get(self.0) }
     }
+
+    /// Bytes of its memory, free and in all; 0 where the backend cannot tell.
+    pub fn memory(self) -> (u64, u64) {
+        let (mut free, mut total) = (0, 0);
+        // SAFETY: both are written before the call returns.
+        unsafe { sys::ggml_backend_dev_memory(self.raw(), &mut free, &mut total) };
+        (free as u64, total as u64)
+    }
 }
 
 /// All devices but the CPU, those of servers that were added with them.
@@ -62,18 +71,52 @@ pub fn devices() -> Vec<DeviceInfo> {
         });
         beside
             .map(|(i, raw)| {
-                let (mut free, mut total) = (0, 0);
-                sys::ggml_backend_dev_memory(raw, &mut free, &mut total);
+                let (free, total) = Device(i).memory();
                 DeviceInfo {
                     device: Device(i),
                     name: static_text(sys::ggml_backend_dev_name(raw)).into(),
                     description: static_text(sys::ggml_backend_dev_description(raw)).into(),
-                    free: free as u64,
-                    total: total as u64,
+                    free,
+                    total,
                 }
             })
             .collect()
     }
+}
+
+/// Bytes that this process's graphs and their weights take on all devices: now, and at most so far.
+static TAKEN: AtomicU64 = AtomicU64::new(0);
+static PEAK: AtomicU64 = AtomicU64::new(0);
+
+/// Bytes on devices that are given back when it goes.
+#[derive(Default)]
+pub(super) struct Taken(u64);
+
+impl Taken {
+    pub(super) fn new(bytes: u64) -> Taken {
+        let mut taken = Taken::default();
+        taken.resize(bytes);
+        taken
+    }
+
+    pub(super) fn resize(&mut self, bytes: u64) {
+        let before = TAKEN.fetch_add(bytes, Ordering::Relaxed);
+        TAKEN.fetch_sub(self.0, Ordering::Relaxed);
+        PEAK.fetch_max(before + bytes - self.0, Ordering::Relaxed);
+        self.0 = bytes;
+    }
+}
+
+impl Drop for Taken {
+    fn drop(&mut self) {
+        self.resize(0);
+    }
+}
+
+/// Bytes that this process's graphs and their weights took on all devices at most so far; what llama.cpp has there is not
+/// counted.
+pub fn device_memory_peak() -> u64 {
+    PEAK.load(Ordering::Relaxed)
 }
 
 /// A function of the RPC backend, if that is built in.

@@ -1,6 +1,6 @@
 //! Compute backends and the tensors that stay on them between graphs.
 
-use super::device::{Compute, Device};
+use super::device::{Compute, Device, Taken};
 use super::{GgmlError, Type};
 use llama_cpp_sys_2 as sys;
 use std::cell::Cell;
@@ -26,6 +26,8 @@ pub(super) enum Place {
         sched: sys::ggml_backend_sched_t,
         /// The one that the next tensors go to.
         next: Cell<usize>,
+        /// The scheduler's buffers on devices.
+        scratch: Taken,
     },
 }
 
@@ -83,16 +85,20 @@ impl Engine {
     pub(super) unsafe fn allocate(&mut self, graph: *mut sys::ggml_cgraph) -> bool {
         // SAFETY: by the caller.
         unsafe {
-            match self.place {
+            match &mut self.place {
                 // Planned anew each time: by itself the allocator keeps the plan of the graph before when
                 // node counts and sizes happen to match, whatever the two graphs compute.
                 Place::Host { galloc } => {
-                    sys::ggml_gallocr_reserve(galloc, graph) && sys::ggml_gallocr_alloc_graph(galloc, graph)
+                    sys::ggml_gallocr_reserve(*galloc, graph) && sys::ggml_gallocr_alloc_graph(*galloc, graph)
                 }
-                Place::Devices { sched, .. } => {
-                    sys::ggml_backend_sched_reset(sched);
+                Place::Devices { backends, sched, scratch, .. } => {
+                    sys::ggml_backend_sched_reset(*sched);
                     // The scheduler has no call to plan a graph that is then run; one of another size makes it plan anew.
-                    reserve_another(sched) && sys::ggml_backend_sched_alloc_graph(sched, graph)
+                    let planned =
+                        reserve_another(*sched) && sys::ggml_backend_sched_alloc_graph(*sched, graph);
+                    let sizes = backends.iter().map(|b| sys::ggml_backend_sched_get_buffer_size(*sched, *b));
+                    scratch.resize(sizes.sum::<usize>() as u64);
+                    planned
                 }
             }
         }
@@ -154,7 +160,7 @@ unsafe fn devices_of(cpu: sys::ggml_backend_t, devices: &[Device]) -> Result<Pla
             false,
             false,
         );
-        Ok(Place::Devices { backends, sched, next: Cell::new(0) })
+        Ok(Place::Devices { backends, sched, next: Cell::new(0), scratch: Taken::default() })
     }
 }
 
@@ -231,6 +237,7 @@ impl<'a> TensorSpec<'a> {
 pub struct Resident {
     ctx: NonNull<sys::ggml_context>,
     buffer: sys::ggml_backend_buffer_t,
+    _taken: Taken,
     pub(super) tensors: Vec<NonNull<sys::ggml_tensor>>,
 }
 
@@ -273,7 +280,8 @@ impl Resident {
             for (t, s) in tensors.iter().zip(specs) {
                 sys::ggml_backend_tensor_set(t.as_ptr(), s.bytes.as_ptr().cast(), 0, s.bytes.len());
             }
-            Ok(Resident { ctx, buffer, tensors })
+            let on_device = if engine.has_devices() { sys::ggml_backend_buffer_get_size(buffer) } else { 0 };
+            Ok(Resident { ctx, buffer, _taken: Taken::new(on_device as u64), tensors })
         }
     }
 }

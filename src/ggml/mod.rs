@@ -15,7 +15,7 @@ mod quantize;
 mod system;
 mod types;
 
-pub use device::{Compute, Device, DeviceInfo, add_server, devices, serve};
+pub use device::{Compute, Device, DeviceInfo, add_server, device_memory_peak, devices, serve};
 pub use engine::{Engine, Resident, TensorSpec};
 pub use gguf::{RawGguf, RawValue};
 pub use graph::{Computed, Graph, RopeParams, T};

@@ -40,6 +40,8 @@ pub enum JobError {
     Target(TargetError),
     #[error("--max-memory: {0}")]
     NoRoom(NoRoom),
+    #[error("--device: {0}")]
+    NoRoomOnDevice(NoRoom),
     #[error("--type: {0}")]
     Quantise(GgmlError),
     #[error("{} is the input itself; choose another name", .0.display())]

@@ -68,6 +68,8 @@ pub struct Job {
     pub limit: Option<Limit>,
     /// Bytes of memory to do with, the mapped files not counted.
     pub max_memory: Option<u64>,
+    /// Bytes of each device's memory to do with; without it, most of what is free there.
+    pub max_device_memory: Option<u64>,
     /// Bytes of memory that llama.cpp may take to run the result; instead of a sparsity or target.
     pub target_ram: Option<u64>,
     /// Layers that llama.cpp keeps on the devices of the settings, if there are some, when it writes text and judges.
@@ -98,6 +100,7 @@ impl Job {
             compare_quant: false,
             limit: None,
             max_memory: None,
+            max_device_memory: None,
             target_ram: None,
             run_ctx: None,
             n_gpu_layers: usize::MAX,
@@ -267,16 +270,19 @@ pub fn run_nested(
         settings: Settings { sparsity: n.sparsity, ..job.settings.clone() },
         ..job.clone()
     };
-    let jobs: Vec<Job> = results.iter().map(job_of).collect();
-    for job in &jobs {
-        check_paths(job, &source.file)?;
-        settings(job, &source)?;
-    }
+    // Settled before any work, since what is free may change meanwhile.
+    let jobs: Vec<Job> = results
+        .iter()
+        .map(|n| {
+            let job = job_of(n);
+            check_paths(&job, &source.file)?;
+            Ok(Job { settings: settings(&job, &source)?, ..job })
+        })
+        .collect::<Result<_, JobError>>()?;
     let mut start = Instant::now();
     let p = Prepared::new(&jobs[0], source, observer)?;
     let mut memory = Memory::new(&p, &jobs[0]);
     for job in jobs {
-        let job = Job { settings: settings(&job, &p.source)?, ..job };
         let (settings, pruned) = p.prune(&job, &mut memory, observer)?;
         let job = Job { settings, ..job };
         let outcome = p.write(&job, pruned, start, observer)?;
@@ -295,6 +301,8 @@ pub struct DryRun {
     pub forecast: Forecast,
     /// What it was made for: those of the job, within its memory.
     pub settings: Settings,
+    /// Tokens that would pass through a block at a time.
+    pub chunk_tokens: usize,
     /// What feed-forwards would lose.
     pub piece: Piece,
     /// Tokens of context that the result is to run with.
@@ -321,6 +329,7 @@ pub fn dry_run(job: &Job) -> Result<DryRun, JobError> {
         piece: settings.piece(&source),
         run_ctx: run_ctx(job, &source),
         kv_cache: KvCache::new(&source.hparams, &source.hparams.blocks),
+        chunk_tokens: (settings.chunk_tokens / job.recipe.n_ctx).max(1) * job.recipe.n_ctx,
         forecast,
         settings,
         self_written: job.recipe.self_written(),
@@ -349,12 +358,27 @@ fn settings(job: &Job, source: &Model) -> Result<Settings, JobError> {
             format!("was trained for {n_ctx_train} tokens; --ctx-size {} is more", job.recipe.n_ctx);
         return Err(JobError::Model { path: job.input.clone(), source: ModelError::Unusable(problem) });
     }
+    let calibration = expected_calibration(job);
+    if let Some(limit) = device_memory(job) {
+        settings = pipeline::within_device_memory(source, &calibration, &settings, limit)
+            .map_err(JobError::NoRoomOnDevice)?;
+    }
     let Some(limit) = job.max_memory else {
         return Ok(settings);
     };
-    let calibration = expected_calibration(job);
     pipeline::within_memory(source, &calibration, &settings, limit, folder_of(&job.output))
         .map_err(JobError::NoRoom)
+}
+
+/// Percent of a device's free memory that is taken where nothing else is said: what is foreseen is within a fifth.
+const DEVICE_SHARE: u64 = 80;
+
+/// Bytes that graphs and their weights may take on each device, if there are devices and that is known.
+fn device_memory(job: &Job) -> Option<u64> {
+    let devices = &job.settings.devices;
+    let known = || devices.iter().map(|d| d.memory()).filter(|(_, total)| *total > 0);
+    let free = || known().map(|(free, _)| free / 100 * DEVICE_SHARE).min();
+    if devices.is_empty() { None } else { job.max_device_memory.or_else(free) }
 }
 
 /// Tokens of context that the result is to run with.

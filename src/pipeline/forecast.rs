@@ -10,7 +10,9 @@ use super::{
     new_matrices, sensitivity, smallest_group, within_family,
 };
 use crate::calibrate::Windows;
-use crate::forward::{GRADIENT_TOKENS, LOSS_ROWS, MAX_GRADIENT_CTX, moment_products, query_slice};
+use crate::forward::{
+    GRADIENT_TOKENS, LOGIT_ROWS, LOSS_ROWS, MAX_GRADIENT_CTX, moment_products, query_slice,
+};
 use crate::ggml::Type;
 use crate::model::{BlockShape, BlockTensors, Family, KvCache, Model, Piece, Segment};
 use crate::prune::{self, BudgetError};
@@ -74,12 +76,20 @@ pub struct StageForecast {
     pub algebra: f64,
     /// Bytes in memory at its peak, without the mapped file.
     pub memory: f64,
+    /// Bytes on a device at its peak, where graphs run on one.
+    pub on_devices: f64,
 }
 
 impl Forecast {
     /// Bytes in memory at the peak of all stages, without the mapped file.
     pub fn memory(&self) -> f64 {
         self.stages.iter().map(|s| s.memory).fold(0.0, f64::max)
+    }
+
+    /// Bytes on a device at the peak of all stages, where graphs run on one. Of several, each has its own graphs and a part of
+    /// the rest.
+    pub fn on_devices(&self) -> f64 {
+        self.stages.iter().map(|s| s.on_devices).fold(0.0, f64::max)
     }
 }
 
@@ -327,9 +337,20 @@ impl Work<'_> {
             + 4.0 * (sums + self.chunk(n_ctx, n_tokens) * (n + 2.0 * self.n_embd()))
     }
 
+    /// Bytes that the forward pass over calibration windows keeps on devices for its graphs, once it summed moments.
+    fn kept_graph_bytes(&self) -> f64 {
+        let n_out = if self.s.method == Method::Putri { self.n_embd() } else { 0.0 };
+        self.moment_graph_bytes(self.c.n_ctx, self.n_fit(), n_out)
+    }
+
     /// Bytes of a whole output head in floats.
     fn head_bytes(&self) -> f64 {
         4.0 * self.n_embd() * self.n_vocab()
+    }
+
+    /// Bytes of a whole output head, and of the graph of its logits.
+    fn predicting_bytes(&self) -> f64 {
+        self.head_bytes() + 2.0 * 4.0 * LOGIT_ROWS as f64 * self.n_vocab()
     }
 
     /// Bytes while a whole head is read, and of the logits.
@@ -381,6 +402,7 @@ impl Work<'_> {
         let streams = self.stream_bytes((self.n_layer() + 1.0) * n * self.n_embd());
         let together = (n_scores * width).min(STREAM_BYTES as f64);
         let searching = together + 2.0 * self.block_bytes() + self.graph_bytes(n_ctx, n) + 3.0 * width;
+        let judging = 4.0 * self.n_embd() * self.known(n) + self.block_bytes() + self.graph_bytes(n_ctx, n);
         // No groups go: there is no search.
         let runs = self.kept < 1.0;
         StageForecast {
@@ -388,6 +410,7 @@ impl Work<'_> {
             operations: if runs { whole + candidates + self.judge_ops(n, 1.0 + n_scores) } else { 0.0 },
             algebra: 0.0,
             memory: BASE_BYTES + streams + searching.max(self.reading_head_bytes()),
+            on_devices: judging.max(self.predicting_bytes()),
         }
     }
 
@@ -418,6 +441,9 @@ impl Work<'_> {
             operations: if self.s.per_block_widths { operations } else { 0.0 },
             algebra,
             memory: BASE_BYTES + streams + probes + collecting.max(choosing).max(self.reading_head_bytes()),
+            on_devices: self.kept_graph_bytes()
+                + (2.0 * self.block_bytes() + self.graph_bytes(probe_ctx, n_probe))
+                    .max(self.predicting_bytes()),
         }
     }
 
@@ -434,12 +460,13 @@ impl Work<'_> {
             operations: if self.s.sensitivity_tokens > 0 { operations } else { 0.0 },
             algebra: 0.0,
             memory: BASE_BYTES + streams + self.back_bytes(n_ctx),
+            on_devices: self.back_bytes(n_ctx) + self.kept_graph_bytes(),
         }
     }
 
     /// Bytes while gradients go back, the head they begin at included.
     fn back_bytes(&self, n_ctx: usize) -> f64 {
-        let n = ((GRADIENT_TOKENS / n_ctx).max(1) * n_ctx) as f64;
+        let n = self.chunk(n_ctx, ((GRADIENT_TOKENS / n_ctx).max(1) * n_ctx) as f64);
         let head_dim = self.model.hparams.head_dim as f64;
         let scores = 4.0 * self.max_q() / head_dim * n_ctx as f64 * n;
         let block = n * (7.0 * self.max_ff() + 8.0 * self.n_embd() + 8.0 * self.max_q()) + scores;
@@ -500,6 +527,7 @@ impl Work<'_> {
                 + sensitivity
                 + self.new_bytes()
                 + crossing.max(collecting).max(choosing),
+            on_devices: 2.0 * self.block_bytes() + self.kept_graph_bytes(),
         }
     }
 
@@ -525,6 +553,8 @@ impl Work<'_> {
                 + streams
                 + self.new_bytes()
                 + self.reading_head_bytes().max(lessons + 2.0 * self.block_bytes()),
+            on_devices: self.kept_graph_bytes()
+                + self.predicting_bytes().max(self.block_bytes() + self.graph_bytes(n_ctx, n)),
         }
     }
 
@@ -544,6 +574,7 @@ impl Work<'_> {
             operations: if self.s.tune > 0 { self.s.tune as f64 * pass + held_out } else { 0.0 },
             algebra: 0.0,
             memory: BASE_BYTES + streams + self.new_bytes() + self.back_bytes(n_ctx),
+            on_devices: self.back_bytes(n_ctx) + self.kept_graph_bytes(),
         }
     }
 

@@ -31,7 +31,7 @@ use amounts::{
 pub use forecast::{Calibration, Forecast, StageForecast, forecast};
 pub use journal::{Journal, Settled};
 pub use judge::Loss;
-pub use memory::{NoRoom, within_memory};
+pub use memory::{NoRoom, within_device_memory, within_memory};
 pub use plan::{BlockPlan, Plan};
 use sensitivity::Sensitivity;
 pub use settings::{Method, Settings, TensorTypes};
@@ -290,7 +290,9 @@ impl Run<'_> {
     /// What the final residual streams of the held-out windows, dense and pruned, come to.
     fn held_out(&mut self, [dense, pruned]: [&[f32]; 2]) -> Result<HeldOut, PruneError> {
         let w = self.windows;
-        let (own, base) = (self.forward.head(self.model)?, self.forward.head(self.reference)?);
+        let own = self.forward.head(self.model)?;
+        let same = std::ptr::eq(self.model, self.reference);
+        let base = if same { None } else { Some(self.forward.head(self.reference)?) };
         let targets = w.targets(w.n_fit..w.n_windows());
         let mut rows: Vec<RowComparison> = Vec::with_capacity(targets.len());
         let n = LOGIT_ROWS * self.forward.n_embd();
@@ -298,7 +300,7 @@ impl Run<'_> {
         for ((pruned, dense), targets) in
             pruned.chunks(n).zip(dense.chunks(n)).zip(targets.chunks(LOGIT_ROWS))
         {
-            self.forward.logits(&base, dense, |_, logits| p = logits.to_vec())?;
+            self.forward.logits(base.as_ref().unwrap_or(&own), dense, |_, logits| p = logits.to_vec())?;
             self.forward.logits(&own, pruned, |_, q| {
                 let compared = q.par_chunks(n_vocab).zip(p.par_chunks(n_vocab)).zip(targets);
                 rows.par_extend(compared.filter_map(|((q, p), t)| t.map(|t| compare_rows(q, p, t as usize))));

@@ -1,6 +1,6 @@
 //! The report of a job as JSON; `docs/report.md` says what its fields mean.
 
-use crate::ggml::RunMemory;
+use crate::ggml::{RunMemory, device_memory_peak};
 use crate::model::BlockShape;
 use crate::{Job, Outcome, Size};
 use serde_json::{Value, json};
@@ -16,10 +16,10 @@ fn contexts(n: usize) -> impl Iterator<Item = usize> {
 /// A report without what depends on when, where and how fast it was made.
 pub fn portable(report: &Value) -> Value {
     let mut report = report.clone();
-    for key in ["seconds", "peak_memory_bytes"] {
+    for key in ["seconds", "peak_memory_bytes", "peak_device_memory_bytes"] {
         report[key] = Value::Null;
     }
-    for key in ["threads", "max_memory"] {
+    for key in ["threads", "max_memory", "max_device_memory"] {
         report["options"][key] = Value::Null;
     }
     let name_only = |path: &mut Value| {
@@ -119,12 +119,14 @@ pub fn report(job: &Job, o: &Outcome, output_sha256: &str) -> Value {
             "seed": r.seed,
             "threads": s.n_threads,
             "max_memory": job.max_memory,
+            "max_device_memory": job.max_device_memory,
             "target_ram": job.target_ram,
             "verify": job.verify,
         },
         "calibration": o.provenance.as_ref().map(|p| &p.calibration),
         "seconds": o.time.as_secs_f64(),
         "peak_memory_bytes": super::peak_memory(),
+        "peak_device_memory_bytes": device_memory_peak(),
         "notes": o.warnings,
     })
 }

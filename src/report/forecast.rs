@@ -79,12 +79,12 @@ pub fn dry_run_table(d: &DryRun, rate: Option<f64>) -> String {
         shown(total),
         format!("{:.2} GiB", f.memory() / f64::from(1 << 30))
     );
-    if !d.settings.shelf.is_memory() {
-        let _ = writeln!(
-            out,
-            "\nStreams are kept in files beside the output, and {} tokens pass through a block at a time.",
-            d.settings.chunk_tokens
-        );
+    let (spills, devices) = (!d.settings.shelf.is_memory(), !d.settings.devices.is_empty());
+    if spills || devices {
+        let files = if spills { "Streams are kept in files beside the output. " } else { "" };
+        let there = format!("Devices take up to {:.2} GiB of theirs. ", f.on_devices() / f64::from(1 << 30));
+        let there = if devices { &there } else { "" };
+        let _ = writeln!(out, "\n{files}{there}{} tokens pass through a block at a time.", d.chunk_tokens);
     }
     if d.quantises {
         out += "\nSizes are those in the source's types, not in those of --type.\n";
