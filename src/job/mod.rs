@@ -370,7 +370,7 @@ fn settings(job: &Job, source: &Model) -> Result<Settings, JobError> {
         .map_err(JobError::NoRoom)
 }
 
-/// Percent of a device's free memory that is taken where nothing else is said: what is foreseen is within a fifth.
+/// Percent of a device's free memory that is taken where nothing else is said: a little more may be taken than is foreseen.
 const DEVICE_SHARE: u64 = 80;
 
 /// Bytes that graphs and their weights may take on each device, if there are devices and that is known.
