@@ -74,6 +74,7 @@ pub fn resolve(args: Args, devices: &DeviceArgs) -> Result<Job> {
     };
     ensure!(tune <= 1000, "--tune {tune} is not from 0 to 1000");
     let offload = offload(devices)?;
+    let size = |flag, text: Option<&str>| text.map(|text| bytes(flag, text)).transpose();
     ensure!(
         args.max_device_memory.is_none() || !offload.devices.is_empty(),
         "--max-device-memory wants a --device"
@@ -87,14 +88,10 @@ pub fn resolve(args: Args, devices: &DeviceArgs) -> Result<Job> {
         samples: args.report.is_some() || args.package.is_some(),
         compare_quant: args.compare_quant,
         limit,
-        target_ram: args.target_ram.as_deref().map(|text| bytes("--target-ram", text)).transpose()?,
+        target_ram: size("--target-ram", args.target_ram.as_deref())?,
         run_ctx: args.target_ctx.or(Some(args.ctx_size).filter(|n| *n > RUN_CTX)),
-        max_memory: args.max_memory.as_deref().map(|text| bytes("--max-memory", text)).transpose()?,
-        max_device_memory: args
-            .max_device_memory
-            .as_deref()
-            .map(|text| bytes("--max-device-memory", text))
-            .transpose()?,
+        max_memory: size("--max-memory", args.max_memory.as_deref())?,
+        max_device_memory: size("--max-device-memory", args.max_device_memory.as_deref())?,
         force: args.force,
         verify: !args.no_verify,
         recipe: Recipe {
