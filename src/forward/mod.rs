@@ -32,6 +32,11 @@ pub const MAX_GRADIENT_CTX: usize = 512;
 /// Tokens that pass through a block in one graph where nothing else is said, at least one window.
 pub const CHUNK_TOKENS: usize = 2048;
 
+/// The most tokens up to `n_tokens` that make whole windows of `n_ctx`; at least one.
+pub fn whole_windows(n_tokens: usize, n_ctx: usize) -> usize {
+    (n_tokens / n_ctx).max(1) * n_ctx
+}
+
 /// What a forward pass can fail on.
 #[derive(Debug, thiserror::Error)]
 pub enum ForwardError {
@@ -112,8 +117,9 @@ impl Forward {
     /// The same with up to `n_tokens` tokens in one graph, but at least one window.
     pub fn in_chunks_of(mut self, n_tokens: usize) -> Forward {
         let n_ctx = self.net.n_ctx;
-        self.net.chunk = (n_tokens / n_ctx).max(1);
-        self.net.positions = (0..self.net.chunk * n_ctx).map(|i| (i % n_ctx) as i32).collect();
+        let n_tokens = whole_windows(n_tokens, n_ctx);
+        self.net.chunk = n_tokens / n_ctx;
+        self.net.positions = (0..n_tokens).map(|i| (i % n_ctx) as i32).collect();
         if let Some(t) = self.net.hparams.temperature.filter(|t| t.floor < n_ctx) {
             let factor = |position: &i32| {
                 let steps = (*position as f32 / t.floor as f32).floor();

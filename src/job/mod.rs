@@ -24,6 +24,7 @@ pub use verify::{Check, VerifyJob, verify};
 use crate::assemble::Provenance;
 use crate::calibrate::{Recipe, Windows};
 use crate::evaluate::EvaluateError;
+use crate::forward::whole_windows;
 use crate::ggml::{FileType, RunMemory, run_memory};
 use crate::gguf::GgufError;
 use crate::model::{BlockShape, Family, KvCache, Model, ModelError, Piece};
@@ -329,7 +330,7 @@ pub fn dry_run(job: &Job) -> Result<DryRun, JobError> {
         piece: settings.piece(&source),
         run_ctx: run_ctx(job, &source),
         kv_cache: KvCache::new(&source.hparams, &source.hparams.blocks),
-        chunk_tokens: (settings.chunk_tokens / job.recipe.n_ctx).max(1) * job.recipe.n_ctx,
+        chunk_tokens: whole_windows(settings.chunk_tokens, job.recipe.n_ctx),
         forecast,
         settings,
         self_written: job.recipe.self_written(),

@@ -11,7 +11,7 @@ use super::{
 };
 use crate::calibrate::Windows;
 use crate::forward::{
-    GRADIENT_TOKENS, LOGIT_ROWS, LOSS_ROWS, MAX_GRADIENT_CTX, moment_products, query_slice,
+    GRADIENT_TOKENS, LOGIT_ROWS, LOSS_ROWS, MAX_GRADIENT_CTX, moment_products, query_slice, whole_windows,
 };
 use crate::ggml::Type;
 use crate::model::{BlockShape, BlockTensors, Family, KvCache, Model, Piece, Segment};
@@ -315,7 +315,7 @@ impl Work<'_> {
 
     /// Tokens in one graph.
     fn chunk(&self, n_ctx: usize, n_tokens: f64) -> f64 {
-        n_tokens.min(((self.s.chunk_tokens / n_ctx).max(1) * n_ctx) as f64)
+        n_tokens.min(whole_windows(self.s.chunk_tokens, n_ctx) as f64)
     }
 
     /// Bytes of the graph of a block: what is alive at its widest place.
@@ -466,7 +466,7 @@ impl Work<'_> {
 
     /// Bytes while gradients go back, the head they begin at included.
     fn back_bytes(&self, n_ctx: usize) -> f64 {
-        let n = self.chunk(n_ctx, ((GRADIENT_TOKENS / n_ctx).max(1) * n_ctx) as f64);
+        let n = self.chunk(n_ctx, whole_windows(GRADIENT_TOKENS, n_ctx) as f64);
         let head_dim = self.model.hparams.head_dim as f64;
         let scores = 4.0 * self.max_q() / head_dim * n_ctx as f64 * n;
         let block = n * (7.0 * self.max_ff() + 8.0 * self.n_embd() + 8.0 * self.max_q()) + scores;
@@ -566,7 +566,7 @@ impl Work<'_> {
             + 3.0 * self.logit_ops(self.n_vocab(), n);
         let held_out = self.model_ops(&pruned, n_held_out, self.c.n_ctx)
             + self.logit_ops(2.0 * self.n_vocab() + self.known(n_held_out), n_held_out);
-        let step = (self.s.tune_tokens / n_ctx).max(1) as f64 * n_ctx as f64;
+        let step = whole_windows(self.s.tune_tokens, n_ctx) as f64;
         let streams =
             self.stream_bytes(self.n_embd() * (n + self.n_layer() * step.min(n) + 2.0 * self.n_all()));
         StageForecast {

@@ -6,7 +6,7 @@
 
 use super::stream::planned_stream;
 use super::{Plan, PruneError, Run, forward, mean_square};
-use crate::forward::BlockGradient;
+use crate::forward::{BlockGradient, whole_windows};
 use crate::model::{BlockWeights, Matrix};
 use crate::prune::{Metric, Singular};
 use crate::spill::Array;
@@ -59,7 +59,7 @@ impl Run<'_> {
         let behind = (0..n_layer).map(|_| s.shelf.zeros(tokens.len() * n_embd));
         let mut behind: Vec<Array<bf16>> = behind.collect::<Result<_, _>>()?;
         let mut rng = ChaCha8Rng::seed_from_u64(0);
-        let batch = (BATCH_TOKENS / n_ctx).max(1) * n_ctx;
+        let batch = whole_windows(BATCH_TOKENS, n_ctx);
         self.observer.stage("sensitivity", n_layer * tokens.len().div_ceil(batch));
         let mut done = 0;
         for (i, tokens) in tokens.chunks(batch).enumerate() {

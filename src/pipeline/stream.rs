@@ -1,7 +1,7 @@
 //! Tokens all the way through a plan.
 
 use super::{Observer, Plan, PruneError};
-use crate::forward::Forward;
+use crate::forward::{Forward, whole_windows};
 use crate::ggml::Token;
 use crate::model::Model;
 use crate::spill::{Array, Shelf};
@@ -18,7 +18,7 @@ pub(super) fn embedded(
 ) -> Result<Array<f32>, PruneError> {
     let n_embd = model.hparams.n_embd;
     let mut out = shelf.zeros(tokens.len() * n_embd)?;
-    let part = (PART / forward.n_ctx()).max(1) * forward.n_ctx();
+    let part = whole_windows(PART, forward.n_ctx());
     for (tokens, out) in tokens.chunks(part).zip(out.chunks_mut(part * n_embd)) {
         out.copy_from_slice(&forward.embed(model, tokens)?);
     }
