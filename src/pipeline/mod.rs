@@ -40,7 +40,7 @@ use size::{even_shapes, file_size, new_matrices};
 use stream::embedded;
 
 use crate::calibrate::Windows;
-use crate::forward::{Forward, ForwardError, InputSquares, LOGIT_ROWS};
+use crate::forward::{Forward, ForwardError, Head, InputSquares, LOGIT_ROWS};
 use crate::ggml::GgmlError;
 use crate::gguf::GgufError;
 use crate::model::Model;
@@ -287,12 +287,17 @@ impl Run<'_> {
         if self.observer.interrupted() { Err(PruneError::Interrupted) } else { Ok(()) }
     }
 
+    /// The output heads of the model and, where it is another, of what the result is fitted to.
+    fn output_heads(&self, forward: &Forward) -> Result<(Head, Option<Head>), ForwardError> {
+        let same = std::ptr::eq(self.model, self.reference);
+        let reference = if same { None } else { Some(forward.head(self.reference)?) };
+        Ok((forward.head(self.model)?, reference))
+    }
+
     /// What the final residual streams of the held-out windows, dense and pruned, come to.
     fn held_out(&mut self, [dense, pruned]: [&[f32]; 2]) -> Result<HeldOut, PruneError> {
         let w = self.windows;
-        let own = self.forward.head(self.model)?;
-        let same = std::ptr::eq(self.model, self.reference);
-        let base = if same { None } else { Some(self.forward.head(self.reference)?) };
+        let (own, base) = self.output_heads(&self.forward)?;
         let targets = w.targets(w.n_fit..w.n_windows());
         let mut rows: Vec<RowComparison> = Vec::with_capacity(targets.len());
         let n = LOGIT_ROWS * self.forward.n_embd();

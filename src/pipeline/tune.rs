@@ -143,9 +143,7 @@ impl<'a> Run<'a> {
             planned_stream(&mut forward, self.reference, &whole, &tokens, &*self.observer, |_| Ok(()))?
         };
         let target = s.shelf.put(target)?;
-        let own = forward.head(self.model)?;
-        let same = std::ptr::eq(self.model, self.reference);
-        let dense = if same { None } else { Some(forward.head(self.reference)?) };
+        let (own, dense) = self.output_heads(&forward)?;
         Ok(Lessons { forward, own, dense, windows, target })
     }
 
