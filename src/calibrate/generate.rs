@@ -1,20 +1,28 @@
 //! Text that the model writes itself, in batches with libllama's KV cache.
 //!
 //! A model's own samples cover what it knows, in every language that it speaks, without a dataset.
-//! Each document begins with the start token; the temperature falls from 2 to 1 over the first ten
-//! tokens, so that documents differ, and stays at 1, the model's own distribution. A part of the windows
-//! can be conversations in the model's chat template: the model writes the user's message, too, once the
-//! template has opened it (the idea of Magpie, arXiv 2406.08464), all at a temperature of 1.
+//! Each document begins with the start token; the first tokens are drawn at a higher temperature, so that documents
+//! differ, and the others from the model's own distribution, cut off where it would surprise more than text does. A part of
+//! the windows can be conversations in the model's chat template: the model writes the user's message, too, once the
+//! template has opened it (the idea of Magpie, arXiv 2406.08464).
 
 use super::CalibrateError;
 use crate::ggml::{BatchToken, Context, LlamaModel, Token};
-use crate::numeric::exp_neg;
+use crate::numeric::{exp_neg, log_sum_exp};
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use rayon::prelude::*;
+use std::f32::consts::LN_2;
 
-/// Tokens over which the temperature falls from 2 to 1.
-const WARM_TOKENS: usize = 10;
+/// First tokens of a document, over which the temperature falls from 2 to 1.
+const WARM_TOKENS: usize = 2;
+
+/// Bits by which the other tokens may surprise on average, and how fast the bound of each follows: Mirostat 2.0 (arXiv
+/// 2007.14966) with the values of llama.cpp. A small model gives so much to the many unlikely tokens that what is drawn from
+/// all of them soon means nothing; under a fixed bound it repeats itself. A good model surprises less by itself, and
+/// nothing is cut off.
+const SURPRISE: f32 = 5.0;
+const FOLLOWS: f32 = 0.1;
 
 /// Longest message of a user: small models do not always find an end, and the reply should be there, too.
 const MESSAGE_TOKENS: usize = 64;
@@ -122,6 +130,8 @@ struct Writer<'f> {
     given: usize,
     /// Tokens written since the last piece was given.
     age: usize,
+    /// How much the next token may surprise, in bits.
+    most: f32,
     rng: ChaCha8Rng,
 }
 
@@ -129,29 +139,27 @@ impl Writer<'_> {
     fn new(frame: &Frame, seed: u64, index: usize) -> Writer<'_> {
         let mut rng = ChaCha8Rng::seed_from_u64(seed);
         rng.set_stream(index as u64);
-        Writer { tokens: vec![frame.pieces[0][0]], frame, piece: 0, given: 1, age: 0, rng }
+        Writer {
+            tokens: vec![frame.pieces[0][0]],
+            frame,
+            piece: 0,
+            given: 1,
+            age: 0,
+            most: 2.0 * SURPRISE,
+            rng,
+        }
     }
 
-    /// Draws from softmax(logits / temperature).
+    /// Draws the next token.
     fn sample(&mut self, logits: &[f32]) -> Token {
         let warmth = if self.frame.pieces.len() > 1 { 0 } else { WARM_TOKENS.saturating_sub(self.age) };
         let temperature = 1.0 + warmth as f32 / WARM_TOKENS as f32;
-        let max = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-        let weights: Vec<f32> = logits.iter().map(|v| exp_neg((v - max) / temperature)).collect();
-        let sums: Vec<f64> = weights.chunks(256).map(|c| f64::from(c.iter().sum::<f32>())).collect();
-        let mut left = self.rng.random::<f64>() * sums.iter().sum::<f64>();
-        let chunk = sums.iter().position(|s| {
-            let here = left < *s;
-            left -= if here { 0.0 } else { *s };
-            here
-        });
-        let from = chunk.unwrap_or(sums.len() - 1) * 256;
-        let inside = weights[from..].iter().position(|w| {
-            left -= f64::from(*w);
-            left < 0.0
-        });
-        // Rounding may leave a crumb behind the last token of the chunk.
-        inside.map_or_else(|| argmax(logits), |i| (from + i) as Token)
+        let most = if warmth > 0 { f32::INFINITY } else { self.most };
+        let (token, surprise) = draw(logits, temperature, most, self.rng.random());
+        if warmth == 0 {
+            self.most -= FOLLOWS * (surprise - SURPRISE);
+        }
+        token
     }
 
     /// Appends what is given, if anything is, else `next`; `ends` says that it ends what is being written.
@@ -180,7 +188,105 @@ impl Writer<'_> {
     }
 }
 
+/// The token at `at`, 0 ≤ at < 1, of softmax(logits / temperature) among those that surprise by `most` bits at most at a
+/// temperature of 1, the likeliest in any case; and how much it surprises among these, in bits.
+fn draw(logits: &[f32], temperature: f32, most: f32, at: f64) -> (Token, f32) {
+    let likeliest = argmax(logits);
+    let max = logits[likeliest as usize];
+    let least = max.min(log_sum_exp(logits) as f32 - most * LN_2);
+    let weight = |v: &f32| if *v < least { 0.0 } else { exp_neg((v - max) / temperature) };
+    let weights: Vec<f32> = logits.iter().map(weight).collect();
+    let sums: Vec<f64> = weights.chunks(256).map(|c| f64::from(c.iter().sum::<f32>())).collect();
+    let sum: f64 = sums.iter().sum();
+    let mut left = at * sum;
+    let chunk = sums.iter().position(|s| {
+        let here = left < *s;
+        left -= if here { 0.0 } else { *s };
+        here
+    });
+    let from = chunk.unwrap_or(sums.len() - 1) * 256;
+    let inside = weights[from..].iter().position(|w| {
+        left -= f64::from(*w);
+        left < 0.0
+    });
+    // Rounding may leave a crumb behind the last token of the chunk.
+    let token = inside.map_or(likeliest, |i| (from + i) as Token);
+    (token, -(f64::from(weights[token as usize]) / sum).log2() as f32)
+}
+
 fn argmax(v: &[f32]) -> Token {
     let best = v.iter().enumerate().max_by(|a, b| a.1.total_cmp(b.1));
     best.map_or(0, |(i, _)| i as Token)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Softmax in f64.
+    fn softmax(logits: &[f32], temperature: f64) -> Vec<f64> {
+        let powers: Vec<f64> = logits.iter().map(|v| (f64::from(*v) / temperature).exp()).collect();
+        let sum: f64 = powers.iter().sum();
+        powers.iter().map(|p| p / sum).collect()
+    }
+
+    #[test]
+    fn tokens_are_drawn_as_often_as_they_are_likely() {
+        const DRAWS: usize = 20000;
+        for n in [5usize, 300, 3000] {
+            let logits: Vec<f32> = (0..n).map(|i| (i * 7919 % 613) as f32 / 60.0).collect();
+            for (temperature, most) in [(1.0, f32::INFINITY), (2.0, f32::INFINITY), (1.0, 9.0), (1.0, 0.0)] {
+                let plain = softmax(&logits, 1.0);
+                let top = plain.iter().copied().fold(0.0, f64::max);
+                let allowed = |p: &f64| *p == top || -p.log2() <= f64::from(most);
+                let mut expected = softmax(&logits, temperature);
+                expected.iter_mut().zip(&plain).filter(|(_, p)| !allowed(p)).for_each(|(e, _)| *e = 0.0);
+                let sum: f64 = expected.iter().sum();
+                let mut found = vec![0; n];
+                for i in 0..DRAWS {
+                    let at = (i as f64 + 0.5) / DRAWS as f64;
+                    let (token, surprise) = draw(&logits, temperature as f32, most, at);
+                    found[token as usize] += 1;
+                    let expected = -(expected[token as usize] / sum).log2();
+                    assert!((f64::from(surprise) - expected).abs() < 1e-3, "{surprise} {expected}");
+                }
+                for (found, expected) in found.iter().zip(&expected) {
+                    let expected = expected / sum * DRAWS as f64;
+                    assert!((f64::from(*found) - expected).abs() < 1.5, "{n}, {most}: {found} {expected}");
+                }
+            }
+        }
+    }
+
+    /// How much the tokens of a document surprise on average among those that may follow, where logits are spread evenly
+    /// over `spread`.
+    fn mean_surprise(spread: f32) -> f64 {
+        const N: usize = 2000;
+        let frame = Frame::plain(0);
+        let mut writer = Writer::new(&frame, 7, 0);
+        let mut sum = 0.0;
+        for i in 0..WARM_TOKENS + N {
+            let logit = |t: usize| ((t * 7919 + i * 613) % 997) as f32 / 997.0 * spread;
+            let logits: Vec<f32> = (0..2000).map(logit).collect();
+            let most = f64::from(writer.most);
+            let token = writer.sample(&logits) as usize;
+            writer.push(token as Token, false);
+            if i < WARM_TOKENS {
+                continue;
+            }
+            let p = softmax(&logits, 1.0);
+            let others: f64 = p.iter().filter(|p| -p.log2() <= most).sum();
+            sum -= (p[token] / others.max(p[token])).log2();
+        }
+        sum / N as f64
+    }
+
+    #[test]
+    fn documents_surprise_no_more_than_they_should() {
+        // By themselves about 9.6, 8.1 and 4.8 bits.
+        for (spread, least, most) in [(10.0, 4.7, 5.1), (30.0, 4.7, 5.1), (300.0, 3.0, 4.9)] {
+            let found = mean_surprise(spread);
+            assert!(least < found && found < most, "{spread}: {found}");
+        }
+    }
 }
