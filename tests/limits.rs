@@ -50,7 +50,7 @@ fn the_largest_sparsity_within_a_limit_is_found() {
         assert!(a == b, "{}", small.arch);
         assert!(figure(&at(found + 0.01), "KL divergence") > limit - 1e-4, "{found} is not the largest");
     }
-    let said = cli.ok(&[&["in.gguf", "out.gguf", "--force", "--max-ppl-ratio", "1.05"][..], &QUICK].concat());
+    let said = cli.ok(&[&["in.gguf", "out.gguf", "--force", "--max-ppl-ratio", "1.2"][..], &QUICK].concat());
     assert!(said.contains("perplexity"));
     cli.fails(
         &[&["in.gguf", "x.gguf", "--max-kld", "1e-9"][..], &QUICK].concat(),
