@@ -3,25 +3,25 @@
 //! A model's own samples cover what it knows, in every language that it speaks, without a dataset.
 //! Each document begins with the start token; its first tokens are drawn at a higher temperature, so that documents
 //! differ, and the others from the model's own distribution without its least likely tokens. A part of
-//! the windows, drawn so from the first token on, can be conversations in the model's chat template: the model writes the user's message, too, once the
-//! template has opened it (the idea of Magpie, arXiv 2406.08464).
+//! the windows, drawn so from the first token on, can be conversations in the model's chat template: the model writes
+//! the user's message, too, once the template has opened it (the idea of Magpie, arXiv 2406.08464).
 
 use super::CalibrateError;
 use crate::ggml::{BatchToken, Context, LlamaModel, Token};
-use crate::numeric::{exp_neg, log_sum_exp};
+use crate::numeric::exp_neg;
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use rayon::prelude::*;
-use std::f32::consts::LN_2;
 
 /// First tokens of a document, over which the temperature falls from 2 to 1.
 const WARM_TOKENS: usize = 2;
 
-/// Bits by which the other tokens may surprise on average, and how fast the bound of each follows: Mirostat 2.0 (arXiv
-/// 2007.14966) with the values of llama.cpp. A small model gives so much to the many unlikely tokens that what is drawn from
-/// all of them soon means nothing; under a fixed bound it repeats itself. A good model surprises less by itself, and
-/// nothing is cut off. The bound outlives the end of a document in a window.
+/// Bits by which the other tokens may surprise on average, by Mirostat 2.0 (arXiv 2007.14966), with the value of
+/// llama.cpp. A small model gives so much to the many unlikely tokens that what is drawn from all of them soon means
+/// nothing; under a fixed bound it repeats itself. A good model surprises less by itself, and nothing is cut off.
 const SURPRISE: f32 = 5.0;
+
+/// How fast the bound of the next token follows; it outlives the end of a document in a window.
 const FOLLOWS: f32 = 0.1;
 
 /// Longest message of a user: small models do not always find an end, and the reply should be there, too.
@@ -190,15 +190,18 @@ impl Writer<'_> {
     }
 }
 
-/// The token at `at`, 0 ≤ at < 1, of softmax(logits / temperature) among those that surprise by `most` bits at most at a
-/// temperature of 1, the likeliest in any case; and how much it surprises among these, in bits.
+/// The token at `at`, 0 ≤ at < 1, of softmax(logits / temperature) among those that surprise by `most` bits at most, the
+/// likeliest in any case; and how much it surprises among these, in bits.
 fn draw(logits: &[f32], temperature: f32, most: f32, at: f64) -> (Token, f32) {
-    let likeliest = argmax(logits);
-    let max = logits[likeliest as usize];
-    let least = max.min(log_sum_exp(logits) as f32 - most * LN_2);
-    let weight = |v: &f32| if *v < least { 0.0 } else { exp_neg((v - max) / temperature) };
-    let weights: Vec<f32> = logits.iter().map(weight).collect();
-    let sums: Vec<f64> = weights.chunks(256).map(|c| f64::from(c.iter().sum::<f32>())).collect();
+    let max = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+    let mut weights: Vec<f32> = logits.iter().map(|v| exp_neg((v - max) / temperature)).collect();
+    let sums_of = |weights: &[f32]| -> Vec<f64> {
+        weights.chunks(256).map(|c| f64::from(c.iter().sum::<f32>())).collect()
+    };
+    // The likeliest has a weight of 1.
+    let least = (sums_of(&weights).iter().sum::<f64>() * f64::from(-most).exp2()).min(1.0) as f32;
+    weights.iter_mut().filter(|w| **w < least).for_each(|w| *w = 0.0);
+    let sums = sums_of(&weights);
     let sum: f64 = sums.iter().sum();
     let mut left = at * sum;
     let chunk = sums.iter().position(|s| {
@@ -212,7 +215,7 @@ fn draw(logits: &[f32], temperature: f32, most: f32, at: f64) -> (Token, f32) {
         left < 0.0
     });
     // Rounding may leave a crumb behind the last token of the chunk.
-    let token = inside.map_or(likeliest, |i| (from + i) as Token);
+    let token = inside.map_or_else(|| argmax(logits), |i| (from + i) as Token);
     (token, -(f64::from(weights[token as usize]) / sum).log2() as f32)
 }
 
