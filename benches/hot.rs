@@ -98,7 +98,8 @@ fn block(c: &mut Criterion) {
         let x = Rng(2).vec(TOKENS * n_embd, 1.0);
         let (mut out, scales) = (vec![0.0; x.len()], vec![1.0; TOKENS]);
         let heads = forward.heads(&block, &x, None).expect("engine");
-        let mut moments = Moments::new(w.ffn_down.n_in, w.ffn_down.n_out);
+        let (n_in, n_out) = (w.ffn_down.n_in, w.ffn_down.n_out);
+        let mut moments = forward.gathering(&block, n_in, n_out).expect("engine");
 
         let before = operations();
         forward.block(&block, &x, None, &mut out).expect("engine");

@@ -9,7 +9,7 @@
 
 use clap::Parser;
 use putri_gguf::calibrate::file_windows;
-use putri_gguf::forward::{Collect, Forward, Wanted};
+use putri_gguf::forward::{Collect, Forward, Gathering, Wanted};
 use putri_gguf::ggml::{LlamaModel, Type, silence_logs};
 use putri_gguf::model::{Matrix, Model};
 use putri_gguf::numeric::{Moments, SymMatrix};
@@ -79,7 +79,7 @@ fn main() {
     for il in 0..model.hparams.n_layer() {
         let w = model.block(il).expect("block");
         let block = forward.upload(&w).expect("engine");
-        let mut moments = [Moments::new(w.ffn_down.n_in, 0), Moments::new(w.ffn_down.n_in, 0)];
+        let mut moments = [(); 2].map(|()| forward.gathering(&block, w.ffn_down.n_in, 0).expect("engine"));
         for (i, x) in stream.chunks_exact_mut(args.ctx * forward.n_embd()).enumerate() {
             let heads = forward.heads(&block, x, None).expect("engine");
             let mut out = vec![0.0; x.len()];
@@ -94,6 +94,7 @@ fn main() {
         if il % args.every != 0 {
             continue;
         }
+        let mut moments = moments.map(Gathering::finish);
         moments.iter_mut().for_each(Moments::centre);
         let [fit, judge] = &moments;
         let width = (w.ffn_down.n_in * 2 / 3).next_multiple_of(256).min(w.ffn_down.n_in);

@@ -131,15 +131,19 @@ fn collected(forward: &mut Forward, block: &Block, x: &[f32], n_ff: usize) -> Ve
         let gram = (0..m.gram.n()).flat_map(|i| m.gram.row(i).to_vec()).collect();
         found.extend(what.into_iter().zip([gram, m.cross.clone(), m.x.clone()]));
     };
-    let widths = forward.heads(block, x, None).unwrap().len() / scales.len();
-    let mut at_heads = Moments::new(widths, n_embd);
-    let collect = Collect { target: Some(&target), scales: &scales, into: &mut at_heads };
-    let heads = forward.heads(block, x, Some(collect)).unwrap();
-    add(["Gram of heads", "cross of heads", "sums of heads"], &at_heads);
-    let mut at_neurons = Moments::new(n_ff, n_embd);
-    let collect = Collect { target: Some(&target), scales: &scales, into: &mut at_neurons };
-    forward.from_heads(block, x, &heads, Wanted { moments: Some(collect), ..Wanted::default() }).unwrap();
-    add(["Gram of neurons", "cross of neurons", "sums of neurons"], &at_neurons);
+    let width = forward.heads(block, x, None).unwrap().len() / scales.len();
+    let [mut at_heads, mut at_neurons] = [width, n_ff].map(|n| forward.gathering(block, n, n_embd).unwrap());
+    // In two parts of unequal length, which add up.
+    let border = 3 * x.len() / 4;
+    for part in [0..border, border..x.len()] {
+        let scales = &scales[part.start / n_embd..part.end / n_embd];
+        let (x, target) = (&x[part.clone()], Some(&target[part]));
+        let heads = forward.heads(block, x, Some(Collect { target, scales, into: &mut at_heads })).unwrap();
+        let moments = Some(Collect { target, scales, into: &mut at_neurons });
+        forward.from_heads(block, x, &heads, Wanted { moments, ..Wanted::default() }).unwrap();
+    }
+    add(["Gram of heads", "cross of heads", "sums of heads"], &at_heads.finish());
+    add(["Gram of neurons", "cross of neurons", "sums of neurons"], &at_neurons.finish());
     let (mut squares, mut out) = (InputSquares::default(), vec![0.0; x.len()]);
     forward.block_squares(block, x, &mut out, &mut squares).unwrap();
     found.push(("squares", [squares.qkv, squares.attn_output, squares.ffn, squares.ffn_down].concat()));

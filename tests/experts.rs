@@ -5,7 +5,6 @@ mod common;
 use common::small::{Rng, Small};
 use putri_gguf::forward::{Block, ExpertUse, Forward};
 use putri_gguf::model::{BlockWeights, Matrix, Model};
-use putri_gguf::numeric::Moments;
 use putri_gguf::prune::{busiest, heaviest};
 
 fn product(m: &Matrix, x: &[f64]) -> Vec<f64> {
@@ -48,8 +47,9 @@ fn moments_are_those_of_its_tokens(
         let stream: Vec<f32> =
             tokens.iter().flat_map(|&(t, _)| &mid[t * n_embd..][..n_embd]).copied().collect();
         let scales: Vec<f32> = tokens.iter().map(|&(t, weight)| weight * (1.0 + t as f32)).collect();
-        let mut moments = Moments::new(n_ff, 0);
+        let mut moments = forward.gathering(block, n_ff, 0).unwrap();
         forward.expert_moments(block, i, &stream, &scales, &mut moments).unwrap();
+        let moments = moments.finish();
         assert_eq!(moments.n_tokens, tokens.len());
         let mut gram = vec![0.0; n_ff * n_ff];
         for (mid, scale) in stream.chunks_exact(n_embd).zip(&scales) {

@@ -9,7 +9,6 @@ use putri_gguf::forward::{Collect, Forward, Wanted};
 use putri_gguf::ggml::{Type, silence_logs};
 use putri_gguf::gguf::{GgufFile, Value};
 use putri_gguf::model::Model;
-use putri_gguf::numeric::Moments;
 use putri_gguf::pipeline::{Observer, Plan, Settings, input_squares};
 
 struct Silent;
@@ -61,17 +60,17 @@ fn squares_are_those_of_the_inputs() {
         close(&got.qkv, &normed_squares(&x, w.attn_norm.as_deref().unwrap_or_default(), eps));
         // The diagonals of the Gram matrices that pruning collects.
         let scales = vec![1.0; n_ctx * n_fit];
-        let mut at_heads = Moments::new(w.attn_output.n_in, 0);
-        let mut at_neurons = Moments::new(w.ffn_down.n_in, 0);
+        let [mut at_heads, mut at_neurons] =
+            [w.attn_output.n_in, w.ffn_down.n_in].map(|n| forward.gathering(&block, n, 0).unwrap());
         let collect = Collect { target: None, scales: &scales, into: &mut at_heads };
         let heads = forward.heads(&block, &x, Some(collect)).unwrap();
         let (mut mid, mut out) = (vec![0.0; x.len()], vec![0.0; x.len()]);
         let collect = Collect { target: None, scales: &scales, into: &mut at_neurons };
         let wanted = Wanted { mid: Some(&mut mid), out: Some(&mut out), moments: Some(collect) };
         forward.from_heads(&block, &x, &heads, wanted).unwrap();
-        close(&got.attn_output, &at_heads.gram.diagonal());
+        close(&got.attn_output, &at_heads.finish().gram.diagonal());
         close(&got.ffn, &normed_squares(&mid, w.ffn_norm.as_ref().unwrap(), eps));
-        close(&got.ffn_down, &at_neurons.gram.diagonal());
+        close(&got.ffn_down, &at_neurons.finish().gram.diagonal());
         x = out;
     }
 }

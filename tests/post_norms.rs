@@ -58,9 +58,10 @@ fn moments_are_those_of_the_map() {
     let block = s.forward.upload(&s.w).unwrap();
     let map = s.w.attn_output.clone();
     let target: Vec<f32> = s.x.iter().enumerate().map(|(i, v)| v + (i % 7) as f32 / 3.0).collect();
-    let mut found = Moments::new(map.n_in, map.n_out);
+    let mut found = s.forward.gathering(&block, map.n_in, map.n_out).unwrap();
     let collect = Collect { target: Some(&target), scales: &s.scales, into: &mut found };
     let a = s.forward.heads(&block, &s.x, Some(collect)).unwrap();
+    let found = found.finish();
 
     let w = s.w.clone();
     let [own, _] = s.run(&w);
@@ -108,10 +109,10 @@ fn refitting_brings_the_stream_to_its_target() {
     let moved = BlockWeights { attn_output: perturbed(&w.attn_output, 0.05), ..w.clone() };
     let ([before, _], [target, _]) = (s.run(&w), s.run(&moved));
     let block = s.forward.upload(&w).unwrap();
-    let mut moments = Moments::new(w.attn_output.n_in, w.attn_output.n_out);
+    let mut moments = s.forward.gathering(&block, w.attn_output.n_in, w.attn_output.n_out).unwrap();
     let collect = Collect { target: Some(&target), scales: &s.scales, into: &mut moments };
     s.forward.heads(&block, &s.x, Some(collect)).unwrap();
-    let new = refit(&w.attn_output, &moments, 1.0, &all(&w.attn_output), 1e-6).unwrap().weights;
+    let new = refit(&w.attn_output, &moments.finish(), 1.0, &all(&w.attn_output), 1e-6).unwrap().weights;
     let [after, _] = s.run(&BlockWeights { attn_output: new, ..w.clone() });
     let left = distance(&after, &target) / distance(&before, &target);
     println!("attn_output: {left:.3} of the error is left");
@@ -119,12 +120,12 @@ fn refitting_brings_the_stream_to_its_target() {
 
     let moved = BlockWeights { ffn_down: perturbed(&w.ffn_down, 0.05), ..w.clone() };
     let ([_, before], [_, target]) = (s.run(&w), s.run(&moved));
-    let mut moments = Moments::new(w.ffn_down.n_in, w.ffn_down.n_out);
+    let mut moments = s.forward.gathering(&block, w.ffn_down.n_in, w.ffn_down.n_out).unwrap();
     let heads = s.forward.heads(&block, &s.x, None).unwrap();
     let collect = Collect { target: Some(&target), scales: &s.scales, into: &mut moments };
     let wanted = Wanted { moments: Some(collect), ..Wanted::default() };
     s.forward.from_heads(&block, &s.x, &heads, wanted).unwrap();
-    let new = refit(&w.ffn_down, &moments, 1.0, &all(&w.ffn_down), 1e-6).unwrap().weights;
+    let new = refit(&w.ffn_down, &moments.finish(), 1.0, &all(&w.ffn_down), 1e-6).unwrap().weights;
     let [_, after] = s.run(&BlockWeights { ffn_down: new, ..w });
     let left = distance(&after, &target) / distance(&before, &target);
     println!("ffn_down: {left:.3} of the error is left");

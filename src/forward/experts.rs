@@ -4,10 +4,8 @@
 //! the first has run.
 
 use super::block::MAX_NODES;
-use super::stats::sums;
-use super::{Block, Forward, ForwardError, Net};
+use super::{Block, Forward, ForwardError, Gathering, Net};
 use crate::ggml::{Graph, T};
-use crate::numeric::Moments;
 
 /// Index of each weight of a block's experts in the resident set.
 pub(super) struct ExpertRoles {
@@ -120,7 +118,7 @@ impl Forward {
         expert: usize,
         mid: &[f32],
         scales: &[f32],
-        into: &mut Moments,
+        into: &mut Gathering,
     ) -> Result<(), ForwardError> {
         let roles = b.roles.experts.as_ref().expect("a block with experts");
         let [gate, up, _] = roles.each[expert];
@@ -129,7 +127,7 @@ impl Forward {
         let h = self.net.ffn_input(&mut g, b, x, x);
         let h = self.net.gated(&mut g, b, [gate, up], h);
         let scales = g.input_f32([1, scales.len()], scales);
-        let sums = sums(&mut g, h, None, scales);
+        let (sums, into) = into.sums(&mut g, h, None, scales);
         sums.add_to(into, &g.compute(&mut self.engine)?);
         Ok(())
     }

@@ -17,8 +17,8 @@ pub use gradient::BlockGradient;
 pub(crate) use gradient::{GRADIENT_TOKENS, LOSS_ROWS};
 pub use head::Head;
 pub(crate) use head::LOGIT_ROWS;
-pub(crate) use stats::moment_products;
-pub use stats::{Collect, InputSquares, Wanted};
+pub use stats::{Collect, Gathering, InputSquares, Wanted};
+pub(crate) use stats::{largest_product, moment_products};
 
 use crate::ggml::{Compute, Engine, GgmlError, Resident, TensorSpec, Token};
 use crate::gguf::GgufError;

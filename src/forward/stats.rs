@@ -2,7 +2,7 @@
 
 use super::block::{Half, MAX_NODES};
 use super::{Block, Forward, ForwardError, Net};
-use crate::ggml::{Computed, Graph, T};
+use crate::ggml::{Computed, Graph, Resident, T};
 use crate::numeric::Moments;
 
 /// Panels of rows that a symmetric product is cut into, each from its diagonal on: (p + 1) / 2p of the work.
@@ -13,15 +13,55 @@ fn panel_rows(n: usize) -> usize {
     n.div_ceil(PANELS).next_multiple_of(16)
 }
 
-/// Products of two numbers that a token adds to the moments of `n` inputs and `m` residuals.
-pub(crate) fn moment_products(n: usize, m: usize) -> usize {
+/// Where the panels of a symmetric matrix of `n` rows begin, and how many rows each has.
+fn panels(n: usize) -> impl Iterator<Item = (usize, usize)> {
     let width = panel_rows(n.max(1));
-    let panels = (0..n).step_by(width).map(|start| width.min(n - start) * (n - start));
-    panels.sum::<usize>() + n * m + n + m
+    (0..n).step_by(width).map(move |start| (start, width.min(n - start)))
 }
 
-/// Outputs of a graph that [`Moments::add`] reads.
+/// Products of two numbers that a token adds to the moments of `n` inputs and `m` residuals.
+pub(crate) fn moment_products(n: usize, m: usize) -> usize {
+    panels(n).map(|(start, rows)| rows * (n - start)).sum::<usize>() + n * m + n + m
+}
+
+/// Elements of the largest product that they are summed by.
+pub(crate) fn largest_product(n: usize, m: usize) -> usize {
+    panels(n).map(|(start, rows)| rows * (n - start)).fold(n * m, usize::max)
+}
+
+/// Moments that grow chunk by chunk. On the CPU each chunk's products are added in 64 bits; on a device they stay where the
+/// block is, in 32 bits, until all chunks are through, for they are the largest thing that would have to be fetched.
+pub struct Gathering {
+    moments: Moments,
+    there: Option<Totals>,
+}
+
+/// Sums on a device.
+struct Totals {
+    set: Resident,
+    /// Of the cross products, which lie behind the panels.
+    cross: Option<usize>,
+}
+
+impl Gathering {
+    /// What all chunks come to.
+    pub fn finish(self) -> Moments {
+        let Gathering { mut moments, there } = self;
+        if let Some(there) = there {
+            for (i, (start, _)) in panels(moments.gram.n()).enumerate() {
+                moments.add_panel(start, &there.set.read(i));
+            }
+            if let Some(cross) = there.cross {
+                moments.add_cross(&there.set.read(cross));
+            }
+        }
+        moments
+    }
+}
+
+/// Outputs of a graph that [`Sums::add_to`] reads.
 pub(super) struct Sums {
+    /// What a device does not keep.
     panels: Vec<(usize, T)>,
     cross: Option<T>,
     x: T,
@@ -55,7 +95,7 @@ pub struct Collect<'a> {
     /// Factor of each token's inputs and residual.
     pub scales: &'a [f32],
     /// Receives the sums.
-    pub into: &'a mut Moments,
+    pub into: &'a mut Gathering,
 }
 
 /// What [`Forward::from_heads`] writes.
@@ -84,6 +124,20 @@ pub struct InputSquares {
 }
 
 impl Forward {
+    /// Nothing yet, of moments in `b` of `n` inputs and `m` residuals; 0 where no chunk has a target.
+    ///
+    /// # Errors
+    /// [`ForwardError`] if a device has no room for the sums.
+    pub fn gathering(&self, b: &Block, n: usize, m: usize) -> Result<Gathering, ForwardError> {
+        let there = self.engine.has_devices().then(|| {
+            let cross = (m > 0).then_some([n, m]);
+            let shapes: Vec<_> = panels(n).map(|(start, rows)| [n - start, rows]).chain(cross).collect();
+            let set = Resident::zeros(&self.engine, &b.set, &shapes)?;
+            Ok::<_, ForwardError>(Totals { set, cross: cross.map(|_| shapes.len() - 1) })
+        });
+        Ok(Gathering { moments: Moments::new(n, m), there: there.transpose()? })
+    }
+
     /// A chunk through the whole block: `x` in, the stream after the block into `out`, and the squares of
     /// what its matrices see added to `squares`.
     ///
@@ -143,7 +197,7 @@ impl Forward {
         let collect = moments.map(|c| {
             let y = self.net.map(&mut g, b, Half::Attention, a);
             let own = self.net.join(&mut g, b, Half::Attention, x, y);
-            (self.net.collect(&mut g, b, Half::Attention, [a, y, own], c.target, c.scales), c.into)
+            self.net.collect(&mut g, b, Half::Attention, [a, y, own], c)
         });
         let done = g.compute(&mut self.engine)?;
         if let Some((sums, into)) = collect {
@@ -190,9 +244,7 @@ impl Forward {
         if wanted.out.is_some() {
             g.output(own);
         }
-        let collect = wanted.moments.map(|c| {
-            (self.net.collect(&mut g, b, Half::FeedForward, [h, y, own], c.target, c.scales), c.into)
-        });
+        let collect = wanted.moments.map(|c| self.net.collect(&mut g, b, Half::FeedForward, [h, y, own], c));
         let done = g.compute(&mut self.engine)?;
         if let Some((sums, into)) = collect {
             sums.add_to(into, &done);
@@ -208,19 +260,18 @@ impl Forward {
 }
 
 impl Net {
-    /// Sums at the map that ends `half`: its inputs, its outputs, and the stream after it; what that stream
-    /// should be, and the factor of each token.
+    /// Sums at the map that ends `half`: its inputs, its outputs, and the stream after it. Returns them with what those on the
+    /// host are added to.
     fn collect<'a>(
         &'a self,
         g: &mut Graph<'a>,
         b: &'a Block,
         half: Half,
         [inputs, y, own]: [T; 3],
-        target: Option<&'a [f32]>,
-        scales: &'a [f32],
-    ) -> Sums {
-        let mut scales = g.input_f32([1, scales.len()], scales);
-        let mut residual = target.map(|target| {
+        c: Collect<'a>,
+    ) -> (Sums, &'a mut Moments) {
+        let mut scales = g.input_f32([1, c.scales.len()], c.scales);
+        let mut residual = c.target.map(|target| {
             let [n_embd, n_tokens, ..] = g.ne(own);
             let target = g.input_f32([n_embd, n_tokens], target);
             let r = g.sub(target, own);
@@ -233,40 +284,61 @@ impl Net {
             });
             scales = g.div(scales, rms);
         }
-        sums(g, inputs, residual, scales)
+        c.into.sums(g, inputs, residual, scales)
     }
 }
 
-/// Products over tokens of `x` `[n, n_tokens]` with itself and with `residual` `[m, n_tokens]`, both
-/// multiplied by `scales` `[1, n_tokens]`, and their sums with the square of that weight.
-pub(super) fn sums<'a>(g: &mut Graph<'a>, x: T, residual: Option<T>, scales: T) -> Sums {
-    let [n, n_tokens, ..] = g.ne(x);
-    g.output(scales);
-    let weights = g.reshape(scales, [n_tokens, 1, 1, 1]);
-    let x = g.mul(x, scales);
-    let rt = residual.map(|r| {
-        let r = g.mul(r, scales);
-        g.transpose(r)
-    });
-    let xt = g.transpose(x);
-    let product = |g: &mut Graph<'a>, a: T, b: T| {
-        let product = g.mul_mat(a, b);
-        g.output(product);
-        product
-    };
-    let width = panel_rows(n);
-    let panels = (0..n).step_by(width).map(|start| {
-        let panel = g.slice(x, 0, start, width.min(n - start));
-        let behind = g.slice(x, 0, start, n - start);
-        let (panel, behind) = (g.transpose(panel), g.transpose(behind));
-        (start, product(g, behind, panel))
-    });
-    Sums {
-        panels: panels.collect(),
-        cross: rt.map(|rt| product(g, xt, rt)),
-        x: product(g, xt, weights),
-        r: rt.map(|rt| product(g, rt, weights)),
-        scales,
-        n_tokens,
+impl Gathering {
+    /// Products over tokens of `x` `[n, n_tokens]` with itself and with `residual` `[m, n_tokens]`, both
+    /// multiplied by `scales` `[1, n_tokens]`, and their sums with the square of that weight. Returns, with what to add it
+    /// to, what the host has to add once the graph ran.
+    pub(super) fn sums<'a>(
+        &'a mut self,
+        g: &mut Graph<'a>,
+        x: T,
+        residual: Option<T>,
+        scales: T,
+    ) -> (Sums, &'a mut Moments) {
+        let Gathering { moments, there } = self;
+        let there = there.as_ref();
+        let [n, n_tokens, ..] = g.ne(x);
+        g.output(scales);
+        let weights = g.reshape(scales, [n_tokens, 1, 1, 1]);
+        let x = g.mul(x, scales);
+        let rt = residual.map(|r| {
+            let r = g.mul(r, scales);
+            g.transpose(r)
+        });
+        let xt = g.transpose(x);
+        // To the `i`-th total, where there is one.
+        let product = |g: &mut Graph<'a>, a: T, b: T, total: Option<(&'a Totals, usize)>| {
+            let mut product = g.mul_mat(a, b);
+            if let Some((there, i)) = total {
+                let total = g.resident(&there.set, i);
+                product = g.add_to(total, product);
+            }
+            g.output(product);
+            product
+        };
+        let panels: Vec<(usize, T)> = panels(n)
+            .enumerate()
+            .map(|(i, (start, rows))| {
+                let panel = g.slice(x, 0, start, rows);
+                let behind = g.slice(x, 0, start, n - start);
+                let (panel, behind) = (g.transpose(panel), g.transpose(behind));
+                (start, product(g, behind, panel, there.map(|t| (t, i))))
+            })
+            .collect();
+        let total = there.and_then(|t| Some((t, t.cross?)));
+        let cross = rt.map(|rt| product(g, xt, rt, total));
+        let sums = Sums {
+            panels: if there.is_some() { Vec::new() } else { panels },
+            cross: cross.filter(|_| there.is_none()),
+            x: product(g, xt, weights, None),
+            r: rt.map(|rt| product(g, rt, weights, None)),
+            scales,
+            n_tokens,
+        };
+        (sums, moments)
     }
 }

@@ -74,7 +74,7 @@ impl Engine {
     }
 
     /// Whether graphs run on devices.
-    pub(super) fn has_devices(&self) -> bool {
+    pub(crate) fn has_devices(&self) -> bool {
         matches!(self.place, Place::Devices { .. })
     }
 
@@ -233,10 +233,12 @@ impl<'a> TensorSpec<'a> {
     }
 }
 
-/// Tensors that live on a backend (weights, masks), addressed by index.
+/// Tensors that live on a backend (weights, masks, sums), addressed by index.
 pub struct Resident {
     ctx: NonNull<sys::ggml_context>,
     buffer: sys::ggml_backend_buffer_t,
+    /// Where it is.
+    backend: sys::ggml_backend_t,
     _taken: Taken,
     pub(super) tensors: Vec<NonNull<sys::ggml_tensor>>,
 }
@@ -253,42 +255,84 @@ impl Resident {
         for s in specs {
             assert_eq!(s.bytes.len(), s.ty.row_bytes(s.ne[0]) * s.ne[1], "tensor bytes and shape disagree");
         }
-        let total: usize = specs.iter().map(|s| s.bytes.len()).sum();
-        // SAFETY: the context has room for one header per tensor; each header's data pointer is
-        // set by ggml_backend_alloc_ctx_tensors before the copies, whose lengths were checked.
+        let shapes: Vec<_> = specs.iter().map(|s| (s.ty, s.ne)).collect();
+        let set = Resident::allocate(engine, engine.next_backend(), &shapes, "weights")?;
+        // SAFETY: both are alive, and a tensor has as many bytes as its spec, which was checked.
+        unsafe {
+            // So that operations run where their weights are.
+            sys::ggml_backend_buffer_set_usage(set.buffer, sys::GGML_BACKEND_BUFFER_USAGE_WEIGHTS);
+            for (t, s) in set.tensors.iter().zip(specs) {
+                sys::ggml_backend_tensor_set(t.as_ptr(), s.bytes.as_ptr().cast(), 0, s.bytes.len());
+            }
+        }
+        Ok(set)
+    }
+
+    /// Floats of these sizes, all 0, where `beside` is: what graphs add to ([`super::Graph::add_to`]).
+    ///
+    /// # Errors
+    /// [`GgmlError::Memory`] if the backend has no room.
+    pub fn zeros(engine: &Engine, beside: &Resident, shapes: &[[usize; 2]]) -> Result<Resident, GgmlError> {
+        let shapes: Vec<_> = shapes.iter().map(|ne| (Type::F32, *ne)).collect();
+        let set = Resident::allocate(engine, beside.backend, &shapes, "sums")?;
+        // SAFETY: the buffer is alive.
+        unsafe { sys::ggml_backend_buffer_clear(set.buffer, 0) };
+        Ok(set)
+    }
+
+    /// Tensors of these types and sizes on `backend`, one of the engine's.
+    fn allocate(
+        engine: &Engine,
+        backend: sys::ggml_backend_t,
+        shapes: &[(Type, [usize; 2])],
+        what: &'static str,
+    ) -> Result<Resident, GgmlError> {
+        let total: usize = shapes.iter().map(|(ty, ne)| ty.row_bytes(ne[0]) * ne[1]).sum();
+        // SAFETY: the context has room for one header per tensor.
         unsafe {
             let params = sys::ggml_init_params {
-                mem_size: (specs.len() + 1) * sys::ggml_tensor_overhead(),
+                mem_size: (shapes.len() + 1) * sys::ggml_tensor_overhead(),
                 mem_buffer: std::ptr::null_mut(),
                 no_alloc: true,
             };
             let ctx = NonNull::new(sys::ggml_init(params)).ok_or(GgmlError::Memory(0, "tensor headers"))?;
-            let tensors: Vec<_> = specs
+            let tensors: Vec<_> = shapes
                 .iter()
-                .map(|s| {
-                    let ne = s.ne.map(|n| n as i64);
-                    NonNull::new_unchecked(sys::ggml_new_tensor(ctx.as_ptr(), s.ty.raw(), 2, ne.as_ptr()))
+                .map(|(ty, ne)| {
+                    let ne = ne.map(|n| n as i64);
+                    NonNull::new_unchecked(sys::ggml_new_tensor(ctx.as_ptr(), ty.raw(), 2, ne.as_ptr()))
                 })
                 .collect();
-            let buffer = sys::ggml_backend_alloc_ctx_tensors(ctx.as_ptr(), engine.next_backend());
+            let buffer = sys::ggml_backend_alloc_ctx_tensors(ctx.as_ptr(), backend);
             if buffer.is_null() {
                 sys::ggml_free(ctx.as_ptr());
-                return Err(GgmlError::Memory(total >> 20, "weights"));
-            }
-            // So that operations run where their weights are.
-            sys::ggml_backend_buffer_set_usage(buffer, sys::GGML_BACKEND_BUFFER_USAGE_WEIGHTS);
-            for (t, s) in tensors.iter().zip(specs) {
-                sys::ggml_backend_tensor_set(t.as_ptr(), s.bytes.as_ptr().cast(), 0, s.bytes.len());
+                return Err(GgmlError::Memory(total >> 20, what));
             }
             let on_device = if engine.has_devices() { sys::ggml_backend_buffer_get_size(buffer) } else { 0 };
-            Ok(Resident { ctx, buffer, _taken: Taken::new(on_device as u64), tensors })
+            Ok(Resident { ctx, buffer, backend, _taken: Taken::new(on_device as u64), tensors })
+        }
+    }
+
+    /// The floats of the `index`-th tensor.
+    ///
+    /// # Panics
+    /// If they are of another type.
+    pub fn read(&self, index: usize) -> Vec<f32> {
+        let t = self.tensors[index].as_ptr();
+        // SAFETY: the tensor is alive, and has as many bytes as are asked for.
+        unsafe {
+            assert_eq!((*t).type_, sys::GGML_TYPE_F32);
+            let mut out = vec![0.0f32; sys::ggml_nelements(t) as usize];
+            let bytes = std::mem::size_of_val(&out[..]);
+            sys::ggml_backend_tensor_get(t, out.as_mut_ptr().cast(), 0, bytes);
+            out
         }
     }
 }
 
 impl Drop for Resident {
     fn drop(&mut self) {
-        // SAFETY: made by `upload`; graphs that refer to them borrow `self` and are gone.
+        // SAFETY: made by `allocate`; graphs that refer to them borrow `self` and are gone.
         unsafe {
             sys::ggml_backend_buffer_free(self.buffer);
             sys::ggml_free(self.ctx.as_ptr());

@@ -228,6 +228,17 @@ impl<'a> Graph<'a> {
         self.push(raw)
     }
 
+    /// Adds `b` to the resident tensor `total`, where it is. Graphs that run later find the sum there.
+    pub fn add_to(&mut self, total: T, b: T) -> T {
+        assert_eq!(self.ne(total), self.ne(b));
+        // SAFETY: same shape.
+        let raw = unsafe {
+            assert!(!(*self.raw(total)).buffer.is_null(), "not a resident tensor");
+            sys::ggml_add_inplace(self.ctx.as_ptr(), self.raw(total), self.raw(b))
+        };
+        self.push(raw)
+    }
+
     /// `a − b`, with `b` repeated to the shape of `a`.
     pub fn sub(&mut self, a: T, b: T) -> T {
         self.assert_repeats(a, b, "sub");

@@ -72,7 +72,7 @@ impl Run<'_> {
             self.checkpoint()?;
             let w = self.plan.block(self.model, il)?;
             let block = self.forward.upload(&w)?;
-            let mut moments = Moments::new(w.shape.n_ff, 0);
+            let mut moments = self.forward.gathering(&block, w.shape.n_ff, 0)?;
             for chunk in self.forward.chunks(0..n_windows) {
                 let span = self.forward.span(&chunk);
                 let x = &stream[span.clone()];
@@ -84,11 +84,12 @@ impl Run<'_> {
                 self.forward.from_heads(&block, x, &heads, wanted)?;
                 stream[span].copy_from_slice(&out);
             }
+            // The algebra needs the room.
+            drop(block);
+            let mut moments = moments.finish();
             if self.settings.biases {
                 moments.centre();
             }
-            // The algebra needs the room.
-            drop(block);
             let widths = prune::possible_widths(budget);
             let at = self.probe_at(&widths);
             // That of the fit to come, which sees all tokens: the curves only compare blocks.

@@ -130,7 +130,7 @@ impl Run<'_> {
         streams: &Streams,
     ) -> Result<Moments, PruneError> {
         let n_embd = self.forward.n_embd();
-        let mut moments = Moments::new(n_ff, 0);
+        let mut moments = self.forward.gathering(block, n_ff, 0)?;
         for part in tokens.chunks(self.forward.chunk_tokens()) {
             let rows = |stream: &[f32]| -> Vec<f32> {
                 part.iter().flat_map(|&(t, _)| &stream[t * n_embd..][..n_embd]).copied().collect()
@@ -140,6 +140,6 @@ impl Run<'_> {
             let mid = rows(&streams.pruned);
             self.forward.expert_moments(block, expert, &mid, &scales, &mut moments)?;
         }
-        Ok(moments)
+        Ok(moments.finish())
     }
 }

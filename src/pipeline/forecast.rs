@@ -11,7 +11,8 @@ use super::{
 };
 use crate::calibrate::Windows;
 use crate::forward::{
-    GRADIENT_TOKENS, LOGIT_ROWS, LOSS_ROWS, MAX_GRADIENT_CTX, moment_products, query_slice, whole_windows,
+    GRADIENT_TOKENS, LOGIT_ROWS, LOSS_ROWS, MAX_GRADIENT_CTX, largest_product, moment_products, query_slice,
+    whole_windows,
 };
 use crate::ggml::Type;
 use crate::model::{BlockShape, BlockTensors, Family, KvCache, Model, Piece, Segment};
@@ -329,18 +330,28 @@ impl Work<'_> {
         4.0 * (attention.max(ffn) + chunk * 3.0 * self.n_embd()) + 8.0 * slice * n_ctx as f64
     }
 
-    /// Bytes of the graph that sums moments at ffn_down.
-    fn moment_graph_bytes(&self, n_ctx: usize, n_tokens: f64, n_out: f64) -> f64 {
-        let n = self.max_ff();
-        let sums = moment_products(n as usize, n_out as usize) as f64;
-        self.graph_bytes(n_ctx, n_tokens)
-            + 4.0 * (sums + self.chunk(n_ctx, n_tokens) * (n + 2.0 * self.n_embd()))
+    /// Residuals per token in moments at ffn_down, where blocks are refitted.
+    fn n_residuals(&self) -> f64 {
+        if self.s.method == Method::Putri { self.n_embd() } else { 0.0 }
     }
 
-    /// Bytes that the forward pass over calibration windows keeps on devices for its graphs, once it summed moments.
+    /// Bytes of the sums of products that moments of `n` inputs and `n_out` residuals are made of.
+    fn sums_bytes(&self, n: f64, n_out: f64) -> f64 {
+        4.0 * moment_products(n as usize, n_out as usize) as f64
+    }
+
+    /// Bytes of the graph that makes moments at ffn_down, without its sums.
+    fn moment_graph_bytes(&self, n_ctx: usize, n_tokens: f64) -> f64 {
+        let inputs = self.chunk(n_ctx, n_tokens) * (self.max_ff() + 2.0 * self.n_embd());
+        self.graph_bytes(n_ctx, n_tokens) + 4.0 * inputs
+    }
+
+    /// Bytes that the forward pass over calibration windows keeps on devices for its graphs, once it summed moments: of the
+    /// products one at a time, for each is added to a total.
     fn kept_graph_bytes(&self) -> f64 {
-        let n_out = if self.s.method == Method::Putri { self.n_embd() } else { 0.0 };
-        self.moment_graph_bytes(self.c.n_ctx, self.n_fit(), n_out)
+        let n = self.max_ff();
+        let largest = largest_product(n as usize, self.n_residuals() as usize) as f64;
+        self.moment_graph_bytes(self.c.n_ctx, self.n_fit()) + 4.0 * largest
     }
 
     /// Bytes of a whole output head in floats.
@@ -433,8 +444,9 @@ impl Work<'_> {
         }
         let streams = self.stream_bytes(self.n_layer() * n_probe * self.n_embd() + n * self.n_embd());
         let probes = 3.0 * 4.0 * n_probe * self.n_embd();
+        let sums = self.sums_bytes(self.max_ff(), 0.0);
         let collecting =
-            2.0 * self.block_bytes() + 4.0 * self.max_ff().powi(2) + self.moment_graph_bytes(n_ctx, n, 0.0);
+            2.0 * self.block_bytes() + 4.0 * self.max_ff().powi(2) + self.moment_graph_bytes(n_ctx, n) + sums;
         let choosing = self.block_bytes() + self.choosing_bytes(0.0, false);
         StageForecast {
             name: "widths",
@@ -443,6 +455,7 @@ impl Work<'_> {
             memory: BASE_BYTES + streams + probes + collecting.max(choosing).max(self.reading_head_bytes()),
             on_devices: self.kept_graph_bytes()
                 + (2.0 * self.block_bytes() + self.graph_bytes(probe_ctx, n_probe))
+                    .max(self.block_bytes() + sums)
                     .max(self.predicting_bytes()),
         }
     }
@@ -502,8 +515,7 @@ impl Work<'_> {
                 }
                 continue;
             }
-            let n_out = if ours { e } else { 0.0 };
-            operations += self.moment_ops(headless.ff, n_out, n_fit);
+            operations += self.moment_ops(headless.ff, self.n_residuals(), n_fit);
             algebra += (headless.ff.powi(3) + pruned.ff.powi(3)) / 3.0 + e * pruned.ff.powi(2);
             if ours {
                 algebra += 2.0 * e * headless.ff.powi(2) + 2.0 * e * e * headless.ff + e.powi(3) * 4.0 / 3.0;
@@ -512,10 +524,11 @@ impl Work<'_> {
         }
         let streams = self.stream_bytes(n_all * (2.0 * e + self.max_q()));
         let sensitivity = self.stream_bytes(self.n_layer() * e * 0.5 * self.s.sensitivity_tokens as f64);
-        let n_out = if ours { e } else { 0.0 };
+        let n_out = self.n_residuals();
         let moments = 4.0 * self.max_ff().powi(2) + 8.0 * self.max_ff() * n_out;
+        let sums = self.sums_bytes(self.max_ff(), n_out);
         let crossing = 3.0 * self.block_bytes() + self.graph_bytes(n_ctx, n_all);
-        let collecting = 2.0 * self.block_bytes() + moments + self.moment_graph_bytes(n_ctx, n_fit, n_out);
+        let collecting = 2.0 * self.block_bytes() + moments + self.moment_graph_bytes(n_ctx, n_fit) + sums;
         let maps = 2.0 * 4.0 * self.max_ff() * e;
         let choosing = self.block_bytes() + maps + self.choosing_bytes(n_out, true);
         StageForecast {
@@ -527,7 +540,9 @@ impl Work<'_> {
                 + sensitivity
                 + self.new_bytes()
                 + crossing.max(collecting).max(choosing),
-            on_devices: 2.0 * self.block_bytes() + self.kept_graph_bytes(),
+            on_devices: self.kept_graph_bytes()
+                + self.block_bytes()
+                + sums.max(self.block_bytes() + self.sums_bytes(self.max_q(), n_out)),
         }
     }
 

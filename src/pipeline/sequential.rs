@@ -115,7 +115,8 @@ impl Run<'_> {
     ) -> Result<Array<f32>, PruneError> {
         let block = self.forward.upload(w)?;
         let refits = self.settings.method == Method::Putri && block.has_attention();
-        let mut moments = Moments::new(w.attn_output.n_in, if refits { w.attn_output.n_out } else { 0 });
+        let (n_in, n_out) = (w.attn_output.n_in, w.attn_output.n_out);
+        let mut moments = refits.then(|| self.forward.gathering(&block, n_in, n_out)).transpose()?;
         let row = if block.has_attention() { w.attn_output.n_in } else { 0 };
         let n_embd = self.forward.n_embd();
         let mut heads = self.settings.shelf.zeros(streams.pruned.len() / n_embd * row)?;
@@ -126,17 +127,15 @@ impl Run<'_> {
             self.forward.block(&dense_block, x, Some(&mut mid), &mut out)?;
             x.copy_from_slice(&out);
             let scales = token_scales(&mid, self.forward.n_embd(), self.settings.token_weight);
-            let collect = (fit && refits).then_some(Collect {
-                target: Some(&mid),
-                scales: &scales,
-                into: &mut moments,
-            });
+            let into = moments.as_mut().filter(|_| fit);
+            let collect = into.map(|into| Collect { target: Some(&mid), scales: &scales, into });
             let at = span.start / n_embd * row..span.end / n_embd * row;
             heads[at].copy_from_slice(&self.forward.heads(&block, &streams.pruned[span], collect)?);
         }
         // The algebra needs the room.
         drop((dense_block, block));
-        if refits {
+        if let Some(moments) = moments {
+            let mut moments = moments.finish();
             if self.settings.biases {
                 moments.centre();
             }
@@ -172,7 +171,7 @@ impl Run<'_> {
     ) -> Result<String, PruneError> {
         let block = self.forward.upload(w)?;
         let n_out = if self.settings.method == Method::Putri { w.ffn_down.n_out } else { 0 };
-        let mut moments = Moments::new(w.ffn_down.n_in, n_out);
+        let mut moments = self.forward.gathering(&block, w.ffn_down.n_in, n_out)?;
         let (n_embd, n_tokens) = (self.forward.n_embd(), self.windows.tokens.len());
         let row = heads.len() / n_tokens;
         let of = |span: &Range<usize>| span.start / n_embd * row..span.end / n_embd * row;
@@ -193,6 +192,7 @@ impl Run<'_> {
         // The algebra needs the room. A feed-forward beside attention has to begin before both again.
         let heads = block.is_parallel().then_some(heads);
         drop(block);
+        let mut moments = moments.finish();
         if self.settings.biases {
             moments.centre();
         }
