@@ -54,7 +54,7 @@ fn relative_loss(w: &Matrix, q: &Quantised, h: &SymMatrix) -> f64 {
         (0..w.n_in).map(|j| (0..w.n_out).map(|i| product[(i, j)] * d[(i, j)]).sum::<f64>()).sum::<f64>()
     };
     let back = q.to_matrix().expect("ggml reads what it wrote");
-    let error: Vec<f32> = back.data.iter().zip(&w.data).map(|(a, b)| a - b).collect();
+    let error: Vec<f32> = back.data.iter().zip(w.data.iter()).map(|(a, b)| a - b).collect();
     form(&error) / form(&w.data)
 }
 

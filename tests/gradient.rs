@@ -6,6 +6,7 @@ use common::small::{Rng, Small};
 use putri_gguf::forward::{BlockGradient, Forward};
 use putri_gguf::ggml::Token;
 use putri_gguf::model::{BlockVector, BlockWeights, Model};
+use std::sync::Arc;
 
 const N_CTX: usize = 40;
 const N_WINDOWS: usize = 3;
@@ -34,11 +35,9 @@ impl Setting {
         // Away from the reference, where there is something to derive.
         let mut rng = Rng(5);
         for w in &mut s.blocks {
-            w.ffn_down
-                .data
-                .iter_mut()
-                .chain(&mut w.attn_output.data)
-                .for_each(|v| *v += 0.05 * rng.uniform());
+            for matrix in [&mut w.ffn_down, &mut w.attn_output] {
+                Arc::make_mut(&mut matrix.data).iter_mut().for_each(|v| *v += 0.05 * rng.uniform());
+            }
         }
         s
     }

@@ -192,7 +192,7 @@ fn refit_of_everything_changes_nothing() {
     let p = Problem::new(60, 10, 4, 7);
     let all: Vec<usize> = (0..10).collect();
     let got = refit(&p.w, &p.moments(), 0.0, &all, 1e-3).unwrap();
-    for (a, b) in got.weights.data.iter().zip(&p.w.data) {
+    for (a, b) in got.weights.data.iter().zip(p.w.data.iter()) {
         assert!((a - b).abs() < 1e-5);
     }
 }
@@ -355,7 +355,7 @@ fn a_metric_weighs_errors_by_what_it_has_seen() {
     }
     let w = Matrix::new(2, 3, vec![1.0, -2.0, 0.5, 4.0, 3.0, 0.25]);
     let alike = Metric::new(&[0.0; 12], 3).unwrap().apply(&w);
-    w.data.iter().zip(&alike.data).for_each(|(a, b)| assert!((b - 0.1 * a).abs() < 1e-6, "{a} {b}"));
+    w.data.iter().zip(alike.data.iter()).for_each(|(a, b)| assert!((b - 0.1 * a).abs() < 1e-6, "{a} {b}"));
     assert!(Metric::new(&[f32::NAN; 12], 3).is_err());
 }
 

@@ -32,7 +32,7 @@ fn relative_loss(w: &Matrix, q: &Quantised, h: &SymMatrix) -> f64 {
             .sum()
     };
     let back = q.to_matrix().unwrap();
-    let diff: Vec<f32> = back.data.iter().zip(&w.data).map(|(a, b)| a - b).collect();
+    let diff: Vec<f32> = back.data.iter().zip(w.data.iter()).map(|(a, b)| a - b).collect();
     form(&diff) / form(&w.data)
 }
 
@@ -67,7 +67,7 @@ fn types_without_blocks_are_written_whole() {
     let w = Matrix::new(72, 5, rng.vec(72 * 5, 1.0));
     let q = quantise_with_feedback(&w, &h, &all(72), 1e-3, Type::F32).unwrap();
     assert_eq!(q.ty, Type::F32);
-    for (a, b) in q.to_matrix().unwrap().data.iter().zip(&w.data) {
+    for (a, b) in q.to_matrix().unwrap().data.iter().zip(w.data.iter()) {
         assert!((a - b).abs() < 1e-5, "F32 rounds nothing");
     }
 }

@@ -3,12 +3,12 @@
 
 use super::experts::ExpertRoles;
 use super::{Forward, ForwardError, Net};
-use crate::ggml::{Graph, Resident, RopeParams, T, TensorSpec};
+use crate::ggml::{Graph, Resident, RopeParams, T, TensorSpec, Values};
 use crate::model::{
     Activation, BlockShape, BlockWeights, ExpertWeights, Matrix, Norm, QkNorm, SlidingWindow,
 };
-use std::borrow::Cow;
 use std::ops::Range;
+use std::sync::Arc;
 
 /// Graph nodes of a block are about forty, and a dozen more per slice of queries; as many again with gradients.
 pub(super) const MAX_NODES: usize = 1024;
@@ -117,7 +117,7 @@ pub(super) enum Half {
 /// Collects tensors for an upload.
 #[derive(Default)]
 struct Uploads<'w> {
-    list: Vec<([usize; 2], Cow<'w, [f32]>)>,
+    list: Vec<TensorSpec<'w>>,
 }
 
 impl<'w> Uploads<'w> {
@@ -125,7 +125,7 @@ impl<'w> Uploads<'w> {
         if m.data.is_empty() {
             return None;
         }
-        self.list.push(([m.n_in, m.n_out], Cow::Borrowed(&m.data)));
+        self.list.push(TensorSpec { ne: [m.n_in, m.n_out], data: Values::Shared(Arc::clone(&m.data)) });
         Some(self.list.len() - 1)
     }
 
@@ -133,7 +133,7 @@ impl<'w> Uploads<'w> {
         if v.is_empty() {
             return None;
         }
-        self.list.push(([v.len(), 1], Cow::Borrowed(v)));
+        self.list.push(TensorSpec { ne: [v.len(), 1], data: Values::Copied(v) });
         Some(self.list.len() - 1)
     }
 
@@ -156,9 +156,9 @@ impl<'w> Uploads<'w> {
         let g = v.as_ref()?;
         let ridge = POST_NORM_RIDGE * g.iter().map(|g| g * g).sum::<f32>() / g.len() as f32;
         let inverse = g.iter().map(|g| g / (g * g + ridge.max(f32::MIN_POSITIVE)));
-        let inverse = ([g.len(), 1], Cow::Owned(inverse.collect()));
+        let inverse = Values::Shared(Arc::new(inverse.collect()));
         let weight = self.vector(g)?;
-        self.list.push(inverse);
+        self.list.push(TensorSpec { ne: [g.len(), 1], data: inverse });
         Some(PostNorm { weight, inverse: self.list.len() - 1 })
     }
 
@@ -168,7 +168,7 @@ impl<'w> Uploads<'w> {
 }
 
 impl Forward {
-    /// Puts a block's weights on the backend.
+    /// Puts a block's weights on the backend, or lets it compute with them where they are.
     ///
     /// # Errors
     /// [`ForwardError`] if there is no room.
@@ -195,8 +195,7 @@ impl Forward {
             ffn_post_norm: up.post_norm(&w.ffn_post_norm),
             experts: w.experts.as_ref().map(|e| up.experts(e)),
         };
-        let specs: Vec<_> = up.list.iter().map(|(ne, data)| TensorSpec::f32(*ne, data)).collect();
-        let set = Resident::upload(&self.engine, &specs)?;
+        let set = Resident::upload(&self.engine, &up.list)?;
         let (shape, sliding, rotated, parallel) = (w.shape, w.sliding, w.rotated, w.parallel);
         Ok(Block { set, shape, sliding, rotated, parallel, roles })
     }

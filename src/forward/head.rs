@@ -2,7 +2,7 @@
 
 use super::block::MAX_NODES;
 use super::{Forward, ForwardError, Net};
-use crate::ggml::{Graph, Resident, T, TensorSpec, Token};
+use crate::ggml::{Graph, Resident, T, TensorSpec, Token, Values};
 use crate::model::{Matrix, Model};
 use crate::numeric::nll;
 use rayon::prelude::*;
@@ -31,7 +31,7 @@ impl Forward {
     /// # Errors
     /// [`ForwardError`] if it cannot be read or there is no room.
     pub fn head(&self, model: &Model) -> Result<Head, ForwardError> {
-        self.upload_head(model, &model.matrix(&model.output)?)
+        self.upload_head(model, model.matrix(&model.output)?)
     }
 
     /// The output head of `model` as far as it is about `tokens`: its logits are of these, in that order.
@@ -43,17 +43,17 @@ impl Forward {
     /// If one is not in the vocabulary.
     pub fn head_of(&self, model: &Model, tokens: &[u32]) -> Result<Head, ForwardError> {
         let rows: Vec<usize> = tokens.iter().map(|&t| t as usize).collect();
-        self.upload_head(model, &model.matrix(&model.output)?.select_rows(&rows))
+        self.upload_head(model, model.matrix(&model.output)?.select_rows(&rows))
     }
 
-    fn upload_head(&self, model: &Model, output: &Matrix) -> Result<Head, ForwardError> {
+    fn upload_head(&self, model: &Model, output: Matrix) -> Result<Head, ForwardError> {
         let norm = model.vector(&model.output_norm)?;
         let bias = model.output_norm_bias.as_ref().map(|b| model.vector(b)).transpose()?;
         let mut specs = vec![
-            TensorSpec::f32([norm.len(), 1], &norm),
-            TensorSpec::f32([output.n_in, output.n_out], &output.data),
+            TensorSpec { ne: [norm.len(), 1], data: Values::Copied(&norm) },
+            TensorSpec { ne: [output.n_in, output.n_out], data: Values::Shared(output.data) },
         ];
-        specs.extend(bias.as_ref().map(|b| TensorSpec::f32([b.len(), 1], b)));
+        specs.extend(bias.as_ref().map(|b| TensorSpec { ne: [b.len(), 1], data: Values::Copied(b) }));
         let set = Resident::upload(&self.engine, &specs)?;
         Ok(Head { set, has_bias: bias.is_some(), n_vocab: output.n_out })
     }

@@ -20,7 +20,7 @@ pub(crate) use head::LOGIT_ROWS;
 pub use stats::{Collect, Gathering, InputSquares, Wanted};
 pub(crate) use stats::{largest_product, moment_products};
 
-use crate::ggml::{Compute, Engine, GgmlError, Resident, TensorSpec, Token};
+use crate::ggml::{Compute, Engine, GgmlError, Resident, TensorSpec, Token, Values};
 use crate::gguf::GgufError;
 use crate::model::{Hparams, Model, Segment};
 use std::ops::Range;
@@ -91,11 +91,11 @@ impl Forward {
             hparams.sliding.as_ref().filter(|s| s.n_swa < n_ctx).map(|s| mask(n_ctx, mask_rows, s.n_swa));
         let mut specs = Vec::new();
         for mask in [Some(&causal), sliding.as_ref()].into_iter().flatten() {
-            specs.push(TensorSpec::f32([n_ctx + mask_rows, mask_rows], mask));
+            specs.push(TensorSpec { ne: [n_ctx + mask_rows, mask_rows], data: Values::Copied(mask) });
         }
         let sliding_mask = specs.len() - 1;
         let factors_at = factors.as_ref().map(|f| {
-            specs.push(TensorSpec::f32([f.len(), 1], f));
+            specs.push(TensorSpec { ne: [f.len(), 1], data: Values::Copied(f) });
             specs.len() - 1
         });
         let fixed = Resident::upload(&engine, &specs)?;

@@ -93,12 +93,6 @@ static PEAK: AtomicU64 = AtomicU64::new(0);
 pub(super) struct Taken(u64);
 
 impl Taken {
-    pub(super) fn new(bytes: u64) -> Taken {
-        let mut taken = Taken::default();
-        taken.resize(bytes);
-        taken
-    }
-
     pub(super) fn resize(&mut self, bytes: u64) {
         let before = TAKEN.fetch_add(bytes, Ordering::Relaxed);
         TAKEN.fetch_sub(self.0, Ordering::Relaxed);

@@ -1,10 +1,11 @@
 //! Compute backends and the tensors that stay on them between graphs.
 
+use super::GgmlError;
 use super::device::{Compute, Device, Taken};
-use super::{GgmlError, Type};
 use llama_cpp_sys_2 as sys;
 use std::cell::Cell;
 use std::ptr::NonNull;
+use std::sync::Arc;
 
 /// Tensors that a graph has at most, leaves and copies between devices included.
 const MAX_TENSORS: usize = 8192;
@@ -216,53 +217,76 @@ impl Drop for Engine {
     }
 }
 
-/// A tensor to be placed on a backend: its type, its sizes (ne\[0\] first) and its bytes.
+/// A matrix or vector of floats to be placed on a backend.
 pub struct TensorSpec<'a> {
-    /// Element type.
-    pub ty: Type,
     /// ne\[0\], ne\[1\].
     pub ne: [usize; 2],
-    /// Row-major bytes, exactly as many as type and sizes say.
-    pub bytes: &'a [u8],
+    /// Row-major values, exactly as many as the sizes say.
+    pub data: Values<'a>,
 }
 
-impl<'a> TensorSpec<'a> {
-    /// A tensor of floats.
-    pub fn f32(ne: [usize; 2], data: &'a [f32]) -> TensorSpec<'a> {
-        TensorSpec { ty: Type::F32, ne, bytes: bytemuck::cast_slice(data) }
+/// The values of a tensor.
+pub enum Values<'a> {
+    /// To be copied.
+    Copied(&'a [f32]),
+    /// A backend that works on the host's memory may compute with them where they are.
+    Shared(Arc<Vec<f32>>),
+}
+
+impl Values<'_> {
+    fn floats(&self) -> &[f32] {
+        match self {
+            Values::Copied(data) => data,
+            Values::Shared(data) => data,
+        }
     }
 }
 
-/// Tensors that live on a backend (weights, masks, sums), addressed by index.
+/// What the address of a backend's memory is a multiple of; ggml's TENSOR_ALIGNMENT divides it.
+const ALIGNMENT: usize = 64;
+
+/// Floats that live on a backend (weights, masks, sums), addressed by index.
 pub struct Resident {
     ctx: NonNull<sys::ggml_context>,
-    buffer: sys::ggml_backend_buffer_t,
+    /// Memory that the backend gave, or that lies around `shared`.
+    buffers: Vec<sys::ggml_backend_buffer_t>,
     /// Where it is.
     backend: sys::ggml_backend_t,
-    _taken: Taken,
+    taken: Taken,
+    shared: Vec<Arc<Vec<f32>>>,
     pub(super) tensors: Vec<NonNull<sys::ggml_tensor>>,
 }
 
 impl Resident {
-    /// Copies `specs` onto one of the engine's backends.
+    /// Places `specs` on one of the engine's backends: copies, but for shared values where the backend takes the host's
+    /// memory as its own (the CPU, Metal).
     ///
     /// # Errors
     /// [`GgmlError::Memory`] if the backend has no room.
     ///
     /// # Panics
-    /// If the bytes of a tensor do not match its type and sizes.
+    /// If there are not as many values as a tensor's sizes say.
     pub fn upload(engine: &Engine, specs: &[TensorSpec]) -> Result<Resident, GgmlError> {
-        for s in specs {
-            assert_eq!(s.bytes.len(), s.ty.row_bytes(s.ne[0]) * s.ne[1], "tensor bytes and shape disagree");
+        let shapes: Vec<_> = specs.iter().map(|s| s.ne).collect();
+        let mut set = Resident::headers(engine.next_backend(), &shapes)?;
+        let mut copied = Vec::new();
+        for (i, s) in specs.iter().enumerate() {
+            assert_eq!(s.data.floats().len(), s.ne[0] * s.ne[1], "values and shape disagree");
+            match &s.data {
+                Values::Shared(data) if set.share(i, data) => {}
+                data => copied.push((i, data.floats())),
+            }
         }
-        let shapes: Vec<_> = specs.iter().map(|s| (s.ty, s.ne)).collect();
-        let set = Resident::allocate(engine, engine.next_backend(), &shapes, "weights")?;
-        // SAFETY: both are alive, and a tensor has as many bytes as its spec, which was checked.
+        set.allocate(engine, "weights")?;
+        // SAFETY: all are alive; a tensor has as many floats as its spec, which was checked.
         unsafe {
             // So that operations run where their weights are.
-            sys::ggml_backend_buffer_set_usage(set.buffer, sys::GGML_BACKEND_BUFFER_USAGE_WEIGHTS);
-            for (t, s) in set.tensors.iter().zip(specs) {
-                sys::ggml_backend_tensor_set(t.as_ptr(), s.bytes.as_ptr().cast(), 0, s.bytes.len());
+            for buffer in &set.buffers {
+                sys::ggml_backend_buffer_set_usage(*buffer, sys::GGML_BACKEND_BUFFER_USAGE_WEIGHTS);
+            }
+            for (i, values) in copied {
+                let n_bytes = std::mem::size_of_val(values);
+                sys::ggml_backend_tensor_set(set.tensors[i].as_ptr(), values.as_ptr().cast(), 0, n_bytes);
             }
         }
         Ok(set)
@@ -273,21 +297,15 @@ impl Resident {
     /// # Errors
     /// [`GgmlError::Memory`] if the backend has no room.
     pub fn zeros(engine: &Engine, beside: &Resident, shapes: &[[usize; 2]]) -> Result<Resident, GgmlError> {
-        let shapes: Vec<_> = shapes.iter().map(|ne| (Type::F32, *ne)).collect();
-        let set = Resident::allocate(engine, beside.backend, &shapes, "sums")?;
-        // SAFETY: the buffer is alive.
-        unsafe { sys::ggml_backend_buffer_clear(set.buffer, 0) };
+        let mut set = Resident::headers(beside.backend, shapes)?;
+        set.allocate(engine, "sums")?;
+        // SAFETY: the buffers are alive.
+        set.buffers.iter().for_each(|b| unsafe { sys::ggml_backend_buffer_clear(*b, 0) });
         Ok(set)
     }
 
-    /// Tensors of these types and sizes on `backend`, one of the engine's.
-    fn allocate(
-        engine: &Engine,
-        backend: sys::ggml_backend_t,
-        shapes: &[(Type, [usize; 2])],
-        what: &'static str,
-    ) -> Result<Resident, GgmlError> {
-        let total: usize = shapes.iter().map(|(ty, ne)| ty.row_bytes(ne[0]) * ne[1]).sum();
+    /// Tensors of these sizes, without memory yet.
+    fn headers(backend: sys::ggml_backend_t, shapes: &[[usize; 2]]) -> Result<Resident, GgmlError> {
         // SAFETY: the context has room for one header per tensor.
         unsafe {
             let params = sys::ggml_init_params {
@@ -296,32 +314,72 @@ impl Resident {
                 no_alloc: true,
             };
             let ctx = NonNull::new(sys::ggml_init(params)).ok_or(GgmlError::Memory(0, "tensor headers"))?;
-            let tensors: Vec<_> = shapes
-                .iter()
-                .map(|(ty, ne)| {
-                    let ne = ne.map(|n| n as i64);
-                    NonNull::new_unchecked(sys::ggml_new_tensor(ctx.as_ptr(), ty.raw(), 2, ne.as_ptr()))
-                })
-                .collect();
-            let buffer = sys::ggml_backend_alloc_ctx_tensors(ctx.as_ptr(), backend);
-            if buffer.is_null() {
-                sys::ggml_free(ctx.as_ptr());
-                return Err(GgmlError::Memory(total >> 20, what));
-            }
-            let on_device = if engine.has_devices() { sys::ggml_backend_buffer_get_size(buffer) } else { 0 };
-            Ok(Resident { ctx, buffer, backend, _taken: Taken::new(on_device as u64), tensors })
+            let header = |ne: &[usize; 2]| {
+                let ne = ne.map(|n| n as i64);
+                let raw = sys::ggml_new_tensor(ctx.as_ptr(), sys::GGML_TYPE_F32, 2, ne.as_ptr());
+                NonNull::new_unchecked(raw)
+            };
+            let tensors = shapes.iter().map(header).collect();
+            let (buffers, shared) = (Vec::new(), Vec::new());
+            Ok(Resident { ctx, buffers, backend, taken: Taken::default(), shared, tensors })
         }
     }
 
-    /// The floats of the `index`-th tensor.
-    ///
-    /// # Panics
-    /// If they are of another type.
+    /// Lets the `index`-th tensor be `data`, if the backend can compute with the host's memory; returns whether it can.
+    fn share(&mut self, index: usize, data: &Arc<Vec<f32>>) -> bool {
+        // SAFETY: the device is the backend's; the buffer lies around `data`, which lives as long as `self` and is not
+        // changed, for others hold it, too. No graph writes to weights.
+        unsafe {
+            let device = sys::ggml_backend_get_device(self.backend);
+            let mut props = std::mem::zeroed();
+            sys::ggml_backend_dev_get_props(device, &mut props);
+            if !props.caps.buffer_from_host_ptr {
+                return false;
+            }
+            let values = data.as_ptr().cast_mut().cast::<u8>();
+            // Backends want buffers to begin at round addresses, and tensors to lie anywhere in them.
+            let before = values.addr() % ALIGNMENT;
+            let n_bytes = std::mem::size_of_val(&data[..]);
+            let base = values.wrapping_sub(before);
+            let buffer =
+                sys::ggml_backend_dev_buffer_from_host_ptr(device, base.cast(), before + n_bytes, n_bytes);
+            if buffer.is_null() {
+                return false;
+            }
+            self.buffers.push(buffer);
+            self.shared.push(Arc::clone(data));
+            let status = sys::ggml_backend_tensor_alloc(buffer, self.tensors[index].as_ptr(), values.cast());
+            assert_eq!(status, sys::GGML_STATUS_SUCCESS, "a tensor inside its buffer");
+        }
+        true
+    }
+
+    /// Gives all tensors memory of the backend that have none.
+    fn allocate(&mut self, engine: &Engine, what: &'static str) -> Result<(), GgmlError> {
+        // SAFETY: headers are alive.
+        unsafe {
+            let without = self.tensors.iter().filter(|t| (*t.as_ptr()).buffer.is_null());
+            let n_bytes: usize = without.map(|t| sys::ggml_nbytes(t.as_ptr())).sum();
+            if n_bytes == 0 {
+                return Ok(());
+            }
+            let buffer = sys::ggml_backend_alloc_ctx_tensors(self.ctx.as_ptr(), self.backend);
+            if buffer.is_null() {
+                return Err(GgmlError::Memory(n_bytes >> 20, what));
+            }
+            self.buffers.push(buffer);
+            if engine.has_devices() {
+                self.taken.resize(sys::ggml_backend_buffer_get_size(buffer) as u64);
+            }
+        }
+        Ok(())
+    }
+
+    /// The values of the `index`-th tensor.
     pub fn read(&self, index: usize) -> Vec<f32> {
         let t = self.tensors[index].as_ptr();
-        // SAFETY: the tensor is alive, and has as many bytes as are asked for.
+        // SAFETY: the tensor is alive, of floats, and has as many bytes as are asked for.
         unsafe {
-            assert_eq!((*t).type_, sys::GGML_TYPE_F32);
             let mut out = vec![0.0f32; sys::ggml_nelements(t) as usize];
             let bytes = std::mem::size_of_val(&out[..]);
             sys::ggml_backend_tensor_get(t, out.as_mut_ptr().cast(), 0, bytes);
@@ -332,10 +390,57 @@ impl Resident {
 
 impl Drop for Resident {
     fn drop(&mut self) {
-        // SAFETY: made by `allocate`; graphs that refer to them borrow `self` and are gone.
+        // SAFETY: made above; graphs that refer to them borrow `self` and are gone.
         unsafe {
-            sys::ggml_backend_buffer_free(self.buffer);
+            self.buffers.iter().for_each(|b| sys::ggml_backend_buffer_free(*b));
             sys::ggml_free(self.ctx.as_ptr());
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::Graph;
+    use super::*;
+
+    #[test]
+    fn shared_values_are_computed_with_where_they_are() {
+        let mut engine = Engine::cpu(1).unwrap();
+        for n in [1, 7, 1000] {
+            let values: Vec<f32> = (0..n).map(|i| i as f32 - 3.0).collect();
+            let shared = Arc::new(values.clone());
+            let data = [Values::Shared(Arc::clone(&shared)), Values::Copied(&values)];
+            let specs = data.map(|data| TensorSpec { ne: [n, 1], data });
+            let set = Resident::upload(&engine, &specs).unwrap();
+            drop(specs);
+            assert_eq!(Arc::strong_count(&shared), 2);
+            let mut g = Graph::new(&engine, 16);
+            let [a, b] = [0, 1].map(|i| g.resident(&set, i));
+            let y = g.mul(a, b);
+            g.output(y);
+            let squares: Vec<f32> = values.iter().map(|v| v * v).collect();
+            assert_eq!(g.compute(&mut engine).unwrap().to_vec(y), squares);
+            assert_eq!((set.read(0), set.read(1)), (values.clone(), values));
+            drop(set);
+            assert_eq!(Arc::strong_count(&shared), 1);
+        }
+    }
+
+    #[test]
+    fn what_graphs_add_to_stays() {
+        let mut engine = Engine::cpu(1).unwrap();
+        let values: Vec<f32> = (0..6).map(|i| i as f32).collect();
+        let beside = [TensorSpec { ne: [6, 1], data: Values::Copied(&values) }];
+        let beside = Resident::upload(&engine, &beside).unwrap();
+        let totals = Resident::zeros(&engine, &beside, &[[2, 2], [3, 2]]).unwrap();
+        for _ in 0..3 {
+            let mut g = Graph::new(&engine, 16);
+            let (total, x) = (g.resident(&totals, 1), g.input_f32([3, 2], &values));
+            let sum = g.add_to(total, x);
+            g.output(sum);
+            g.compute(&mut engine).unwrap();
+        }
+        assert_eq!(totals.read(0), [0.0; 4]);
+        assert_eq!(totals.read(1), [0.0, 3.0, 6.0, 9.0, 12.0, 15.0]);
     }
 }

@@ -16,7 +16,7 @@ mod system;
 mod types;
 
 pub use device::{Compute, Device, DeviceInfo, add_server, device_memory_peak, devices, serve};
-pub use engine::{Engine, Resident, TensorSpec};
+pub use engine::{Engine, Resident, TensorSpec, Values};
 pub use gguf::{RawGguf, RawValue};
 pub use graph::{Computed, Graph, RopeParams, T};
 pub use llama::{BatchToken, Context, LlamaModel, Offload, Token, Vocab};

@@ -1,6 +1,7 @@
 //! A block's weights as floats.
 
 use super::{BlockShape, BlockVector};
+use std::sync::Arc;
 
 /// A dense matrix of floats in ggml's layout: `n_out` rows of `n_in` numbers, y = M x.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -9,8 +10,8 @@ pub struct Matrix {
     pub n_in: usize,
     /// ne\[1\]: number of rows.
     pub n_out: usize,
-    /// Row-major values.
-    pub data: Vec<f32>,
+    /// Row-major values; shared with the graphs that compute with them where they are.
+    pub data: Arc<Vec<f32>>,
 }
 
 impl Matrix {
@@ -20,19 +21,19 @@ impl Matrix {
     /// If the length of `data` is not `n_in · n_out`.
     pub fn new(n_in: usize, n_out: usize, data: Vec<f32>) -> Matrix {
         assert_eq!(data.len(), n_in * n_out);
-        Matrix { n_in, n_out, data }
+        Matrix { n_in, n_out, data: Arc::new(data) }
     }
 
     /// The rows `rows`, in that order.
     pub fn select_rows(&self, rows: &[usize]) -> Matrix {
         let data = rows.iter().flat_map(|&r| &self.data[r * self.n_in..][..self.n_in]).copied().collect();
-        Matrix { n_in: self.n_in, n_out: rows.len(), data }
+        Matrix::new(self.n_in, rows.len(), data)
     }
 
     /// The columns `cols`, in that order.
     pub fn select_cols(&self, cols: &[usize]) -> Matrix {
         let data = self.data.chunks_exact(self.n_in).flat_map(|row| cols.iter().map(|&c| row[c])).collect();
-        Matrix { n_in: cols.len(), n_out: self.n_out, data }
+        Matrix::new(cols.len(), self.n_out, data)
     }
 }
 

@@ -364,11 +364,6 @@ impl Work<'_> {
         self.head_bytes() + 2.0 * 4.0 * LOGIT_ROWS as f64 * self.n_vocab()
     }
 
-    /// Bytes while a whole head is read, and of the logits.
-    fn reading_head_bytes(&self) -> f64 {
-        2.0 * self.head_bytes()
-    }
-
     /// Bytes of moments and of choosing neurons on them.
     fn choosing_bytes(&self, n_out: f64, carried: bool) -> f64 {
         let n = self.max_ff();
@@ -412,7 +407,7 @@ impl Work<'_> {
         let width = n * self.n_embd() * 4.0;
         let streams = self.stream_bytes((self.n_layer() + 1.0) * n * self.n_embd());
         let together = (n_scores * width).min(STREAM_BYTES as f64);
-        let searching = together + 2.0 * self.block_bytes() + self.graph_bytes(n_ctx, n) + 3.0 * width;
+        let searching = together + self.block_bytes() + self.graph_bytes(n_ctx, n) + 3.0 * width;
         let judging = 4.0 * self.n_embd() * self.known(n) + self.block_bytes() + self.graph_bytes(n_ctx, n);
         // No groups go: there is no search.
         let runs = self.kept < 1.0;
@@ -420,7 +415,7 @@ impl Work<'_> {
             name,
             operations: if runs { whole + candidates + self.judge_ops(n, 1.0 + n_scores) } else { 0.0 },
             algebra: 0.0,
-            memory: BASE_BYTES + streams + searching.max(self.reading_head_bytes()),
+            memory: BASE_BYTES + streams + searching.max(self.predicting_bytes()),
             on_devices: judging.max(self.predicting_bytes()),
         }
     }
@@ -445,18 +440,20 @@ impl Work<'_> {
         let streams = self.stream_bytes(self.n_layer() * n_probe * self.n_embd() + n * self.n_embd());
         let probes = 3.0 * 4.0 * n_probe * self.n_embd();
         let sums = self.sums_bytes(self.max_ff(), 0.0);
-        let collecting =
-            2.0 * self.block_bytes() + 4.0 * self.max_ff().powi(2) + self.moment_graph_bytes(n_ctx, n) + sums;
+        let moments = 4.0 * self.max_ff().powi(2);
+        let collecting = self.block_bytes() + moments + self.moment_graph_bytes(n_ctx, n) + sums;
+        let probing = 2.0 * self.block_bytes() + self.graph_bytes(probe_ctx, n_probe);
         let choosing = self.block_bytes() + self.choosing_bytes(0.0, false);
         StageForecast {
             name: "widths",
             operations: if self.s.per_block_widths { operations } else { 0.0 },
             algebra,
-            memory: BASE_BYTES + streams + probes + collecting.max(choosing).max(self.reading_head_bytes()),
+            memory: BASE_BYTES
+                + streams
+                + probes
+                + collecting.max(choosing).max(moments + probing).max(self.predicting_bytes()),
             on_devices: self.kept_graph_bytes()
-                + (2.0 * self.block_bytes() + self.graph_bytes(probe_ctx, n_probe))
-                    .max(self.block_bytes() + sums)
-                    .max(self.predicting_bytes()),
+                + probing.max(self.block_bytes() + sums).max(self.predicting_bytes()),
         }
     }
 
@@ -484,7 +481,7 @@ impl Work<'_> {
         let scores = 4.0 * self.max_q() / head_dim * n_ctx as f64 * n;
         let block = n * (7.0 * self.max_ff() + 8.0 * self.n_embd() + 8.0 * self.max_q()) + scores;
         let logits = 6.0 * LOSS_ROWS as f64 * self.n_vocab();
-        self.head_bytes() + (2.0 * self.block_bytes() + 4.0 * block).max(4.0 * logits).max(self.head_bytes())
+        self.head_bytes() + (self.block_bytes() + 4.0 * block).max(4.0 * logits)
     }
 
     fn blocks(&self) -> StageForecast {
@@ -527,8 +524,9 @@ impl Work<'_> {
         let n_out = self.n_residuals();
         let moments = 4.0 * self.max_ff().powi(2) + 8.0 * self.max_ff() * n_out;
         let sums = self.sums_bytes(self.max_ff(), n_out);
-        let crossing = 3.0 * self.block_bytes() + self.graph_bytes(n_ctx, n_all);
-        let collecting = 2.0 * self.block_bytes() + moments + self.moment_graph_bytes(n_ctx, n_fit) + sums;
+        // Of the pruned block, what is not the dense one's.
+        let crossing = 2.0 * self.block_bytes() + self.graph_bytes(n_ctx, n_all);
+        let collecting = self.block_bytes() + moments + self.moment_graph_bytes(n_ctx, n_fit) + sums;
         let maps = 2.0 * 4.0 * self.max_ff() * e;
         let choosing = self.block_bytes() + maps + self.choosing_bytes(n_out, true);
         StageForecast {
@@ -567,7 +565,7 @@ impl Work<'_> {
             memory: BASE_BYTES
                 + streams
                 + self.new_bytes()
-                + self.reading_head_bytes().max(lessons + 2.0 * self.block_bytes()),
+                + self.predicting_bytes().max(lessons + self.block_bytes()),
             on_devices: self.kept_graph_bytes()
                 + self.predicting_bytes().max(self.block_bytes() + self.graph_bytes(n_ctx, n)),
         }

@@ -14,6 +14,7 @@ use half::bf16;
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use std::borrow::Cow;
+use std::sync::Arc;
 
 /// Length of the windows that are measured on: short, so that they come from many places.
 pub(super) const CTX: usize = 256;
@@ -38,7 +39,7 @@ impl Sensitivity {
         let samples: Vec<f32> = self.behind[il].iter().map(|v| v.to_f32()).collect();
         let mut map = Cow::Borrowed(ffn_down);
         if let Some(post_norm) = &w.ffn_post_norm {
-            let rows = map.to_mut().data.chunks_exact_mut(ffn_down.n_in);
+            let rows = Arc::make_mut(&mut map.to_mut().data).chunks_exact_mut(ffn_down.n_in);
             rows.zip(post_norm).for_each(|(row, g)| row.iter_mut().for_each(|v| *v *= g));
         }
         Ok(Metric::new(&samples, self.n_embd)?.apply(&map))

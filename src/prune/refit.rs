@@ -6,6 +6,7 @@ use crate::numeric::{Cholesky, Moments, SymMatrix};
 use faer::linalg::matmul::matmul;
 use faer::{Accum, Mat, MatMut, Par};
 use rayon::prelude::*;
+use std::sync::Arc;
 
 /// Factorisations that are tried, each with ten times the ridge of the one before.
 const MAX_TRIES: i32 = 12;
@@ -51,7 +52,7 @@ pub fn refit(w: &Matrix, moments: &Moments, mu: f64, keep: &[usize], ridge: f64)
     }
     factored.solve_in_place(rhs);
     let mut weights = w.select_cols(keep);
-    weights.data.par_iter_mut().zip(&change).for_each(|(w, c)| *w += *c as f32);
+    Arc::make_mut(&mut weights.data).par_iter_mut().zip(&change).for_each(|(w, c)| *w += *c as f32);
     if weights.data.iter().all(|v| v.is_finite()) { Ok(Refit { weights, ridge }) } else { Err(Singular) }
 }
 
