@@ -133,9 +133,9 @@ fn collected(forward: &mut Forward, block: &Block, x: &[f32], n_ff: usize) -> Ve
     };
     let width = forward.heads(block, x, None).unwrap().len() / scales.len();
     let [mut at_heads, mut at_neurons] = [width, n_ff].map(|n| forward.gathering(block, n, n_embd).unwrap());
-    // In two parts of unequal length, which add up.
-    let border = 3 * x.len() / 4;
-    for part in [0..border, border..x.len()] {
+    // In parts that add up, more than are added up there at a time.
+    let row = forward.n_ctx() * n_embd;
+    for part in (0..x.len()).step_by(row).map(|start| start..start + row) {
         let scales = &scales[part.start / n_embd..part.end / n_embd];
         let (x, target) = (&x[part.clone()], Some(&target[part]));
         let heads = forward.heads(block, x, Some(Collect { target, scales, into: &mut at_heads })).unwrap();
@@ -156,14 +156,14 @@ fn collected(forward: &mut Forward, block: &Block, x: &[f32], n_ff: usize) -> Ve
 #[test]
 fn sums_for_the_algebra_are_those_of_the_cpu() {
     let devices = under_test();
-    const N_CTX: usize = 64;
+    const N_CTX: usize = 32;
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("m.gguf");
     for (n_embd, n_ff) in [(64, 96), (96, 352), (128, 512)] {
         Small { n_embd, blocks: vec![(4, 2, n_ff); 2], ..Small::default() }.write(&path);
         let model = Model::open(&path).unwrap();
         let w = model.block(1).unwrap();
-        let x = Rng(5).vec(4 * N_CTX * n_embd, 1.0);
+        let x = Rng(5).vec(20 * N_CTX * n_embd, 1.0);
         let [ours, theirs] = [1.into(), devices.compute()].map(|c| {
             let mut forward = Forward::new(&model, N_CTX, c).unwrap();
             let block = forward.upload(&w).unwrap();

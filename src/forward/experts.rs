@@ -127,8 +127,8 @@ impl Forward {
         let h = self.net.ffn_input(&mut g, b, x, x);
         let h = self.net.gated(&mut g, b, [gate, up], h);
         let scales = g.input_f32([1, scales.len()], scales);
-        let (sums, into) = into.sums(&mut g, h, None, scales);
-        sums.add_to(into, &g.compute(&mut self.engine)?);
+        let sums = into.sums(&mut g, h, None, scales);
+        sums.add(&g.compute(&mut self.engine)?);
         Ok(())
     }
 

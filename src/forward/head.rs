@@ -43,7 +43,9 @@ impl Forward {
     /// If one is not in the vocabulary.
     pub fn head_of(&self, model: &Model, tokens: &[u32]) -> Result<Head, ForwardError> {
         let rows: Vec<usize> = tokens.iter().map(|&t| t as usize).collect();
-        self.upload_head(model, model.matrix(&model.output)?.select_rows(&rows))
+        // The whole matrix goes before the backend takes its part.
+        let part = model.matrix(&model.output)?.select_rows(&rows);
+        self.upload_head(model, part)
     }
 
     fn upload_head(&self, model: &Model, output: Matrix) -> Result<Head, ForwardError> {

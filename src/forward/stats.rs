@@ -29,39 +29,58 @@ pub(crate) fn largest_product(n: usize, m: usize) -> usize {
     panels(n).map(|(start, rows)| rows * (n - start)).fold(n * m, usize::max)
 }
 
-/// Moments that grow chunk by chunk. On the CPU each chunk's products are added in 64 bits; on a device they stay where the
-/// block is, in 32 bits, until all chunks are through, for they are the largest thing that would have to be fetched.
+/// Chunks that are added up on a device at a time: in 32 bits, in which the sum of many like numbers drifts.
+const CHUNKS_THERE: usize = 8;
+
+/// Moments that grow chunk by chunk. On the CPU the products of each chunk are added in 64 bits. On a device those of several
+/// chunks are added up where the block is, for they are the largest thing that would have to be fetched.
 pub struct Gathering {
     moments: Moments,
     there: Option<Totals>,
 }
 
-/// Sums on a device.
+/// Sums on a device: panels, and the cross products behind them.
 struct Totals {
     set: Resident,
-    /// Of the cross products, which lie behind the panels.
     cross: Option<usize>,
+    n_chunks: usize,
 }
 
 impl Gathering {
     /// What all chunks come to.
-    pub fn finish(self) -> Moments {
-        let Gathering { mut moments, there } = self;
-        if let Some(there) = there {
-            for (i, (start, _)) in panels(moments.gram.n()).enumerate() {
-                moments.add_panel(start, &there.set.read(i));
-            }
-            if let Some(cross) = there.cross {
-                moments.add_cross(&there.set.read(cross));
-            }
+    pub fn finish(mut self) -> Moments {
+        self.fetch();
+        self.moments
+    }
+
+    /// Adds what is on the device to the rest.
+    fn fetch(&mut self) {
+        let Some(there) = &self.there else { return };
+        for (i, (start, _)) in panels(self.moments.gram.n()).enumerate() {
+            self.moments.add_panel(start, &there.set.read(i));
         }
-        moments
+        if let Some(cross) = there.cross {
+            self.moments.add_cross(&there.set.read(cross));
+        }
+    }
+
+    /// Makes room for another chunk.
+    fn next_chunk(&mut self) {
+        if self.there.as_ref().is_some_and(|t| t.n_chunks == CHUNKS_THERE) {
+            self.fetch();
+            self.there.iter_mut().for_each(|t| {
+                t.set.clear();
+                t.n_chunks = 0;
+            });
+        }
+        self.there.iter_mut().for_each(|t| t.n_chunks += 1);
     }
 }
 
-/// Outputs of a graph that [`Sums::add_to`] reads.
-pub(super) struct Sums {
-    /// What a device does not keep.
+/// Outputs of a graph that are yet to be added to moments.
+pub(super) struct Sums<'a> {
+    moments: &'a mut Moments,
+    /// Products, as far as no device keeps them.
     panels: Vec<(usize, T)>,
     cross: Option<T>,
     x: T,
@@ -71,10 +90,11 @@ pub(super) struct Sums {
     n_tokens: usize,
 }
 
-impl Sums {
-    pub(super) fn add_to(&self, moments: &mut Moments, done: &Computed) {
-        for (start, panel) in &self.panels {
-            moments.add_panel(*start, &done.view(*panel));
+impl Sums<'_> {
+    pub(super) fn add(self, done: &Computed) {
+        let moments = self.moments;
+        for (start, panel) in self.panels {
+            moments.add_panel(start, &done.view(panel));
         }
         if let Some(cross) = self.cross {
             moments.add_cross(&done.view(cross));
@@ -124,7 +144,7 @@ pub struct InputSquares {
 }
 
 impl Forward {
-    /// Nothing yet, of moments in `b` of `n` inputs and `m` residuals; 0 where no chunk has a target.
+    /// Nothing yet, of moments in `b` of `n` inputs and `m` residuals, which are 0 where no chunk has a target.
     ///
     /// # Errors
     /// [`ForwardError`] if a device has no room for the sums.
@@ -133,7 +153,7 @@ impl Forward {
             let cross = (m > 0).then_some([n, m]);
             let shapes: Vec<_> = panels(n).map(|(start, rows)| [n - start, rows]).chain(cross).collect();
             let set = Resident::zeros(&self.engine, &b.set, &shapes)?;
-            Ok::<_, ForwardError>(Totals { set, cross: cross.map(|_| shapes.len() - 1) })
+            Ok::<_, ForwardError>(Totals { set, cross: cross.map(|_| shapes.len() - 1), n_chunks: 0 })
         });
         Ok(Gathering { moments: Moments::new(n, m), there: there.transpose()? })
     }
@@ -200,8 +220,8 @@ impl Forward {
             self.net.collect(&mut g, b, Half::Attention, [a, y, own], c)
         });
         let done = g.compute(&mut self.engine)?;
-        if let Some((sums, into)) = collect {
-            sums.add_to(into, &done);
+        if let Some(sums) = collect {
+            sums.add(&done);
         }
         Ok(done.to_vec(a))
     }
@@ -246,8 +266,8 @@ impl Forward {
         }
         let collect = wanted.moments.map(|c| self.net.collect(&mut g, b, Half::FeedForward, [h, y, own], c));
         let done = g.compute(&mut self.engine)?;
-        if let Some((sums, into)) = collect {
-            sums.add_to(into, &done);
+        if let Some(sums) = collect {
+            sums.add(&done);
         }
         if let Some(dst) = wanted.mid {
             done.read(mid, dst);
@@ -260,8 +280,7 @@ impl Forward {
 }
 
 impl Net {
-    /// Sums at the map that ends `half`: its inputs, its outputs, and the stream after it. Returns them with what those on the
-    /// host are added to.
+    /// Sums at the map that ends `half`: its inputs, its outputs, and the stream after it.
     fn collect<'a>(
         &'a self,
         g: &mut Graph<'a>,
@@ -269,7 +288,7 @@ impl Net {
         half: Half,
         [inputs, y, own]: [T; 3],
         c: Collect<'a>,
-    ) -> (Sums, &'a mut Moments) {
+    ) -> Sums<'a> {
         let mut scales = g.input_f32([1, c.scales.len()], c.scales);
         let mut residual = c.target.map(|target| {
             let [n_embd, n_tokens, ..] = g.ne(own);
@@ -290,15 +309,15 @@ impl Net {
 
 impl Gathering {
     /// Products over tokens of `x` `[n, n_tokens]` with itself and with `residual` `[m, n_tokens]`, both
-    /// multiplied by `scales` `[1, n_tokens]`, and their sums with the square of that weight. Returns, with what to add it
-    /// to, what the host has to add once the graph ran.
+    /// multiplied by `scales` `[1, n_tokens]`, and their sums with the square of that weight.
     pub(super) fn sums<'a>(
         &'a mut self,
         g: &mut Graph<'a>,
         x: T,
         residual: Option<T>,
         scales: T,
-    ) -> (Sums, &'a mut Moments) {
+    ) -> Sums<'a> {
+        self.next_chunk();
         let Gathering { moments, there } = self;
         let there = there.as_ref();
         let [n, n_tokens, ..] = g.ne(x);
@@ -310,35 +329,27 @@ impl Gathering {
             g.transpose(r)
         });
         let xt = g.transpose(x);
-        // To the `i`-th total, where there is one.
+        // For the host, or added to the `i`-th total.
         let product = |g: &mut Graph<'a>, a: T, b: T, total: Option<(&'a Totals, usize)>| {
-            let mut product = g.mul_mat(a, b);
-            if let Some((there, i)) = total {
+            let product = g.mul_mat(a, b);
+            let kept = total.map(|(there, i)| {
                 let total = g.resident(&there.set, i);
-                product = g.add_to(total, product);
-            }
-            g.output(product);
-            product
+                g.add_to(total, product)
+            });
+            g.output(kept.unwrap_or(product));
+            kept.is_none().then_some(product)
         };
-        let panels: Vec<(usize, T)> = panels(n)
-            .enumerate()
-            .map(|(i, (start, rows))| {
-                let panel = g.slice(x, 0, start, rows);
-                let behind = g.slice(x, 0, start, n - start);
-                let (panel, behind) = (g.transpose(panel), g.transpose(behind));
-                (start, product(g, behind, panel, there.map(|t| (t, i))))
-            })
-            .collect();
+        let mut products = Vec::new();
+        for (i, (start, rows)) in panels(n).enumerate() {
+            let panel = g.slice(x, 0, start, rows);
+            let behind = g.slice(x, 0, start, n - start);
+            let (panel, behind) = (g.transpose(panel), g.transpose(behind));
+            products.extend(product(g, behind, panel, there.map(|t| (t, i))).map(|p| (start, p)));
+        }
         let total = there.and_then(|t| Some((t, t.cross?)));
-        let cross = rt.map(|rt| product(g, xt, rt, total));
-        let sums = Sums {
-            panels: if there.is_some() { Vec::new() } else { panels },
-            cross: cross.filter(|_| there.is_none()),
-            x: product(g, xt, weights, None),
-            r: rt.map(|rt| product(g, rt, weights, None)),
-            scales,
-            n_tokens,
-        };
-        (sums, moments)
+        let mut sum = |x: T| product(g, x, weights, None).expect("it is for the host");
+        let (x, r) = (sum(xt), rt.map(&mut sum));
+        let cross = rt.and_then(|rt| product(g, xt, rt, total));
+        Sums { moments, panels: products, cross, x, r, scales, n_tokens }
     }
 }

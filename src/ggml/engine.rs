@@ -229,7 +229,7 @@ pub struct TensorSpec<'a> {
 pub enum Values<'a> {
     /// To be copied.
     Copied(&'a [f32]),
-    /// A backend that works on the host's memory may compute with them where they are.
+    /// The CPU computes with them where they are; for a device they are copied.
     Shared(Arc<Vec<f32>>),
 }
 
@@ -248,18 +248,18 @@ const ALIGNMENT: usize = 64;
 /// Floats that live on a backend (weights, masks, sums), addressed by index.
 pub struct Resident {
     ctx: NonNull<sys::ggml_context>,
-    /// Memory that the backend gave, or that lies around `shared`.
+    /// Memory that the device gave, or that lies around `shared`.
     buffers: Vec<sys::ggml_backend_buffer_t>,
     /// Where it is.
-    backend: sys::ggml_backend_t,
+    device: sys::ggml_backend_dev_t,
     taken: Taken,
     shared: Vec<Arc<Vec<f32>>>,
     pub(super) tensors: Vec<NonNull<sys::ggml_tensor>>,
 }
 
 impl Resident {
-    /// Places `specs` on one of the engine's backends: copies, but for shared values where the backend takes the host's
-    /// memory as its own (the CPU, Metal).
+    /// Places `specs` on one of the engine's devices, or on the CPU, which uses shared values where they are. Metal could,
+    /// too, but wants whole pages from the system, not from an allocator.
     ///
     /// # Errors
     /// [`GgmlError::Memory`] if the backend has no room.
@@ -268,12 +268,14 @@ impl Resident {
     /// If there are not as many values as a tensor's sizes say.
     pub fn upload(engine: &Engine, specs: &[TensorSpec]) -> Result<Resident, GgmlError> {
         let shapes: Vec<_> = specs.iter().map(|s| s.ne).collect();
-        let mut set = Resident::headers(engine.next_backend(), &shapes)?;
+        // SAFETY: a live backend.
+        let device = unsafe { sys::ggml_backend_get_device(engine.next_backend()) };
+        let mut set = Resident::headers(device, &shapes)?;
         let mut copied = Vec::new();
         for (i, s) in specs.iter().enumerate() {
             assert_eq!(s.data.floats().len(), s.ne[0] * s.ne[1], "values and shape disagree");
             match &s.data {
-                Values::Shared(data) if set.share(i, data) => {}
+                Values::Shared(data) if !engine.has_devices() && !data.is_empty() => set.share(i, data),
                 data => copied.push((i, data.floats())),
             }
         }
@@ -297,15 +299,29 @@ impl Resident {
     /// # Errors
     /// [`GgmlError::Memory`] if the backend has no room.
     pub fn zeros(engine: &Engine, beside: &Resident, shapes: &[[usize; 2]]) -> Result<Resident, GgmlError> {
-        let mut set = Resident::headers(beside.backend, shapes)?;
+        let mut set = Resident::headers(beside.device, shapes)?;
         set.allocate(engine, "sums")?;
-        // SAFETY: the buffers are alive.
-        set.buffers.iter().for_each(|b| unsafe { sys::ggml_backend_buffer_clear(*b, 0) });
+        set.clear();
         Ok(set)
     }
 
+    /// Makes them 0 again.
+    ///
+    /// # Panics
+    /// If they are weights.
+    pub fn clear(&mut self) {
+        for &buffer in &self.buffers {
+            // SAFETY: the buffer is alive, and nobody else's memory: that of weights may be.
+            unsafe {
+                let usage = sys::ggml_backend_buffer_get_usage(buffer);
+                assert_ne!(usage, sys::GGML_BACKEND_BUFFER_USAGE_WEIGHTS, "weights do not change");
+                sys::ggml_backend_buffer_clear(buffer, 0);
+            }
+        }
+    }
+
     /// Tensors of these sizes, without memory yet.
-    fn headers(backend: sys::ggml_backend_t, shapes: &[[usize; 2]]) -> Result<Resident, GgmlError> {
+    fn headers(device: sys::ggml_backend_dev_t, shapes: &[[usize; 2]]) -> Result<Resident, GgmlError> {
         // SAFETY: the context has room for one header per tensor.
         unsafe {
             let params = sys::ggml_init_params {
@@ -321,49 +337,40 @@ impl Resident {
             };
             let tensors = shapes.iter().map(header).collect();
             let (buffers, shared) = (Vec::new(), Vec::new());
-            Ok(Resident { ctx, buffers, backend, taken: Taken::default(), shared, tensors })
+            Ok(Resident { ctx, buffers, device, taken: Taken::default(), shared, tensors })
         }
     }
 
-    /// Lets the `index`-th tensor be `data`, if the backend can compute with the host's memory; returns whether it can.
-    fn share(&mut self, index: usize, data: &Arc<Vec<f32>>) -> bool {
-        // SAFETY: the device is the backend's; the buffer lies around `data`, which lives as long as `self` and is not
-        // changed, for others hold it, too. No graph writes to weights.
+    /// Lets the `index`-th tensor be `data`, on the CPU.
+    fn share(&mut self, index: usize, data: &Arc<Vec<f32>>) {
+        let values = data.as_ptr().cast_mut().cast::<u8>();
+        // ggml wants buffers to begin at round addresses, and tensors to lie anywhere in them.
+        let before = values.addr() % ALIGNMENT;
+        let n_bytes = std::mem::size_of_val(&data[..]);
+        // SAFETY: the buffer does not own its memory, of which the part that is not `data` is never touched. `data` lives as
+        // long as `self`, which holds it, so that nobody can change it; no graph writes to weights (`Graph::add_to`).
         unsafe {
-            let device = sys::ggml_backend_get_device(self.backend);
-            let mut props = std::mem::zeroed();
-            sys::ggml_backend_dev_get_props(device, &mut props);
-            if !props.caps.buffer_from_host_ptr {
-                return false;
-            }
-            let values = data.as_ptr().cast_mut().cast::<u8>();
-            // Backends want buffers to begin at round addresses, and tensors to lie anywhere in them.
-            let before = values.addr() % ALIGNMENT;
-            let n_bytes = std::mem::size_of_val(&data[..]);
             let base = values.wrapping_sub(before);
-            let buffer =
-                sys::ggml_backend_dev_buffer_from_host_ptr(device, base.cast(), before + n_bytes, n_bytes);
-            if buffer.is_null() {
-                return false;
-            }
+            let buffer = sys::ggml_backend_cpu_buffer_from_ptr(base.cast(), before + n_bytes);
+            assert!(!buffer.is_null());
             self.buffers.push(buffer);
             self.shared.push(Arc::clone(data));
             let status = sys::ggml_backend_tensor_alloc(buffer, self.tensors[index].as_ptr(), values.cast());
             assert_eq!(status, sys::GGML_STATUS_SUCCESS, "a tensor inside its buffer");
         }
-        true
     }
 
-    /// Gives all tensors memory of the backend that have none.
+    /// Gives all tensors memory of the device that have none.
     fn allocate(&mut self, engine: &Engine, what: &'static str) -> Result<(), GgmlError> {
-        // SAFETY: headers are alive.
+        // SAFETY: headers are alive, and devices do not go.
         unsafe {
             let without = self.tensors.iter().filter(|t| (*t.as_ptr()).buffer.is_null());
             let n_bytes: usize = without.map(|t| sys::ggml_nbytes(t.as_ptr())).sum();
             if n_bytes == 0 {
                 return Ok(());
             }
-            let buffer = sys::ggml_backend_alloc_ctx_tensors(self.ctx.as_ptr(), self.backend);
+            let memory = sys::ggml_backend_dev_buffer_type(self.device);
+            let buffer = sys::ggml_backend_alloc_ctx_tensors_from_buft(self.ctx.as_ptr(), memory);
             if buffer.is_null() {
                 return Err(GgmlError::Memory(n_bytes >> 20, what));
             }
@@ -427,12 +434,23 @@ mod tests {
     }
 
     #[test]
+    #[should_panic(expected = "weights do not change")]
+    fn weights_are_not_added_to() {
+        let engine = Engine::cpu(1).unwrap();
+        let data = Values::Shared(Arc::new(vec![1.0; 4]));
+        let set = Resident::upload(&engine, &[TensorSpec { ne: [4, 1], data }]).unwrap();
+        let mut g = Graph::new(&engine, 16);
+        let (weights, x) = (g.resident(&set, 0), g.input_f32([4, 1], &[1.0; 4]));
+        g.add_to(weights, x);
+    }
+
+    #[test]
     fn what_graphs_add_to_stays() {
         let mut engine = Engine::cpu(1).unwrap();
         let values: Vec<f32> = (0..6).map(|i| i as f32).collect();
         let beside = [TensorSpec { ne: [6, 1], data: Values::Copied(&values) }];
         let beside = Resident::upload(&engine, &beside).unwrap();
-        let totals = Resident::zeros(&engine, &beside, &[[2, 2], [3, 2]]).unwrap();
+        let mut totals = Resident::zeros(&engine, &beside, &[[2, 2], [3, 2]]).unwrap();
         for _ in 0..3 {
             let mut g = Graph::new(&engine, 16);
             let (total, x) = (g.resident(&totals, 1), g.input_f32([3, 2], &values));
@@ -442,5 +460,7 @@ mod tests {
         }
         assert_eq!(totals.read(0), [0.0; 4]);
         assert_eq!(totals.read(1), [0.0, 3.0, 6.0, 9.0, 12.0, 15.0]);
+        totals.clear();
+        assert_eq!(totals.read(1), [0.0; 6]);
     }
 }

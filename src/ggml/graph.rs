@@ -228,12 +228,15 @@ impl<'a> Graph<'a> {
         self.push(raw)
     }
 
-    /// Adds `b` to the resident tensor `total`, where it is. Graphs that run later find the sum there.
+    /// Adds `b` to `total`, one of [`Resident::zeros`], where it is. Graphs that run later find the sum there.
     pub fn add_to(&mut self, total: T, b: T) -> T {
         assert_eq!(self.ne(total), self.ne(b));
-        // SAFETY: same shape.
+        // SAFETY: same shape, and a buffer that is nobody else's memory: that of weights may be.
         let raw = unsafe {
-            assert!(!(*self.raw(total)).buffer.is_null(), "not a resident tensor");
+            let buffer = (*self.raw(total)).buffer;
+            assert!(!buffer.is_null(), "not a resident tensor");
+            let usage = sys::ggml_backend_buffer_get_usage(buffer);
+            assert_ne!(usage, sys::GGML_BACKEND_BUFFER_USAGE_WEIGHTS, "weights do not change");
             sys::ggml_add_inplace(self.ctx.as_ptr(), self.raw(total), self.raw(b))
         };
         self.push(raw)

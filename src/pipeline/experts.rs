@@ -46,15 +46,15 @@ impl Run<'_> {
         drop(heads);
         match piece {
             Piece::Expert => {
+                drop(block);
                 let keep = prune::busiest(&used.energy, &used.n_tokens, n_keep);
                 let neurons: Vec<usize> = keep.iter().flat_map(|e| e * n_ff..(e + 1) * n_ff).collect();
                 w.keep_pieces(&keep, &neurons);
                 (self.plan.blocks[il].experts, self.plan.blocks[il].neurons) = (keep, neurons);
             }
-            Piece::Neuron if n_keep < n_ff => self.narrow_experts(il, &block, w, n_keep, &chosen, streams)?,
-            Piece::Neuron => {}
+            Piece::Neuron if n_keep < n_ff => self.narrow_experts(il, block, w, n_keep, &chosen, streams)?,
+            Piece::Neuron => drop(block),
         }
-        drop(block);
 
         let block = self.forward.upload(w)?;
         for (chunk, _) in self.all_chunks() {
@@ -71,7 +71,7 @@ impl Run<'_> {
     fn narrow_experts(
         &mut self,
         il: usize,
-        block: &Block,
+        block: Block,
         w: &mut BlockWeights,
         width: usize,
         chosen: &[Chosen],
@@ -91,7 +91,7 @@ impl Run<'_> {
                 let q = quantise(&down.select_cols(&keep), ty, &vec![1.0; width])?;
                 (keep, q)
             } else {
-                let moments = self.moments_of_expert(block, i, tokens, n_ff, streams)?;
+                let moments = self.moments_of_expert(&block, i, tokens, n_ff, streams)?;
                 let ridge = self.settings.ridge_of_neurons(n_ff, moments.n_tokens);
                 let chosen = prune::greedy(down, None, &moments.gram, ridge, width);
                 let (keep, refit) = chosen.map_err(|e| failed(e.into()))?;
@@ -110,6 +110,8 @@ impl Run<'_> {
                 chosen.len()
             ));
         }
+        // It holds the matrices as they were.
+        drop(block);
         let q = Quantised::new(written, width, chosen.len() * n_embd, bytes);
         let experts: Vec<usize> = (0..chosen.len()).collect();
         w.keep_pieces(&experts, &neurons);

@@ -53,10 +53,12 @@ impl Run<'_> {
                 whole
             } else {
                 let mut w = self.model.block(il)?;
-                // What gets new values starts from the source's.
-                w.ffn_down = whole.ffn_down;
+                // What gets new values starts from the source's. The rest of that has no use any more.
+                let of_source = |source: BlockWeights| (source.attn_output, source.ffn_down);
+                let (attn_output, ffn_down) = of_source(whole);
+                w.ffn_down = ffn_down;
                 if self.settings.method == Method::Putri {
-                    w.attn_output = whole.attn_output;
+                    w.attn_output = attn_output;
                 }
                 w
             };
