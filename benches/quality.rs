@@ -111,7 +111,6 @@ fn settings(row: &str, sparsity: f64, n_threads: usize) -> Settings {
             "groups" => s.groups = Some(number() as usize),
             "head_tokens" => s.head_tokens = number() as usize,
             "head_ctx" => s.head_ctx = number() as usize,
-            "probe_tokens" => s.probe_tokens = number() as usize,
             "curve_tokens" => s.curve_tokens = number() as usize,
             "nll" => s.head_loss = Loss::Likelihood,
             "plain" => s.error_feedback = false,

@@ -126,8 +126,7 @@ fn candidates(args: &Args, folder: &Path) -> Vec<Candidate> {
         head_tokens: 64,
         head_ctx: 64,
         curve_tokens: 256,
-        probe_tokens: 64,
-        sensitivity_tokens: 0,
+        sensitivity_tokens: 64,
         tune: 0,
         n_threads: recipe.n_threads,
         ..Settings::default()

@@ -4,9 +4,9 @@ mod common;
 
 use common::small::Small;
 use common::{TEXT, smollm2};
-use putri_gguf::calibrate::{CalibrateError, Recipe, Schedule, collect, generate};
+use putri_gguf::calibrate::{CalibrateError, Recipe, Schedule, Windows, collect, generate};
 use putri_gguf::evaluate::{Protocol, evaluate};
-use putri_gguf::ggml::{LlamaModel, silence_logs};
+use putri_gguf::ggml::{LlamaModel, Token, silence_logs};
 
 fn recipe(n_ctx: usize, n_windows: usize, self_share: f64) -> Recipe {
     Recipe {
@@ -135,4 +135,30 @@ fn generation_can_be_stopped() {
     let model = LlamaModel::load(&path).unwrap();
     let stopped = collect(&model, &recipe(32, 4, 1.0), |done, _| done < 20);
     assert!(matches!(stopped, Err(CalibrateError::Interrupted)));
+}
+
+#[test]
+fn samples_beside_others_are_of_other_windows_and_of_every_kind() {
+    for n_ctx in [4, 16] {
+        for n_fit in [1usize, 2, 3, 8, 12, 32, 48] {
+            // Every token is the number of its window; even ones are of one kind, odd ones of the other.
+            let tokens = (0..n_fit * n_ctx).map(|i| (i / n_ctx) as Token).collect();
+            let windows = Windows { n_ctx, tokens, n_fit, n_held_out: 0, n_self: 0 };
+            for n_taken in [1, n_fit.div_ceil(4), n_fit.div_ceil(2)] {
+                let taken = windows.sample(n_taken * n_ctx, n_ctx);
+                assert_eq!(taken.len(), n_taken * n_ctx);
+                let beside = windows.sample_beside(8 * 4, 4, n_taken);
+                let mut numbers: Vec<Token> = beside.iter().step_by(4).copied().collect();
+                let free = if n_fit > n_taken { n_fit - n_taken } else { n_fit };
+                assert_eq!(numbers.len(), 8.min(free));
+                assert!(n_fit == n_taken || !numbers.iter().any(|i| taken.contains(i)), "{n_fit} {n_taken}");
+                // Half of all may be all of a kind.
+                if n_fit >= 32 && n_taken <= n_fit / 4 {
+                    assert!([0, 1].iter().all(|kind| numbers.iter().any(|i| i % 2 == *kind)), "{numbers:?}");
+                }
+                numbers.dedup();
+                assert_eq!(numbers.len(), 8.min(free));
+            }
+        }
+    }
 }

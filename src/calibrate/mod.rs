@@ -144,9 +144,32 @@ impl Windows {
     /// About `n_tokens` tokens in windows of `n_ctx`, the beginnings of windows that are spread evenly
     /// over those to fit on.
     pub fn sample(&self, n_tokens: usize, n_ctx: usize) -> Vec<Token> {
-        let n = n_tokens.div_ceil(n_ctx).clamp(1, self.n_fit);
-        let start = |i: usize| (2 * i + 1) * self.n_fit / (2 * n);
-        (0..n).flat_map(|i| &self.tokens_of(start(i)..start(i) + 1)[..n_ctx]).copied().collect()
+        self.beginnings(&self.spread(n_tokens.div_ceil(n_ctx)), n_ctx)
+    }
+
+    /// The same, of windows that [`Windows::sample`] leaves out when it takes `n_taken`; of all, if it takes all.
+    pub fn sample_beside(&self, n_tokens: usize, n_ctx: usize, n_taken: usize) -> Vec<Token> {
+        let taken = self.spread(n_taken);
+        let mut rest: Vec<usize> = (0..self.n_fit).filter(|i| !taken.contains(i)).collect();
+        if rest.is_empty() {
+            rest = taken;
+        }
+        let n = n_tokens.div_ceil(n_ctx).clamp(1, rest.len());
+        // Windows of different origin take turns, so that even steps might meet one kind only.
+        let odd = |i: usize| if rest.len() >= 2 * n { i % 2 } else { 0 };
+        let chosen: Vec<usize> = (0..n).map(|i| rest[i * rest.len() / n + odd(i)]).collect();
+        self.beginnings(&chosen, n_ctx)
+    }
+
+    /// The numbers of `n` windows, at least one, that are spread evenly over those to fit on.
+    fn spread(&self, n: usize) -> Vec<usize> {
+        let n = n.clamp(1, self.n_fit);
+        (0..n).map(|i| (2 * i + 1) * self.n_fit / (2 * n)).collect()
+    }
+
+    /// The first `n_ctx` tokens of these windows.
+    fn beginnings(&self, windows: &[usize], n_ctx: usize) -> Vec<Token> {
+        windows.iter().flat_map(|&i| &self.tokens_of(i..i + 1)[..n_ctx]).copied().collect()
     }
 
     /// The next token for every position of `windows`; none at the end of a window.

@@ -43,7 +43,7 @@ pub(super) fn within_family(model: &Model, s: &Settings) -> Settings {
         };
     }
     Settings {
-        per_block_widths: s.per_block_widths && carriers.per_block.is_some(),
+        per_block_widths: s.per_block_widths && s.sensitivity_tokens > 0 && carriers.per_block.is_some(),
         biases: s.biases && carriers.have_biases(),
         ..s.clone()
     }

@@ -1,22 +1,23 @@
 //! Widths per block, from what each block loses as it narrows.
 
-use super::judge::{Judge, Loss};
+use super::sensitivity::Sensitivity;
 use super::stream::embedded;
 use super::{
-    PruneError, Run, equally_narrowed, forward, neurons_for_target, neurons_to_remove, token_scales,
+    PruneError, Run, Settings, equally_narrowed, forward, neurons_for_target, neurons_to_remove, token_scales,
 };
 use crate::forward::{Collect, Wanted};
 use crate::model::{BlockWeights, Matrix};
 use crate::numeric::Moments;
-use crate::prune::{self, Budget, Curve};
-use crate::spill::Array;
-
-/// Length of the windows on which the model's predictions are judged with one block narrowed: short, so that
-/// they come from many places and a stream per block takes little memory.
-pub(super) const PROBE_CTX: usize = 128;
+use crate::prune::{self, Budget, Curve, Singular};
 
 /// The least divergence in nats that is told from none.
 const MIN_DIVERGENCE: f64 = 1e-9;
+
+/// Windows that the curves are measured on, of `n_fit` to fit on: half of them at most, for what narrowing costs is
+/// measured on others.
+pub(super) fn n_windows(s: &Settings, n_ctx: usize, n_fit: usize) -> usize {
+    s.curve_tokens.div_ceil(n_ctx).clamp(1, n_fit.div_ceil(2))
+}
 
 impl Run<'_> {
     /// Width per block such that the sparsity is reached, or the target.
@@ -24,8 +25,10 @@ impl Run<'_> {
         &mut self,
         budgets: &[Budget],
         attention_removed: usize,
+        sensitivity: Option<&Sensitivity>,
     ) -> Result<Vec<usize>, PruneError> {
-        let curves = if self.settings.per_block_widths { Some(self.loss_curves(budgets)?) } else { None };
+        let by_loss = sensitivity.filter(|_| self.settings.per_block_widths);
+        let curves = by_loss.map(|s| self.loss_curves(budgets, s)).transpose()?;
         let (model, s) = (self.model, self.settings);
         let narrowed = |n_remove: usize| match &curves {
             Some(curves) => prune::allocate(curves, n_remove),
@@ -50,24 +53,22 @@ impl Run<'_> {
     }
 
     /// Loss curves of all blocks, on the model with its groups removed and its feed-forwards whole. A block's
-    /// loss is that of its own output; what the model's predictions lose (in nats of KL divergence) while
-    /// this block alone is narrowed makes the losses of different blocks comparable.
-    fn loss_curves(&mut self, budgets: &[Budget]) -> Result<Vec<Curve>, PruneError> {
-        let n_layer = self.model.hparams.n_layer();
-        let (n_ctx, n_embd) = (self.windows.n_ctx, self.forward.n_embd());
-        let tokens = self.windows.sample(self.settings.curve_tokens, n_ctx);
-        let n_windows = tokens.len() / n_ctx;
-        let s = self.settings;
+    /// loss is that of its own output; what the model's predictions lose (in nats of KL divergence) where this block alone is
+    /// narrowed, by the curvature, makes the losses of different blocks comparable.
+    fn loss_curves(
+        &mut self,
+        budgets: &[Budget],
+        sensitivity: &Sensitivity,
+    ) -> Result<Vec<Curve>, PruneError> {
+        let (s, n_ctx, n_embd) = (self.settings, self.windows.n_ctx, self.forward.n_embd());
+        let n_windows = n_windows(s, n_ctx, self.windows.n_fit);
+        let tokens = self.windows.sample(n_windows * n_ctx, n_ctx);
         let mut stream = embedded(&self.forward, self.model, &tokens, &s.shelf)?;
-        let mut probe = forward(self.model, PROBE_CTX.min(n_ctx), s)?;
-        let probe_tokens = self.windows.sample(s.probe_tokens, probe.n_ctx());
-        let mut base = probe.embed(self.model, &probe_tokens)?;
-        let mut next = vec![0.0; base.len()];
-        // The stream behind each block when only that block is narrowed.
-        let mut narrowed: Vec<Array<f32>> = Vec::with_capacity(n_layer);
-        let mut curves: Vec<Curve> = Vec::with_capacity(n_layer);
-        let mut losses_probed = Vec::with_capacity(n_layer);
-        self.observer.stage("widths", n_layer);
+        let mut probe = forward(self.model, sensitivity.n_ctx, s)?;
+        let mut base = probe.embed(self.model, &sensitivity.tokens)?;
+        let (mut next, mut without) = (vec![0.0; base.len()], vec![0.0; base.len()]);
+        let mut curves: Vec<Curve> = Vec::with_capacity(budgets.len());
+        self.observer.stage("widths", budgets.len());
         for (il, budget) in budgets.iter().enumerate() {
             self.checkpoint()?;
             let w = self.plan.block(self.model, il)?;
@@ -87,6 +88,7 @@ impl Run<'_> {
             // The algebra needs the room.
             drop(block);
             let mut moments = moments.finish();
+            probe.stream(&probe.upload(&w)?, &base, &mut next)?;
             if self.settings.biases {
                 moments.centre();
             }
@@ -96,27 +98,18 @@ impl Run<'_> {
             let ridge = self.settings.ridge_of_neurons(w.shape.n_ff, self.windows.n_fit * n_ctx);
             let n = prune::narrow(&w.ffn_down, &moments.gram, ridge, &widths, widths[at])
                 .map_err(|source| PruneError::Singular { block: il, part: "ffn_down", source })?;
-            losses_probed.push(n.losses[at]);
-            let probe_block = probe.upload(&w)?;
-            for other in &mut narrowed {
-                probe.stream(&probe_block, other, &mut next)?;
-                other.copy_from_slice(&next);
-            }
+            let loss = n.losses[at];
             let less = probe.upload(&self.narrowed(w, n.kept, n.weights, &moments))?;
-            let mut without = s.shelf.zeros(base.len())?;
             probe.stream(&less, &base, &mut without)?;
-            narrowed.push(without);
-            probe.stream(&probe_block, &base, &mut next)?;
-            std::mem::swap(&mut base, &mut next);
-            curves.push(Curve { widths, losses: n.losses, unit: 1.0 });
-            self.observer.step(il + 1, "");
-        }
-        let judge = Judge::new(&mut probe, self.model, self.model, &probe_tokens, &base, Loss::Divergence)?;
-        for ((curve, stream), loss) in curves.iter_mut().zip(&narrowed).zip(losses_probed) {
-            // A block that cannot be narrowed loses nothing. Rounding may leave no divergence where there is some.
-            if loss > 0.0 {
-                curve.unit = loss / judge.loss(&mut probe, stream)?.max(MIN_DIVERGENCE);
+            let lost = sensitivity.divergence(il, &next, &without);
+            if !lost.is_finite() {
+                return Err(PruneError::Singular { block: il, part: "ffn_down", source: Singular });
             }
+            // A block that cannot be narrowed loses nothing. Rounding may leave no divergence where there is some.
+            let unit = if loss > 0.0 { loss / lost.max(MIN_DIVERGENCE) } else { 1.0 };
+            curves.push(Curve { widths, losses: n.losses, unit });
+            std::mem::swap(&mut base, &mut next);
+            self.observer.step(il + 1, "");
         }
         Ok(curves)
     }

@@ -116,8 +116,8 @@ pub fn forecast(model: &Model, c: &Calibration, settings: &Settings) -> Result<F
         Method::Putri => vec![
             w.first_look(),
             w.heads(n_groups),
-            w.widths(),
             w.sensitivity(),
+            w.widths(),
             w.blocks(),
             w.prepare_tuning(),
             w.tune(),
@@ -340,18 +340,23 @@ impl Work<'_> {
         4.0 * moment_products(n as usize, n_out as usize) as f64
     }
 
-    /// Bytes of the graph that makes moments at ffn_down, without its sums.
+    /// Bytes of the graph that makes moments, without its sums.
     fn moment_graph_bytes(&self, n_ctx: usize, n_tokens: f64) -> f64 {
-        let inputs = self.chunk(n_ctx, n_tokens) * (self.max_ff() + 2.0 * self.n_embd());
+        let inputs = self.chunk(n_ctx, n_tokens) * (self.max_ff().max(self.max_q()) + 2.0 * self.n_embd());
         self.graph_bytes(n_ctx, n_tokens) + 4.0 * inputs
     }
 
-    /// Bytes that the forward pass over calibration windows keeps on devices for its graphs, once it summed moments: of the
-    /// products one at a time, for each is added to a total.
+    /// Bytes that the forward pass over calibration windows keeps for its graphs, once it summed moments.
+    fn scratch_bytes(&self) -> f64 {
+        let sums = self.sums_bytes(self.max_ff(), self.n_residuals());
+        self.moment_graph_bytes(self.c.n_ctx, self.n_fit()) + sums
+    }
+
+    /// Those on devices: of the products one at a time, for each is added to a total.
     fn kept_graph_bytes(&self) -> f64 {
-        let n = self.max_ff();
-        let largest = largest_product(n as usize, self.n_residuals() as usize) as f64;
-        self.moment_graph_bytes(self.c.n_ctx, self.n_fit()) + 4.0 * largest
+        let largest = |n: f64| largest_product(n as usize, self.n_residuals() as usize) as f64;
+        let product = largest(self.max_ff()).max(largest(self.max_q()));
+        self.moment_graph_bytes(self.c.n_ctx, self.n_fit()) + 4.0 * product
     }
 
     /// Bytes of a whole output head in floats.
@@ -426,51 +431,61 @@ impl Work<'_> {
 
     fn widths(&self) -> StageForecast {
         let n_ctx = self.c.n_ctx;
-        let probe_ctx = curves::PROBE_CTX.min(n_ctx);
-        let (n, n_probe) =
-            (self.sampled(self.s.curve_tokens, n_ctx), self.sampled(self.s.probe_tokens, probe_ctx));
-        let (mut operations, mut algebra) = (self.judge_ops(n_probe, self.n_layer()), 0.0);
+        let (probe_ctx, n_probe) = self.probes();
+        let n = (curves::n_windows(self.s, n_ctx, self.c.n_fit) * n_ctx) as f64;
+        let (mut operations, mut algebra) = (0.0, 0.0);
         for (il, b) in self.headless().into_iter().enumerate() {
             let narrowed = Sizes { ff: b.ff * (1.0 - self.s.sparsity), ..b };
             operations += self.block_ops(il, b, n, n_ctx) + self.moment_ops(b.ff, 0.0, n);
-            operations += (il as f64 + 1.0) * self.block_ops(il, b, n_probe, probe_ctx);
+            operations += self.block_ops(il, b, n_probe, probe_ctx);
             operations += self.block_ops(il, narrowed, n_probe, probe_ctx);
             algebra += inverse_ops(b.ff) + removal_ops(b.ff, 0.0, 2.0 * self.n_embd());
         }
-        let streams = self.stream_bytes(self.n_layer() * n_probe * self.n_embd() + n * self.n_embd());
+        let streams = self.stream_bytes(n * self.n_embd()) + self.sensitivity_bytes();
         let probes = 3.0 * 4.0 * n_probe * self.n_embd();
         let sums = self.sums_bytes(self.max_ff(), 0.0);
         let moments = 4.0 * self.max_ff().powi(2);
         let collecting = self.block_bytes() + moments + self.moment_graph_bytes(n_ctx, n) + sums;
-        let probing = 2.0 * self.block_bytes() + self.graph_bytes(probe_ctx, n_probe);
+        let probing = self.block_bytes() + self.graph_bytes(probe_ctx, n_probe);
         let choosing = self.block_bytes() + self.choosing_bytes(0.0, false);
         StageForecast {
             name: "widths",
             operations: if self.s.per_block_widths { operations } else { 0.0 },
             algebra,
-            memory: BASE_BYTES
-                + streams
-                + probes
-                + collecting.max(choosing).max(moments + probing).max(self.predicting_bytes()),
-            on_devices: self.kept_graph_bytes()
-                + probing.max(self.block_bytes() + sums).max(self.predicting_bytes()),
+            memory: BASE_BYTES + streams + probes + collecting.max(choosing).max(moments + probing),
+            on_devices: self.kept_graph_bytes() + probing.max(self.block_bytes() + sums),
         }
     }
 
-    fn sensitivity(&self) -> StageForecast {
+    /// Length of the windows that samples of the curvature are taken on, and how many tokens these have.
+    fn probes(&self) -> (usize, f64) {
         let n_ctx = sensitivity::CTX.min(self.c.n_ctx);
-        let blocks = self.whole();
-        let n = self.sampled(self.s.sensitivity_tokens.max(1), n_ctx);
+        let n_fit = self.c.n_fit;
+        let beside = n_fit - curves::n_windows(self.s, self.c.n_ctx, n_fit);
+        let n_windows =
+            self.s.sensitivity_tokens.div_ceil(n_ctx).clamp(1, if beside > 0 { beside } else { n_fit });
+        (n_ctx, (n_windows * n_ctx) as f64)
+    }
+
+    /// Bytes of these samples.
+    fn sensitivity_bytes(&self) -> f64 {
+        let runs = self.s.sensitivity_tokens > 0 && self.s.method == Method::Putri;
+        if runs { self.stream_bytes(self.n_layer() * self.n_embd() * 0.5 * self.probes().1) } else { 0.0 }
+    }
+
+    fn sensitivity(&self) -> StageForecast {
+        let (n_ctx, n) = self.probes();
+        let blocks = self.headless();
         let back: f64 = blocks[1..].iter().map(|b| self.gradient_ops(*b, n, n_ctx)).sum();
         let operations = self.model_ops(&blocks, n, n_ctx) + back + 2.0 * self.logit_ops(self.n_vocab(), n);
         let batch = n.min(sensitivity::BATCH_TOKENS as f64);
-        let streams = self.stream_bytes(self.n_layer() * self.n_embd() * (0.5 * n + batch));
+        let streams = self.stream_bytes(self.n_layer() * self.n_embd() * batch) + self.sensitivity_bytes();
         StageForecast {
             name: "sensitivity",
             operations: if self.s.sensitivity_tokens > 0 { operations } else { 0.0 },
             algebra: 0.0,
             memory: BASE_BYTES + streams + self.back_bytes(n_ctx),
-            on_devices: self.back_bytes(n_ctx) + self.kept_graph_bytes(),
+            on_devices: self.back_bytes(n_ctx),
         }
     }
 
@@ -520,7 +535,6 @@ impl Work<'_> {
             }
         }
         let streams = self.stream_bytes(n_all * (2.0 * e + self.max_q()));
-        let sensitivity = self.stream_bytes(self.n_layer() * e * 0.5 * self.s.sensitivity_tokens as f64);
         let n_out = self.n_residuals();
         let moments = 4.0 * self.max_ff().powi(2) + 8.0 * self.max_ff() * n_out;
         let sums = self.sums_bytes(self.max_ff(), n_out);
@@ -535,7 +549,7 @@ impl Work<'_> {
             algebra,
             memory: BASE_BYTES
                 + streams
-                + sensitivity
+                + self.sensitivity_bytes()
                 + self.new_bytes()
                 + crossing.max(collecting).max(choosing),
             on_devices: self.kept_graph_bytes()
@@ -565,7 +579,8 @@ impl Work<'_> {
             memory: BASE_BYTES
                 + streams
                 + self.new_bytes()
-                + self.predicting_bytes().max(lessons + self.block_bytes()),
+                + self.scratch_bytes()
+                + self.predicting_bytes().max(lessons + self.block_bytes() + self.graph_bytes(n_ctx, n)),
             on_devices: self.kept_graph_bytes()
                 + self.predicting_bytes().max(self.block_bytes() + self.graph_bytes(n_ctx, n)),
         }
@@ -586,7 +601,7 @@ impl Work<'_> {
             name: "tune",
             operations: if self.s.tune > 0 { self.s.tune as f64 * pass + held_out } else { 0.0 },
             algebra: 0.0,
-            memory: BASE_BYTES + streams + self.new_bytes() + self.back_bytes(n_ctx),
+            memory: BASE_BYTES + streams + self.new_bytes() + self.back_bytes(n_ctx) + self.scratch_bytes(),
             on_devices: self.back_bytes(n_ctx) + self.kept_graph_bytes(),
         }
     }

@@ -1,8 +1,8 @@
 //! The passes over the blocks: where forward passes and the mathematics of pruning meet.
 //!
 //! 1. `heads`: which attention groups go, by their effect on the model's predictions.
-//! 2. `curves`: what every block loses as its feed-forward narrows; from that, the widths.
-//! 3. `sensitivity`: what errors in the stream behind each block cost the predictions.
+//! 2. `sensitivity`: what errors in the stream behind each block cost the predictions.
+//! 3. `curves`: what every block loses as its feed-forward narrows, by that cost; from that, the widths.
 //! 4. `sequential`: block after block, refit attn_output, choose neurons, refit ffn_down, requantise;
 //!    each block sees the pruned and requantised blocks before it.
 //! 5. `tune`: norms and biases, by descent on what the whole model's predictions lose.
@@ -186,14 +186,16 @@ pub fn run(
         Method::Putri => {
             run.search_heads(&budgets, n_groups, settled.heads)?;
             let removed = run.plan.attention_params_removed(&budgets);
+            let wanted = settled.widths.is_none() || settled.blocks.len() < budgets.len();
+            let measured =
+                (wanted && s.sensitivity_tokens > 0).then(|| run.sensitivity(s.sensitivity_tokens));
+            let sensitivity = measured.transpose()?;
             let widths = match settled.widths {
                 Some(widths) => widths,
-                None => run.choose_widths(&budgets, removed)?,
+                None => run.choose_widths(&budgets, removed, sensitivity.as_ref())?,
             };
             run.journal.widths(&widths)?;
-            if s.sensitivity_tokens > 0 && settled.blocks.len() < widths.len() {
-                run.sensitivity = Some(run.sensitivity(s.sensitivity_tokens)?);
-            }
+            run.sensitivity = sensitivity;
             let mut streams = run.sequential_pass(&widths, settled.blocks)?;
             run.sensitivity = None;
             tuned = run.tune(&mut streams)?;

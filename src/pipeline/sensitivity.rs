@@ -1,12 +1,13 @@
 //! How much the model's predictions mind errors in the stream behind each block, direction by direction.
 //!
 //! For small errors that is the curvature of the KL divergence, the Fisher information, of which random vectors
-//! carried back through the dense model are samples. Layers have been quantised under such curvatures (YAQA,
-//! arXiv 2505.22988); here they say which neurons matter.
+//! carried back through the model are samples. Layers have been quantised under such curvatures (YAQA,
+//! arXiv 2505.22988); here they say which neurons matter, and what narrowing a block costs.
 
 use super::stream::planned_stream;
-use super::{Plan, PruneError, Run, forward, mean_square};
+use super::{PruneError, Run, curves, forward, mean_square};
 use crate::forward::{BlockGradient, whole_windows};
+use crate::ggml::Token;
 use crate::model::{BlockWeights, Matrix};
 use crate::prune::{Metric, Singular};
 use crate::spill::Array;
@@ -22,13 +23,37 @@ pub(super) const CTX: usize = 256;
 /// Tokens whose streams before all blocks are in memory at a time.
 pub(super) const BATCH_TOKENS: usize = 2048;
 
-/// Per block, random directions `[n_tokens, n_embd]` of length 1 that the predictions mind.
+/// Samples of what the predictions mind behind each block.
 pub(super) struct Sensitivity {
-    behind: Vec<Array<bf16>>,
+    behind: Vec<Samples>,
     n_embd: usize,
+    /// What was measured on, in windows of `n_ctx`.
+    pub(super) tokens: Vec<Token>,
+    pub(super) n_ctx: usize,
+}
+
+/// A random vector per token.
+struct Samples {
+    /// `[n_tokens, n_embd]`, of length 1.
+    directions: Array<bf16>,
+    lengths: Vec<f32>,
 }
 
 impl Sensitivity {
+    /// What the predictions lose, per token in nats of KL divergence, where the stream behind block `il` is `other`
+    /// instead of `own`, those of the tokens that were measured on: half the square of each error's product with its token's
+    /// sample, whose mean is the form that the curvature makes of the error. What errors of several tokens do together is left out.
+    pub(super) fn divergence(&self, il: usize, own: &[f32], other: &[f32]) -> f64 {
+        let Samples { directions, lengths } = &self.behind[il];
+        let errors = own.chunks_exact(self.n_embd).zip(other.chunks_exact(self.n_embd));
+        let tokens = directions.chunks_exact(self.n_embd).zip(lengths).zip(errors);
+        let losses = tokens.map(|((direction, length), (own, other))| {
+            let along = direction.iter().zip(own.iter().zip(other)).map(|(d, (a, b))| d.to_f32() * (b - a));
+            0.5 * f64::from(length * along.sum::<f32>()).powi(2)
+        });
+        losses.sum::<f64>() / lengths.len() as f64
+    }
+
     /// What errors of ffn_down, which has the values `ffn_down` in block `il` and otherwise is the one of `w`,
     /// cost: the squares of the outputs of the map that this returns. Rows of the norm behind it count by its
     /// weights.
@@ -36,7 +61,7 @@ impl Sensitivity {
     /// # Errors
     /// [`Singular`] if what was measured is not finite.
     pub(super) fn costs(&self, il: usize, w: &BlockWeights, ffn_down: &Matrix) -> Result<Matrix, Singular> {
-        let samples: Vec<f32> = self.behind[il].iter().map(|v| v.to_f32()).collect();
+        let samples: Vec<f32> = self.behind[il].directions.iter().map(|v| v.to_f32()).collect();
         let mut map = Cow::Borrowed(ffn_down);
         if let Some(post_norm) = &w.ffn_post_norm {
             let rows = Arc::make_mut(&mut map.to_mut().data).chunks_exact_mut(ffn_down.n_in);
@@ -47,18 +72,22 @@ impl Sensitivity {
 }
 
 impl Run<'_> {
-    /// Measures on about `n_tokens` calibration tokens of the dense model. Tokens count alike: the first of each
-    /// window, whose errors can cost hundreds of times as much, would be most of a plain sum.
+    /// Measures on about `n_tokens` calibration tokens of the model as planned so far. Where neurons are chosen, tokens count
+    /// alike: the first of each window, whose errors can cost hundreds of times as much, would be most of a plain sum.
     pub(super) fn sensitivity(&mut self, n_tokens: usize) -> Result<Sensitivity, PruneError> {
         let s = self.settings;
         let n_ctx = self.windows.n_ctx.min(CTX);
-        let tokens = self.windows.sample(n_tokens, n_ctx);
-        let whole = Plan::whole(self.model);
+        // What a narrowed block makes of text that it was fitted to would cost next to nothing.
+        let fitted = curves::n_windows(s, self.windows.n_ctx, self.windows.n_fit);
+        let tokens = self.windows.sample_beside(n_tokens, n_ctx, fitted);
         let mut forward = forward(self.model, n_ctx, s)?;
         let head = forward.head(self.model)?;
-        let (n_layer, n_embd) = (whole.blocks.len(), forward.n_embd());
-        let behind = (0..n_layer).map(|_| s.shelf.zeros(tokens.len() * n_embd));
-        let mut behind: Vec<Array<bf16>> = behind.collect::<Result<_, _>>()?;
+        let (n_layer, n_embd) = (self.plan.blocks.len(), forward.n_embd());
+        let none = |_| {
+            let directions = s.shelf.zeros(tokens.len() * n_embd)?;
+            Ok::<_, PruneError>(Samples { directions, lengths: Vec::with_capacity(tokens.len()) })
+        };
+        let mut behind: Vec<Samples> = (0..n_layer).map(none).collect::<Result<_, _>>()?;
         let mut rng = ChaCha8Rng::seed_from_u64(0);
         let batch = whole_windows(BATCH_TOKENS, n_ctx);
         self.observer.stage("sensitivity", n_layer * tokens.len().div_ceil(batch));
@@ -69,24 +98,59 @@ impl Run<'_> {
                 inputs.push(s.shelf.put(x)?);
                 Ok(())
             };
-            let last = planned_stream(&mut forward, self.model, &whole, tokens, &*self.observer, keep)?;
+            let last = planned_stream(&mut forward, self.model, &self.plan, tokens, &*self.observer, keep)?;
             let mut grad = forward.curvature_sample(&head, &last, || rng.random())?;
             for (il, x) in inputs.into_iter().enumerate().rev() {
                 self.checkpoint()?;
-                let samples = behind[il][i * batch * n_embd..].chunks_exact_mut(n_embd);
-                for (sample, g) in samples.zip(grad.chunks_exact(n_embd)) {
-                    let norm = (mean_square(g) * n_embd as f32).sqrt().max(f32::MIN_POSITIVE);
-                    sample.iter_mut().zip(g).for_each(|(s, g)| *s = bf16::from_f32(g / norm));
+                let Samples { directions, lengths } = &mut behind[il];
+                let directions = directions[i * batch * n_embd..].chunks_exact_mut(n_embd);
+                for (direction, g) in directions.zip(grad.chunks_exact(n_embd)) {
+                    let length = (mean_square(g) * n_embd as f32).sqrt().max(f32::MIN_POSITIVE);
+                    direction.iter_mut().zip(g).for_each(|(d, g)| *d = bf16::from_f32(g / length));
+                    lengths.push(length);
                 }
                 // Nobody asks for what is before the first block.
                 if il > 0 {
-                    let block = forward.upload(&self.model.block(il)?)?;
+                    let block = forward.upload(&self.plan.block(self.model, il)?)?;
                     forward.block_gradient(&block, &x, &mut grad, &mut BlockGradient::default())?;
                 }
                 done += 1;
                 self.observer.step(done, "");
             }
         }
-        Ok(Sensitivity { behind, n_embd })
+        Ok(Sensitivity { behind, n_embd, tokens, n_ctx })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::spill::Shelf;
+
+    #[test]
+    fn an_error_costs_by_the_sample_of_its_token() {
+        const N: usize = 8;
+        // Token i minds an error in direction i, the more the later it is.
+        let mut directions = Shelf::default().zeros(N * N).unwrap();
+        (0..N).for_each(|i| directions[i * N + i] = bf16::ONE);
+        let lengths = (0..N).map(|i| 1.0 + i as f32).collect();
+        let s = Sensitivity {
+            behind: vec![Samples { directions, lengths }],
+            n_embd: N,
+            tokens: vec![0; N],
+            n_ctx: N,
+        };
+        let own: Vec<f32> = (0..N * N).map(|i| (i * 7 % 5) as f32).collect();
+        assert_eq!(s.divergence(0, &own, &own), 0.0);
+        for token in 0..N {
+            for direction in 0..N {
+                let mut other = own.clone();
+                other[token * N + direction] -= 0.5;
+                let expected =
+                    if token == direction { 0.5 * (0.5 * (1 + token) as f64).powi(2) } else { 0.0 };
+                let found = s.divergence(0, &own, &other);
+                assert!((found - expected / N as f64).abs() < 1e-9, "{token} {direction}: {found}");
+            }
+        }
     }
 }

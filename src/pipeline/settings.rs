@@ -67,12 +67,10 @@ pub struct Settings {
     pub head_loss: Loss,
     /// Tokens that the widths' loss curves are measured on.
     pub curve_tokens: usize,
-    /// Tokens that the model's predictions are judged on with one block narrowed.
-    pub probe_tokens: usize,
     /// Columns that are still to be rounded make up for the rounding of those before.
     pub error_feedback: bool,
-    /// Tokens on which it is measured how much the predictions mind each output of a block, so that neurons are
-    /// chosen by it; 0 counts all outputs alike.
+    /// Tokens on which it is measured how much the predictions mind each output of a block: neurons are chosen by it, and
+    /// widths per block, which are equal without. 0 counts all outputs alike.
     pub sensitivity_tokens: usize,
     /// Every block gets its own width.
     pub per_block_widths: bool,
@@ -156,7 +154,6 @@ impl Default for Settings {
             rescored: None,
             head_loss: Loss::Divergence,
             curve_tokens: 4096,
-            probe_tokens: 2048,
             sensitivity_tokens: 2048,
             error_feedback: true,
             per_block_widths: true,
