@@ -133,9 +133,9 @@ fn collected(forward: &mut Forward, block: &Block, x: &[f32], n_ff: usize) -> Ve
     };
     let width = forward.heads(block, x, None).unwrap().len() / scales.len();
     let [mut at_heads, mut at_neurons] = [width, n_ff].map(|n| forward.gathering(block, n, n_embd).unwrap());
-    // In parts that add up, more than are added up there at a time.
-    let row = forward.n_ctx() * n_embd;
-    for part in (0..x.len()).step_by(row).map(|start| start..start + row) {
+    // In parts of two windows that add up, more than are added up there at a time.
+    let two = 2 * forward.n_ctx() * n_embd;
+    for part in (0..x.len()).step_by(two).map(|start| start..start + two) {
         let scales = &scales[part.start / n_embd..part.end / n_embd];
         let (x, target) = (&x[part.clone()], Some(&target[part]));
         let heads = forward.heads(block, x, Some(Collect { target, scales, into: &mut at_heads })).unwrap();
