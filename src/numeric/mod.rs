@@ -2,10 +2,12 @@
 
 mod cholesky;
 mod compare;
+mod draw;
 mod exp;
 mod moments;
 
 pub use cholesky::Cholesky;
 pub use compare::{RowComparison, compare_rows};
+pub use draw::draw;
 pub use exp::{exp_neg, log_sum_exp, nll};
 pub use moments::{Moments, SymMatrix};
