@@ -121,6 +121,7 @@ fn settings(row: &str, sparsity: f64, n_threads: usize) -> Settings {
             "tune_rate" => s.tune_rate = number(),
             "tune_limit" => s.tune_limit = number() as usize,
             "tune_tokens" => s.tune_tokens = number() as usize,
+            "tune_drawn" => s.tune_drawn = number(),
             "least_width" => s.least_width = number(),
             "nobias" => s.biases = false,
             "uniform" => s.per_block_widths = false,

@@ -4,8 +4,10 @@ mod common;
 
 use common::small::Small;
 use common::{TEXT, compare_logits, libllama_logits, our_logits, smollm2};
+use putri_gguf::forward::Forward;
 use putri_gguf::ggml::{LlamaModel, Type, silence_logs};
 use putri_gguf::gguf::{GgufFile, Value};
+use putri_gguf::model::Model;
 
 fn check_small(name: &str, small: &Small) {
     check_window(name, small, 200);
@@ -172,4 +174,35 @@ fn smollm2_with_f32_weights_agrees_with_libllama_closely() {
     let (max, kl) = compare_logits(&libllama_logits(&path, &tokens), &ours, vocab.vocab().n_tokens());
     println!("SmolLM2 in F32: largest difference {max:.4}, KL divergence {kl:.2e}");
     assert!(max < 0.1 && kl < 1e-5, "largest difference {max}, KL divergence {kl}");
+}
+
+#[test]
+fn tokens_are_drawn_as_often_as_libllama_says() {
+    const DRAWS: usize = 4000;
+    silence_logs();
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("small.gguf");
+    Small::default().write(&path);
+    let tokens: Vec<i32> = (0..20).map(|i| 3 + (i * 7919) % 250).collect();
+    let model = Model::open(&path).unwrap();
+    let mut forward = Forward::new(&model, tokens.len(), 1).unwrap();
+    let mut x = forward.embed(&model, &tokens).unwrap();
+    for il in 0..model.hparams.n_layer() {
+        let block = forward.upload(&model.block(il).unwrap()).unwrap();
+        let mut y = vec![0.0; x.len()];
+        forward.block(&block, &x, None, &mut y).unwrap();
+        x = y;
+    }
+    let (head, theirs) = (forward.head(&model).unwrap(), libllama_logits(&path, &tokens));
+    let at: Vec<f64> = (0..DRAWS).map(|i| (i as f64 + 0.5) / DRAWS as f64).collect();
+    for (row, logits) in x.chunks_exact(forward.n_embd()).zip(theirs.chunks_exact(head.n_vocab())) {
+        let drawn = forward.draw(&head, &row.repeat(DRAWS), &at).unwrap();
+        let sum: f64 = logits.iter().map(|v| f64::from(*v).exp()).sum();
+        for (token, logit) in logits.iter().enumerate() {
+            let expected = f64::from(*logit).exp() / sum * DRAWS as f64;
+            let found = drawn.iter().filter(|t| **t as usize == token).count() as f64;
+            // Theirs have K and V in halves.
+            assert!((found - expected).abs() < 1.5 + 0.02 * expected, "{token}: {found} {expected}");
+        }
+    }
 }

@@ -48,7 +48,8 @@ fn check(small: &Small, windows: &Windows, biases: bool) {
     let model = Model::open(&path).unwrap();
     let settings = Settings { tune_tokens: 256, ..Settings::default() };
     let plain = pruned(&model, windows, &Settings { tune: 0, ..settings.clone() });
-    let tuned = pruned(&model, windows, &Settings { tune: 4, ..settings.clone() });
+    // What is drawn anew is text of another kind here than what is held out, which slows it down.
+    let tuned = pruned(&model, windows, &Settings { tune: 8, ..settings.clone() });
     let [before, after] = [&plain, &tuned].map(|o| divergence(&path, &model, windows, o));
     println!("{}: held-out divergence {before:.4} to {after:.4}", small.arch);
     assert!(after < 0.99 * before, "{}: {before} to {after}", small.arch);

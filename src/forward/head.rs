@@ -4,7 +4,7 @@ use super::block::MAX_NODES;
 use super::{Forward, ForwardError, Net};
 use crate::ggml::{Graph, Resident, T, TensorSpec, Token, Values};
 use crate::model::{Matrix, Model};
-use crate::numeric::nll;
+use crate::numeric::{draw, nll};
 use rayon::prelude::*;
 
 /// Positions whose logits are in memory at a time.
@@ -106,6 +106,19 @@ impl Forward {
                 .filter_map(|(row, t)| t.map(|t| nll(row, t as usize)))
                 .collect();
             out.extend(chunk);
+        })?;
+        Ok(out)
+    }
+
+    /// A token for each position of `x`, drawn from its prediction: that at `at[i]`, 0 ≤ `at[i]` < 1, of all tokens in line.
+    ///
+    /// # Errors
+    /// [`ForwardError`] if the backend fails.
+    pub fn draw(&mut self, head: &Head, x: &[f32], at: &[f64]) -> Result<Vec<Token>, ForwardError> {
+        let mut out = Vec::with_capacity(at.len());
+        self.logits(head, x, |start, logits| {
+            let rows = logits.par_chunks(head.n_vocab).zip(&at[start..]);
+            out.par_extend(rows.map(|(row, &at)| draw(row, 1.0, f32::INFINITY, at).0 as Token));
         })?;
         Ok(out)
     }

@@ -566,37 +566,29 @@ impl Work<'_> {
     }
 
     fn prepare_tuning(&self) -> StageForecast {
-        let (n_ctx, n) = self.lessons();
-        let again = n_ctx != self.c.n_ctx;
-        let operations = self.judge_ops(self.n_held_out(), 1.0)
-            + if again { self.model_ops(&self.whole(), n, n_ctx) } else { 0.0 };
+        let operations = self.judge_ops(self.n_held_out(), 1.0);
         let streams = self.stream_bytes(self.n_embd() * 2.0 * self.n_all());
-        let lessons = 4.0 * self.n_embd() * n * if again { 2.0 } else { 1.0 };
         StageForecast {
             name: "tune, preparing",
             operations: if self.s.tune > 0 { operations } else { 0.0 },
             algebra: 0.0,
-            memory: BASE_BYTES
-                + streams
-                + self.new_bytes()
-                + self.scratch_bytes()
-                + self.predicting_bytes().max(lessons + self.block_bytes() + self.graph_bytes(n_ctx, n)),
-            on_devices: self.kept_graph_bytes()
-                + self.predicting_bytes().max(self.block_bytes() + self.graph_bytes(n_ctx, n)),
+            memory: BASE_BYTES + streams + self.new_bytes() + self.scratch_bytes() + self.predicting_bytes(),
+            on_devices: self.kept_graph_bytes() + self.predicting_bytes(),
         }
     }
 
     fn tune(&self) -> StageForecast {
         let (n_ctx, n) = self.lessons();
         let (pruned, n_held_out) = (self.pruned(), self.n_held_out());
-        let pass = self.model_ops(&pruned, n, n_ctx)
+        let pass = self.model_ops(&self.whole(), n, n_ctx)
+            + self.logit_ops(self.n_vocab(), self.s.tune_drawn * n / 2.0)
+            + self.model_ops(&pruned, n, n_ctx)
             + pruned.iter().map(|b| self.gradient_ops(*b, n, n_ctx)).sum::<f64>()
             + 3.0 * self.logit_ops(self.n_vocab(), n);
         let held_out = self.model_ops(&pruned, n_held_out, self.c.n_ctx)
             + self.logit_ops(2.0 * self.n_vocab() + self.known(n_held_out), n_held_out);
         let step = whole_windows(self.s.tune_tokens, n_ctx) as f64;
-        let streams =
-            self.stream_bytes(self.n_embd() * (n + self.n_layer() * step.min(n) + 2.0 * self.n_all()));
+        let streams = self.stream_bytes(self.n_embd() * (self.n_layer() * step.min(n) + 2.0 * self.n_all()));
         StageForecast {
             name: "tune",
             operations: if self.s.tune > 0 { self.s.tune as f64 * pass + held_out } else { 0.0 },

@@ -86,6 +86,8 @@ pub struct Settings {
     pub tune_limit: usize,
     /// Tokens per step of tuning, at least one window.
     pub tune_tokens: usize,
+    /// Share of the tokens that tuning draws anew from the dense model's predictions, in half of the windows.
+    pub tune_drawn: f64,
     /// Types of the matrices that get new values.
     pub types: TensorTypes,
     /// Tokens that pass through a block in one graph, at least one window.
@@ -163,6 +165,7 @@ impl Default for Settings {
             tune_rate: 0.005,
             tune_limit: 16384,
             tune_tokens: 2048,
+            tune_drawn: 0.5,
             types: TensorTypes::default(),
             chunk_tokens: CHUNK_TOKENS,
             shelf: Shelf::default(),

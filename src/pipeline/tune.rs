@@ -2,20 +2,24 @@
 //!
 //! The sequential pass fits every map to what its own block should give. Here the loss is that of the
 //! predictions, the KL divergence from the dense model, and all blocks move together. Only vectors move: there
-//! are too few of them to learn the calibration text by heart, they are written as F32, so that nothing is
+//! are few of them, they are written as F32, so that nothing is
 //! rounded anew, and what is kept per number is small. That norms and biases alone win back much of what
 //! pruning costs was found in PERP, arXiv 2312.15230.
+//!
+//! All that came before is fitted to the same text. So only half of the windows are gone over as they are: in the others
+//! some tokens are drawn anew, each time others, from what the dense model predicts for their places, and the dense model
+//! reads the same.
 
 use super::judge::{Judge, Loss};
 use super::sequential::Streams;
 use super::stream::planned_stream;
 use super::{Plan, PruneError, Run, forward};
-use crate::forward::{BlockGradient, Forward, Head, MAX_GRADIENT_CTX};
+use crate::forward::{BlockGradient, Forward, ForwardError, Head, MAX_GRADIENT_CTX};
 use crate::ggml::Token;
 use crate::model::BlockVector;
-use crate::spill::Array;
-use rand::SeedableRng;
 use rand::seq::SliceRandom;
+use rand::{RngExt, SeedableRng};
+use rand_chacha::ChaCha8Rng;
 use std::f32::consts::PI;
 
 /// Decay of the running means of gradients and of their squares (Adam, arXiv 1412.6980); the second shorter than
@@ -67,9 +71,44 @@ struct Lessons<'a> {
     own: Head,
     /// The dense model's head, where it is not the same.
     dense: Option<Head>,
-    windows: Vec<&'a [Token]>,
-    /// The dense model's last stream of these windows.
-    target: Array<f32>,
+    /// Calibration tokens, and the dense model's last stream of them.
+    tokens: &'a [Token],
+    stream: &'a [f32],
+    /// Where in them the windows begin, cut to a length that gradients can go through.
+    starts: Vec<usize>,
+    rng: ChaCha8Rng,
+}
+
+impl Lessons<'_> {
+    /// The windows numbered `batch`, some of them, chosen by chance, with the share `drawn` of their tokens drawn anew.
+    fn text(&mut self, batch: &[usize], drawn: f64) -> Result<Vec<Token>, ForwardError> {
+        let (n_ctx, n_embd) = (self.forward.n_ctx(), self.forward.n_embd());
+        let starts: Vec<usize> = batch.iter().map(|&i| self.starts[i]).collect();
+        let mut text: Vec<Token> =
+            starts.iter().flat_map(|&at| &self.tokens[at..][..n_ctx]).copied().collect();
+        let places = places(&starts, n_ctx, drawn, &mut self.rng);
+        let rows = places.iter().flat_map(|(_, row)| &self.stream[row * n_embd..][..n_embd]);
+        let rows: Vec<f32> = rows.copied().collect();
+        let at: Vec<f64> = places.iter().map(|_| self.rng.random()).collect();
+        let new = self.forward.draw(self.dense.as_ref().unwrap_or(&self.own), &rows, &at)?;
+        places.iter().zip(new).for_each(|((place, _), token)| text[*place] = token);
+        Ok(text)
+    }
+}
+
+/// Where tokens are drawn anew in windows of `n_ctx` that begin at `starts` of a text: places in the windows put
+/// together, and in the text the token that each is predicted from. It is the share `drawn` of every second
+/// window, on average.
+fn places(starts: &[usize], n_ctx: usize, drawn: f64, rng: &mut ChaCha8Rng) -> Vec<(usize, usize)> {
+    let mut places = Vec::new();
+    for (i, start) in starts.iter().enumerate() {
+        if rng.random_bool(0.5) {
+            // Nothing is before the first.
+            let chosen = (1..n_ctx).filter(|_| rng.random_bool(drawn));
+            places.extend(chosen.map(|p| (i * n_ctx + p, start + p - 1)));
+        }
+    }
+    places
 }
 
 impl<'a> Run<'a> {
@@ -89,17 +128,18 @@ impl<'a> Run<'a> {
         // It reads a whole head, and is done with it before the lessons need theirs.
         let judge = Judge::new(&mut self.forward, model, reference, tokens, dense, Loss::Divergence)?;
         let mut lessons = self.lessons(&streams.dense)?;
-        let per_step = (self.settings.tune_tokens / lessons.forward.n_ctx()).clamp(1, lessons.windows.len());
-        let n_steps = self.settings.tune * lessons.windows.len().div_ceil(per_step);
+        let n_windows = lessons.starts.len();
+        let per_step = (self.settings.tune_tokens / lessons.forward.n_ctx()).clamp(1, n_windows);
+        let n_steps = self.settings.tune * n_windows.div_ceil(per_step);
         let before = judge.loss(&mut self.forward, &streams.pruned[span.clone()])?;
         let untuned: Vec<_> = self.plan.blocks.iter().map(|b| b.vectors.clone()).collect();
         let mut state: Vec<BlockState> =
             (0..self.plan.blocks.len()).map(|il| self.vectors(il)).collect::<Result<_, _>>()?;
         self.observer.stage("tune", n_steps);
-        let mut rng = rand_chacha::ChaCha8Rng::seed_from_u64(0);
+        let mut rng = ChaCha8Rng::seed_from_u64(0);
         let mut n = 0;
         for _ in 0..self.settings.tune {
-            let mut order: Vec<usize> = (0..lessons.windows.len()).collect();
+            let mut order: Vec<usize> = (0..n_windows).collect();
             order.shuffle(&mut rng);
             for batch in order.chunks(per_step) {
                 n += 1;
@@ -124,27 +164,20 @@ impl<'a> Run<'a> {
         Ok(better)
     }
 
-    /// The fitted windows, cut to a length that gradients can go through, or some of them, spread evenly; `dense`
-    /// is the dense model's last stream of all windows as they are.
-    fn lessons(&self, dense: &[f32]) -> Result<Lessons<'a>, PruneError> {
+    /// The fitted windows, or some of them, spread evenly; `stream` is the dense model's last one of all windows.
+    fn lessons<'s>(&self, stream: &'s [f32]) -> Result<Lessons<'s>, PruneError>
+    where
+        'a: 's,
+    {
         let (w, s) = (self.windows, self.settings);
         let n_ctx = w.n_ctx / w.n_ctx.div_ceil(MAX_GRADIENT_CTX);
-        let mut forward = forward(self.model, n_ctx, s)?;
-        let pieces: Vec<&[Token]> = w.tokens_of(0..w.n_fit).chunks_exact(n_ctx).collect();
-        let n = (s.tune_limit / n_ctx).clamp(1, pieces.len());
-        let chosen: Vec<usize> = (0..n).map(|i| (2 * i + 1) * pieces.len() / (2 * n)).collect();
-        let windows: Vec<&[Token]> = chosen.iter().map(|&i| pieces[i]).collect();
-        let target = if n_ctx == w.n_ctx {
-            let spans = chosen.iter().map(|&i| forward.span(&(i..i + 1)));
-            spans.flat_map(|span| &dense[span]).copied().collect()
-        } else {
-            let whole = Plan::whole(self.reference);
-            let tokens = windows.concat();
-            planned_stream(&mut forward, self.reference, &whole, &tokens, &*self.observer, |_| Ok(()))?
-        };
-        let target = s.shelf.put(target)?;
+        let forward = forward(self.model, n_ctx, s)?;
+        let n_pieces = w.n_fit * w.n_ctx / n_ctx;
+        let n = (s.tune_limit / n_ctx).clamp(1, n_pieces);
+        let starts = (0..n).map(|i| (2 * i + 1) * n_pieces / (2 * n) * n_ctx).collect();
         let (own, dense) = self.output_heads(&forward)?;
-        Ok(Lessons { forward, own, dense, windows, target })
+        let rng = ChaCha8Rng::seed_from_u64(1);
+        Ok(Lessons { forward, own, dense, tokens: &w.tokens, stream, starts, rng })
     }
 
     /// The `n`-th step, on the windows `batch`. Every block moves as soon as its gradient is known.
@@ -156,10 +189,10 @@ impl<'a> Run<'a> {
         rate: f32,
         n: usize,
     ) -> Result<(), PruneError> {
-        let Lessons { forward, own, dense, windows, target } = lessons;
-        let tokens: Vec<Token> = batch.iter().flat_map(|&i| windows[i]).copied().collect();
-        let spans = batch.iter().map(|&i| forward.span(&(i..i + 1)));
-        let target: Vec<f32> = spans.flat_map(|span| &target[span]).copied().collect();
+        let tokens = lessons.text(batch, self.settings.tune_drawn)?;
+        let Lessons { forward, own, dense, .. } = lessons;
+        let whole = Plan::whole(self.reference);
+        let target = planned_stream(forward, self.reference, &whole, &tokens, &*self.observer, |_| Ok(()))?;
         let mut inputs = Vec::with_capacity(state.len());
         let keep = |x| {
             inputs.push(self.settings.shelf.put(x)?);
@@ -202,4 +235,29 @@ impl<'a> Run<'a> {
 
 fn rms(x: &[f32]) -> f32 {
     (x.iter().map(|v| f64::from(*v).powi(2)).sum::<f64>() / x.len().max(1) as f64).sqrt() as f32
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_quarter_of_the_tokens_is_drawn_each_from_the_one_before() {
+        let mut rng = ChaCha8Rng::seed_from_u64(3);
+        for n_ctx in [2usize, 7, 64] {
+            let starts: Vec<usize> = (0..4000 / n_ctx).map(|i| i * 3 % 500).collect();
+            let places = places(&starts, n_ctx, 0.5, &mut rng);
+            for &(place, before) in &places {
+                assert!(place % n_ctx > 0);
+                assert_eq!(before + 1, starts[place / n_ctx] + place % n_ctx);
+            }
+            let mut seen: Vec<usize> = places.iter().map(|p| p.0).collect();
+            seen.dedup();
+            assert_eq!(seen.len(), places.len());
+            let share = places.len() as f64 / (starts.len() * (n_ctx - 1)) as f64;
+            assert!((0.2..0.3).contains(&share), "{n_ctx}: {share}");
+            let whole = (0..starts.len()).filter(|i| !seen.iter().any(|p| p / n_ctx == *i)).count();
+            assert!(n_ctx < 64 || (0.3..0.7).contains(&(whole as f64 / starts.len() as f64)), "{whole}");
+        }
+    }
 }
