@@ -8,7 +8,7 @@ mod common;
 use common::cli::Cli;
 use common::small::{Rng, Small};
 use common::{TEXT, compare_logits, logits};
-use putri_gguf::evaluate::llama_losses;
+use putri_gguf::evaluate::{llama_losses, own_losses};
 use putri_gguf::forward::{Block, BlockGradient, CHUNK_TOKENS, Collect, Forward, InputSquares, Wanted};
 use putri_gguf::ggml::{
     Compute, Device, LlamaModel, Offload, Type, add_server, devices, serve, silence_logs,
@@ -215,6 +215,15 @@ fn what_the_command_makes_there_is_as_good() {
     let off = (ppl(&dev) / ppl(&cpu)).ln().abs();
     println!("{} on the CPU, {} there", ppl(&cpu), ppl(&dev));
     assert!(off < 0.01, "{} on the CPU, {} there", ppl(&cpu), ppl(&dev));
+    // The record is the CPU's: devices may round to halves.
+    let model = Model::open(&cli.path("dev.gguf")).unwrap();
+    let key = |key: &str| model.file.get(key).unwrap();
+    let tokens = key("putri.check.tokens").as_unsigned_array().unwrap();
+    let tokens: Vec<i32> = tokens.into_iter().map(|t| t as i32).collect();
+    let recorded = key("putri.check.nll").as_f32_array().unwrap();
+    let losses = own_losses(&model, &tokens, 1).unwrap();
+    let apart = losses.iter().zip(&recorded).map(|(a, b)| (a - f64::from(*b)).abs()).fold(0.0, f64::max);
+    assert!(losses.len() > 60 && apart < 1e-4, "{apart}");
     // The CPU, which made neither, finds what was measured there.
     cli.ok(&["verify", "dev.gguf", "--source", "in.gguf", "-q"]);
     let eval = ["eval", "dev.gguf", "-f", "text.txt", "-c", "64", "--no-speed", "--json", "-q"];

@@ -37,7 +37,7 @@ use sensitivity::Sensitivity;
 pub use settings::{Method, Settings, TensorTypes};
 pub use size::{FileSize, NewMatrices, Target, TargetError, sparsity_for};
 use size::{even_shapes, file_size, new_matrices};
-use stream::embedded;
+use stream::{embedded, planned_stream};
 
 use crate::calibrate::Windows;
 use crate::forward::{Forward, ForwardError, Head, InputSquares, LOGIT_ROWS};
@@ -132,7 +132,7 @@ pub struct Outcome {
     pub tuned: bool,
     /// What the held-out windows say.
     pub held_out: HeldOut,
-    /// The pruned model's negative log-likelihoods of the tokens of the first of them but its first, in nats.
+    /// The pruned model's negative log-likelihoods of the tokens of the first of them but its first, in nats, by the CPU.
     pub losses: Vec<f64>,
     /// What the predictions lose by the width of each block alone, about, in nats of KL divergence; not known where all
     /// widths are equal, or were chosen by an earlier run.
@@ -313,7 +313,11 @@ impl Run<'_> {
                 rows.par_extend(compared.filter_map(|((q, p), t)| t.map(|t| compare_rows(q, p, t as usize))));
             })?;
         }
-        self.losses = rows[..w.n_ctx - 1].iter().map(|r| r.nll).collect();
+        self.losses = if self.settings.devices.is_empty() {
+            rows[..w.n_ctx - 1].iter().map(|r| r.nll).collect()
+        } else {
+            self.losses_on_cpu()?
+        };
         let mean = |f: fn(&RowComparison) -> f64| rows.iter().map(f).sum::<f64>() / rows.len() as f64;
         Ok(HeldOut {
             dense_ppl: mean(|r| r.base_nll).exp(),
@@ -321,6 +325,17 @@ impl Run<'_> {
             kl: mean(|r| r.kl),
             top1: mean(|r| f64::from(u8::from(r.same_top))),
         })
+    }
+
+    /// Losses of the first held-out window's tokens, as every machine finds them again: devices may round to halves.
+    fn losses_on_cpu(&mut self) -> Result<Vec<f64>, PruneError> {
+        let (w, model) = (self.windows, self.model);
+        let first = w.n_fit..w.n_fit + 1;
+        let tokens = w.tokens_of(first.clone());
+        let mut forward = Forward::new(model, w.n_ctx, self.settings.n_threads)?;
+        let last = planned_stream(&mut forward, model, &self.plan, tokens, &*self.observer, |_| Ok(()))?;
+        let head = forward.head(model)?;
+        Ok(forward.nll(&head, &last, &w.targets(first))?)
     }
 
     /// What the plan comes to on the held-out windows.
