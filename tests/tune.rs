@@ -81,4 +81,6 @@ fn a_gemma3_comes_closer() {
 #[test]
 fn windows_too_long_for_gradients_are_cut() {
     check(&Small::default(), &windows(600, 3, 1), true);
+    // Of which one token is left over.
+    check(&Small::default(), &windows(601, 3, 1), true);
 }

@@ -1,6 +1,6 @@
 //! Predictions against others, position by position.
 
-use super::{exp_neg, log_sum_exp};
+use super::exp::{exp_neg, log_sum_exp};
 
 /// How two rows of logits differ, and what each thinks of the token that came.
 #[derive(Clone, Copy, Debug, PartialEq)]

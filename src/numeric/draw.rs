@@ -1,6 +1,6 @@
 //! Tokens drawn from logits.
 
-use super::exp_neg;
+use super::exp::exp_neg;
 
 /// The token at `at`, 0 ≤ at < 1, of softmax(logits / temperature) among those that surprise by `most` bits at most, the
 /// likeliest in any case; and how much it surprises among these, in bits.

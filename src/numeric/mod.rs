@@ -1,4 +1,4 @@
-//! Numbers that several rooms share: row-wise exponentials and comparisons, second moments and their Cholesky factors.
+//! Numbers that several rooms share: row-wise exponentials, draws and comparisons, second moments and their Cholesky factors.
 
 mod cholesky;
 mod compare;
@@ -9,5 +9,5 @@ mod moments;
 pub use cholesky::Cholesky;
 pub use compare::{RowComparison, compare_rows};
 pub use draw::draw;
-pub use exp::{exp_neg, log_sum_exp, nll};
+pub use exp::{log_sum_exp, nll};
 pub use moments::{Moments, SymMatrix};

@@ -484,19 +484,21 @@ impl Work<'_> {
             name: "sensitivity",
             operations: if self.s.sensitivity_tokens > 0 { operations } else { 0.0 },
             algebra: 0.0,
-            memory: BASE_BYTES + streams + self.back_bytes(n_ctx),
-            on_devices: self.back_bytes(n_ctx),
+            memory: BASE_BYTES + streams + self.back_bytes(n_ctx, batch),
+            on_devices: self.back_bytes(n_ctx, batch),
         }
     }
 
-    /// Bytes while gradients go back, the head they begin at included.
-    fn back_bytes(&self, n_ctx: usize) -> f64 {
+    /// Bytes while streams of `n_tokens` go through all blocks and gradients back, the head they begin at included. Graphs keep
+    /// the largest of what they needed.
+    fn back_bytes(&self, n_ctx: usize, n_tokens: f64) -> f64 {
         let n = self.chunk(n_ctx, whole_windows(GRADIENT_TOKENS, n_ctx) as f64);
         let head_dim = self.model.hparams.head_dim as f64;
         let scores = 4.0 * self.max_q() / head_dim * n_ctx as f64 * n;
         let block = n * (7.0 * self.max_ff() + 8.0 * self.n_embd() + 8.0 * self.max_q()) + scores;
         let logits = 6.0 * LOSS_ROWS as f64 * self.n_vocab();
-        self.head_bytes() + (self.block_bytes() + 4.0 * block).max(4.0 * logits)
+        let graphs = (4.0 * block).max(4.0 * logits).max(self.graph_bytes(n_ctx, n_tokens));
+        self.head_bytes() + self.block_bytes() + graphs
     }
 
     fn blocks(&self) -> StageForecast {
@@ -560,8 +562,9 @@ impl Work<'_> {
 
     /// Tokens per window that gradients go through, and how many tokens there are to learn from.
     fn lessons(&self) -> (usize, f64) {
-        let n_ctx = self.c.n_ctx / self.c.n_ctx.div_ceil(MAX_GRADIENT_CTX);
-        let n = (self.s.tune_limit / n_ctx).clamp(1, self.n_fit() as usize / n_ctx);
+        let parts = self.c.n_ctx.div_ceil(MAX_GRADIENT_CTX);
+        let n_ctx = self.c.n_ctx / parts;
+        let n = (self.s.tune_limit / n_ctx).clamp(1, self.c.n_fit * parts);
         (n_ctx, (n * n_ctx) as f64)
     }
 
@@ -580,7 +583,9 @@ impl Work<'_> {
     fn tune(&self) -> StageForecast {
         let (n_ctx, n) = self.lessons();
         let (pruned, n_held_out) = (self.pruned(), self.n_held_out());
-        let pass = self.model_ops(&self.whole(), n, n_ctx)
+        // Half of the windows are read again, with tokens drawn anew; all, where they are cut.
+        let read = if n_ctx == self.c.n_ctx { n / 2.0 } else { n };
+        let pass = self.model_ops(&self.whole(), read, n_ctx)
             + self.logit_ops(self.n_vocab(), self.s.tune_drawn * n / 2.0)
             + self.model_ops(&pruned, n, n_ctx)
             + pruned.iter().map(|b| self.gradient_ops(*b, n, n_ctx)).sum::<f64>()
@@ -593,8 +598,12 @@ impl Work<'_> {
             name: "tune",
             operations: if self.s.tune > 0 { self.s.tune as f64 * pass + held_out } else { 0.0 },
             algebra: 0.0,
-            memory: BASE_BYTES + streams + self.new_bytes() + self.back_bytes(n_ctx) + self.scratch_bytes(),
-            on_devices: self.back_bytes(n_ctx) + self.kept_graph_bytes(),
+            memory: BASE_BYTES
+                + streams
+                + self.new_bytes()
+                + self.back_bytes(n_ctx, step)
+                + self.scratch_bytes(),
+            on_devices: self.back_bytes(n_ctx, step) + self.kept_graph_bytes(),
         }
     }
 

@@ -86,7 +86,8 @@ pub struct Settings {
     pub tune_limit: usize,
     /// Tokens per step of tuning, at least one window.
     pub tune_tokens: usize,
-    /// Share of the tokens that tuning draws anew from the dense model's predictions, in half of the windows.
+    /// Share of the tokens, from 0 to 1, that tuning draws anew from the dense model's predictions, in half of the windows
+    /// of a step.
     pub tune_drawn: f64,
     /// Types of the matrices that get new values.
     pub types: TensorTypes,
