@@ -3,8 +3,7 @@
 mod common;
 
 use common::small::Small;
-use common::{TEXT, compare_logits, libllama_logits, our_logits, smollm2};
-use putri_gguf::forward::Forward;
+use common::{TEXT, compare_logits, last_stream, libllama_logits, our_logits, smollm2};
 use putri_gguf::ggml::{LlamaModel, Type, silence_logs};
 use putri_gguf::gguf::{GgufFile, Value};
 use putri_gguf::model::Model;
@@ -185,14 +184,7 @@ fn tokens_are_drawn_as_often_as_libllama_says() {
     Small::default().write(&path);
     let tokens: Vec<i32> = (0..20).map(|i| 3 + (i * 7919) % 250).collect();
     let model = Model::open(&path).unwrap();
-    let mut forward = Forward::new(&model, tokens.len(), 1).unwrap();
-    let mut x = forward.embed(&model, &tokens).unwrap();
-    for il in 0..model.hparams.n_layer() {
-        let block = forward.upload(&model.block(il).unwrap()).unwrap();
-        let mut y = vec![0.0; x.len()];
-        forward.block(&block, &x, None, &mut y).unwrap();
-        x = y;
-    }
+    let (mut forward, x) = last_stream(&model, &tokens, 1, |il| model.block(il).unwrap());
     let (head, theirs) = (forward.head(&model).unwrap(), libllama_logits(&path, &tokens));
     let at: Vec<f64> = (0..DRAWS).map(|i| (i as f64 + 0.5) / DRAWS as f64).collect();
     for (row, logits) in x.chunks_exact(forward.n_embd()).zip(theirs.chunks_exact(head.n_vocab())) {

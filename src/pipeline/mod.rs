@@ -328,7 +328,7 @@ impl Run<'_> {
     }
 
     /// Losses of the first held-out window's tokens, as every machine finds them again: devices may round to halves.
-    fn losses_on_cpu(&mut self) -> Result<Vec<f64>, PruneError> {
+    fn losses_on_cpu(&self) -> Result<Vec<f64>, PruneError> {
         let (w, model) = (self.windows, self.model);
         let first = w.n_fit..w.n_fit + 1;
         let tokens = w.tokens_of(first.clone());

@@ -13,6 +13,7 @@ use super::judge::{Judge, Loss};
 use super::sequential::Streams;
 use super::stream::planned_stream;
 use super::{Plan, PruneError, Run, forward};
+use crate::calibrate::Windows;
 use crate::forward::{BlockGradient, Forward, ForwardError, Head, MAX_GRADIENT_CTX};
 use crate::ggml::Token;
 use crate::model::BlockVector;
@@ -70,13 +71,11 @@ struct Lessons<'a> {
     own: Head,
     /// The dense model's head, where it is not the same.
     dense: Option<Head>,
-    /// Calibration tokens, and the dense model's last stream of them.
-    tokens: &'a [Token],
+    windows: &'a Windows,
+    /// The dense model's last stream of all of them.
     stream: &'a [f32],
-    /// Where in them the windows begin.
+    /// Where in their tokens those begin that are learnt from, whole or cut to a length that gradients can go through.
     starts: Vec<usize>,
-    /// These are not whole, but cut to a length that gradients can go through.
-    cut: bool,
     rng: ChaCha8Rng,
 }
 
@@ -87,7 +86,7 @@ impl Lessons<'_> {
         let (n_ctx, n_embd) = (self.forward.n_ctx(), self.forward.n_embd());
         let starts: Vec<usize> = batch.iter().map(|&i| self.starts[i]).collect();
         let mut text: Vec<Token> =
-            starts.iter().flat_map(|&at| &self.tokens[at..][..n_ctx]).copied().collect();
+            starts.iter().flat_map(|&at| &self.windows.tokens[at..][..n_ctx]).copied().collect();
         let n_given = batch.len().div_ceil(2);
         let places = places(&starts, n_given, n_ctx, drawn, &mut self.rng);
         let rows = places.iter().flat_map(|(_, row)| &self.stream[row * n_embd..][..n_embd]);
@@ -96,7 +95,7 @@ impl Lessons<'_> {
         let new = self.forward.draw(self.dense.as_ref().unwrap_or(&self.own), &rows, &at)?;
         places.iter().zip(new).for_each(|((place, _), token)| text[*place] = token);
         // In a cut window the dense model sees less than it saw.
-        let known = starts[..if self.cut { 0 } else { n_given }].iter();
+        let known = starts[..if n_ctx < self.windows.n_ctx { 0 } else { n_given }].iter();
         let known = known.flat_map(|at| &self.stream[at * n_embd..][..n_ctx * n_embd]).copied().collect();
         Ok((text, known))
     }
@@ -136,7 +135,7 @@ impl Run<'_> {
         let (model, reference) = (self.model, self.reference);
         // It reads a whole head, and is done with it before the lessons need theirs.
         let judge = Judge::new(&mut self.forward, model, reference, tokens, dense, Loss::Divergence)?;
-        let mut lessons = self.lessons(&self.windows.tokens, &streams.dense)?;
+        let mut lessons = self.lessons(self.windows, &streams.dense)?;
         let n_windows = lessons.starts.len();
         let per_step = (self.settings.tune_tokens / lessons.forward.n_ctx()).clamp(1, n_windows);
         let n_steps = self.settings.tune * n_windows.div_ceil(per_step);
@@ -173,9 +172,9 @@ impl Run<'_> {
         Ok(better)
     }
 
-    /// The fitted windows, or some of them, spread evenly; `stream` is the dense model's last one of all windows.
-    fn lessons<'s>(&self, tokens: &'s [Token], stream: &'s [f32]) -> Result<Lessons<'s>, PruneError> {
-        let (w, s) = (self.windows, self.settings);
+    /// The fitted ones of `windows`, or some of them, spread evenly; `stream` is the dense model's last one of all.
+    fn lessons<'w>(&self, windows: &'w Windows, stream: &'w [f32]) -> Result<Lessons<'w>, PruneError> {
+        let (w, s) = (windows, self.settings);
         let parts = w.n_ctx.div_ceil(MAX_GRADIENT_CTX);
         let n_ctx = w.n_ctx / parts;
         let forward = forward(self.model, n_ctx, s)?;
@@ -185,7 +184,7 @@ impl Run<'_> {
         let starts = chosen.map(|i| i / parts * w.n_ctx + i % parts * n_ctx).collect();
         let (own, dense) = self.output_heads(&forward)?;
         let rng = ChaCha8Rng::seed_from_u64(1);
-        Ok(Lessons { forward, own, dense, tokens, stream, starts, cut: parts > 1, rng })
+        Ok(Lessons { forward, own, dense, windows, stream, starts, rng })
     }
 
     /// The `n`-th step, on the windows `batch`. Every block moves as soon as its gradient is known.

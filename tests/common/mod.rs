@@ -94,6 +94,20 @@ pub fn logits(
     compute: impl Into<putri_gguf::ggml::Compute>,
     block: impl Fn(usize) -> putri_gguf::model::BlockWeights,
 ) -> Vec<f32> {
+    let (mut forward, x) = last_stream(model, tokens, compute, block);
+    let head = forward.head(model).unwrap();
+    let mut logits = Vec::new();
+    forward.logits(&head, &x, |_, rows| logits.extend_from_slice(rows)).unwrap();
+    logits
+}
+
+/// The stream behind the last of these blocks, and the forward that made it.
+pub fn last_stream(
+    model: &putri_gguf::model::Model,
+    tokens: &[i32],
+    compute: impl Into<putri_gguf::ggml::Compute>,
+    block: impl Fn(usize) -> putri_gguf::model::BlockWeights,
+) -> (putri_gguf::forward::Forward, Vec<f32>) {
     let mut forward = putri_gguf::forward::Forward::new(model, tokens.len(), compute).unwrap();
     let mut x = forward.embed(model, tokens).unwrap();
     let mut y = vec![0.0; x.len()];
@@ -102,10 +116,7 @@ pub fn logits(
         forward.block(&block, &x, None, &mut y).unwrap();
         std::mem::swap(&mut x, &mut y);
     }
-    let head = forward.head(model).unwrap();
-    let mut logits = Vec::new();
-    forward.logits(&head, &x, |_, rows| logits.extend_from_slice(rows)).unwrap();
-    logits
+    (forward, x)
 }
 
 /// Largest absolute difference, and mean KL divergence of b from a over rows of `n_vocab` logits.
