@@ -10,7 +10,7 @@
 mod small;
 
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
-use putri_gguf::forward::{BlockGradient, Collect, Forward, Wanted};
+use putri_gguf::forward::{BlockGradient, Collect, Forward, OnTheWay, Wanted};
 use putri_gguf::ggml::{Type, operations};
 use putri_gguf::model::{Matrix, Model};
 use putri_gguf::numeric::{Cholesky, Moments, SymMatrix};
@@ -122,7 +122,8 @@ fn block(c: &mut Criterion) {
             let mut back = || {
                 let mut grad = x.clone();
                 let mut sums = BlockGradient::default();
-                forward.block_gradient(&block, &x, &mut grad, &mut sums).expect("engine");
+                let found = OnTheWay { vectors: Some(&mut sums), ..OnTheWay::default() };
+                forward.block_gradient(&block, &x, &mut grad, found).expect("engine");
             };
             let before = operations();
             back();

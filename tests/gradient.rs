@@ -3,7 +3,7 @@
 mod common;
 
 use common::small::{Rng, Small};
-use putri_gguf::forward::{BlockGradient, Forward};
+use putri_gguf::forward::{BlockGradient, Forward, OnTheWay};
 use putri_gguf::ggml::Token;
 use putri_gguf::model::{BlockVector, BlockWeights, Model};
 use std::sync::Arc;
@@ -69,15 +69,23 @@ impl Setting {
         rows.map(|(p, q)| kl(&log_softmax(p), &log_softmax(q))).sum()
     }
 
-    fn gradients(&mut self) -> Vec<BlockGradient> {
+    /// By the vectors of each block, and by a factor of each attention group of each block.
+    fn gradients(&mut self) -> Vec<(BlockGradient, Vec<f64>)> {
         let streams = self.streams();
         let own_head = self.forward.head(&self.model).unwrap();
         let last = &streams[self.blocks.len()];
         let mut grad = self.forward.divergence_gradient(&own_head, None, last, &self.dense).unwrap();
-        let mut all = vec![BlockGradient::default(); self.blocks.len()];
+        let mut all = vec![(BlockGradient::default(), Vec::new()); self.blocks.len()];
         for (il, w) in self.blocks.iter().enumerate().rev() {
             let block = self.forward.upload(w).unwrap();
-            self.forward.block_gradient(&block, &streams[il], &mut grad, &mut all[il]).unwrap();
+            let (vectors, by_group) = &mut all[il];
+            let mut groups = Vec::new();
+            let found = OnTheWay { vectors: Some(vectors), groups: Some(&mut groups) };
+            self.forward.block_gradient(&block, &streams[il], &mut grad, found).unwrap();
+            let n_kv = w.shape.n_head_kv;
+            assert_eq!(groups.len(), self.tokens.len() * n_kv);
+            let of = |group: usize| groups[group..].iter().step_by(n_kv).map(|v| f64::from(*v)).sum();
+            *by_group = (0..n_kv).map(of).collect();
         }
         all
     }
@@ -97,7 +105,25 @@ fn check(name: &str, small: &Small) {
     let mut s = Setting::new(small);
     let gradients = s.gradients();
     let mut rng = Rng(9);
-    for (il, gradient) in gradients.iter().enumerate() {
+    for (il, (gradient, by_group)) in gradients.iter().enumerate() {
+        let at = Arc::clone(&s.blocks[il].attn_output.data);
+        let width = s.blocks[il].attn_output.n_in / by_group.len().max(1);
+        for (group, &derived) in by_group.iter().enumerate() {
+            let mut loss_at = |factor: f32| {
+                let mut moved = at.to_vec();
+                let rows = moved.chunks_exact_mut(by_group.len() * width);
+                rows.for_each(|r| r[group * width..][..width].iter_mut().for_each(|v| *v *= factor));
+                s.blocks[il].attn_output.data = moved.into();
+                s.loss()
+            };
+            let mut slope = |h: f32| (loss_at(1.0 + h) - loss_at(1.0 - h)) / (2.0 * f64::from(h));
+            let (measured, wider) = (slope(0.1), slope(0.2));
+            s.blocks[il].attn_output.data = Arc::clone(&at);
+            println!("{name}, block {il}, group {group}: {measured:.5} measured, {derived:.5} derived");
+            let off = (measured - derived).abs() - (measured - wider).abs();
+            let typical = by_group.iter().map(|v| v.abs()).sum::<f64>() / by_group.len() as f64;
+            assert!(off < 0.02 * typical.max(derived.abs()), "{name}, block {il}, group {group}: {off}");
+        }
         for (v, found) in BlockVector::ALL.into_iter().zip(gradient) {
             let Some(at) = s.blocks[il].vector(v).map(<[f32]>::to_vec) else {
                 continue;

@@ -12,6 +12,16 @@ use crate::model::{Activation, BlockVector, Norm, QkNorm};
 /// there whether the block has the bias or not; a vector that cannot be there has an empty one.
 pub type BlockGradient = [Vec<f32>; BlockVector::ALL.len()];
 
+/// What [`Forward::block_gradient`] finds on its way back through a block.
+#[derive(Default)]
+pub struct OnTheWay<'a> {
+    /// The derivatives by the block's vectors are added to these.
+    pub vectors: Option<&'a mut BlockGradient>,
+    /// What each attention group is worth to each token, to first order: the derivative by a factor of the group's
+    /// inputs of attn_output, `[n_tokens, n_head_kv]`. Empty in a block without attention.
+    pub groups: Option<&'a mut Vec<f32>>,
+}
+
 /// Positions whose logits are in memory at a time, several times over.
 pub(crate) const LOSS_ROWS: usize = 128;
 
@@ -19,10 +29,11 @@ pub(crate) const LOSS_ROWS: usize = 128;
 /// are in memory at once.
 pub(crate) const GRADIENT_TOKENS: usize = 512;
 
-/// A half of a block from behind: derivatives by what it sees of the stream, and each token's by the bias of its map
-/// and by the norm behind that.
+/// A half of a block from behind: derivatives by what it sees of the stream and by the inputs of its map, and each
+/// token's by the map's bias and by the norm behind that.
 struct HalfBack {
     at_input: T,
+    at_inner: T,
     by_bias: T,
     by_post: Option<T>,
 }
@@ -118,7 +129,7 @@ impl Forward {
     }
 
     /// Carries `grad` `[n_tokens, n_embd]`, a loss's derivative by the stream behind the block, back to the
-    /// stream `x` before it, and adds the derivatives by the block's vectors to `sums`. `x` holds whole windows.
+    /// stream `x` before it. `x` holds whole windows.
     ///
     /// # Errors
     /// [`ForwardError`] if the backend fails.
@@ -130,14 +141,14 @@ impl Forward {
         b: &Block,
         x: &[f32],
         grad: &mut [f32],
-        sums: &mut BlockGradient,
+        mut found: OnTheWay<'_>,
     ) -> Result<(), ForwardError> {
         assert!(!b.has_experts(), "no gradients go back through a choice");
         let n_windows = x.len() / (self.n_ctx() * self.n_embd());
         let at_a_time = (GRADIENT_TOKENS / self.n_ctx()).clamp(1, self.net.chunk);
         for start in (0..n_windows).step_by(at_a_time) {
             let span = self.span(&(start..(start + at_a_time).min(n_windows)));
-            self.chunk_gradient(b, &x[span.clone()], &mut grad[span], sums)?;
+            self.chunk_gradient(b, &x[span.clone()], &mut grad[span], &mut found)?;
         }
         Ok(())
     }
@@ -147,7 +158,7 @@ impl Forward {
         b: &Block,
         x: &[f32],
         grad: &mut [f32],
-        sums: &mut BlockGradient,
+        found: &mut OnTheWay<'_>,
     ) -> Result<(), ForwardError> {
         let ne = [self.n_embd(), x.len() / self.n_embd()];
         let (before, ones) = (grad.to_vec(), vec![1.0; ne[1]]);
@@ -170,32 +181,44 @@ impl Forward {
                 (g.add(at_mid, behind), None, by_norm)
             }
         };
-        let (at_x, attn) = match &attention {
-            None => (at_mid, [None; 3]),
+        let (at_x, attn, by_group) = match &attention {
+            None => (at_mid, [None; 3], None),
             Some(a) => {
                 // Behind attention the stream is what the block adds to, if the feed-forward does not see it.
                 let half = net.attention_back(&mut g, b, x, a, if b.parallel { behind } else { at_mid });
                 let at_input = shared.map_or(half.at_input, |shared| g.add(half.at_input, shared));
                 let (at_x, by_norm) = net.pre_norm_back(&mut g, b, b.roles.attn_norm, x, at_input);
-                (g.add(at_x, at_mid), [by_norm, Some(half.by_bias), half.by_post])
+                let by_group = found.groups.is_some().then(|| {
+                    let by_input = g.mul(half.at_inner, a.out);
+                    let width = b.shape.heads_per_group() * net.hparams.head_dim;
+                    let groups = g.reshape(by_input, [width, b.shape.n_head_kv, ne[1], 1]);
+                    let mean = g.mean(groups);
+                    g.scale(mean, width as f32, 0.0)
+                });
+                (g.add(at_x, at_mid), [by_norm, Some(half.by_bias), half.by_post], by_group)
             }
         };
         let ffn = [by_ffn_norm, Some(ffn.by_bias), ffn.by_post];
         // Their order is that of `BlockVector::ALL`: what each token adds `[n_embd, n_tokens]`, and its sum.
-        let ones = g.input_f32([ne[1], 1], &ones);
-        let parts = [attn, ffn].concat().into_iter().map(|part| {
-            part.map(|part| {
+        let parts: Vec<Option<T>> = if found.vectors.is_some() {
+            let ones = g.input_f32([ne[1], 1], &ones);
+            let mut sum = |part: T| {
                 let by_vector = g.transpose(part);
                 g.mul_mat(by_vector, ones)
-            })
-        });
-        let parts: Vec<Option<T>> = parts.collect();
-        parts.iter().flatten().chain([&at_x]).for_each(|t| g.output(*t));
+            };
+            [attn, ffn].concat().into_iter().map(|part| part.map(&mut sum)).collect()
+        } else {
+            Vec::new()
+        };
+        parts.iter().flatten().chain(&by_group).chain([&at_x]).for_each(|t| g.output(*t));
         let done = g.compute(&mut self.engine)?;
-        for (sum, part) in sums.iter_mut().zip(parts) {
+        for (sum, part) in found.vectors.iter_mut().flat_map(|all| all.iter_mut()).zip(parts) {
             let Some(part) = part else { continue };
             sum.resize(ne[0], 0.0);
             sum.iter_mut().zip(done.to_vec(part)).for_each(|(s, v)| *s += v);
+        }
+        if let (Some(all), Some(part)) = (&mut found.groups, by_group) {
+            all.extend(done.to_vec(part));
         }
         done.read(at_x, grad);
         Ok(())
@@ -237,7 +260,12 @@ impl Net {
             let h = self.activate(g, up);
             let (at_h, by_bias, by_post) = self.map_back(g, b, Half::FeedForward, h, behind);
             let at_up = self.activate_back(g, at_h, up);
-            return HalfBack { at_input: self.product_back(g, b, r.ffn_up, at_up), by_bias, by_post };
+            return HalfBack {
+                at_input: self.product_back(g, b, r.ffn_up, at_up),
+                at_inner: at_h,
+                by_bias,
+                by_post,
+            };
         };
         let gate = linear(g, b, Some(gate), r.ffn_gate_bias, input);
         let activated = self.activate(g, gate);
@@ -248,7 +276,7 @@ impl Net {
         let at_gate = self.activate_back(g, at_activated, gate);
         let at_up = self.product_back(g, b, r.ffn_up, at_up);
         let at_gate = self.product_back(g, b, r.ffn_gate, at_gate);
-        HalfBack { at_input: g.add(at_up, at_gate), by_bias, by_post }
+        HalfBack { at_input: g.add(at_up, at_gate), at_inner: at_h, by_bias, by_post }
     }
 
     /// Through the attention, from the derivative by the stream `behind`; `x` is the one before it.
@@ -260,11 +288,11 @@ impl Net {
         a: &Attention,
         behind: T,
     ) -> HalfBack {
-        let (at_out, by_bias, by_post) = self.map_back(g, b, Half::Attention, a.out, behind);
+        let (at_inner, by_bias, by_post) = self.map_back(g, b, Half::Attention, a.out, behind);
         let (d, t, n_tokens) = (self.hparams.head_dim, self.n_ctx, g.ne(x)[1]);
         let n_seq = n_tokens / t;
         let (n_head, n_kv) = (b.shape.n_head, b.shape.n_head_kv);
-        let at_out = g.reshape(at_out, [d, n_head, t, n_seq]);
+        let at_out = g.reshape(at_inner, [d, n_head, t, n_seq]);
         let at_out = g.permute(at_out, [0, 2, 1, 3]);
         let at_out = g.cont(at_out);
         let at_p = g.mul_mat(a.v, at_out);
@@ -310,7 +338,7 @@ impl Net {
             });
         let inputs: Vec<T> = inputs.collect();
         let at_input = g.add(inputs[0], inputs[1]);
-        HalfBack { at_input: g.add(at_input, inputs[2]), by_bias, by_post }
+        HalfBack { at_input: g.add(at_input, inputs[2]), at_inner, by_bias, by_post }
     }
 
     /// Through [`Net::attention_weights`]: the derivative by the products of keys and queries.

@@ -13,7 +13,7 @@ mod stats;
 pub use block::Block;
 pub(crate) use block::query_slice;
 pub use experts::{Chosen, ExpertUse};
-pub use gradient::BlockGradient;
+pub use gradient::{BlockGradient, OnTheWay};
 pub(crate) use gradient::{GRADIENT_TOKENS, LOSS_ROWS};
 pub use head::Head;
 pub(crate) use head::LOGIT_ROWS;

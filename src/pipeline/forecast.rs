@@ -378,8 +378,16 @@ impl Work<'_> {
         gram + obs
     }
 
-    /// Every candidate is carried through the blocks behind it once.
+    /// Samples of the curvature go back through all blocks; in mixtures, every candidate is carried through the blocks
+    /// behind it once.
     fn first_look(&self) -> StageForecast {
+        let name = "heads, first look";
+        if self.model.hparams.experts.is_none() {
+            let n_ctx = self.s.head_ctx.min(self.c.n_ctx);
+            let n = self.sampled(self.s.head_tokens, n_ctx);
+            let runs = self.kept < 1.0;
+            return self.carried_back(name, runs, &self.whole(), 0, n, n_ctx);
+        }
         let n_ctx = ROUGH_CTX.min(self.c.n_ctx);
         let n = self.sampled(ROUGH_TOKENS, n_ctx);
         let (mut behind, mut sum) = (0.0, 0.0);
@@ -388,7 +396,7 @@ impl Work<'_> {
             sum += here * (self.rest_ops(b, n) + behind) + self.heads_ops(il, b, n, n_ctx);
             behind += self.block_ops(il, b, n, n_ctx);
         }
-        self.search("heads, first look", n, n_ctx, sum, self.n_groups())
+        self.search(name, n, n_ctx, sum, self.n_groups())
     }
 
     /// `n_groups` steps.
@@ -475,14 +483,29 @@ impl Work<'_> {
 
     fn sensitivity(&self) -> StageForecast {
         let (n_ctx, n) = self.probes();
-        let blocks = self.headless();
-        let back: f64 = blocks[1..].iter().map(|b| self.gradient_ops(*b, n, n_ctx)).sum();
-        let operations = self.model_ops(&blocks, n, n_ctx) + back + 2.0 * self.logit_ops(self.n_vocab(), n);
+        let runs = self.s.sensitivity_tokens > 0;
+        let stage = self.carried_back("sensitivity", runs, &self.headless(), 1, n, n_ctx);
+        StageForecast { memory: stage.memory + self.sensitivity_bytes(), ..stage }
+    }
+
+    /// Samples of the curvature, for `n` tokens in windows of `n_ctx`, on their way back through `blocks` from the last to
+    /// block `first`.
+    fn carried_back(
+        &self,
+        name: &'static str,
+        runs: bool,
+        blocks: &[Sizes],
+        first: usize,
+        n: f64,
+        n_ctx: usize,
+    ) -> StageForecast {
+        let back: f64 = blocks[first..].iter().map(|b| self.gradient_ops(*b, n, n_ctx)).sum();
+        let operations = self.model_ops(blocks, n, n_ctx) + back + 2.0 * self.logit_ops(self.n_vocab(), n);
         let batch = n.min(sensitivity::BATCH_TOKENS as f64);
-        let streams = self.stream_bytes(self.n_layer() * self.n_embd() * batch) + self.sensitivity_bytes();
+        let streams = self.stream_bytes(self.n_layer() * self.n_embd() * batch);
         StageForecast {
-            name: "sensitivity",
-            operations: if self.s.sensitivity_tokens > 0 { operations } else { 0.0 },
+            name,
+            operations: if runs { operations } else { 0.0 },
             algebra: 0.0,
             memory: BASE_BYTES + streams + self.back_bytes(n_ctx, batch),
             on_devices: self.back_bytes(n_ctx, batch),

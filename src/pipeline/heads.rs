@@ -11,7 +11,7 @@ use crate::spill::Array;
 /// Tokens of the one sequence that the paper's search judges by.
 const PAPER_TOKENS: usize = 2048;
 
-/// Tokens, and tokens per window, that put the candidates in a first order.
+/// Tokens, and tokens per window, that put the candidates in a first order where no gradients go back.
 pub(super) const ROUGH_TOKENS: usize = 256;
 pub(super) const ROUGH_CTX: usize = 128;
 
@@ -56,7 +56,7 @@ impl Run<'_> {
         Ok(())
     }
 
-    /// Our search: one group at a time, ordered by a rough first look.
+    /// Our search: one group at a time, ordered by a first look that only estimates.
     fn least_divergent(
         &mut self,
         candidates: Vec<GroupId>,
@@ -64,21 +64,15 @@ impl Run<'_> {
         begun: Option<LazyGreedy>,
         may_remove: impl Fn(&[GroupId], GroupId) -> bool,
     ) -> Result<Vec<GroupId>, PruneError> {
-        let s = self.settings;
-        let (loss, n_tokens, n_ctx) = (s.head_loss, s.head_tokens, s.head_ctx);
+        let (head_loss, n_tokens, n_ctx) =
+            (self.settings.head_loss, self.settings.head_tokens, self.settings.head_ctx);
         let mut greedy = match begun {
             Some(begun) => begun,
-            None => {
-                self.observer.stage("heads, first look", 1);
-                let mut search = Search::new(self, ROUGH_TOKENS, ROUGH_CTX, loss, Unit::Group)?;
-                let scores = search.score(&[], &candidates)?;
-                self.observer.step(1, "");
-                LazyGreedy::new(candidates.into_iter().zip(scores))
-            }
+            None => LazyGreedy::new(self.first_look(candidates)?),
         };
         if greedy.removed.len() < n_remove {
             self.observer.stage("heads", n_remove);
-            let mut search = Search::new(self, n_tokens, n_ctx, loss, Unit::Group)?;
+            let mut search = Search::new(self, n_tokens, n_ctx, head_loss, Unit::Group)?;
             while greedy.removed.len() < n_remove
                 && greedy.step(&may_remove, |removed, ask| search.score(removed, ask))?
             {
@@ -87,6 +81,23 @@ impl Run<'_> {
         }
         // Those that go at a lower sparsity are the first of those that go at a higher one.
         Ok(greedy.removed.into_iter().take(n_remove).collect())
+    }
+
+    /// About what it costs to go without each of the candidates, of which none has gone.
+    fn first_look(&mut self, candidates: Vec<GroupId>) -> Result<Vec<(GroupId, f64)>, PruneError> {
+        const STAGE: &str = "heads, first look";
+        let s = self.settings;
+        if self.model.hparams.experts.is_some() {
+            self.observer.stage(STAGE, 1);
+            let mut search = Search::new(self, ROUGH_TOKENS, ROUGH_CTX, s.head_loss, Unit::Group)?;
+            let scores = search.score(&[], &candidates)?;
+            self.observer.step(1, "");
+            return Ok(candidates.into_iter().zip(scores).collect());
+        }
+        let n_ctx = s.head_ctx.min(self.windows.n_ctx);
+        let tokens = self.windows.sample(s.head_tokens, n_ctx);
+        let worth = self.worth_of_groups(STAGE, &tokens, n_ctx)?;
+        Ok(candidates.into_iter().map(|c| (c, worth[c.block][c.group])).collect())
     }
 
     /// 2SSP's search: the whole attention of one block at a time, under the name of its first group.

@@ -6,7 +6,7 @@
 
 use super::stream::planned_stream;
 use super::{PruneError, Run, curves, forward, mean_square};
-use crate::forward::{BlockGradient, whole_windows};
+use crate::forward::{OnTheWay, whole_windows};
 use crate::ggml::Token;
 use crate::model::{BlockWeights, Matrix};
 use crate::prune::{Metric, Singular};
@@ -71,6 +71,9 @@ impl Sensitivity {
     }
 }
 
+/// What looks at something of a block, token by token.
+type See<'a> = &'a mut dyn FnMut(usize, &[f32]);
+
 impl Run<'_> {
     /// Measures on about `n_tokens` calibration tokens of the model as planned so far. Where neurons are chosen, tokens count
     /// alike: the first of each window, whose errors can cost hundreds of times as much, would be most of a plain sum.
@@ -80,19 +83,68 @@ impl Run<'_> {
         // What a narrowed block makes of text that it was fitted to would cost next to nothing.
         let fitted = curves::n_windows(s, self.windows.n_ctx, self.windows.n_fit);
         let tokens = self.windows.sample_beside(n_tokens, n_ctx, fitted);
-        let mut forward = forward(self.model, n_ctx, s)?;
-        let head = forward.head(self.model)?;
-        let (n_layer, n_embd) = (self.plan.blocks.len(), forward.n_embd());
+        let n_embd = self.model.hparams.n_embd;
         let none = |_| {
             let directions = s.shelf.zeros(tokens.len() * n_embd)?;
             Ok::<_, PruneError>(Samples { directions, lengths: Vec::with_capacity(tokens.len()) })
         };
-        let mut behind: Vec<Samples> = (0..n_layer).map(none).collect::<Result<_, _>>()?;
+        let mut behind: Vec<Samples> = (0..self.plan.blocks.len()).map(none).collect::<Result<_, _>>()?;
+        let keep = |il: usize, grad: &[f32]| {
+            let Samples { directions, lengths } = &mut behind[il];
+            let directions = directions[lengths.len() * n_embd..].chunks_exact_mut(n_embd);
+            for (direction, g) in directions.zip(grad.chunks_exact(n_embd)) {
+                let length = (mean_square(g) * n_embd as f32).sqrt().max(f32::MIN_POSITIVE);
+                direction.iter_mut().zip(g).for_each(|(d, g)| *d = bf16::from_f32(g / length));
+                lengths.push(length);
+            }
+        };
+        self.carry_back("sensitivity", &tokens, n_ctx, keep, None)?;
+        Ok(Sensitivity { behind, n_embd, tokens, n_ctx })
+    }
+
+    /// About what the predictions lose, per token of `tokens` in nats of KL divergence, without each attention group of each
+    /// block of the model as planned so far: half the mean square of what the group is worth to the curvature's
+    /// samples.
+    pub(super) fn worth_of_groups(
+        &mut self,
+        stage: &str,
+        tokens: &[Token],
+        n_ctx: usize,
+    ) -> Result<Vec<Vec<f64>>, PruneError> {
+        let mut worth: Vec<Vec<f64>> = self.plan.blocks.iter().map(|b| vec![0.0; b.groups.len()]).collect();
+        let n_tokens = tokens.len() as f64;
+        let mut add = |il: usize, by_group: &[f32]| {
+            let sums = &mut worth[il];
+            for token in by_group.chunks_exact(sums.len().max(1)) {
+                sums.iter_mut()
+                    .zip(token)
+                    .for_each(|(sum, v)| *sum += 0.5 * f64::from(*v).powi(2) / n_tokens);
+            }
+        };
+        self.carry_back(stage, tokens, n_ctx, |_, _| (), Some(&mut add))?;
+        Ok(worth)
+    }
+
+    /// Carries samples of the curvature, for `tokens` in windows of `n_ctx`, back through the model as planned so far. On the
+    /// way `behind` sees those behind each block, `[n_tokens, n_embd]`, and `groups` what each attention group is worth
+    /// to them, `[n_tokens, n_head_kv]`; in batches, from the last block to the first.
+    fn carry_back(
+        &mut self,
+        stage: &str,
+        tokens: &[Token],
+        n_ctx: usize,
+        mut behind: impl FnMut(usize, &[f32]),
+        mut groups: Option<See<'_>>,
+    ) -> Result<(), PruneError> {
+        let s = self.settings;
+        let mut forward = forward(self.model, n_ctx, s)?;
+        let head = forward.head(self.model)?;
+        let n_layer = self.plan.blocks.len();
         let mut rng = ChaCha8Rng::seed_from_u64(0);
         let batch = whole_windows(BATCH_TOKENS, n_ctx);
-        self.observer.stage("sensitivity", n_layer * tokens.len().div_ceil(batch));
+        self.observer.stage(stage, n_layer * tokens.len().div_ceil(batch));
         let mut done = 0;
-        for (i, tokens) in tokens.chunks(batch).enumerate() {
+        for tokens in tokens.chunks(batch) {
             let mut inputs = Vec::with_capacity(n_layer);
             let keep = |x| {
                 inputs.push(s.shelf.put(x)?);
@@ -102,23 +154,23 @@ impl Run<'_> {
             let mut grad = forward.curvature_sample(&head, &last, || rng.random())?;
             for (il, x) in inputs.into_iter().enumerate().rev() {
                 self.checkpoint()?;
-                let Samples { directions, lengths } = &mut behind[il];
-                let directions = directions[i * batch * n_embd..].chunks_exact_mut(n_embd);
-                for (direction, g) in directions.zip(grad.chunks_exact(n_embd)) {
-                    let length = (mean_square(g) * n_embd as f32).sqrt().max(f32::MIN_POSITIVE);
-                    direction.iter_mut().zip(g).for_each(|(d, g)| *d = bf16::from_f32(g / length));
-                    lengths.push(length);
-                }
+                behind(il, &grad);
                 // Nobody asks for what is before the first block.
-                if il > 0 {
+                if il > 0 || groups.is_some() {
                     let block = forward.upload(&self.plan.block(self.model, il)?)?;
-                    forward.block_gradient(&block, &x, &mut grad, &mut BlockGradient::default())?;
+                    let mut by_group = Vec::new();
+                    let found =
+                        OnTheWay { groups: groups.is_some().then_some(&mut by_group), ..OnTheWay::default() };
+                    forward.block_gradient(&block, &x, &mut grad, found)?;
+                    if let Some(groups) = &mut groups {
+                        groups(il, &by_group);
+                    }
                 }
                 done += 1;
                 self.observer.step(done, "");
             }
         }
-        Ok(Sensitivity { behind, n_embd, tokens, n_ctx })
+        Ok(())
     }
 }
 

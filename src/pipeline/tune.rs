@@ -14,7 +14,7 @@ use super::sequential::Streams;
 use super::stream::planned_stream;
 use super::{Plan, PruneError, Run, forward};
 use crate::calibrate::Windows;
-use crate::forward::{BlockGradient, Forward, ForwardError, Head, MAX_GRADIENT_CTX};
+use crate::forward::{BlockGradient, Forward, ForwardError, Head, MAX_GRADIENT_CTX, OnTheWay};
 use crate::ggml::Token;
 use crate::model::BlockVector;
 use rand::seq::SliceRandom;
@@ -215,7 +215,8 @@ impl Run<'_> {
             self.checkpoint()?;
             let block = forward.upload(&self.plan.block(self.model, il)?)?;
             let mut gradient = BlockGradient::default();
-            forward.block_gradient(&block, &x, &mut grad, &mut gradient)?;
+            let found = OnTheWay { vectors: Some(&mut gradient), ..OnTheWay::default() };
+            forward.block_gradient(&block, &x, &mut grad, found)?;
             for ((v, moving), gradient) in BlockVector::ALL.into_iter().zip(vectors).zip(&gradient) {
                 if let Some(moving) = moving {
                     moving.step(gradient, rate, n as i32);
