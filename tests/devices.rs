@@ -9,7 +9,9 @@ use common::cli::Cli;
 use common::small::{Rng, Small};
 use common::{TEXT, compare_logits, logits};
 use putri_gguf::evaluate::{llama_losses, own_losses};
-use putri_gguf::forward::{Block, CHUNK_TOKENS, Collect, Forward, InputSquares, OnTheWay, Wanted};
+use putri_gguf::forward::{
+    Block, BlockGradient, CHUNK_TOKENS, Collect, Forward, InputSquares, OnTheWay, Wanted,
+};
 use putri_gguf::ggml::{
     Compute, Device, LlamaModel, Offload, Type, add_server, devices, serve, silence_logs,
 };
@@ -147,9 +149,14 @@ fn collected(forward: &mut Forward, block: &Block, x: &[f32], n_ff: usize) -> Ve
     let (mut squares, mut out) = (InputSquares::default(), vec![0.0; x.len()]);
     forward.block_squares(block, x, &mut out, &mut squares).unwrap();
     found.push(("squares", [squares.qkv, squares.attn_output, squares.ffn, squares.ffn_down].concat()));
-    let mut grad = target;
-    forward.block_gradient(block, x, &mut grad, OnTheWay::default()).unwrap();
-    found.push(("gradient", grad.iter().map(|v| f64::from(*v)).collect()));
+    let (mut grad, mut vectors, mut groups) = (target, BlockGradient::default(), Vec::new());
+    let on_the_way = OnTheWay { vectors: Some(&mut vectors), groups: Some(&mut groups) };
+    forward.block_gradient(block, x, &mut grad, on_the_way).unwrap();
+    for (name, part) in
+        [("gradient", grad), ("gradient of vectors", vectors.concat()), ("worth of groups", groups)]
+    {
+        found.push((name, part.iter().map(|v| f64::from(*v)).collect()));
+    }
     found
 }
 

@@ -2,22 +2,16 @@
 
 mod common;
 
+use common::Silent;
 use common::cli::Cli;
 use common::small::Small;
 use putri_gguf::calibrate::Windows;
 use putri_gguf::ggml::{Token, silence_logs};
 use putri_gguf::gguf::GgufFile;
 use putri_gguf::model::{Model, Piece};
-use putri_gguf::pipeline::{Calibration, NoRoom, Observer, Settings, forecast, run, within_memory};
+use putri_gguf::pipeline::{Calibration, NoRoom, Settings, forecast, run, within_memory};
 use putri_gguf::report::Timings;
 use putri_gguf::spill::Shelf;
-
-struct Silent;
-
-impl Observer for Silent {
-    fn stage(&mut self, _: &str, _: usize) {}
-    fn step(&mut self, _: usize, _: &str) {}
-}
 
 fn models() -> Vec<(&'static str, Small, usize, Piece)> {
     let mixture = Small {

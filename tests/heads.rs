@@ -3,22 +3,15 @@
 mod common;
 
 use common::small::{Rng, Small};
-use common::{compare_logits, logits};
+use common::{Silent, compare_logits, logits};
 use putri_gguf::calibrate::Windows;
 use putri_gguf::ggml::{Token, silence_logs};
 use putri_gguf::model::{BlockWeights, Model};
-use putri_gguf::pipeline::{Observer, Settings, run};
+use putri_gguf::pipeline::{Settings, run};
 use putri_gguf::prune::GroupId;
 
 const N_CTX: usize = 64;
 const N_REMOVE: usize = 6;
-
-struct Silent;
-
-impl Observer for Silent {
-    fn stage(&mut self, _: &str, _: usize) {}
-    fn step(&mut self, _: usize, _: &str) {}
-}
 
 /// A model, the windows that groups are judged on, and what it says about them whole.
 struct Trial<'a> {

@@ -2,6 +2,7 @@
 
 mod common;
 
+use common::Silent;
 use common::cli::Cli;
 use common::small::{Rng, Small};
 use putri_gguf::calibrate::Windows;
@@ -9,14 +10,7 @@ use putri_gguf::forward::{Collect, Forward, Wanted};
 use putri_gguf::ggml::{Type, silence_logs};
 use putri_gguf::gguf::{GgufFile, Value};
 use putri_gguf::model::Model;
-use putri_gguf::pipeline::{Observer, Plan, Settings, input_squares};
-
-struct Silent;
-
-impl Observer for Silent {
-    fn stage(&mut self, _: &str, _: usize) {}
-    fn step(&mut self, _: usize, _: &str) {}
-}
+use putri_gguf::pipeline::{Plan, Settings, input_squares};
 
 /// Σ (x / rms(x) · w)² over the rows of `x`.
 fn normed_squares(x: &[f32], w: &[f32], eps: f64) -> Vec<f64> {

@@ -4,13 +4,13 @@ mod common;
 
 use common::cli::{Cli, arg};
 use common::small::Small;
-use common::{TEXT, smollm2};
+use common::{Silent, TEXT, smollm2};
 use putri_gguf::Job;
 use putri_gguf::calibrate::Recipe;
 use putri_gguf::ggml::{LlamaModel, Type, silence_logs};
 use putri_gguf::gguf::{GgufFile, Value};
 use putri_gguf::model::Model;
-use putri_gguf::pipeline::{Method, Observer, Settings};
+use putri_gguf::pipeline::{Method, Settings};
 use std::path::Path;
 
 // One thread each: tests run side by side, and ggml's threads wait for each other by spinning.
@@ -350,11 +350,6 @@ fn the_papers_method_gives_equal_widths() {
 
 #[test]
 fn the_two_stage_baseline_takes_whole_attentions_and_equal_widths() {
-    struct Silent;
-    impl Observer for Silent {
-        fn stage(&mut self, _: &str, _: usize) {}
-        fn step(&mut self, _: usize, _: &str) {}
-    }
     silence_logs();
     let cli = Cli::new();
     Small { blocks: vec![(4, 2, 256); 6], ..Small::default() }.write(&cli.path("in.gguf"));

@@ -3,19 +3,12 @@
 mod common;
 
 use common::small::Small;
-use common::{compare_logits, logits, our_logits};
+use common::{Silent, compare_logits, logits, our_logits};
 use putri_gguf::calibrate::Windows;
 use putri_gguf::ggml::silence_logs;
 use putri_gguf::model::{BlockVector, Model};
-use putri_gguf::pipeline::{Observer, Outcome, Settings, run};
+use putri_gguf::pipeline::{Outcome, Settings, run};
 use std::path::Path;
-
-struct Silent;
-
-impl Observer for Silent {
-    fn stage(&mut self, _: &str, _: usize) {}
-    fn step(&mut self, _: usize, _: &str) {}
-}
 
 /// Windows of something like text to fit on, and some to judge by.
 fn windows(n_ctx: usize, n_fit: usize, n_held_out: usize) -> Windows {

@@ -1,7 +1,7 @@
 //! Gradients: from a loss on the final stream back through the blocks.
 //!
 //! The graphs repeat the forward pass in pieces whose derivatives ggml has, and go backwards op by op. What
-//! is derived by: the stream before the block, and the block's vectors.
+//! is derived by: the stream before the block, the block's vectors, and the shares of its attention groups.
 
 use super::block::{Half, MAX_NODES, PreNorm, Qkv, linear};
 use super::{Block, Forward, ForwardError, Head, Net};
@@ -17,8 +17,8 @@ pub type BlockGradient = [Vec<f32>; BlockVector::ALL.len()];
 pub struct OnTheWay<'a> {
     /// The derivatives by the block's vectors are added to these.
     pub vectors: Option<&'a mut BlockGradient>,
-    /// What each attention group is worth to each token, to first order: the derivative by a factor of the group's
-    /// inputs of attn_output, `[n_tokens, n_head_kv]`. Empty in a block without attention.
+    /// What each attention group is worth to each token, `[n_tokens, n_head_kv]`, is appended: the derivative by the stream
+    /// behind attention, times what the group adds to that. Nothing in a block without attention.
     pub groups: Option<&'a mut Vec<f32>>,
 }
 
@@ -29,11 +29,10 @@ pub(crate) const LOSS_ROWS: usize = 128;
 /// are in memory at once.
 pub(crate) const GRADIENT_TOKENS: usize = 512;
 
-/// A half of a block from behind: derivatives by what it sees of the stream and by the inputs of its map, and each
-/// token's by the map's bias and by the norm behind that.
+/// A half of a block from behind: derivatives by what it sees of the stream, and each token's by the bias of its map
+/// and by the norm behind that.
 struct HalfBack {
     at_input: T,
-    at_inner: T,
     by_bias: T,
     by_post: Option<T>,
 }
@@ -162,6 +161,11 @@ impl Forward {
     ) -> Result<(), ForwardError> {
         let ne = [self.n_embd(), x.len() / self.n_embd()];
         let (before, ones) = (grad.to_vec(), vec![1.0; ne[1]]);
+        let masks = if found.groups.is_some() {
+            all_but_each_group(b, self.net.hparams.head_dim)
+        } else {
+            Vec::new()
+        };
         let mut g = Graph::new(&self.engine, MAX_NODES);
         let x = g.input_f32(ne, x);
         let net = &self.net;
@@ -185,16 +189,12 @@ impl Forward {
             None => (at_mid, [None; 3], None),
             Some(a) => {
                 // Behind attention the stream is what the block adds to, if the feed-forward does not see it.
-                let half = net.attention_back(&mut g, b, x, a, if b.parallel { behind } else { at_mid });
+                let behind = if b.parallel { behind } else { at_mid };
+                let half = net.attention_back(&mut g, b, x, a, behind);
+                let by_group =
+                    found.groups.is_some().then(|| net.worth_of_groups(&mut g, b, a, behind, &masks));
                 let at_input = shared.map_or(half.at_input, |shared| g.add(half.at_input, shared));
                 let (at_x, by_norm) = net.pre_norm_back(&mut g, b, b.roles.attn_norm, x, at_input);
-                let by_group = found.groups.is_some().then(|| {
-                    let by_input = g.mul(half.at_inner, a.out);
-                    let width = b.shape.heads_per_group() * net.hparams.head_dim;
-                    let groups = g.reshape(by_input, [width, b.shape.n_head_kv, ne[1], 1]);
-                    let mean = g.mean(groups);
-                    g.scale(mean, width as f32, 0.0)
-                });
                 (g.add(at_x, at_mid), [by_norm, Some(half.by_bias), half.by_post], by_group)
             }
         };
@@ -260,12 +260,7 @@ impl Net {
             let h = self.activate(g, up);
             let (at_h, by_bias, by_post) = self.map_back(g, b, Half::FeedForward, h, behind);
             let at_up = self.activate_back(g, at_h, up);
-            return HalfBack {
-                at_input: self.product_back(g, b, r.ffn_up, at_up),
-                at_inner: at_h,
-                by_bias,
-                by_post,
-            };
+            return HalfBack { at_input: self.product_back(g, b, r.ffn_up, at_up), by_bias, by_post };
         };
         let gate = linear(g, b, Some(gate), r.ffn_gate_bias, input);
         let activated = self.activate(g, gate);
@@ -276,7 +271,7 @@ impl Net {
         let at_gate = self.activate_back(g, at_activated, gate);
         let at_up = self.product_back(g, b, r.ffn_up, at_up);
         let at_gate = self.product_back(g, b, r.ffn_gate, at_gate);
-        HalfBack { at_input: g.add(at_up, at_gate), at_inner: at_h, by_bias, by_post }
+        HalfBack { at_input: g.add(at_up, at_gate), by_bias, by_post }
     }
 
     /// Through the attention, from the derivative by the stream `behind`; `x` is the one before it.
@@ -288,11 +283,11 @@ impl Net {
         a: &Attention,
         behind: T,
     ) -> HalfBack {
-        let (at_inner, by_bias, by_post) = self.map_back(g, b, Half::Attention, a.out, behind);
+        let (at_out, by_bias, by_post) = self.map_back(g, b, Half::Attention, a.out, behind);
         let (d, t, n_tokens) = (self.hparams.head_dim, self.n_ctx, g.ne(x)[1]);
         let n_seq = n_tokens / t;
         let (n_head, n_kv) = (b.shape.n_head, b.shape.n_head_kv);
-        let at_out = g.reshape(at_inner, [d, n_head, t, n_seq]);
+        let at_out = g.reshape(at_out, [d, n_head, t, n_seq]);
         let at_out = g.permute(at_out, [0, 2, 1, 3]);
         let at_out = g.cont(at_out);
         let at_p = g.mul_mat(a.v, at_out);
@@ -338,7 +333,43 @@ impl Net {
             });
         let inputs: Vec<T> = inputs.collect();
         let at_input = g.add(inputs[0], inputs[1]);
-        HalfBack { at_input: g.add(at_input, inputs[2]), at_inner, by_bias, by_post }
+        HalfBack { at_input: g.add(at_input, inputs[2]), by_bias, by_post }
+    }
+
+    /// The derivative by the stream `behind` attention, times what each group adds to it: `[n_head_kv, n_tokens]`. What a group
+    /// adds is what is missing without it: a derivative by its share would see nothing of what lies along
+    /// the input of a norm behind attn_output. `masks` has 0 for the inputs of one group after another.
+    fn worth_of_groups<'a>(
+        &'a self,
+        g: &mut Graph<'a>,
+        b: &'a Block,
+        a: &Attention,
+        behind: T,
+        masks: &'a [f32],
+    ) -> T {
+        let n_embd = self.hparams.n_embd;
+        let half = Half::Attention;
+        let stream = |g: &mut Graph<'a>, inputs: T| {
+            let y = self.map(g, b, half, inputs);
+            let y = match b.post_norm(half) {
+                Some(post) => self.rms_norm(g, b, post.weight, y),
+                None => y,
+            };
+            self.scaled(g, y, self.hparams.residual_scale)
+        };
+        let whole = stream(g, a.out);
+        let n_in = g.ne(a.out)[0];
+        let each = masks.chunks_exact(n_in).map(|mask| {
+            let mask = g.input_f32([n_in, 1], mask);
+            let others = g.mul(a.out, mask);
+            let without = stream(g, others);
+            let lost = g.sub(whole, without);
+            let worth = g.mul(behind, lost);
+            let mean = g.mean(worth);
+            g.scale(mean, n_embd as f32, 0.0)
+        });
+        let each: Vec<T> = each.collect();
+        each.into_iter().reduce(|all, one| g.concat(all, one, 0)).expect("a block with attention has groups")
     }
 
     /// Through [`Net::attention_weights`]: the derivative by the products of keys and queries.
@@ -492,6 +523,17 @@ impl Net {
             }
         }
     }
+}
+
+/// Factors of attn_output's inputs that leave out one group after another, `[n_head·head_dim, n_head_kv]`.
+fn all_but_each_group(b: &Block, head_dim: usize) -> Vec<f32> {
+    let (n_kv, width) = (b.shape.n_head_kv, b.shape.heads_per_group() * head_dim);
+    let mut masks = vec![1.0; n_kv * n_kv * width];
+    masks
+        .chunks_exact_mut((n_kv * width).max(1))
+        .enumerate()
+        .for_each(|(i, m)| m[i * width..][..width].fill(0.0));
+    masks
 }
 
 /// sqrt(2 / π) and the factor of x³ in ggml's GELU.

@@ -4,7 +4,7 @@
 //! on the weights is taken at its usual size: how often candidates are scored, and how many tokens are likely
 //! somewhere.
 
-use super::heads::{ROUGH_CTX, ROUGH_TOKENS, STREAM_BYTES};
+use super::heads::{ROUGH_CTX, ROUGH_TOKENS, STREAM_BYTES, first_look_ctx};
 use super::{
     Method, NewMatrices, Settings, budgets, curves, equal_widths, even_shapes, file_size, groups_to_remove,
     new_matrices, sensitivity, smallest_group, within_family,
@@ -383,10 +383,15 @@ impl Work<'_> {
     fn first_look(&self) -> StageForecast {
         let name = "heads, first look";
         if self.model.hparams.experts.is_none() {
-            let n_ctx = self.s.head_ctx.min(self.c.n_ctx);
+            let n_ctx = first_look_ctx(self.s, self.c.n_ctx);
             let n = self.sampled(self.s.head_tokens, n_ctx);
-            let runs = self.kept < 1.0;
-            return self.carried_back(name, runs, &self.whole(), 0, n, n_ctx);
+            let stage = self.carried_back(name, &self.whole(), 0, n, n_ctx);
+            // attn_output once for all groups, and without each.
+            let products = |(b, of): (&Sizes, &BlockShape)| b.q * (1.0 + of.n_head_kv as f64);
+            let sum: f64 = self.whole().iter().zip(&self.model.hparams.blocks).map(products).sum();
+            let operations = stage.operations + 2.0 * n * self.n_embd() * sum;
+            // No groups go: there is no look at them.
+            return StageForecast { operations: if self.kept < 1.0 { operations } else { 0.0 }, ..stage };
         }
         let n_ctx = ROUGH_CTX.min(self.c.n_ctx);
         let n = self.sampled(ROUGH_TOKENS, n_ctx);
@@ -483,9 +488,12 @@ impl Work<'_> {
 
     fn sensitivity(&self) -> StageForecast {
         let (n_ctx, n) = self.probes();
-        let runs = self.s.sensitivity_tokens > 0;
-        let stage = self.carried_back("sensitivity", runs, &self.headless(), 1, n, n_ctx);
-        StageForecast { memory: stage.memory + self.sensitivity_bytes(), ..stage }
+        let stage = self.carried_back("sensitivity", &self.headless(), 1, n, n_ctx);
+        StageForecast {
+            operations: if self.s.sensitivity_tokens > 0 { stage.operations } else { 0.0 },
+            memory: stage.memory + self.sensitivity_bytes(),
+            ..stage
+        }
     }
 
     /// Samples of the curvature, for `n` tokens in windows of `n_ctx`, on their way back through `blocks` from the last to
@@ -493,19 +501,17 @@ impl Work<'_> {
     fn carried_back(
         &self,
         name: &'static str,
-        runs: bool,
         blocks: &[Sizes],
         first: usize,
         n: f64,
         n_ctx: usize,
     ) -> StageForecast {
         let back: f64 = blocks[first..].iter().map(|b| self.gradient_ops(*b, n, n_ctx)).sum();
-        let operations = self.model_ops(blocks, n, n_ctx) + back + 2.0 * self.logit_ops(self.n_vocab(), n);
         let batch = n.min(sensitivity::BATCH_TOKENS as f64);
         let streams = self.stream_bytes(self.n_layer() * self.n_embd() * batch);
         StageForecast {
             name,
-            operations: if runs { operations } else { 0.0 },
+            operations: self.model_ops(blocks, n, n_ctx) + back + 2.0 * self.logit_ops(self.n_vocab(), n),
             algebra: 0.0,
             memory: BASE_BYTES + streams + self.back_bytes(n_ctx, batch),
             on_devices: self.back_bytes(n_ctx, batch),

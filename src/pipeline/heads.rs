@@ -2,8 +2,8 @@
 
 use super::judge::{Judge, Loss};
 use super::stream::embedded;
-use super::{Method, Plan, PruneError, Run, forward};
-use crate::forward::{Block, Forward, Wanted};
+use super::{Method, Plan, PruneError, Run, Settings, forward};
+use crate::forward::{Block, Forward, MAX_GRADIENT_CTX, Wanted};
 use crate::model::Family;
 use crate::prune::{Budget, GroupId, LazyGreedy, rounds};
 use crate::spill::Array;
@@ -94,7 +94,7 @@ impl Run<'_> {
             self.observer.step(1, "");
             return Ok(candidates.into_iter().zip(scores).collect());
         }
-        let n_ctx = s.head_ctx.min(self.windows.n_ctx);
+        let n_ctx = first_look_ctx(s, self.windows.n_ctx);
         let tokens = self.windows.sample(s.head_tokens, n_ctx);
         let worth = self.worth_of_groups(STAGE, &tokens, n_ctx)?;
         Ok(candidates.into_iter().map(|c| (c, worth[c.block][c.group])).collect())
@@ -117,6 +117,11 @@ impl Run<'_> {
         let removed = rounds(&whole, n_blocks, 1, rescored, |_, _| true, score)?;
         Ok(candidates.iter().copied().filter(|c| removed.iter().any(|r| r.block == c.block)).collect())
     }
+}
+
+/// Tokens per window of the first look, where it goes back through the blocks, for calibration windows of `n_ctx`.
+pub(super) fn first_look_ctx(s: &Settings, n_ctx: usize) -> usize {
+    s.head_ctx.min(n_ctx).min(MAX_GRADIENT_CTX)
 }
 
 /// How many of the groups may go from each block so that stock llama.cpp can run what is left, if `n_remove` go in all.

@@ -2,7 +2,7 @@
 //!
 //! For small errors that is the curvature of the KL divergence, the Fisher information, of which random vectors
 //! carried back through the model are samples. Layers have been quantised under such curvatures (YAQA,
-//! arXiv 2505.22988); here they say which neurons matter, and what narrowing a block costs.
+//! arXiv 2505.22988); here they say which neurons matter, what narrowing a block costs, and about what a head is worth.
 
 use super::stream::planned_stream;
 use super::{PruneError, Run, curves, forward, mean_square};
@@ -71,8 +71,8 @@ impl Sensitivity {
     }
 }
 
-/// What looks at something of a block, token by token.
-type See<'a> = &'a mut dyn FnMut(usize, &[f32]);
+/// Sees something of a block: its number, and so much per token.
+type PerToken<'a> = &'a mut dyn FnMut(usize, &[f32]);
 
 impl Run<'_> {
     /// Measures on about `n_tokens` calibration tokens of the model as planned so far. Where neurons are chosen, tokens count
@@ -104,7 +104,7 @@ impl Run<'_> {
 
     /// About what the predictions lose, per token of `tokens` in nats of KL divergence, without each attention group of each
     /// block of the model as planned so far: half the mean square of what the group is worth to the curvature's
-    /// samples.
+    /// samples. Large losses bend, and what errors of several tokens do together is left out, so that it is good for an order.
     pub(super) fn worth_of_groups(
         &mut self,
         stage: &str,
@@ -134,7 +134,7 @@ impl Run<'_> {
         tokens: &[Token],
         n_ctx: usize,
         mut behind: impl FnMut(usize, &[f32]),
-        mut groups: Option<See<'_>>,
+        mut groups: Option<PerToken<'_>>,
     ) -> Result<(), PruneError> {
         let s = self.settings;
         let mut forward = forward(self.model, n_ctx, s)?;
@@ -155,7 +155,7 @@ impl Run<'_> {
             for (il, x) in inputs.into_iter().enumerate().rev() {
                 self.checkpoint()?;
                 behind(il, &grad);
-                // Nobody asks for what is before the first block.
+                // Nobody asks for what is before the first block, unless its groups are asked for.
                 if il > 0 || groups.is_some() {
                     let block = forward.upload(&self.plan.block(self.model, il)?)?;
                     let mut by_group = Vec::new();

@@ -63,7 +63,7 @@ pub struct Settings {
     pub head_ctx: usize,
     /// Candidates that the paper's rounds score again after the first round, instead of all.
     pub rescored: Option<usize>,
-    /// What heads are judged by.
+    /// What heads are judged by, once a first look, which always is by divergence, put them in order.
     pub head_loss: Loss,
     /// Tokens that the widths' loss curves are measured on.
     pub curve_tokens: usize,

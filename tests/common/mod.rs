@@ -11,6 +11,14 @@ use std::fs::File;
 use std::io::{BufWriter, Write};
 use std::path::{Path, PathBuf};
 
+/// Who hears of no stage and never interrupts.
+pub struct Silent;
+
+impl putri_gguf::pipeline::Observer for Silent {
+    fn stage(&mut self, _: &str, _: usize) {}
+    fn step(&mut self, _: usize, _: &str) {}
+}
+
 /// SmolLM2-135M-Instruct, fetched by `make model`.
 pub fn smollm2() -> PathBuf {
     let default = concat!(env!("CARGO_MANIFEST_DIR"), "/models/SmolLM2-135M-Instruct.Q4_1.gguf");
