@@ -138,7 +138,7 @@ fn generation_can_be_stopped() {
 }
 
 #[test]
-fn samples_beside_others_are_of_other_windows_and_of_every_kind() {
+fn samples_are_of_every_kind_and_those_beside_them_of_other_windows() {
     for n_ctx in [4, 16] {
         for n_fit in [1usize, 2, 3, 8, 12, 32, 48] {
             // Every token is the number of its window; even ones are of one kind, odd ones of the other.
@@ -147,6 +147,8 @@ fn samples_beside_others_are_of_other_windows_and_of_every_kind() {
             for n_taken in [1, n_fit.div_ceil(4), n_fit.div_ceil(2)] {
                 let taken = windows.sample(n_taken * n_ctx, n_ctx);
                 assert_eq!(taken.len(), n_taken * n_ctx);
+                let every_kind = |of: &[Token]| [0, 1].iter().all(|kind| of.iter().any(|i| i % 2 == *kind));
+                assert!(n_taken == 1 || n_fit < 2 * n_taken || every_kind(&taken), "{n_fit}: {taken:?}");
                 let beside = windows.sample_beside(8 * 4, 4, n_taken);
                 let mut numbers: Vec<Token> = beside.iter().step_by(4).copied().collect();
                 let free = if n_fit > n_taken { n_fit - n_taken } else { n_fit };
@@ -154,11 +156,25 @@ fn samples_beside_others_are_of_other_windows_and_of_every_kind() {
                 assert!(n_fit == n_taken || !numbers.iter().any(|i| taken.contains(i)), "{n_fit} {n_taken}");
                 // Half of all may be all of a kind.
                 if n_fit >= 32 && n_taken <= n_fit / 4 {
-                    assert!([0, 1].iter().all(|kind| numbers.iter().any(|i| i % 2 == *kind)), "{numbers:?}");
+                    assert!(every_kind(&numbers), "{numbers:?}");
                 }
                 numbers.dedup();
                 assert_eq!(numbers.len(), 8.min(free));
             }
+        }
+    }
+}
+
+#[test]
+fn what_is_sampled_twice_is_one_half_and_again_the_same() {
+    let tokens: Vec<Token> = (0..6 * 8).collect();
+    let windows = Windows { n_ctx: 8, tokens, n_fit: 5, n_held_out: 1, n_self: 0 };
+    for (n_ctx, n_windows) in [(2, 5), (4, 3), (8, 2)] {
+        let twice = windows.sample_twice(n_windows * n_ctx, n_ctx);
+        let once = windows.sample(n_windows * n_ctx, n_ctx);
+        assert_eq!(twice.len(), n_windows * n_ctx);
+        for (twice, once) in twice.chunks(n_ctx).zip(once.chunks(n_ctx)) {
+            assert_eq!(twice, [&once[..n_ctx / 2], &once[..n_ctx / 2]].concat());
         }
     }
 }

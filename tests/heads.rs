@@ -83,7 +83,7 @@ fn those_go_that_the_predictions_mind_least() {
             all.iter().copied().filter(|id| !plan.blocks[id.block].groups.contains(&id.group)).collect();
         assert_eq!(found.len(), N_REMOVE);
 
-        let judged = windows.sample(settings.head_tokens, N_CTX);
+        let judged = windows.sample_twice(settings.head_tokens, N_CTX);
         let mut trial =
             Trial { model: &model, windows: judged.chunks(N_CTX).collect(), dense: Vec::new(), n_vocab };
         trial.dense =

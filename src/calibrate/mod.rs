@@ -144,27 +144,25 @@ impl Windows {
     /// About `n_tokens` tokens in windows of `n_ctx`, the beginnings of windows that are spread evenly
     /// over those to fit on.
     pub fn sample(&self, n_tokens: usize, n_ctx: usize) -> Vec<Token> {
-        self.beginnings(&self.spread(n_tokens.div_ceil(n_ctx)), n_ctx)
+        self.beginnings(&spread(n_tokens.div_ceil(n_ctx), self.n_fit), n_ctx)
     }
 
-    /// The same, of windows that [`Windows::sample`] leaves out when it takes `n_taken`; of all, if it takes all.
+    /// The same in windows that are one half twice, of `n_ctx` tokens, an even number: text that repeats itself, as long text does
+    /// and short windows hardly.
+    pub fn sample_twice(&self, n_tokens: usize, n_ctx: usize) -> Vec<Token> {
+        let halves = self.beginnings(&spread(n_tokens.div_ceil(n_ctx), self.n_fit), n_ctx / 2);
+        halves.chunks_exact(n_ctx / 2).flat_map(|half| [half, half].concat()).collect()
+    }
+
+    /// Like [`Windows::sample`], of windows that it leaves out when it takes `n_taken`; of all, if it takes all.
     pub fn sample_beside(&self, n_tokens: usize, n_ctx: usize, n_taken: usize) -> Vec<Token> {
-        let taken = self.spread(n_taken);
+        let taken = spread(n_taken, self.n_fit);
         let mut rest: Vec<usize> = (0..self.n_fit).filter(|i| !taken.contains(i)).collect();
         if rest.is_empty() {
             rest = taken;
         }
-        let n = n_tokens.div_ceil(n_ctx).clamp(1, rest.len());
-        // Windows of different origin take turns, so that even steps might meet one kind only.
-        let odd = |i: usize| if rest.len() >= 2 * n { i % 2 } else { 0 };
-        let chosen: Vec<usize> = (0..n).map(|i| rest[i * rest.len() / n + odd(i)]).collect();
-        self.beginnings(&chosen, n_ctx)
-    }
-
-    /// The numbers of `n` windows, at least one, that are spread evenly over those to fit on.
-    fn spread(&self, n: usize) -> Vec<usize> {
-        let n = n.clamp(1, self.n_fit);
-        (0..n).map(|i| (2 * i + 1) * self.n_fit / (2 * n)).collect()
+        let chosen = spread(n_tokens.div_ceil(n_ctx), rest.len()).into_iter().map(|i| rest[i]);
+        self.beginnings(&chosen.collect::<Vec<_>>(), n_ctx)
     }
 
     /// The first `n_ctx` tokens of these windows.
@@ -179,6 +177,14 @@ impl Windows {
             .map(|i| if (i + 1) % self.n_ctx == 0 { None } else { Some(tokens[i + 1]) })
             .collect()
     }
+}
+
+/// The numbers of `n` windows, at least one, that are spread evenly over `len`.
+fn spread(n: usize, len: usize) -> Vec<usize> {
+    let n = n.clamp(1, len);
+    // Windows of different origin take turns, so that even steps might meet one kind only.
+    let odd = |i: usize| if len >= 2 * n { i % 2 } else { 0 };
+    (0..n).map(|i| i * len / n + odd(i)).collect()
 }
 
 /// The last `n_last` windows spread evenly among the others, so that every part of the list holds both

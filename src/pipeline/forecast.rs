@@ -4,7 +4,7 @@
 //! on the weights is taken at its usual size: how often candidates are scored, and how many tokens are likely
 //! somewhere.
 
-use super::heads::{ROUGH_CTX, ROUGH_TOKENS, STREAM_BYTES, first_look_ctx};
+use super::heads::{ROUGH_CTX, ROUGH_TOKENS, STREAM_BYTES, window_of_heads};
 use super::{
     Method, NewMatrices, Settings, budgets, curves, equal_widths, even_shapes, file_size, groups_to_remove,
     new_matrices, sensitivity, smallest_group, within_family,
@@ -383,7 +383,7 @@ impl Work<'_> {
     fn first_look(&self) -> StageForecast {
         let name = "heads, first look";
         if self.model.hparams.experts.is_none() {
-            let n_ctx = first_look_ctx(self.s, self.c.n_ctx);
+            let n_ctx = window_of_heads(self.s, self.c.n_ctx);
             let n = self.sampled(self.s.head_tokens, n_ctx);
             let stage = self.carried_back(name, &self.whole(), 0, n, n_ctx);
             // attn_output once for all groups, and without each.
@@ -393,7 +393,7 @@ impl Work<'_> {
             // No groups go: there is no look at them.
             return StageForecast { operations: if self.kept < 1.0 { operations } else { 0.0 }, ..stage };
         }
-        let n_ctx = ROUGH_CTX.min(self.c.n_ctx);
+        let n_ctx = ROUGH_CTX.min(window_of_heads(self.s, self.c.n_ctx));
         let n = self.sampled(ROUGH_TOKENS, n_ctx);
         let (mut behind, mut sum) = (0.0, 0.0);
         for (il, b) in self.whole().into_iter().enumerate().rev() {
@@ -406,7 +406,7 @@ impl Work<'_> {
 
     /// `n_groups` steps.
     fn heads(&self, n_groups: usize) -> StageForecast {
-        let n_ctx = self.s.head_ctx.min(self.c.n_ctx);
+        let n_ctx = window_of_heads(self.s, self.c.n_ctx);
         let n = self.sampled(self.s.head_tokens, n_ctx);
         let sweeps = n_groups as f64 * SWEEPS_PER_STEP * self.model_ops(&self.whole(), n, n_ctx);
         self.search("heads", n, n_ctx, sweeps, 4.0 * n_groups as f64)

@@ -4,6 +4,7 @@ use super::judge::{Judge, Loss};
 use super::stream::embedded;
 use super::{Method, Plan, PruneError, Run, Settings, forward};
 use crate::forward::{Block, Forward, MAX_GRADIENT_CTX, Wanted};
+use crate::ggml::Token;
 use crate::model::Family;
 use crate::prune::{Budget, GroupId, LazyGreedy, rounds};
 use crate::spill::Array;
@@ -42,8 +43,9 @@ impl Run<'_> {
                 let n_kv = self.model.hparams.blocks[0].n_head_kv.max(1);
                 let rescored = self.settings.rescored;
                 self.observer.stage("heads", n_remove);
-                let mut search =
-                    Search::new(self, PAPER_TOKENS, PAPER_TOKENS, Loss::Likelihood, Unit::Group)?;
+                let n_ctx = PAPER_TOKENS.min(self.windows.n_ctx);
+                let tokens = self.windows.sample(PAPER_TOKENS, n_ctx);
+                let mut search = Search::new(self, &tokens, n_ctx, Loss::Likelihood, Unit::Group)?;
                 let score = |removed: &[GroupId], ask: &[GroupId]| search.score(removed, ask);
                 rounds(&candidates, n_remove, n_kv, rescored, may_remove, score)?
             }
@@ -64,15 +66,16 @@ impl Run<'_> {
         begun: Option<LazyGreedy>,
         may_remove: impl Fn(&[GroupId], GroupId) -> bool,
     ) -> Result<Vec<GroupId>, PruneError> {
-        let (head_loss, n_tokens, n_ctx) =
-            (self.settings.head_loss, self.settings.head_tokens, self.settings.head_ctx);
+        let n_ctx = window_of_heads(self.settings, self.windows.n_ctx);
+        // Where nothing repeats itself, heads that copy from far back seem worth nothing.
+        let tokens = self.windows.sample_twice(self.settings.head_tokens, n_ctx);
         let mut greedy = match begun {
             Some(begun) => begun,
-            None => LazyGreedy::new(self.first_look(candidates)?),
+            None => LazyGreedy::new(self.first_look(candidates, &tokens, n_ctx)?),
         };
         if greedy.removed.len() < n_remove {
             self.observer.stage("heads", n_remove);
-            let mut search = Search::new(self, n_tokens, n_ctx, head_loss, Unit::Group)?;
+            let mut search = Search::new(self, &tokens, n_ctx, self.settings.head_loss, Unit::Group)?;
             while greedy.removed.len() < n_remove
                 && greedy.step(&may_remove, |removed, ask| search.score(removed, ask))?
             {
@@ -84,19 +87,23 @@ impl Run<'_> {
     }
 
     /// About what it costs to go without each of the candidates, of which none has gone.
-    fn first_look(&mut self, candidates: Vec<GroupId>) -> Result<Vec<(GroupId, f64)>, PruneError> {
+    fn first_look(
+        &mut self,
+        candidates: Vec<GroupId>,
+        tokens: &[Token],
+        n_ctx: usize,
+    ) -> Result<Vec<(GroupId, f64)>, PruneError> {
         const STAGE: &str = "heads, first look";
-        let s = self.settings;
         if self.model.hparams.experts.is_some() {
             self.observer.stage(STAGE, 1);
-            let mut search = Search::new(self, ROUGH_TOKENS, ROUGH_CTX, s.head_loss, Unit::Group)?;
+            let n_ctx = ROUGH_CTX.min(n_ctx);
+            let tokens = self.windows.sample_twice(ROUGH_TOKENS, n_ctx);
+            let mut search = Search::new(self, &tokens, n_ctx, self.settings.head_loss, Unit::Group)?;
             let scores = search.score(&[], &candidates)?;
             self.observer.step(1, "");
             return Ok(candidates.into_iter().zip(scores).collect());
         }
-        let n_ctx = first_look_ctx(s, self.windows.n_ctx);
-        let tokens = self.windows.sample(s.head_tokens, n_ctx);
-        let worth = self.worth_of_groups(STAGE, &tokens, n_ctx)?;
+        let worth = self.worth_of_groups(STAGE, tokens, n_ctx)?;
         Ok(candidates.into_iter().map(|c| (c, worth[c.block][c.group])).collect())
     }
 
@@ -110,18 +117,21 @@ impl Run<'_> {
         let first = |c: &&GroupId| self.plan.blocks[c.block].groups[0] == c.group && may_go(c.block);
         let whole: Vec<GroupId> = candidates.iter().filter(first).copied().collect();
         let n_blocks = n_remove / self.model.hparams.blocks[0].n_head_kv.max(1);
-        let (rescored, n_tokens) = (self.settings.rescored, self.settings.head_tokens);
+        let rescored = self.settings.rescored;
         self.observer.stage("heads", n_blocks);
-        let mut search = Search::new(self, n_tokens, PAPER_TOKENS, Loss::Likelihood, Unit::Attention)?;
+        let n_ctx = PAPER_TOKENS.min(self.windows.n_ctx);
+        let tokens = self.windows.sample(self.settings.head_tokens, n_ctx);
+        let mut search = Search::new(self, &tokens, n_ctx, Loss::Likelihood, Unit::Attention)?;
         let score = |removed: &[GroupId], ask: &[GroupId]| search.score(removed, ask);
         let removed = rounds(&whole, n_blocks, 1, rescored, |_, _| true, score)?;
         Ok(candidates.iter().copied().filter(|c| removed.iter().any(|r| r.block == c.block)).collect())
     }
 }
 
-/// Tokens per window of the first look, where it goes back through the blocks, for calibration windows of `n_ctx`.
-pub(super) fn first_look_ctx(s: &Settings, n_ctx: usize) -> usize {
-    s.head_ctx.min(n_ctx).min(MAX_GRADIENT_CTX)
+/// Tokens per window that our search compares candidates on, for calibration windows of `n_ctx`: an even number, that
+/// gradients go back through.
+pub(super) fn window_of_heads(s: &Settings, n_ctx: usize) -> usize {
+    (s.head_ctx.min(n_ctx).min(MAX_GRADIENT_CTX) & !1).max(2)
 }
 
 /// How many of the groups may go from each block so that stock llama.cpp can run what is left, if `n_remove` go in all.
@@ -165,21 +175,19 @@ struct Search<'r, 'a> {
 }
 
 impl<'r, 'a> Search<'r, 'a> {
-    /// Caches the streams of `n_tokens` calibration tokens in windows of at most `max_ctx`.
+    /// Caches the streams of `tokens` in windows of `n_ctx`.
     fn new(
         run: &'r mut Run<'a>,
-        n_tokens: usize,
-        max_ctx: usize,
+        tokens: &[Token],
+        n_ctx: usize,
         loss: Loss,
         unit: Unit,
     ) -> Result<Self, PruneError> {
-        let n_ctx = max_ctx.min(run.windows.n_ctx);
-        let tokens = run.windows.sample(n_tokens, n_ctx);
         let n_windows = tokens.len() / n_ctx;
         let s = run.settings;
         let mut forward = forward(run.model, n_ctx, s)?;
         let plan = run.plan.clone();
-        let mut base = vec![embedded(&forward, run.model, &tokens, &s.shelf)?];
+        let mut base = vec![embedded(&forward, run.model, tokens, &s.shelf)?];
         for il in 0..run.model.hparams.n_layer() {
             let block = forward.upload(&plan.block(run.model, il)?)?;
             let x = &base[il];
@@ -188,7 +196,7 @@ impl<'r, 'a> Search<'r, 'a> {
             base.push(y);
         }
         let last = &base[base.len() - 1];
-        let judge = Judge::new(&mut forward, run.model, run.model, &tokens, last, loss)?;
+        let judge = Judge::new(&mut forward, run.model, run.model, tokens, last, loss)?;
         let base_loss = judge.loss(&mut forward, last)?;
         Ok(Search { run, forward, unit, plan, removed: 0, judge, n_windows, base, base_loss })
     }

@@ -59,7 +59,7 @@ pub struct Settings {
     pub groups: Option<usize>,
     /// Tokens that heads are judged on.
     pub head_tokens: usize,
-    /// Longest window that our search compares candidates on.
+    /// Longest window that our search compares candidates on, one half of it twice; at most 512 tokens are taken.
     pub head_ctx: usize,
     /// Candidates that the paper's rounds score again after the first round, instead of all.
     pub rescored: Option<usize>,
