@@ -182,6 +182,8 @@ fn groups_are_worth_what_is_missing_without_them() {
     let blocks = vec![(4, 2, 96), (2, 1, 64), (0, 0, 32), (6, 3, 160)];
     check_groups("deci", &Small { arch: "deci", blocks, ..Small::default() });
     check_groups("gemma3", &Small::gemma3());
+    let many = Small { arch: "gemma2", head_dim: 8, blocks: vec![(120, 120, 64)], ..Small::default() };
+    check_groups("many groups", &many);
     for (name, small) in Small::rows() {
         check_groups(name, &small);
     }

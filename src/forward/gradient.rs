@@ -29,6 +29,9 @@ pub(crate) const LOSS_ROWS: usize = 128;
 /// are in memory at once.
 pub(crate) const GRADIENT_TOKENS: usize = 512;
 
+/// Nodes of a graph for what one attention group is worth, at most.
+const NODES_PER_GROUP: usize = 16;
+
 /// A half of a block from behind: derivatives by what it sees of the stream, and each token's by the bias of its map
 /// and by the norm behind that.
 struct HalfBack {
@@ -161,12 +164,9 @@ impl Forward {
     ) -> Result<(), ForwardError> {
         let ne = [self.n_embd(), x.len() / self.n_embd()];
         let (before, ones) = (grad.to_vec(), vec![1.0; ne[1]]);
-        let masks = if found.groups.is_some() {
-            all_but_each_group(b, self.net.hparams.head_dim)
-        } else {
-            Vec::new()
-        };
-        let mut g = Graph::new(&self.engine, MAX_NODES);
+        let n_groups = if found.groups.is_some() { b.shape.n_head_kv } else { 0 };
+        let masks = if n_groups > 0 { all_but_each_group(b, self.net.hparams.head_dim) } else { Vec::new() };
+        let mut g = Graph::new(&self.engine, MAX_NODES + NODES_PER_GROUP * n_groups);
         let x = g.input_f32(ne, x);
         let net = &self.net;
         let attention = b.has_attention().then(|| net.attention(&mut g, b, x));
@@ -529,10 +529,7 @@ impl Net {
 fn all_but_each_group(b: &Block, head_dim: usize) -> Vec<f32> {
     let (n_kv, width) = (b.shape.n_head_kv, b.shape.heads_per_group() * head_dim);
     let mut masks = vec![1.0; n_kv * n_kv * width];
-    masks
-        .chunks_exact_mut((n_kv * width).max(1))
-        .enumerate()
-        .for_each(|(i, m)| m[i * width..][..width].fill(0.0));
+    masks.chunks_exact_mut(n_kv * width).enumerate().for_each(|(i, m)| m[i * width..][..width].fill(0.0));
     masks
 }
 
