@@ -299,12 +299,17 @@ impl Net {
 
     /// The stream `x` with what [`Net::map`] gave added to it.
     pub(super) fn join<'a>(&'a self, g: &mut Graph<'a>, b: &'a Block, half: Half, x: T, y: T) -> T {
+        let y = self.added(g, b, half, y);
+        g.add(y, x)
+    }
+
+    /// What is added to the stream where [`Net::map`] gave `y`.
+    pub(super) fn added<'a>(&'a self, g: &mut Graph<'a>, b: &'a Block, half: Half, y: T) -> T {
         let y = match b.post_norm(half) {
             Some(post) => self.rms_norm(g, b, post.weight, y),
             None => y,
         };
-        let y = self.scaled(g, y, self.hparams.residual_scale);
-        g.add(y, x)
+        self.scaled(g, y, self.hparams.residual_scale)
     }
 
     /// `factor · x`, without a step for nothing.

@@ -348,21 +348,17 @@ impl Net {
         masks: &'a [f32],
     ) -> T {
         let n_embd = self.hparams.n_embd;
-        let half = Half::Attention;
-        let stream = |g: &mut Graph<'a>, inputs: T| {
-            let y = self.map(g, b, half, inputs);
-            let y = match b.post_norm(half) {
-                Some(post) => self.rms_norm(g, b, post.weight, y),
-                None => y,
-            };
-            self.scaled(g, y, self.hparams.residual_scale)
+        let added = |g: &mut Graph<'a>, inputs: T| {
+            let y = self.map(g, b, Half::Attention, inputs);
+            self.added(g, b, Half::Attention, y)
         };
-        let whole = stream(g, a.out);
+        // The streams behind attention would differ by as much, but for what rounding leaves of it.
+        let whole = added(g, a.out);
         let n_in = g.ne(a.out)[0];
         let each = masks.chunks_exact(n_in).map(|mask| {
             let mask = g.input_f32([n_in, 1], mask);
             let others = g.mul(a.out, mask);
-            let without = stream(g, others);
+            let without = added(g, others);
             let lost = g.sub(whole, without);
             let worth = g.mul(behind, lost);
             let mean = g.mean(worth);
