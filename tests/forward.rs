@@ -4,6 +4,7 @@ mod common;
 
 use common::small::Small;
 use common::{TEXT, compare_logits, last_stream, libllama_logits, our_logits, smollm2};
+use putri_gguf::forward::{Forward, Head};
 use putri_gguf::ggml::{LlamaModel, Type, silence_logs};
 use putri_gguf::gguf::{GgufFile, Value};
 use putri_gguf::model::Model;
@@ -195,6 +196,33 @@ fn tokens_are_drawn_as_often_as_libllama_says() {
             let found = drawn.iter().filter(|t| **t as usize == token).count() as f64;
             // Theirs have K and V in halves.
             assert!((found - expected).abs() < 1.5 + 0.02 * expected, "{token}: {found} {expected}");
+        }
+    }
+}
+
+#[test]
+fn a_head_of_some_tokens_has_their_logits() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("small.gguf");
+    Small::default().write(&path);
+    let tokens: Vec<i32> = (0..20).map(|i| 3 + (i * 7919) % 250).collect();
+    let model = Model::open(&path).unwrap();
+    let (mut forward, x) = last_stream(&model, &tokens, 1, |il| model.block(il).unwrap());
+    let logits = |forward: &mut Forward, head: &Head| {
+        let mut all = Vec::new();
+        forward.logits(head, &x, |_, rows| all.extend_from_slice(rows)).unwrap();
+        all
+    };
+    let whole = forward.head(&model).unwrap();
+    let all = logits(&mut forward, &whole);
+    for some in [vec![0u32], vec![7, 3, 200], (0..whole.n_vocab() as u32).collect()] {
+        let part = forward.head_of(&model, &some).unwrap();
+        let found = logits(&mut forward, &part);
+        let expected =
+            all.chunks_exact(whole.n_vocab()).flat_map(|row| some.iter().map(|&t| row[t as usize]));
+        assert_eq!(part.n_vocab(), some.len());
+        for (found, expected) in found.iter().zip(expected) {
+            assert!((found - expected).abs() < 1e-5 * (1.0 + expected.abs()), "{found} {expected}");
         }
     }
 }

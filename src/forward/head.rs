@@ -6,6 +6,7 @@ use crate::ggml::{Graph, Resident, T, TensorSpec, Token, Values};
 use crate::model::{Matrix, Model};
 use crate::numeric::{draw, nll};
 use rayon::prelude::*;
+use std::cmp::Ordering;
 
 /// Positions whose logits are in memory at a time.
 pub(crate) const LOGIT_ROWS: usize = 128;
@@ -43,9 +44,7 @@ impl Forward {
     /// If one is not in the vocabulary.
     pub fn head_of(&self, model: &Model, tokens: &[u32]) -> Result<Head, ForwardError> {
         let rows: Vec<usize> = tokens.iter().map(|&t| t as usize).collect();
-        // The whole matrix goes before the backend takes its part.
-        let part = model.matrix(&model.output)?.select_rows(&rows);
-        self.upload_head(model, part)
+        self.upload_head(model, model.rows(&model.output, &rows)?)
     }
 
     fn upload_head(&self, model: &Model, output: Matrix) -> Result<Head, ForwardError> {
@@ -110,6 +109,19 @@ impl Forward {
         Ok(out)
     }
 
+    /// The `n` likeliest tokens of each position of `x`, or all where there are fewer, in no order; of equally likely ones those
+    /// of the lowest numbers.
+    ///
+    /// # Errors
+    /// [`ForwardError`] if the backend fails.
+    pub fn likeliest(&mut self, head: &Head, x: &[f32], n: usize) -> Result<Vec<Vec<u32>>, ForwardError> {
+        let mut out = Vec::with_capacity(x.len() / self.n_embd());
+        self.logits(head, x, |_, logits| {
+            out.par_extend(logits.par_chunks(head.n_vocab).map(|row| likeliest(row, n)));
+        })?;
+        Ok(out)
+    }
+
     /// A token for each position of `x`, drawn from its prediction: that at `at[i]`, 0 ≤ `at[i]` < 1, of all tokens in line.
     ///
     /// # Errors
@@ -122,6 +134,20 @@ impl Forward {
         })?;
         Ok(out)
     }
+}
+
+/// The tokens of the `n` largest of a row of logits.
+fn likeliest(row: &[f32], n: usize) -> Vec<u32> {
+    let tokens = 0..row.len() as u32;
+    if n >= row.len() {
+        return tokens.collect();
+    }
+    let mut sorted = row.to_vec();
+    let (above, least, _) = sorted.select_nth_unstable_by(n - 1, |a, b| b.total_cmp(a));
+    let least = *least;
+    let n_above = above.iter().filter(|v| v.total_cmp(&least).is_gt()).count();
+    let at = |order: Ordering| tokens.clone().filter(move |&t| row[t as usize].total_cmp(&least) == order);
+    at(Ordering::Greater).chain(at(Ordering::Equal).take(n - n_above)).collect()
 }
 
 impl Net {
@@ -142,5 +168,30 @@ impl Net {
             y = g.scale(y, cap, 0.0);
         }
         y
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use rand::{RngExt, SeedableRng};
+    use rand_chacha::ChaCha8Rng;
+
+    #[test]
+    fn likeliest_tokens_are_the_first_when_sorted() {
+        let mut rng = ChaCha8Rng::seed_from_u64(5);
+        for (n_vocab, levels) in [(1, 9), (7, 2), (64, 1000), (500, 20), (3000, 100_000)] {
+            // Few levels make many equally likely.
+            let row: Vec<f32> = (0..n_vocab).map(|_| rng.random_range(0..levels) as f32 - 5.0).collect();
+            let mut sorted: Vec<u32> = (0..n_vocab as u32).collect();
+            sorted.sort_by(|a, b| row[*b as usize].total_cmp(&row[*a as usize]).then(a.cmp(b)));
+            for n in [1, 2, 64, n_vocab] {
+                let mut found = likeliest(&row, n);
+                let mut expected = sorted[..n.min(n_vocab)].to_vec();
+                found.sort_unstable();
+                expected.sort_unstable();
+                assert_eq!(found, expected, "{n} of {n_vocab}");
+            }
+        }
     }
 }

@@ -151,6 +151,23 @@ impl Model {
         Ok(Matrix::new(t.ne[0], s.n, self.file.floats(t, s.start..s.start + s.n)?))
     }
 
+    /// The rows `rows` of a segment, in that order; no others are decoded.
+    ///
+    /// # Errors
+    /// [`GgufError`] if one cannot be decoded.
+    ///
+    /// # Panics
+    /// If one is not in it.
+    pub fn rows(&self, s: &Segment, rows: &[usize]) -> Result<Matrix, GgufError> {
+        let t = self.tensor(s);
+        let mut data = Vec::with_capacity(rows.len() * t.ne[0]);
+        for &row in rows {
+            assert!(row < s.n, "a row that is there");
+            data.extend(self.file.floats(t, s.start + row..s.start + row + 1)?);
+        }
+        Ok(Matrix::new(t.ne[0], rows.len(), data))
+    }
+
     /// A segment of a one-dimensional tensor.
     ///
     /// # Errors

@@ -292,6 +292,11 @@ impl Work<'_> {
         self.logit_ops(self.n_vocab() + (1.0 + n_losses) * self.known(n_tokens), n_tokens)
     }
 
+    /// Logits of `n_tokens` positions, and products like them, `n_products` a token, for what is likely in batches of `batch`.
+    fn loss_ops(&self, n_tokens: f64, batch: f64, n_products: f64) -> f64 {
+        self.logit_ops(self.n_vocab() + n_products * self.known(batch), n_tokens)
+    }
+
     /// Bytes of the largest block in floats.
     fn block_bytes(&self) -> f64 {
         let bytes = |b: &Sizes| {
@@ -511,7 +516,7 @@ impl Work<'_> {
         let streams = self.stream_bytes(self.n_layer() * self.n_embd() * batch);
         StageForecast {
             name,
-            operations: self.model_ops(blocks, n, n_ctx) + back + 2.0 * self.logit_ops(self.n_vocab(), n),
+            operations: self.model_ops(blocks, n, n_ctx) + back + self.loss_ops(n, batch, 2.0),
             algebra: 0.0,
             memory: BASE_BYTES + streams + self.back_bytes(n_ctx, batch),
             on_devices: self.back_bytes(n_ctx, batch),
@@ -525,9 +530,12 @@ impl Work<'_> {
         let head_dim = self.model.hparams.head_dim as f64;
         let scores = 4.0 * self.max_q() / head_dim * n_ctx as f64 * n;
         let block = n * (7.0 * self.max_ff() + 8.0 * self.n_embd() + 8.0 * self.max_q()) + scores;
-        let logits = 6.0 * LOSS_ROWS as f64 * self.n_vocab();
+        let known = self.known(n_tokens);
+        let logits = (2.0 * LOGIT_ROWS as f64 * self.n_vocab()).max(6.0 * LOSS_ROWS as f64 * known);
         let graphs = (4.0 * block).max(4.0 * logits).max(self.graph_bytes(n_ctx, n_tokens));
-        self.head_bytes() + self.block_bytes() + graphs
+        // The part of the head that losses are of is there when no block is.
+        let part = 4.0 * self.n_embd() * known;
+        self.head_bytes() + self.block_bytes().max(part) + graphs
     }
 
     fn blocks(&self) -> StageForecast {
@@ -614,14 +622,14 @@ impl Work<'_> {
         let (pruned, n_held_out) = (self.pruned(), self.n_held_out());
         // Half of the windows are read again, with tokens drawn anew; all, where they are cut.
         let read = if n_ctx == self.c.n_ctx { n / 2.0 } else { n };
+        let step = whole_windows(self.s.tune_tokens, n_ctx) as f64;
         let pass = self.model_ops(&self.whole(), read, n_ctx)
             + self.logit_ops(self.n_vocab(), self.s.tune_drawn * n / 2.0)
             + self.model_ops(&pruned, n, n_ctx)
             + pruned.iter().map(|b| self.gradient_ops(*b, n, n_ctx)).sum::<f64>()
-            + 3.0 * self.logit_ops(self.n_vocab(), n);
+            + self.loss_ops(n, step.min(n), 3.0);
         let held_out = self.model_ops(&pruned, n_held_out, self.c.n_ctx)
             + self.logit_ops(2.0 * self.n_vocab() + self.known(n_held_out), n_held_out);
-        let step = whole_windows(self.s.tune_tokens, n_ctx) as f64;
         let streams = self.stream_bytes(self.n_embd() * (self.n_layer() * step.min(n) + 2.0 * self.n_all()));
         StageForecast {
             name: "tune",

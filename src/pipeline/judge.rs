@@ -55,15 +55,9 @@ impl Judge {
             let wanted = Wanted::Likelihood((0..tokens.len()).map(next).collect());
             return Ok(Judge { head: forward.head(model)?, wanted });
         }
-        let mut top: Vec<Vec<u32>> = Vec::with_capacity(tokens.len());
         let whole = forward.head(reference)?;
-        forward.logits(&whole, dense, |_, rows| {
-            top.par_extend(rows.par_chunks(whole.n_vocab()).map(likeliest));
-        })?;
+        let (top, known) = likely(forward, &whole, dense)?;
         drop(whole);
-        let mut known = top.concat();
-        known.sort_unstable();
-        known.dedup();
         let head = forward.head_of(reference, &known)?;
         let mut wanted = Vec::with_capacity(tokens.len());
         forward.logits(&head, dense, |start, rows| {
@@ -94,14 +88,18 @@ impl Judge {
     }
 }
 
-/// The likeliest tokens of a row of logits.
-fn likeliest(row: &[f32]) -> Vec<u32> {
-    let mut ids: Vec<u32> = (0..row.len() as u32).collect();
-    let n = TOP.min(row.len());
-    let by_logit = |a: &u32, b: &u32| row[*b as usize].total_cmp(&row[*a as usize]).then(a.cmp(b));
-    ids.select_nth_unstable_by(n - 1, by_logit);
-    // Without the room for all the others.
-    ids[..n].to_vec()
+/// The [`TOP`] likeliest tokens of each position of the final stream `stream` by `head`; and all of them, ascending. Where
+/// the vocabulary is large, what is computed for these only is most of it cheaper.
+pub(super) fn likely(
+    forward: &mut Forward,
+    head: &Head,
+    stream: &[f32],
+) -> Result<(Vec<Vec<u32>>, Vec<u32>), PruneError> {
+    let top = forward.likeliest(head, stream, TOP)?;
+    let mut known = top.concat();
+    known.sort_unstable();
+    known.dedup();
+    Ok((top, known))
 }
 
 /// The tokens `ids` as numbers in `row`, the logits of the tokens `known`, ascending, with their probabilities.
@@ -142,8 +140,9 @@ mod tests {
             let dense: Vec<f32> = (0..n).map(|i| (i * 7919 % 613) as f32 / 40.0).collect();
             let own: Vec<f32> =
                 dense.iter().enumerate().map(|(i, v)| v + (i * 31 % 17) as f32 / 9.0).collect();
-            let ids = likeliest(&dense);
-            assert_eq!(ids.len(), TOP.min(n));
+            let mut ids: Vec<u32> = (0..n as u32).collect();
+            ids.sort_by(|a, b| dense[*b as usize].total_cmp(&dense[*a as usize]));
+            ids.truncate(TOP);
             // Besides this position's, tokens that are likely at others.
             let mut known: Vec<u32> = ids.iter().copied().chain((0..n as u32).step_by(3)).collect();
             known.sort_unstable();

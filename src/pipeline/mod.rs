@@ -289,17 +289,26 @@ impl Run<'_> {
         if self.observer.interrupted() { Err(PruneError::Interrupted) } else { Ok(()) }
     }
 
-    /// The output heads of the model and, where it is another, of what the result is fitted to.
-    fn output_heads(&self, forward: &Forward) -> Result<(Head, Option<Head>), ForwardError> {
+    /// The output heads of the model and, where it is another, of what the result is fitted to; as far as they are about
+    /// `tokens`, if those are given.
+    fn output_heads(
+        &self,
+        forward: &Forward,
+        tokens: Option<&[u32]>,
+    ) -> Result<(Head, Option<Head>), ForwardError> {
+        let head = |model| match tokens {
+            Some(tokens) => forward.head_of(model, tokens),
+            None => forward.head(model),
+        };
         let same = std::ptr::eq(self.model, self.reference);
-        let reference = if same { None } else { Some(forward.head(self.reference)?) };
-        Ok((forward.head(self.model)?, reference))
+        let reference = if same { None } else { Some(head(self.reference)?) };
+        Ok((head(self.model)?, reference))
     }
 
     /// What the final residual streams of the held-out windows, dense and pruned, come to.
     fn held_out(&mut self, [dense, pruned]: [&[f32]; 2]) -> Result<HeldOut, PruneError> {
         let w = self.windows;
-        let (own, base) = self.output_heads(&self.forward)?;
+        let (own, base) = self.output_heads(&self.forward, None)?;
         let targets = w.targets(w.n_fit..w.n_windows());
         let mut rows: Vec<RowComparison> = Vec::with_capacity(targets.len());
         let n = LOGIT_ROWS * self.forward.n_embd();

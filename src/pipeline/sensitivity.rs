@@ -5,7 +5,7 @@
 //! arXiv 2505.22988); here they say which neurons matter, what narrowing a block costs, and about what a head is worth.
 
 use super::stream::planned_stream;
-use super::{PruneError, Run, curves, forward, mean_square};
+use super::{PruneError, Run, curves, forward, judge, mean_square};
 use crate::forward::{OnTheWay, whole_windows};
 use crate::ggml::Token;
 use crate::model::{BlockWeights, Matrix};
@@ -125,7 +125,7 @@ impl Run<'_> {
         Ok(worth)
     }
 
-    /// Carries samples of the curvature, for `tokens` in windows of `n_ctx`, back through the model as planned so far. On the
+    /// Carries samples of the curvature by the logits of likely tokens, for `tokens` in windows of `n_ctx`, back through the model as planned so far. On the
     /// way `behind` sees those behind each block, `[n_tokens, n_embd]`, and `groups` what each attention group is worth
     /// to them, `[n_tokens, n_head_kv]`; in batches, from the last block to the first.
     fn carry_back(
@@ -151,7 +151,10 @@ impl Run<'_> {
                 Ok(())
             };
             let last = planned_stream(&mut forward, self.model, &self.plan, tokens, &*self.observer, keep)?;
-            let mut grad = forward.curvature_sample(&head, &last, || rng.random())?;
+            let (_, likely) = judge::likely(&mut forward, &head, &last)?;
+            let part = forward.head_of(self.model, &likely)?;
+            let mut grad = forward.curvature_sample(&part, &last, || rng.random())?;
+            drop(part);
             for (il, x) in inputs.into_iter().enumerate().rev() {
                 self.checkpoint()?;
                 behind(il, &grad);

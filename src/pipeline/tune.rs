@@ -9,7 +9,7 @@
 //! some tokens are drawn anew, each time others, from what the dense model predicts for their places, and the dense model
 //! reads the same.
 
-use super::judge::{Judge, Loss};
+use super::judge::{self, Judge, Loss};
 use super::sequential::Streams;
 use super::stream::planned_stream;
 use super::{Plan, PruneError, Run, forward};
@@ -68,9 +68,8 @@ type BlockState = [Option<Moving>; BlockVector::ALL.len()];
 /// What is learnt from.
 struct Lessons<'a> {
     forward: Forward,
-    own: Head,
-    /// The dense model's head, where it is not the same.
-    dense: Option<Head>,
+    /// The dense model's head.
+    dense: Head,
     windows: &'a Windows,
     /// The dense model's last stream of all of them.
     stream: &'a [f32],
@@ -92,7 +91,7 @@ impl Lessons<'_> {
         let rows = places.iter().flat_map(|(_, row)| &self.stream[row * n_embd..][..n_embd]);
         let rows: Vec<f32> = rows.copied().collect();
         let at: Vec<f64> = places.iter().map(|_| self.rng.random()).collect();
-        let new = self.forward.draw(self.dense.as_ref().unwrap_or(&self.own), &rows, &at)?;
+        let new = self.forward.draw(&self.dense, &rows, &at)?;
         places.iter().zip(new).for_each(|((place, _), token)| text[*place] = token);
         // In a cut window the dense model sees less than it saw.
         let known = starts[..if n_ctx < self.windows.n_ctx { 0 } else { n_given }].iter();
@@ -182,9 +181,9 @@ impl Run<'_> {
         let n = (s.tune_limit / n_ctx).clamp(1, n_all);
         let chosen = (0..n).map(|i| (2 * i + 1) * n_all / (2 * n));
         let starts = chosen.map(|i| i / parts * w.n_ctx + i % parts * n_ctx).collect();
-        let (own, dense) = self.output_heads(&forward)?;
+        let dense = forward.head(self.reference)?;
         let rng = ChaCha8Rng::seed_from_u64(1);
-        Ok(Lessons { forward, own, dense, windows, stream, starts, rng })
+        Ok(Lessons { forward, dense, windows, stream, starts, rng })
     }
 
     /// The `n`-th step, on the windows `batch`. Every block moves as soon as its gradient is known.
@@ -197,7 +196,7 @@ impl Run<'_> {
         n: usize,
     ) -> Result<(), PruneError> {
         let (tokens, mut target) = lessons.text(batch, self.settings.tune_drawn)?;
-        let Lessons { forward, own, dense, .. } = lessons;
+        let Lessons { forward, dense, .. } = lessons;
         let unknown = &tokens[target.len() / forward.n_embd()..];
         if !unknown.is_empty() {
             let (reference, whole) = (self.reference, Plan::whole(self.reference));
@@ -209,8 +208,11 @@ impl Run<'_> {
             Ok(())
         };
         let last = planned_stream(forward, self.model, &self.plan, &tokens, &*self.observer, keep)?;
-        let mut grad = forward.divergence_gradient(own, dense.as_ref(), &last, &target)?;
-        drop((last, target));
+        // Logits of whole vocabularies, there and back, would cost as much as many blocks.
+        let (_, likely) = judge::likely(forward, dense, &target)?;
+        let (own, dense) = self.output_heads(forward, Some(&likely))?;
+        let mut grad = forward.divergence_gradient(&own, dense.as_ref(), &last, &target)?;
+        drop((own, dense, last, target));
         for ((il, vectors), x) in state.iter_mut().enumerate().zip(inputs).rev() {
             self.checkpoint()?;
             let block = forward.upload(&self.plan.block(self.model, il)?)?;
