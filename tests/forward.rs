@@ -202,9 +202,15 @@ fn tokens_are_drawn_as_often_as_libllama_says() {
 
 #[test]
 fn a_head_of_some_tokens_has_their_logits() {
+    for small in [Small::default(), Small { tied: false, ..Small::default() }, Small::gemma3()] {
+        check_head_of_some(&small);
+    }
+}
+
+fn check_head_of_some(small: &Small) {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("small.gguf");
-    Small::default().write(&path);
+    small.write(&path);
     let tokens: Vec<i32> = (0..20).map(|i| 3 + (i * 7919) % 250).collect();
     let model = Model::open(&path).unwrap();
     let (mut forward, x) = last_stream(&model, &tokens, 1, |il| model.block(il).unwrap());

@@ -3,7 +3,7 @@
 mod common;
 
 use common::small::{Rng, Small};
-use putri_gguf::forward::{BlockGradient, Forward, OnTheWay, Wanted};
+use putri_gguf::forward::{BlockGradient, Forward, Head, OnTheWay, Wanted};
 use putri_gguf::ggml::Token;
 use putri_gguf::model::{BlockVector, BlockWeights, Model};
 use std::sync::Arc;
@@ -19,6 +19,8 @@ struct Setting {
     tokens: Vec<Token>,
     /// The reference's last stream.
     dense: Vec<f32>,
+    /// The tokens that losses are among, if not all.
+    among: Option<Vec<u32>>,
 }
 
 impl Setting {
@@ -30,7 +32,7 @@ impl Setting {
         let forward = Forward::new(&model, N_CTX, 1).unwrap();
         let tokens: Vec<Token> = (0..N_WINDOWS * N_CTX).map(|i| 3 + (i * i * 7919 % 250) as i32).collect();
         let blocks: Vec<_> = (0..model.hparams.n_layer()).map(|il| model.block(il).unwrap()).collect();
-        let mut s = Setting { forward, model, blocks, tokens, dense: Vec::new() };
+        let mut s = Setting { forward, model, blocks, tokens, dense: Vec::new(), among: None };
         s.dense = s.streams().pop().unwrap();
         // Away from the reference, where there is something to derive.
         let mut rng = Rng(5);
@@ -55,9 +57,16 @@ impl Setting {
         streams
     }
 
+    fn head(&self) -> Head {
+        match &self.among {
+            Some(tokens) => self.forward.head_of(&self.model, tokens).unwrap(),
+            None => self.forward.head(&self.model).unwrap(),
+        }
+    }
+
     /// Σ KL(reference ‖ own) over all positions, in 64-bit floats from the logits on.
     fn loss(&mut self) -> f64 {
-        let head = self.forward.head(&self.model).unwrap();
+        let head = self.head();
         let n_vocab = head.n_vocab();
         let own = self.streams().pop().unwrap();
         let [p, q] = [&self.dense, &own].map(|x| {
@@ -71,9 +80,11 @@ impl Setting {
 
     fn gradients(&mut self) -> Vec<BlockGradient> {
         let streams = self.streams();
-        let own_head = self.forward.head(&self.model).unwrap();
+        let own_head = self.head();
+        let dense_head = self.among.is_some().then(|| self.head());
         let last = &streams[self.blocks.len()];
-        let mut grad = self.forward.divergence_gradient(&own_head, None, last, &self.dense).unwrap();
+        let grad = self.forward.divergence_gradient(&own_head, dense_head.as_ref(), last, &self.dense);
+        let mut grad = grad.unwrap();
         let mut all = vec![BlockGradient::default(); self.blocks.len()];
         for (il, w) in self.blocks.iter().enumerate().rev() {
             let block = self.forward.upload(w).unwrap();
@@ -95,7 +106,10 @@ fn kl(p: &[f64], q: &[f64]) -> f64 {
 }
 
 fn check(name: &str, small: &Small) {
-    let mut s = Setting::new(small);
+    check_setting(name, Setting::new(small));
+}
+
+fn check_setting(name: &str, mut s: Setting) {
     let gradients = s.gradients();
     let mut rng = Rng(9);
     for (il, gradient) in gradients.iter().enumerate() {
@@ -207,6 +221,14 @@ fn uneven_blocks() {
 fn families_of_one_row() {
     for (name, small) in Small::rows() {
         check(name, &small);
+    }
+}
+
+#[test]
+fn losses_among_some_tokens() {
+    for small in [Small::default(), Small { tied: false, ..Small::default() }, Small::gemma3()] {
+        let s = Setting::new(&small);
+        check_setting(small.arch, Setting { among: Some(vec![3, 200, 17, 90, 91]), ..s });
     }
 }
 

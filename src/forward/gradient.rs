@@ -58,8 +58,8 @@ struct Attention {
 }
 
 impl Forward {
-    /// Derivative of Σ KL(dense ‖ own) over all positions, by the stream `own` `[n_tokens, n_embd]` behind the
-    /// last block; `dense` is the reference's, whose head is the same unless it is given.
+    /// Derivative of Σ KL(dense ‖ own) over all positions, among the tokens of the heads, by the stream `own` `[n_tokens, n_embd]`
+    /// behind the last block; `dense` is the reference's, whose head is the same unless it is given, of the same tokens.
     ///
     /// # Errors
     /// [`ForwardError`] if the backend fails.
@@ -90,8 +90,8 @@ impl Forward {
     }
 
     /// A random vector per position of the stream `x` `[n_tokens, n_embd]` behind the last block, whose mean outer
-    /// product is the curvature there of the KL divergence from the model's own predictions: the Fisher information
-    /// of all positions together. `bits` gives random bits.
+    /// product is the curvature there of the KL divergence from the model's own predictions, among the tokens of `head`: the
+    /// Fisher information of all positions together. `bits` gives random bits.
     ///
     /// # Errors
     /// [`ForwardError`] if the backend fails.

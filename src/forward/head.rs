@@ -114,6 +114,9 @@ impl Forward {
     ///
     /// # Errors
     /// [`ForwardError`] if the backend fails.
+    ///
+    /// # Panics
+    /// If `n` is 0.
     pub fn likeliest(&mut self, head: &Head, x: &[f32], n: usize) -> Result<Vec<Vec<u32>>, ForwardError> {
         let mut out = Vec::with_capacity(x.len() / self.n_embd());
         self.logits(head, x, |_, logits| {

@@ -24,6 +24,7 @@ use crate::ggml::{Compute, Engine, GgmlError, Resident, TensorSpec, Token, Value
 use crate::gguf::GgufError;
 use crate::model::{Hparams, Model, Segment};
 use std::ops::Range;
+use std::sync::Arc;
 
 /// Longest window that gradients go through: it is attended in one piece, and the attention weights of all its heads are
 /// in memory at once.
@@ -187,15 +188,14 @@ fn mask(n_ctx: usize, n_rows: usize, n_seen: usize) -> Vec<f32> {
 
 /// Rows of an embedding by number.
 fn rows(model: &Model, embedding: &Segment, numbers: &[i32]) -> Result<Vec<f32>, GgufError> {
-    let t = model.tensor(embedding);
-    let mut out = Vec::with_capacity(numbers.len() * t.ne[0]);
-    for &number in numbers {
-        let Some(i) = usize::try_from(number).ok().filter(|i| *i < t.n_rows()) else {
-            let problem =
-                format!("has no row {number}; the tokenizer does not fit the model, or windows are too long");
-            return Err(GgufError::BadKey { key: t.name.clone(), problem });
-        };
-        out.extend(model.file.floats(t, i..i + 1)?);
-    }
-    Ok(out)
+    let row = |&number: &i32| {
+        usize::try_from(number).ok().filter(|i| *i < embedding.n).ok_or_else(|| GgufError::BadKey {
+            key: model.tensor(embedding).name.clone(),
+            problem: format!(
+                "has no row {number}; the tokenizer does not fit the model, or windows are too long"
+            ),
+        })
+    };
+    let numbers = numbers.iter().map(row).collect::<Result<Vec<_>, _>>()?;
+    Ok(Arc::unwrap_or_clone(model.rows(embedding, &numbers)?.data))
 }

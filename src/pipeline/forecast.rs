@@ -238,7 +238,7 @@ impl Work<'_> {
 
     /// Tokens that are likely at one of `n` positions, about.
     fn known(&self, n: f64) -> f64 {
-        (128.0 * n.sqrt()).min(self.n_vocab())
+        (200.0 * n.sqrt()).min(self.n_vocab())
     }
 
     /// Up to the input of attn_output.
@@ -369,9 +369,14 @@ impl Work<'_> {
         4.0 * self.n_embd() * self.n_vocab()
     }
 
+    /// Bytes of the logits that are in memory at a time.
+    fn logits_bytes(&self) -> f64 {
+        4.0 * LOGIT_ROWS as f64 * self.n_vocab()
+    }
+
     /// Bytes of a whole output head, and of the graph of its logits.
     fn predicting_bytes(&self) -> f64 {
-        self.head_bytes() + 2.0 * 4.0 * LOGIT_ROWS as f64 * self.n_vocab()
+        self.head_bytes() + 2.0 * self.logits_bytes()
     }
 
     /// Bytes of moments and of choosing neurons on them.
@@ -531,11 +536,11 @@ impl Work<'_> {
         let scores = 4.0 * self.max_q() / head_dim * n_ctx as f64 * n;
         let block = n * (7.0 * self.max_ff() + 8.0 * self.n_embd() + 8.0 * self.max_q()) + scores;
         let known = self.known(n_tokens);
-        let logits = (2.0 * LOGIT_ROWS as f64 * self.n_vocab()).max(6.0 * LOSS_ROWS as f64 * known);
-        let graphs = (4.0 * block).max(4.0 * logits).max(self.graph_bytes(n_ctx, n_tokens));
-        // The part of the head that losses are of is there when no block is.
+        let loss = 6.0 * 4.0 * LOSS_ROWS as f64 * known;
+        let graphs = (4.0 * block).max(loss).max(self.logits_bytes()).max(self.graph_bytes(n_ctx, n_tokens));
+        // Logits, and the part of the head that losses are of, are there when no block is.
         let part = 4.0 * self.n_embd() * known;
-        self.head_bytes() + self.block_bytes().max(part) + graphs
+        self.head_bytes() + self.block_bytes().max(part).max(self.logits_bytes()) + graphs
     }
 
     fn blocks(&self) -> StageForecast {
@@ -622,15 +627,15 @@ impl Work<'_> {
         let (pruned, n_held_out) = (self.pruned(), self.n_held_out());
         // Half of the windows are read again, with tokens drawn anew; all, where they are cut.
         let read = if n_ctx == self.c.n_ctx { n / 2.0 } else { n };
-        let step = whole_windows(self.s.tune_tokens, n_ctx) as f64;
+        let step = n.min(whole_windows(self.s.tune_tokens, n_ctx) as f64);
         let pass = self.model_ops(&self.whole(), read, n_ctx)
             + self.logit_ops(self.n_vocab(), self.s.tune_drawn * n / 2.0)
             + self.model_ops(&pruned, n, n_ctx)
             + pruned.iter().map(|b| self.gradient_ops(*b, n, n_ctx)).sum::<f64>()
-            + self.loss_ops(n, step.min(n), 3.0);
+            + self.loss_ops(n, step, 3.0);
         let held_out = self.model_ops(&pruned, n_held_out, self.c.n_ctx)
             + self.logit_ops(2.0 * self.n_vocab() + self.known(n_held_out), n_held_out);
-        let streams = self.stream_bytes(self.n_embd() * (self.n_layer() * step.min(n) + 2.0 * self.n_all()));
+        let streams = self.stream_bytes(self.n_embd() * (self.n_layer() * step + 2.0 * self.n_all()));
         StageForecast {
             name: "tune",
             operations: if self.s.tune > 0 { self.s.tune as f64 * pass + held_out } else { 0.0 },
@@ -638,8 +643,9 @@ impl Work<'_> {
             memory: BASE_BYTES
                 + streams
                 + self.new_bytes()
-                + self.back_bytes(n_ctx, step)
-                + self.scratch_bytes(),
+                // At the end predictions before and after are compared.
+                + self.back_bytes(n_ctx, step).max(self.predicting_bytes() + self.logits_bytes())
+                + self.scratch_bytes().max(self.logits_bytes()),
             on_devices: self.back_bytes(n_ctx, step) + self.kept_graph_bytes(),
         }
     }

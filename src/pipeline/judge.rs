@@ -16,8 +16,8 @@ pub enum Loss {
     Likelihood,
 }
 
-/// Most likely tokens of a dense prediction that are kept apart; the others are taken together,
-/// which bounds the KL divergence from below.
+/// Likeliest tokens of a prediction that count as likely. In a judge's divergence the others are taken together, which bounds
+/// it from below.
 const TOP: usize = 64;
 
 /// Turns a final residual stream into a loss.
@@ -88,8 +88,7 @@ impl Judge {
     }
 }
 
-/// The [`TOP`] likeliest tokens of each position of the final stream `stream` by `head`; and all of them, ascending. Where
-/// the vocabulary is large, what is computed for these only is most of it cheaper.
+/// The [`TOP`] likeliest tokens of each position of the final stream `stream` by `head`; and all of them, ascending.
 pub(super) fn likely(
     forward: &mut Forward,
     head: &Head,

@@ -289,17 +289,11 @@ impl Run<'_> {
         if self.observer.interrupted() { Err(PruneError::Interrupted) } else { Ok(()) }
     }
 
-    /// The output heads of the model and, where it is another, of what the result is fitted to; as far as they are about
-    /// `tokens`, if those are given.
+    /// `head` of the model and, where it is another, of what the result is fitted to.
     fn output_heads(
         &self,
-        forward: &Forward,
-        tokens: Option<&[u32]>,
+        head: impl Fn(&Model) -> Result<Head, ForwardError>,
     ) -> Result<(Head, Option<Head>), ForwardError> {
-        let head = |model| match tokens {
-            Some(tokens) => forward.head_of(model, tokens),
-            None => forward.head(model),
-        };
         let same = std::ptr::eq(self.model, self.reference);
         let reference = if same { None } else { Some(head(self.reference)?) };
         Ok((head(self.model)?, reference))
@@ -308,7 +302,7 @@ impl Run<'_> {
     /// What the final residual streams of the held-out windows, dense and pruned, come to.
     fn held_out(&mut self, [dense, pruned]: [&[f32]; 2]) -> Result<HeldOut, PruneError> {
         let w = self.windows;
-        let (own, base) = self.output_heads(&self.forward, None)?;
+        let (own, base) = self.output_heads(|model| self.forward.head(model))?;
         let targets = w.targets(w.n_fit..w.n_windows());
         let mut rows: Vec<RowComparison> = Vec::with_capacity(targets.len());
         let n = LOGIT_ROWS * self.forward.n_embd();
@@ -316,7 +310,10 @@ impl Run<'_> {
         for ((pruned, dense), targets) in
             pruned.chunks(n).zip(dense.chunks(n)).zip(targets.chunks(LOGIT_ROWS))
         {
-            self.forward.logits(base.as_ref().unwrap_or(&own), dense, |_, logits| p = logits.to_vec())?;
+            self.forward.logits(base.as_ref().unwrap_or(&own), dense, |_, logits| {
+                p.clear();
+                p.extend_from_slice(logits);
+            })?;
             self.forward.logits(&own, pruned, |_, q| {
                 let compared = q.par_chunks(n_vocab).zip(p.par_chunks(n_vocab)).zip(targets);
                 rows.par_extend(compared.filter_map(|((q, p), t)| t.map(|t| compare_rows(q, p, t as usize))));

@@ -1,6 +1,6 @@
 //! How much the model's predictions mind errors in the stream behind each block, direction by direction.
 //!
-//! For small errors that is the curvature of the KL divergence, the Fisher information, of which random vectors
+//! For small errors that is the curvature of the KL divergence (here that among likely tokens), the Fisher information, of which random vectors
 //! carried back through the model are samples. Layers have been quantised under such curvatures (YAQA,
 //! arXiv 2505.22988); here they say which neurons matter, what narrowing a block costs, and about what a head is worth.
 
@@ -125,7 +125,7 @@ impl Run<'_> {
         Ok(worth)
     }
 
-    /// Carries samples of the curvature by the logits of likely tokens, for `tokens` in windows of `n_ctx`, back through the model as planned so far. On the
+    /// Carries samples of the curvature, for `tokens` in windows of `n_ctx`, back through the model as planned so far. On the
     /// way `behind` sees those behind each block, `[n_tokens, n_embd]`, and `groups` what each attention group is worth
     /// to them, `[n_tokens, n_head_kv]`; in batches, from the last block to the first.
     fn carry_back(

@@ -1,7 +1,7 @@
 //! A last adjustment of norms and biases, by descent on what the whole model loses.
 //!
 //! The sequential pass fits every map to what its own block should give. Here the loss is that of the
-//! predictions, the KL divergence from the dense model, and all blocks move together. Only vectors move: there
+//! predictions, the KL divergence from the dense model among likely tokens, and all blocks move together. Only vectors move: there
 //! are few of them, they are written as F32, so that nothing is rounded anew, and what is kept per number is small. That
 //! norms and biases alone win back much of what pruning costs was found in PERP, arXiv 2312.15230.
 //!
@@ -208,11 +208,10 @@ impl Run<'_> {
             Ok(())
         };
         let last = planned_stream(forward, self.model, &self.plan, &tokens, &*self.observer, keep)?;
-        // Logits of whole vocabularies, there and back, would cost as much as many blocks.
         let (_, likely) = judge::likely(forward, dense, &target)?;
-        let (own, dense) = self.output_heads(forward, Some(&likely))?;
-        let mut grad = forward.divergence_gradient(&own, dense.as_ref(), &last, &target)?;
-        drop((own, dense, last, target));
+        let (own, base) = self.output_heads(|model| forward.head_of(model, &likely))?;
+        let mut grad = forward.divergence_gradient(&own, base.as_ref(), &last, &target)?;
+        drop((own, base, last, target));
         for ((il, vectors), x) in state.iter_mut().enumerate().zip(inputs).rev() {
             self.checkpoint()?;
             let block = forward.upload(&self.plan.block(self.model, il)?)?;
