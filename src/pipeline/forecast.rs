@@ -289,7 +289,7 @@ impl Work<'_> {
 
     /// A judge of `n_tokens` positions, and `n_losses` losses by it.
     fn judge_ops(&self, n_tokens: f64, n_losses: f64) -> f64 {
-        self.logit_ops(self.n_vocab() + (1.0 + n_losses) * self.known(n_tokens), n_tokens)
+        self.loss_ops(n_tokens, n_tokens, 1.0 + n_losses)
     }
 
     /// Logits of `n_tokens` positions, and products like them, `n_products` a token, for what is likely in batches of `batch`.

@@ -1,8 +1,9 @@
 //! How much the model's predictions mind errors in the stream behind each block, direction by direction.
 //!
-//! For small errors that is the curvature of the KL divergence (here that among likely tokens), the Fisher information, of which random vectors
-//! carried back through the model are samples. Layers have been quantised under such curvatures (YAQA,
-//! arXiv 2505.22988); here they say which neurons matter, what narrowing a block costs, and about what a head is worth.
+//! For small errors that is the curvature of the KL divergence (here that among likely tokens), the Fisher
+//! information, of which random vectors carried back through the model are samples. Layers have been quantised under
+//! such curvatures (YAQA, arXiv 2505.22988); here they say which neurons matter, what narrowing a block costs, and about
+//! what a head is worth.
 
 use super::stream::planned_stream;
 use super::{PruneError, Run, curves, forward, judge, mean_square};

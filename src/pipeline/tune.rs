@@ -1,9 +1,9 @@
 //! A last adjustment of norms and biases, by descent on what the whole model loses.
 //!
 //! The sequential pass fits every map to what its own block should give. Here the loss is that of the
-//! predictions, the KL divergence from the dense model among likely tokens, and all blocks move together. Only vectors move: there
-//! are few of them, they are written as F32, so that nothing is rounded anew, and what is kept per number is small. That
-//! norms and biases alone win back much of what pruning costs was found in PERP, arXiv 2312.15230.
+//! predictions, the KL divergence from the dense model among likely tokens, and all blocks move together. Only vectors
+//! move: there are few of them, they are written as F32, so that nothing is rounded anew, and what is kept per number is
+//! small. That norms and biases alone win back much of what pruning costs was found in PERP, arXiv 2312.15230.
 //!
 //! All that came before is fitted to the same text. So only half of the windows are gone over as they are: in the others
 //! some tokens are drawn anew, each time others, from what the dense model predicts for their places, and the dense model
