@@ -8,6 +8,7 @@ use super::product::{count, multiply};
 use super::{Engine, GgmlError, Resident, Type};
 use llama_cpp_sys_2 as sys;
 use std::borrow::Cow;
+use std::ffi::CString;
 use std::marker::PhantomData;
 use std::ptr::NonNull;
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -510,6 +511,19 @@ impl<'a> Graph<'a> {
         }
     }
 
+    /// Names its nodes as no other graph's are named. CUDA's backend knows graphs by the address of their first node, and
+    /// replays what it recorded of one that looks like the last at that address. With graphs that come and go as ours do,
+    /// that ended in illegal instructions on an H100.
+    fn look_new(&self) {
+        let name = CString::new(self.id.to_string()).expect("digits");
+        // SAFETY: live headers of this graph, and a C string that is copied.
+        unsafe {
+            for i in 0..sys::ggml_graph_n_nodes(self.graph) {
+                sys::ggml_set_name(sys::ggml_graph_node(self.graph, i), name.as_ptr());
+            }
+        }
+    }
+
     /// Runs the graph.
     ///
     /// # Errors
@@ -519,6 +533,9 @@ impl<'a> Graph<'a> {
         // can reuse its scratch memory; inputs were checked against their shapes.
         unsafe {
             assert_eq!(self.on_devices, engine.has_devices(), "a graph for another engine");
+            if self.on_devices {
+                self.look_new();
+            }
             if !engine.allocate(self.graph) {
                 return Err(GgmlError::Memory(0, "a compute graph"));
             }
