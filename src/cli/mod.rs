@@ -32,9 +32,10 @@ const INTERRUPTED: u8 = 130;
 /// Parses, runs, and maps the result to an exit code: 0 written and verified, 1 failed, 2 usage,
 /// 3 a quality that cannot be had, 130 interrupted.
 pub fn main() -> ExitCode {
+    // First: the text of --version starts the engine's backends, which log.
+    ggml::silence_logs();
     // clap prints usage errors itself and exits with 2; help and version with 0.
     let cli = Cli::parse_from(as_clap_has_it(std::env::args_os().collect()));
-    ggml::silence_logs();
     ggml::install_abort_handler(|message| {
         let why = if message.contains("RPC") {
             "another machine went away, or its ggml is of another version"
@@ -59,7 +60,10 @@ pub fn main() -> ExitCode {
         (Some(Command::Verify { model, source, threads, json, quiet }), _) => {
             check(model, source, threads, json, quiet)
         }
-        (Some(Command::Devices { rpc }), _) => join(&rpc).map(|()| show(&devices_table(&ggml::devices()))),
+        (Some(Command::Devices { rpc }), _) => join(&rpc).map(|()| {
+            let there = ggml::devices();
+            show(&devices_table(&there, ggml::logged_error().as_deref()))
+        }),
         (Some(Command::RpcServer { host, port, threads: n }), _) => threads(n)
             .map_err(Failed::Usage)
             .and_then(|n| ggml::serve(&format!("{host}:{port}"), n).map_err(|e| Failed::Machine(e.into()))),

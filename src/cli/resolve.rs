@@ -242,9 +242,10 @@ fn offload(args: &DeviceArgs) -> Result<Offload> {
         return Ok(Offload::default());
     }
     let there = ggml::devices();
-    let names = || match there.is_empty() {
-        true => "there are none".into(),
-        false => format!("there are {}", there.iter().map(|d| &*d.name).collect::<Vec<_>>().join(", ")),
+    let names = || match (there.is_empty(), ggml::logged_error()) {
+        (true, None) => "there are none".into(),
+        (true, Some(why)) => format!("there are none ({why})"),
+        _ => format!("there are {}", there.iter().map(|d| &*d.name).collect::<Vec<_>>().join(", ")),
     };
     let named = |name: &String| {
         let found = there.iter().find(|d| d.name.eq_ignore_ascii_case(name));

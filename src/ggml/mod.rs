@@ -24,8 +24,8 @@ pub use memory::{RunMemory, repacked_bytes, run_memory, taken_memory};
 pub use product::{operations, product_rate};
 pub use quantize::{FileType, quantize_file};
 pub use system::{
-    FileMap, cpu_features, engine_version, install_abort_handler, install_fault_handler, map_scratch,
-    silence_logs,
+    FileMap, cpu_features, engine_version, install_abort_handler, install_fault_handler, logged_error,
+    map_scratch, silence_logs,
 };
 pub use types::Type;
 

@@ -15,8 +15,10 @@ pub fn install_abort_handler(handler: fn(&str) -> !) {
     unsafe extern "C" fn callback(message: *const c_char) {
         // SAFETY: ggml passes a C string that lives during the call.
         let text = unsafe { CStr::from_ptr(message) }.to_string_lossy().into_owned();
+        // A backend that gives up logs why, line by line, and then says only that it does.
+        let logged = ERRORS.lock().map(|l| l[l.len().saturating_sub(3)..].join("; ")).unwrap_or_default();
         if let Some(handler) = ON_ABORT.get() {
-            handler(&text);
+            handler(&if logged.is_empty() { text } else { format!("{text} ({logged})") });
         }
     }
     if ON_ABORT.set(handler).is_ok() {
@@ -25,8 +27,10 @@ pub fn install_abort_handler(handler: fn(&str) -> !) {
     }
 }
 
-/// The first error that the engine logged since it was last asked: the cause, before what followed.
-static FIRST_ERROR: Mutex<String> = Mutex::new(String::new());
+/// The errors that the engine logged since it was last asked. The first is the cause of what followed; if there are many, the
+/// last ones are there, too.
+static ERRORS: Mutex<Vec<String>> = Mutex::new(Vec::new());
+const MAX_ERRORS: usize = 8;
 
 thread_local! {
     /// What the engine logs on this thread, while somebody listens.
@@ -50,11 +54,13 @@ pub fn silence_logs() {
             lines.iter_mut().for_each(|lines| lines.push(text()));
         });
         if level == sys::GGML_LOG_LEVEL_ERROR
-            && let Ok(mut first) = FIRST_ERROR.lock()
-            && first.is_empty()
+            && let Ok(mut errors) = ERRORS.lock()
         {
+            if errors.len() == MAX_ERRORS {
+                errors.remove(1);
+            }
             // SAFETY: the engine passes a C string that lives during the call.
-            *first = unsafe { CStr::from_ptr(text) }.to_string_lossy().trim().to_string();
+            errors.push(unsafe { CStr::from_ptr(text) }.to_string_lossy().trim().to_string());
         }
     }
     // SAFETY: a callback that lives as long as the process.
@@ -64,12 +70,20 @@ pub fn silence_logs() {
     }
 }
 
+/// The first error that the engine logged since it was last asked.
+pub fn logged_error() -> Option<String> {
+    let logged = ERRORS.lock().map(|mut l| std::mem::take(&mut *l)).unwrap_or_default();
+    let first = logged.into_iter().next()?;
+    // `function: text`; the function is of no use to a user.
+    Some(first.split_once(": ").map_or(first.as_str(), |(_, rest)| rest).to_string())
+}
+
 /// `message`, with what the engine logged since it was last asked, if anything.
 pub(super) fn with_cause(message: String) -> String {
-    let logged = FIRST_ERROR.lock().map(|mut l| std::mem::take(&mut *l)).unwrap_or_default();
-    // `function: text`; the function is of no use to a user.
-    let reason = logged.split_once(": ").map_or(logged.as_str(), |(_, rest)| rest);
-    if reason.is_empty() { message } else { format!("{message} ({reason})") }
+    match logged_error().filter(|reason| !reason.is_empty()) {
+        Some(reason) => format!("{message} ({reason})"),
+        None => message,
+    }
 }
 
 pub(super) fn static_text(p: *const c_char) -> &'static str {
@@ -207,8 +221,13 @@ mod tests {
                 eprintln!("error: {message}");
                 std::process::exit(7);
             });
-            // SAFETY: C strings, and a format that takes one.
-            unsafe { sys::ggml_abort(c"there.c".as_ptr(), 12, c"%s".as_ptr(), c"ne[0] is odd".as_ptr()) };
+            silence_logs();
+            // SAFETY: C strings, and a format that takes one; what cannot be opened is logged as an error, and nothing returned.
+            unsafe {
+                let params = sys::gguf_init_params { no_alloc: true, ctx: std::ptr::null_mut() };
+                sys::gguf_init_from_file(c"/nowhere/at.all".as_ptr(), params);
+                sys::ggml_abort(c"there.c".as_ptr(), 12, c"%s".as_ptr(), c"ne[0] is odd".as_ptr())
+            };
         }
         let name = "ggml::system::tests::a_failed_assertion_ends_in_our_message_and_exit_code";
         let child = std::process::Command::new(std::env::current_exe().unwrap())
@@ -218,6 +237,7 @@ mod tests {
             .unwrap();
         let stderr = String::from_utf8_lossy(&child.stderr);
         assert_eq!(child.status.code(), Some(7), "{stderr}");
-        assert!(stderr.contains("error: there.c:12: ne[0] is odd"), "{stderr}");
+        assert!(stderr.contains("error: there.c:12: ne[0] is odd ("), "{stderr}");
+        assert!(stderr.contains("/nowhere/at.all"), "{stderr}");
     }
 }
