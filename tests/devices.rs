@@ -43,8 +43,9 @@ struct Close {
 /// The same kernels, on another machine: sums in another order.
 const SAME_KERNELS: Close = Close { sums: 2e-5, logits: 1e-3, kl: 1e-5, losses: 5e-3 };
 
-/// Graphics processors halve the inputs of products, whatever precision sums are asked for in.
-const HALVED_INPUTS: Close = Close { sums: 1e-3, logits: 1e-2, kl: 1e-4, losses: 2e-2 };
+/// Graphics processors round the inputs of products to ten or eleven bits, whatever precision sums are asked for in. That is
+/// up to 5e-4, and gradients go through several products.
+const HALVED_INPUTS: Close = Close { sums: 2e-3, logits: 1e-2, kl: 1e-4, losses: 2e-2 };
 
 /// The devices, for one test at a time: a server has one client.
 fn under_test() -> MutexGuard<'static, Devices> {
