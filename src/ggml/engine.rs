@@ -165,20 +165,16 @@ unsafe fn devices_of(cpu: sys::ggml_backend_t, devices: &[Device]) -> Result<Pla
     }
 }
 
-/// Nodes of the graph that is planned between others: with one leaf only, no other has so many.
-const ANOTHER: usize = 509;
-
-/// Makes `sched` plan a small graph, so that it does not take the plan of the graph before for the next one. Buffers stay as
-/// large as they are.
+/// Makes `sched` plan the smallest of graphs, so that it does not take the plan of the graph before for the next one, which it
+/// would where the numbers of nodes are equal and sizes fit. Buffers stay as large as they are.
 ///
 /// # Safety
 /// `sched` is alive, and no graph has its memory from it any more.
 unsafe fn reserve_another(sched: sys::ggml_backend_sched_t) -> bool {
-    // SAFETY: the context has room for all headers and the graph, and outlives the call; the plan keeps no pointer to them.
+    // SAFETY: the context has room for both headers and the graph, and outlives the call; the plan keeps no pointer to them.
     unsafe {
         let params = sys::ggml_init_params {
-            mem_size: (ANOTHER + 2) * sys::ggml_tensor_overhead()
-                + sys::ggml_graph_overhead_custom(ANOTHER + 2, false),
+            mem_size: 2 * sys::ggml_tensor_overhead() + sys::ggml_graph_overhead_custom(2, false),
             mem_buffer: std::ptr::null_mut(),
             no_alloc: true,
         };
@@ -186,14 +182,11 @@ unsafe fn reserve_another(sched: sys::ggml_backend_sched_t) -> bool {
         if ctx.is_null() {
             return false;
         }
-        let graph = sys::ggml_new_graph_custom(ctx, ANOTHER + 2, false);
+        let graph = sys::ggml_new_graph_custom(ctx, 2, false);
         let ne = [1];
-        let mut t = sys::ggml_new_tensor(ctx, sys::GGML_TYPE_F32, 1, ne.as_ptr());
-        sys::ggml_set_input(t);
-        for _ in 0..ANOTHER {
-            t = sys::ggml_scale(ctx, t, 1.0);
-        }
-        sys::ggml_build_forward_expand(graph, t);
+        let number = sys::ggml_new_tensor(ctx, sys::GGML_TYPE_F32, 1, ne.as_ptr());
+        sys::ggml_set_input(number);
+        sys::ggml_build_forward_expand(graph, sys::ggml_scale(ctx, number, 1.0));
         let reserved = sys::ggml_backend_sched_reserve(sched, graph);
         sys::ggml_backend_sched_reset(sched);
         sys::ggml_free(ctx);
