@@ -25,7 +25,7 @@ pub struct OnTheWay<'a> {
 /// Positions whose logits are in memory at a time, several times over.
 pub(crate) const LOSS_ROWS: usize = 128;
 
-/// Tokens that gradients go back through in one graph on the CPU, at least one window: the attention weights of all heads
+/// Tokens that gradients go back through in one graph, at least one window: the attention weights of all heads
 /// are in memory at once.
 pub(crate) const GRADIENT_TOKENS: usize = 512;
 
@@ -147,11 +147,7 @@ impl Forward {
     ) -> Result<(), ForwardError> {
         assert!(!b.has_experts(), "no gradients go back through a choice");
         let n_windows = x.len() / (self.n_ctx() * self.n_embd());
-        // A device takes longer to be told what to do than to do it.
-        let at_a_time = match self.engine.has_devices() {
-            true => self.net.chunk,
-            false => (GRADIENT_TOKENS / self.n_ctx()).clamp(1, self.net.chunk),
-        };
+        let at_a_time = (GRADIENT_TOKENS / self.n_ctx()).clamp(1, self.net.chunk);
         for start in (0..n_windows).step_by(at_a_time) {
             let span = self.span(&(start..(start + at_a_time).min(n_windows)));
             self.chunk_gradient(b, &x[span.clone()], &mut grad[span], &mut found)?;

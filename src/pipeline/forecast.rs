@@ -523,15 +523,15 @@ impl Work<'_> {
             name,
             operations: self.model_ops(blocks, n, n_ctx) + back + self.loss_ops(n, batch, 2.0),
             algebra: 0.0,
-            memory: BASE_BYTES + streams + self.back_bytes(n_ctx, batch, GRADIENT_TOKENS),
-            on_devices: self.back_bytes(n_ctx, batch, self.s.chunk_tokens),
+            memory: BASE_BYTES + streams + self.back_bytes(n_ctx, batch),
+            on_devices: self.back_bytes(n_ctx, batch),
         }
     }
 
-    /// Bytes while streams of `n_tokens` go through all blocks and gradients back, `at_a_time` in one graph, the head they begin at
-    /// included. Graphs keep the largest of what they needed.
-    fn back_bytes(&self, n_ctx: usize, n_tokens: f64, at_a_time: usize) -> f64 {
-        let n = self.chunk(n_ctx, n_tokens.min(whole_windows(at_a_time, n_ctx) as f64));
+    /// Bytes while streams of `n_tokens` go through all blocks and gradients back, the head they begin at included. Graphs keep
+    /// the largest of what they needed.
+    fn back_bytes(&self, n_ctx: usize, n_tokens: f64) -> f64 {
+        let n = self.chunk(n_ctx, whole_windows(GRADIENT_TOKENS, n_ctx) as f64);
         let head_dim = self.model.hparams.head_dim as f64;
         let scores = 4.0 * self.max_q() / head_dim * n_ctx as f64 * n;
         let block = n * (7.0 * self.max_ff() + 8.0 * self.n_embd() + 8.0 * self.max_q()) + scores;
@@ -644,9 +644,9 @@ impl Work<'_> {
                 + streams
                 + self.new_bytes()
                 // At the end predictions before and after are compared.
-                + self.back_bytes(n_ctx, step, GRADIENT_TOKENS).max(self.predicting_bytes() + self.logits_bytes())
+                + self.back_bytes(n_ctx, step).max(self.predicting_bytes() + self.logits_bytes())
                 + self.scratch_bytes().max(self.logits_bytes()),
-            on_devices: self.back_bytes(n_ctx, step, self.s.chunk_tokens) + self.kept_graph_bytes(),
+            on_devices: self.back_bytes(n_ctx, step) + self.kept_graph_bytes(),
         }
     }
 
