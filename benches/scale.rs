@@ -14,7 +14,7 @@ mod small;
 
 use clap::{Parser, ValueEnum};
 use putri_gguf::calibrate::{Recipe, Windows};
-use putri_gguf::ggml::{Device, RawGguf, Token, Type, devices, product_rate, silence_logs};
+use putri_gguf::ggml::{RawGguf, Token, Type, devices, product_rate, silence_logs};
 use putri_gguf::pipeline::{Observer, Settings};
 use putri_gguf::report::{Timings, dry_run_table};
 use putri_gguf::{Job, dry_run, run};
@@ -87,7 +87,7 @@ struct Args {
     /// Threads.
     #[arg(long, default_value_t = 2)]
     threads: usize,
-    /// Devices, as `putri-gguf devices` names them, instead of the CPU.
+    /// Devices, as `putri-gguf devices` names them, instead of the CPU; peak and memory stay those of the CPU.
     #[arg(long, value_delimiter = ',')]
     device: Vec<String>,
     /// Instead, what whole models of these shapes are expected to need.
@@ -184,13 +184,11 @@ fn recipe(args: &Args) -> Recipe {
 }
 
 fn job(args: &Args, input: PathBuf, output: PathBuf) -> Job {
-    let named = devices().into_iter().filter(|d| args.device.contains(&d.name));
-    let devices: Vec<Device> = named.map(|d| d.device).collect();
-    assert_eq!(
-        devices.len(),
-        args.device.len(),
-        "no such device: build with --features cuda, metal or vulkan"
-    );
+    let named = |name: &String| {
+        let found = devices().into_iter().find(|d| d.name.eq_ignore_ascii_case(name));
+        found.expect("no such device: build with --features cuda, metal or vulkan").device
+    };
+    let devices = args.device.iter().map(named).collect();
     let settings =
         Settings { sparsity: args.sparsity, n_threads: args.threads, devices, ..Settings::default() };
     Job { verify: false, recipe: recipe(args), settings, ..Job::new(input, output) }

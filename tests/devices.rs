@@ -31,8 +31,9 @@ struct Devices {
 
 /// How far from the CPU's results a device's may be.
 struct Close {
-    /// Sums for the algebra, relative to the largest.
+    /// Sums for the algebra, and gradients, relative to the largest.
     sums: f64,
+    gradients: f64,
     logits: f32,
     /// Divergence of what they predict.
     kl: f64,
@@ -41,11 +42,11 @@ struct Close {
 }
 
 /// The same kernels, on another machine: sums in another order.
-const SAME_KERNELS: Close = Close { sums: 2e-5, logits: 1e-3, kl: 1e-5, losses: 5e-3 };
+const SAME_KERNELS: Close = Close { sums: 2e-5, gradients: 2e-5, logits: 1e-3, kl: 1e-5, losses: 5e-3 };
 
 /// Graphics processors round the inputs of products to ten or eleven bits, whatever precision sums are asked for in. That is
 /// up to 5e-4, and gradients go through several products.
-const HALVED_INPUTS: Close = Close { sums: 2e-3, logits: 1e-2, kl: 1e-4, losses: 2e-2 };
+const HALVED_INPUTS: Close = Close { sums: 1e-3, gradients: 2e-3, logits: 1e-2, kl: 1e-4, losses: 2e-2 };
 
 /// The devices, for one test at a time: a server has one client.
 fn under_test() -> MutexGuard<'static, Devices> {
@@ -180,7 +181,11 @@ fn sums_for_the_algebra_are_those_of_the_cpu() {
         for ((what, ours), (_, theirs)) in ours.iter().zip(&theirs) {
             let apart = apart(theirs, ours);
             println!("{n_embd} x {n_ff}, {what}: {apart:e}");
-            assert!(apart < devices.close.sums, "{n_embd} x {n_ff}, {what}: {apart:e}");
+            let bound = match *what {
+                "gradient" | "gradient of vectors" | "worth of groups" => devices.close.gradients,
+                _ => devices.close.sums,
+            };
+            assert!(apart < bound, "{n_embd} x {n_ff}, {what}: {apart:e}");
         }
     }
 }

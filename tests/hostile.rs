@@ -167,8 +167,8 @@ fn reads(path: &Path) -> bool {
 #[test]
 fn damaged_headers_are_refused_or_read() {
     silence_logs();
-    install_abort_handler(|message| {
-        eprintln!("mutation {}: abort: {message}", AT.load(Ordering::Relaxed));
+    install_abort_handler(|message, logged| {
+        eprintln!("mutation {}: abort: {message} {logged}", AT.load(Ordering::Relaxed));
         std::process::abort();
     });
     let n: usize = std::env::var("PUTRI_MUTATIONS").map_or(MUTATIONS, |n| n.parse().unwrap());

@@ -34,18 +34,19 @@ const INTERRUPTED: u8 = 130;
 pub fn main() -> ExitCode {
     // First: the text of --version starts the engine's backends, which log.
     ggml::silence_logs();
-    // clap prints usage errors itself and exits with 2; help and version with 0.
-    let cli = Cli::parse_from(as_clap_has_it(std::env::args_os().collect()));
-    ggml::install_abort_handler(|message| {
+    ggml::install_abort_handler(|message, logged| {
         let why = if message.contains("RPC") {
             "another machine went away, or its ggml is of another version"
         } else {
             "llama.cpp stopped on an inconsistency in the model or in our use of it"
         };
-        eprintln!("error: {why}: {message}");
+        let logged = if logged.is_empty() { String::new() } else { format!(" ({logged})") };
+        eprintln!("error: {why}: {message}{logged}");
         putri_gguf::remove_temporary();
         std::process::exit(1);
     });
+    // clap prints usage errors itself and exits with 2; help and version with 0.
+    let cli = Cli::parse_from(as_clap_has_it(std::env::args_os().collect()));
     ggml::install_fault_handler(|file| {
         eprintln!("error: {file}: became shorter, or could not be read any more, while it was in use");
         putri_gguf::remove_temporary();
@@ -60,10 +61,9 @@ pub fn main() -> ExitCode {
         (Some(Command::Verify { model, source, threads, json, quiet }), _) => {
             check(model, source, threads, json, quiet)
         }
-        (Some(Command::Devices { rpc }), _) => join(&rpc).map(|()| {
-            let there = ggml::devices();
-            show(&devices_table(&there, ggml::logged_error().as_deref()))
-        }),
+        (Some(Command::Devices { rpc }), _) => {
+            join(&rpc).map(|()| show(&devices_table(&ggml::devices(), ggml::gave_up())))
+        }
         (Some(Command::RpcServer { host, port, threads: n }), _) => threads(n)
             .map_err(Failed::Usage)
             .and_then(|n| ggml::serve(&format!("{host}:{port}"), n).map_err(|e| Failed::Machine(e.into()))),

@@ -242,17 +242,17 @@ fn offload(args: &DeviceArgs) -> Result<Offload> {
         return Ok(Offload::default());
     }
     let there = ggml::devices();
-    let names = || match (there.is_empty(), ggml::logged_error()) {
-        (true, None) => "there are none".into(),
-        (true, Some(why)) => format!("there are none ({why})"),
-        _ => format!("there are {}", there.iter().map(|d| &*d.name).collect::<Vec<_>>().join(", ")),
+    let why = ggml::gave_up().map(|why| format!(" ({why})")).unwrap_or_default();
+    let names = || match there.is_empty() {
+        true => format!("there are none{why}"),
+        false => format!("there are {}", there.iter().map(|d| &*d.name).collect::<Vec<_>>().join(", ")),
     };
     let named = |name: &String| {
         let found = there.iter().find(|d| d.name.eq_ignore_ascii_case(name));
         found.map(|d| d.device).with_context(|| format!("--device {name} is not a device here; {}", names()))
     };
     let devices: Vec<Device> = if args.device.is_empty() {
-        ensure!(!there.is_empty(), "--n-gpu-layers wants a device, and this build or machine has none");
+        ensure!(!there.is_empty(), "--n-gpu-layers wants a device, and this build or machine has none{why}");
         there.iter().map(|d| d.device).collect()
     } else {
         args.device.iter().map(named).collect::<Result<_>>()?

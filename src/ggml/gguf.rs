@@ -1,6 +1,6 @@
 //! ggml's own GGUF header reader and writer.
 
-use super::system::with_cause;
+use super::system::{logged_error, with_cause};
 use super::{GgmlError, Type};
 use llama_cpp_sys_2 as sys;
 use std::ffi::{CStr, CString, c_char};
@@ -150,6 +150,7 @@ impl RawGguf {
     /// # Errors
     /// [`GgmlError::Header`] if ggml refuses it.
     pub fn parse(file: &[u8]) -> Result<RawGguf, GgmlError> {
+        let _ = logged_error();
         let params = sys::gguf_init_params { no_alloc: true, ctx: std::ptr::null_mut() };
         // SAFETY: the slice is alive during the call; no pointer into it is kept.
         let ctx = unsafe { sys::gguf_init_from_buffer(file.as_ptr().cast(), file.len(), params) };

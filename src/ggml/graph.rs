@@ -511,9 +511,9 @@ impl<'a> Graph<'a> {
         }
     }
 
-    /// Names its nodes as no other graph's are named. CUDA's backend knows graphs by the address of their first node, and
-    /// replays what it recorded of one that looks like the last at that address. With graphs that come and go as ours do,
-    /// that ended in illegal instructions on an H100.
+    /// Names its nodes as no other graph's are named. CUDA's backend records a graph whose nodes are in all respects those of the
+    /// last that began at the same address, to replay it. Ours come and go, and begin at addresses of others; an H100 then met
+    /// an illegal instruction, and did not without recordings. Why is not known.
     fn look_new(&self) {
         let name = CString::new(self.id.to_string()).expect("digits");
         // SAFETY: live headers of this graph, and a C string that is copied.

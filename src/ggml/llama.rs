@@ -2,20 +2,33 @@
 
 use super::GgmlError;
 use super::device::Device;
-use super::system::with_cause;
+use super::system::{logged_error, with_cause};
 use llama_cpp_sys_2 as sys;
 use std::ffi::CString;
 use std::path::Path;
 use std::ptr::NonNull;
-use std::sync::Once;
+use std::sync::OnceLock;
 
 /// A token id.
 pub type Token = i32;
 
+static GAVE_UP: OnceLock<Option<String>> = OnceLock::new();
+
 pub(super) fn init_once() {
-    static INIT: Once = Once::new();
-    // SAFETY: called once, before any other libllama function.
-    INIT.call_once(|| unsafe { sys::llama_backend_init() });
+    GAVE_UP.get_or_init(|| {
+        // SAFETY: called once, before any other function of libllama; the second starts the backends that are built in.
+        unsafe {
+            sys::llama_backend_init();
+            sys::ggml_backend_reg_count();
+        }
+        logged_error()
+    });
+}
+
+/// What the first of the built-in backends that did not start says of it, once logs are silenced: a driver that is too old.
+pub fn gave_up() -> Option<&'static str> {
+    init_once();
+    GAVE_UP.get()?.as_deref()
 }
 
 /// `path` as libllama takes it.
@@ -96,7 +109,7 @@ impl LlamaModel {
         set: impl FnOnce(&mut sys::llama_model_params),
     ) -> Result<LlamaModel, GgmlError> {
         init_once();
-        let _ = with_cause(String::new());
+        let _ = logged_error();
         let c_path = c_path(path)?;
         // SAFETY: parameters are plain data.
         let mut params = unsafe { sys::llama_model_default_params() };

@@ -2,7 +2,7 @@
 
 use super::GgmlError;
 use super::llama::{c_path, init_once};
-use super::system::with_cause;
+use super::system::{logged_error, with_cause};
 use llama_cpp_sys_2 as sys;
 use std::ffi::CString;
 use std::path::Path;
@@ -85,7 +85,7 @@ pub fn quantize_file(
     n_threads: usize,
 ) -> Result<(), GgmlError> {
     init_once();
-    let _ = with_cause(String::new());
+    let _ = logged_error();
     let (from, into) = (c_path(input)?, c_path(output)?);
     let names: Vec<CString> = importance
         .iter()

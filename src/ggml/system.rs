@@ -1,5 +1,6 @@
 //! Process-wide settings of the engine and what it says about itself.
 
+use super::llama::init_once;
 use llama_cpp_sys_2 as sys;
 use std::cell::RefCell;
 use std::ffi::{CStr, c_char, c_void};
@@ -7,18 +8,18 @@ use std::ops::{Deref, Range};
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, OnceLock};
 
-static ON_ABORT: OnceLock<fn(&str) -> !> = OnceLock::new();
+static ON_ABORT: OnceLock<fn(&str, &str) -> !> = OnceLock::new();
 
-/// Calls `handler` with ggml's message instead of letting a failed assertion abort the process.
-/// The first handler stays.
-pub fn install_abort_handler(handler: fn(&str) -> !) {
+/// Calls `handler` with ggml's message, and the last errors that it logged, instead of letting a failed assertion abort the
+/// process. The first handler stays.
+pub fn install_abort_handler(handler: fn(&str, &str) -> !) {
     unsafe extern "C" fn callback(message: *const c_char) {
         // SAFETY: ggml passes a C string that lives during the call.
         let text = unsafe { CStr::from_ptr(message) }.to_string_lossy().into_owned();
-        // A backend that gives up logs why, line by line, and then says only that it does.
+        // A backend that gives up logs why, in three lines, and then says only that it does.
         let logged = ERRORS.lock().map(|l| l[l.len().saturating_sub(3)..].join("; ")).unwrap_or_default();
         if let Some(handler) = ON_ABORT.get() {
-            handler(&if logged.is_empty() { text } else { format!("{text} ({logged})") });
+            handler(&text, &logged);
         }
     }
     if ON_ABORT.set(handler).is_ok() {
@@ -27,10 +28,8 @@ pub fn install_abort_handler(handler: fn(&str) -> !) {
     }
 }
 
-/// The errors that the engine logged since it was last asked. The first is the cause of what followed; if there are many, the
-/// last ones are there, too.
+/// The errors that the engine logged since it was last asked: the first, which is the cause of what followed, and the last three.
 static ERRORS: Mutex<Vec<String>> = Mutex::new(Vec::new());
-const MAX_ERRORS: usize = 8;
 
 thread_local! {
     /// What the engine logs on this thread, while somebody listens.
@@ -53,14 +52,18 @@ pub fn silence_logs() {
             let text = || unsafe { CStr::from_ptr(text) }.to_string_lossy().into_owned();
             lines.iter_mut().for_each(|lines| lines.push(text()));
         });
-        if level == sys::GGML_LOG_LEVEL_ERROR
-            && let Ok(mut errors) = ERRORS.lock()
+        if level != sys::GGML_LOG_LEVEL_ERROR {
+            return;
+        }
+        // SAFETY: the engine passes a C string that lives during the call.
+        let text = unsafe { CStr::from_ptr(text) }.to_string_lossy().trim().to_string();
+        if let Ok(mut errors) = ERRORS.lock()
+            && !text.is_empty()
         {
-            if errors.len() == MAX_ERRORS {
+            if errors.len() == 4 {
                 errors.remove(1);
             }
-            // SAFETY: the engine passes a C string that lives during the call.
-            errors.push(unsafe { CStr::from_ptr(text) }.to_string_lossy().trim().to_string());
+            errors.push(text);
         }
     }
     // SAFETY: a callback that lives as long as the process.
@@ -71,7 +74,7 @@ pub fn silence_logs() {
 }
 
 /// The first error that the engine logged since it was last asked.
-pub fn logged_error() -> Option<String> {
+pub(super) fn logged_error() -> Option<String> {
     let logged = ERRORS.lock().map(|mut l| std::mem::take(&mut *l)).unwrap_or_default();
     let first = logged.into_iter().next()?;
     // `function: text`; the function is of no use to a user.
@@ -80,7 +83,7 @@ pub fn logged_error() -> Option<String> {
 
 /// `message`, with what the engine logged since it was last asked, if anything.
 pub(super) fn with_cause(message: String) -> String {
-    match logged_error().filter(|reason| !reason.is_empty()) {
+    match logged_error() {
         Some(reason) => format!("{message} ({reason})"),
         None => message,
     }
@@ -102,6 +105,7 @@ pub fn engine_version() -> &'static str {
 
 /// CPU features that ggml's kernels were compiled for.
 pub fn cpu_features() -> Vec<String> {
+    init_once();
     // SAFETY: returns a string of `NAME = 0|1 |` items that the next call rewrites; it is copied first.
     let info = static_text(unsafe { sys::llama_print_system_info() }).to_string();
     let info = info.split_once(':').map_or(info.as_str(), |(_, rest)| rest);
@@ -217,8 +221,8 @@ mod tests {
     fn a_failed_assertion_ends_in_our_message_and_exit_code() {
         const CHILD: &str = "PUTRI_TEST_ABORTS";
         if std::env::var_os(CHILD).is_some() {
-            install_abort_handler(|message| {
-                eprintln!("error: {message}");
+            install_abort_handler(|message, logged| {
+                eprintln!("error: {message} ({logged})");
                 std::process::exit(7);
             });
             silence_logs();
