@@ -1,8 +1,8 @@
 //! Devices that graphs can run on beside the CPU: GPUs of the backends that are built in, and other machines.
 
 use super::GgmlError;
-use super::llama::init_once;
-use super::system::static_text;
+
+use super::system::{init_once, static_text};
 use llama_cpp_sys_2 as sys;
 use std::ffi::{CStr, CString, c_char};
 use std::net::{TcpStream, ToSocketAddrs};

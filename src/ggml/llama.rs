@@ -2,34 +2,14 @@
 
 use super::GgmlError;
 use super::device::Device;
-use super::system::{logged_error, with_cause};
+use super::system::{init_once, logged_error, with_cause};
 use llama_cpp_sys_2 as sys;
 use std::ffi::CString;
 use std::path::Path;
 use std::ptr::NonNull;
-use std::sync::OnceLock;
 
 /// A token id.
 pub type Token = i32;
-
-static GAVE_UP: OnceLock<Option<String>> = OnceLock::new();
-
-pub(super) fn init_once() {
-    GAVE_UP.get_or_init(|| {
-        // SAFETY: called once, before any other function of libllama; the second starts the backends that are built in.
-        unsafe {
-            sys::llama_backend_init();
-            sys::ggml_backend_reg_count();
-        }
-        logged_error()
-    });
-}
-
-/// What the first of the built-in backends that did not start says of it, once logs are silenced: a driver that is too old.
-pub fn gave_up() -> Option<&'static str> {
-    init_once();
-    GAVE_UP.get()?.as_deref()
-}
 
 /// `path` as libllama takes it.
 pub(super) fn c_path(path: &Path) -> Result<CString, GgmlError> {

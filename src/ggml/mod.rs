@@ -19,13 +19,13 @@ pub use device::{Compute, Device, DeviceInfo, add_server, device_memory_peak, de
 pub use engine::{Engine, Resident, TensorSpec, Values};
 pub use gguf::{RawGguf, RawValue};
 pub use graph::{Computed, Graph, RopeParams, T};
-pub use llama::{BatchToken, Context, LlamaModel, Offload, Token, Vocab, gave_up};
+pub use llama::{BatchToken, Context, LlamaModel, Offload, Token, Vocab};
 pub use memory::{RunMemory, repacked_bytes, run_memory, taken_memory};
 pub use product::{operations, product_rate};
 pub use quantize::{FileType, quantize_file};
 pub use system::{
-    FileMap, cpu_features, engine_version, install_abort_handler, install_fault_handler, map_scratch,
-    silence_logs,
+    FileMap, cpu_features, engine_version, gave_up, install_abort_handler, install_fault_handler,
+    map_scratch, silence_logs,
 };
 pub use types::Type;
 

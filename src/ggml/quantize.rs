@@ -1,8 +1,8 @@
 //! llama-quantize's way from one file to another, by libllama's own quantiser.
 
 use super::GgmlError;
-use super::llama::{c_path, init_once};
-use super::system::{logged_error, with_cause};
+use super::llama::c_path;
+use super::system::{init_once, logged_error, with_cause};
 use llama_cpp_sys_2 as sys;
 use std::ffi::CString;
 use std::path::Path;

@@ -1,12 +1,32 @@
 //! Process-wide settings of the engine and what it says about itself.
 
-use super::llama::init_once;
 use llama_cpp_sys_2 as sys;
 use std::cell::RefCell;
 use std::ffi::{CStr, c_char, c_void};
 use std::ops::{Deref, Range};
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, OnceLock};
+
+/// What the first of the built-in backends that did not start says of it.
+static GAVE_UP: OnceLock<Option<String>> = OnceLock::new();
+
+/// Starts libllama and the backends that are built in, the first time.
+pub(super) fn init_once() {
+    GAVE_UP.get_or_init(|| {
+        // SAFETY: called once, before any other function of libllama; the second starts the backends.
+        unsafe {
+            sys::llama_backend_init();
+            sys::ggml_backend_reg_count();
+        }
+        logged_error()
+    });
+}
+
+/// What the first of the built-in backends that did not start says of it, once logs are silenced: a driver that is too old.
+pub fn gave_up() -> Option<&'static str> {
+    init_once();
+    GAVE_UP.get()?.as_deref()
+}
 
 static ON_ABORT: OnceLock<fn(&str, &str) -> !> = OnceLock::new();
 
