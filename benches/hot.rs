@@ -14,7 +14,7 @@ use putri_gguf::forward::{BlockGradient, Collect, Forward, OnTheWay, Wanted};
 use putri_gguf::ggml::{Type, operations};
 use putri_gguf::model::{Matrix, Model};
 use putri_gguf::numeric::{Cholesky, Moments, SymMatrix};
-use putri_gguf::prune::{Metric, greedy, refit};
+use putri_gguf::prune::{Choice, Metric, greedy, refit};
 use putri_gguf::requant::quantise_with_feedback;
 use small::{Rng, Small};
 use std::hint::black_box;
@@ -59,7 +59,7 @@ fn algebra(c: &mut Criterion) {
         // Half of the inputs go.
         g.throughput(Throughput::Elements(cube * 31 / 24 + (n * n * m * 3 / 4) as u64));
         g.bench_function(BenchmarkId::new("select half", n), |b| {
-            b.iter(|| greedy(&w, None, &h, 1e-3, n / 2).expect("regular"));
+            b.iter(|| greedy(&w, None, &h, 1e-3, n / 2, Choice::Loss).expect("regular"));
         });
         g.throughput(Throughput::Elements(cube / 3 + (n * n * m) as u64));
         g.bench_function(BenchmarkId::new("round to Q4_0 with feedback", n), |b| {

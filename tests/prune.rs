@@ -6,7 +6,7 @@ use common::small::Rng;
 use putri_gguf::model::Matrix;
 use putri_gguf::numeric::{Moments, SymMatrix};
 use putri_gguf::pipeline::Settings;
-use putri_gguf::prune::{Metric, Obs, bias_change, greedy, loudest, narrow, paper_keep, refit};
+use putri_gguf::prune::{Choice, Metric, Obs, bias_change, greedy, loudest, narrow, paper_keep, refit};
 
 /// A least-squares problem with its data: inputs x `[t, n]`, residuals r `[t, m]`, a map W.
 struct Problem {
@@ -224,7 +224,7 @@ fn obs_updates_are_refits() {
         let moments = p.moments();
         let ridge = 1e-3;
         let lambda = ridge * moments.gram.mean_diagonal();
-        let mut obs = Obs::new(&p.w, None, &moments.gram, ridge).unwrap();
+        let mut obs = Obs::new(&p.w, None, &moments.gram, ridge, Choice::Loss).unwrap();
         let mut loss = 0.0;
         for k in [1, 2, 3] {
             loss += obs.remove_least(k);
@@ -254,7 +254,7 @@ fn obs_forgets_nothing_when_it_brings_its_inverse_up_to_date() {
     let gram = p.moments().gram;
     let lambda = ridge * gram.mean_diagonal();
     for k in [7, 300] {
-        let mut obs = Obs::new(&p.w, None, &gram, ridge).unwrap();
+        let mut obs = Obs::new(&p.w, None, &gram, ridge, Choice::Loss).unwrap();
         while obs.alive() > 30 {
             obs.remove_least(k.min(obs.alive() - 30));
         }
@@ -267,13 +267,40 @@ fn obs_forgets_nothing_when_it_brings_its_inverse_up_to_date() {
 }
 
 #[test]
+fn by_energy_the_least_product_of_length_and_energy_goes() {
+    for (t, n, m, n_keep, seed) in [(60, 12, 3, 4, 1), (150, 30, 5, 11, 2), (300, 70, 4, 30, 3)] {
+        let p = Problem::new(t, n, m, seed);
+        let gram = p.moments().gram;
+        let lambda = 1e-2 * gram.mean_diagonal();
+        let mut keep: Vec<usize> = (0..n).collect();
+        while keep.len() > n_keep {
+            // Each time from what a refit makes of the others.
+            let w = p.naive_refit(&keep, 0.0, lambda);
+            let worth = |a: usize| {
+                let square: f64 = (0..m).map(|o| w[o * keep.len() + a].powi(2)).sum();
+                square * gram.get(keep[a], keep[a]).powi(2)
+            };
+            let least = (0..keep.len()).min_by(|&a, &b| worth(a).total_cmp(&worth(b))).unwrap();
+            keep.remove(least);
+        }
+        let found = greedy(&p.w, None, &gram, 1e-2, n_keep, Choice::Energy).unwrap();
+        assert_eq!(found.0, keep, "{n_keep} of {n}");
+        assert_ne!(keep, greedy(&p.w, None, &gram, 1e-2, n_keep, Choice::Loss).unwrap().0);
+        let w = p.naive_refit(&keep, 0.0, lambda);
+        for (a, b) in found.1.weights.data.iter().zip(&w) {
+            assert!((f64::from(*a) - b).abs() < 1e-4 * (0.1 + b.abs()), "{n_keep} of {n}: {a} {b}");
+        }
+    }
+}
+
+#[test]
 fn greedy_is_near_the_best_of_all_subsets() {
     let mut best_hits = 0;
     for seed in 1..=6 {
         let p = Problem::new(80, 9, 4, seed);
         let moments = p.moments();
         let lambda = 1e-6 * moments.gram.mean_diagonal();
-        let keep = greedy(&p.w, None, &moments.gram, 1e-6, 5).unwrap().0;
+        let keep = greedy(&p.w, None, &moments.gram, 1e-6, 5, Choice::Loss).unwrap().0;
         let all = p.all_subsets(5, lambda);
         let rank = all.iter().position(|(_, set)| *set == keep).unwrap();
         best_hits += usize::from(rank == 0);
@@ -290,8 +317,8 @@ fn curves_rise_and_end_where_greedy_ends() {
     let curve = narrow(&p.w, &gram, 1e-3, &[48, 32, 16], 32).unwrap().losses;
     assert_eq!(curve[0], 0.0);
     assert!(curve[1] > 0.0 && curve[2] > curve[1], "{curve:?}");
-    let keep = greedy(&p.w, None, &gram, 1e-3, 16).unwrap().0;
-    let mut obs = Obs::new(&p.w, None, &gram, 1e-3).unwrap();
+    let keep = greedy(&p.w, None, &gram, 1e-3, 16, Choice::Loss).unwrap().0;
+    let mut obs = Obs::new(&p.w, None, &gram, 1e-3, Choice::Loss).unwrap();
     (0..32).for_each(|_| {
         obs.remove_least(1);
     });
@@ -305,7 +332,7 @@ fn the_layer_at_the_probe_is_what_a_refit_would_give() {
         let moments = p.moments();
         let lambda = 1e-3 * moments.gram.mean_diagonal();
         let probed = narrow(&p.w, &moments.gram, 1e-3, &[n, n / 2, n / 4], n / 2).unwrap();
-        assert_eq!(probed.kept, greedy(&p.w, None, &moments.gram, 1e-3, n / 2).unwrap().0);
+        assert_eq!(probed.kept, greedy(&p.w, None, &moments.gram, 1e-3, n / 2, Choice::Loss).unwrap().0);
         // From the minimum of a loss with curvature H + λI, what is left moves to
         // (H + λI)_KK⁻¹ (H + λI)_K: Wᵀ; on the kept inputs λI adds λ W_K.
         let w = p.naive_refit(&probed.kept, 0.0, lambda);
@@ -321,8 +348,8 @@ fn neurons_judged_by_other_costs_leave_the_map_at_its_own_minimum() {
         let p = Problem::new(400, n, 3, seed);
         let moments = p.moments();
         let costs = Matrix::new(n, 5, Rng(seed).vec(5 * n, 1.0));
-        let (keep, refitted) = greedy(&p.w, Some(&costs), &moments.gram, 1e-2, n_keep).unwrap();
-        assert_eq!(keep, greedy(&costs, None, &moments.gram, 1e-2, n_keep).unwrap().0);
+        let (keep, refitted) = greedy(&p.w, Some(&costs), &moments.gram, 1e-2, n_keep, Choice::Loss).unwrap();
+        assert_eq!(keep, greedy(&costs, None, &moments.gram, 1e-2, n_keep, Choice::Loss).unwrap().0);
         let w = p.naive_refit(&keep, 0.0, 1e-2 * moments.gram.mean_diagonal());
         for (a, b) in refitted.weights.data.iter().zip(&w) {
             assert!((f64::from(*a) - b).abs() < 1e-4 * (0.1 + b.abs()), "n {n}: {a} {b}");
@@ -368,7 +395,10 @@ fn under_a_metric_neurons_stay_that_it_minds() {
     let gram = Problem::new(200, n, m, 3).moments().gram;
     let samples: Vec<f32> = (0..40).flat_map(|t| [0.0, 1.0 + t as f32]).collect();
     let costs = Metric::new(&samples, m).unwrap().apply(&w);
-    assert_eq!(greedy(&costs, None, &gram, 1e-3, n / 2).unwrap().0, (n / 2..n).collect::<Vec<_>>());
+    assert_eq!(
+        greedy(&costs, None, &gram, 1e-3, n / 2, Choice::Loss).unwrap().0,
+        (n / 2..n).collect::<Vec<_>>()
+    );
 }
 
 #[test]
@@ -388,7 +418,8 @@ fn what_few_tokens_make_up_for_holds_for_others() {
             others.loss(keep, &|o, a| f64::from(w.data[o * keep.len() + a]), 0.0, 0.0)
         };
         let with = |ridge: f64| {
-            let (keep, refit) = greedy(&seen.w, None, &seen.moments().gram, ridge, n * 3 / 4).unwrap();
+            let (keep, refit) =
+                greedy(&seen.w, None, &seen.moments().gram, ridge, n * 3 / 4, Choice::Loss).unwrap();
             [loss(&keep, &refit.weights), loss(&keep, &seen.w.select_cols(&keep))]
         };
         let ridge = settings.ridge_of_neurons(n, t);

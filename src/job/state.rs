@@ -6,7 +6,7 @@ use crate::calibrate::{Recipe, Windows};
 use crate::gguf::{GgufError, GgufFile, OutTensor, Value, sha256, write_gguf};
 use crate::model::{BlockShape, BlockVector, Model, Piece};
 use crate::pipeline::{BlockPlan, Journal, Settings, Settled};
-use crate::prune::{Candidate, GroupId, LazyGreedy};
+use crate::prune::{Candidate, Choice, GroupId, LazyGreedy};
 use crate::requant::Quantised;
 use std::borrow::Cow;
 use std::fs::{File, TryLockError};
@@ -17,6 +17,7 @@ const TERMS: &str = "run.txt";
 const WINDOWS: &str = "windows.gguf";
 const HEADS: &str = "heads.gguf";
 const WIDTHS: &str = "widths.gguf";
+const CHOICE: &str = "choice.gguf";
 /// What is being written. Always the same name, so that a run that was killed leaves one at most, which the next
 /// one writes over or deletes.
 const UNFINISHED: &str = "unfinished.part";
@@ -117,8 +118,8 @@ impl State {
     /// Deletes what is kept here, the terms first.
     fn clear(&self) {
         let blocks = (0..self.shapes.len()).map(block_file);
-        let files = [TERMS, WINDOWS, HEADS, WIDTHS, UNFINISHED].map(String::from).into_iter().chain(blocks);
-        files.for_each(|name| drop(std::fs::remove_file(self.folder.join(name))));
+        let others = [TERMS, WINDOWS, HEADS, WIDTHS, CHOICE, UNFINISHED].map(String::from);
+        others.into_iter().chain(blocks).for_each(|name| drop(std::fs::remove_file(self.folder.join(name))));
     }
 
     /// Writes a file beside its name, and gives it its name when it is complete and on the disk.
@@ -175,6 +176,15 @@ impl State {
             (Some(removed), Some(candidates)) => Ok(Some(LazyGreedy { removed, candidates })),
             _ => Err(self.damaged(HEADS, "groups")),
         }
+    }
+
+    fn read_choice(&self) -> Result<Option<Choice>, GgufError> {
+        let Some(file) = self.read(CHOICE)? else { return Ok(None) };
+        let written = match file.get("choice") {
+            Some(Value::Str(name)) => Choice::ALL.into_iter().find(|c| c.name() == name),
+            _ => None,
+        };
+        written.map(Some).ok_or_else(|| self.damaged(CHOICE, "choice"))
     }
 
     fn read_block(&self, il: usize) -> Result<Option<(BlockPlan, Vec<String>)>, GgufError> {
@@ -241,7 +251,7 @@ impl Journal for State {
         {
             blocks.push(block);
         }
-        Ok(Settled { heads: self.read_heads()?, widths, blocks })
+        Ok(Settled { heads: self.read_heads()?, widths, choice: self.read_choice()?, blocks })
     }
 
     fn heads(&mut self, search: &LazyGreedy) -> Result<(), GgufError> {
@@ -259,6 +269,10 @@ impl Journal for State {
 
     fn widths(&mut self, widths: &[usize]) -> Result<(), GgufError> {
         self.write(WIDTHS, &[("widths", numbers(widths.iter().copied()))], &[])
+    }
+
+    fn choice(&mut self, choice: Choice) -> Result<(), GgufError> {
+        self.write(CHOICE, &[("choice", Value::Str(choice.name().into()))], &[])
     }
 
     fn block(&mut self, il: usize, plan: &BlockPlan, warnings: &[String]) -> Result<(), GgufError> {

@@ -9,6 +9,7 @@ use crate::forward::{Collect, Wanted};
 use crate::model::{BlockWeights, Matrix};
 use crate::numeric::Moments;
 use crate::prune::{self, Budget, Curve, Singular};
+use crate::spill::Array;
 
 /// The least divergence in nats that is told from none.
 const MIN_DIVERGENCE: f64 = 1e-9;
@@ -60,7 +61,7 @@ impl Run<'_> {
         budgets: &[Budget],
         sensitivity: &Sensitivity,
     ) -> Result<Vec<Curve>, PruneError> {
-        let (s, n_ctx, n_embd) = (self.settings, self.windows.n_ctx, self.forward.n_embd());
+        let (s, n_ctx) = (self.settings, self.windows.n_ctx);
         let n_windows = n_windows(s, n_ctx, self.windows.n_fit);
         let tokens = self.windows.sample(n_windows * n_ctx, n_ctx);
         let mut stream = embedded(&self.forward, self.model, &tokens, &s.shelf)?;
@@ -72,26 +73,8 @@ impl Run<'_> {
         for (il, budget) in budgets.iter().enumerate() {
             self.checkpoint()?;
             let w = self.plan.block(self.model, il)?;
-            let block = self.forward.upload(&w)?;
-            let mut moments = self.forward.gathering(&block, w.shape.n_ff, 0)?;
-            for chunk in self.forward.chunks(0..n_windows) {
-                let span = self.forward.span(&chunk);
-                let x = &stream[span.clone()];
-                let heads = self.forward.heads(&block, x, None)?;
-                let mut out = vec![0.0; x.len()];
-                let scales = token_scales(x, n_embd, self.settings.token_weight);
-                let collect = Collect { target: None, scales: &scales, into: &mut moments };
-                let wanted = Wanted { out: Some(&mut out), moments: Some(collect), ..Wanted::default() };
-                self.forward.from_heads(&block, x, &heads, wanted)?;
-                stream[span].copy_from_slice(&out);
-            }
-            // The algebra needs the room.
-            drop(block);
-            let mut moments = moments.finish();
+            let moments = self.moments_of_neurons(&w, n_windows, &mut stream)?;
             probe.stream(&probe.upload(&w)?, &base, &mut next)?;
-            if self.settings.biases {
-                moments.centre();
-            }
             let widths = prune::possible_widths(budget);
             let at = self.probe_at(&widths);
             // That of the fit to come, which sees all tokens: the curves only compare blocks.
@@ -114,8 +97,41 @@ impl Run<'_> {
         Ok(curves)
     }
 
+    /// Moments at ffn_down of the block `w` over `stream`, of `n_windows`, which moves on to the stream behind the block.
+    pub(super) fn moments_of_neurons(
+        &mut self,
+        w: &BlockWeights,
+        n_windows: usize,
+        stream: &mut Array<f32>,
+    ) -> Result<Moments, PruneError> {
+        let block = self.forward.upload(w)?;
+        let mut moments = self.forward.gathering(&block, w.shape.n_ff, 0)?;
+        for chunk in self.forward.chunks(0..n_windows) {
+            let span = self.forward.span(&chunk);
+            let x = &stream[span.clone()];
+            let heads = self.forward.heads(&block, x, None)?;
+            let mut out = vec![0.0; x.len()];
+            let scales = token_scales(x, self.forward.n_embd(), self.settings.token_weight);
+            let collect = Collect { target: None, scales: &scales, into: &mut moments };
+            let wanted = Wanted { out: Some(&mut out), moments: Some(collect), ..Wanted::default() };
+            self.forward.from_heads(&block, x, &heads, wanted)?;
+            stream[span].copy_from_slice(&out);
+        }
+        let mut moments = moments.finish();
+        if self.settings.biases {
+            moments.centre();
+        }
+        Ok(moments)
+    }
+
     /// Block `w` with the neurons `kept` and the map `weights` on them.
-    fn narrowed(&self, mut w: BlockWeights, kept: Vec<usize>, weights: Matrix, m: &Moments) -> BlockWeights {
+    pub(super) fn narrowed(
+        &self,
+        mut w: BlockWeights,
+        kept: Vec<usize>,
+        weights: Matrix,
+        m: &Moments,
+    ) -> BlockWeights {
         let maps = [&w.ffn_down, &weights];
         w.ffn_down_bias = self.adapted_bias(w.ffn_down_bias.clone(), maps, &kept, m, 0.0);
         w.keep_pieces(&[], &kept);

@@ -16,7 +16,7 @@ use crate::forward::{
 };
 use crate::ggml::Type;
 use crate::model::{BlockShape, BlockTensors, Family, KvCache, Model, Piece, Segment};
-use crate::prune::{self, BudgetError};
+use crate::prune::{self, BudgetError, Choice};
 use crate::requant::output_type;
 
 /// Whole models that a step of the search for heads comes to: the streams behind the group that went are refreshed,
@@ -118,6 +118,7 @@ pub fn forecast(model: &Model, c: &Calibration, settings: &Settings) -> Result<F
             w.heads(n_groups),
             w.sensitivity(),
             w.widths(),
+            w.choice(),
             w.blocks(),
             w.prepare_tuning(),
             w.tune(),
@@ -480,6 +481,48 @@ impl Work<'_> {
         }
     }
 
+    /// As [`Work::widths`], but narrowed once for each way to choose, and compared at the end.
+    fn choice(&self) -> StageForecast {
+        let n_ctx = self.c.n_ctx;
+        let (trial_ctx, n_trial) = self.probes();
+        let n = (curves::n_windows(self.s, n_ctx, self.c.n_fit) * n_ctx) as f64;
+        let ways = Choice::ALL.len() as f64;
+        let e = self.n_embd();
+        let whole = self.whole();
+        let compared = self.model_ops(&whole, n_trial, trial_ctx) + self.judge_ops(n_trial, 1.0 + ways);
+        let (mut operations, mut algebra) = (compared, 0.0);
+        for (il, (b, narrowed)) in self.headless().into_iter().zip(self.pruned()).enumerate() {
+            operations += self.block_ops(il, b, n, n_ctx) + self.moment_ops(b.ff, 0.0, n);
+            operations += ways * self.block_ops(il, narrowed, n_trial, trial_ctx);
+            algebra += self.metric_ops(b.ff);
+            algebra += ways * (inverse_ops(b.ff) + removal_ops(b.ff, narrowed.ff, 3.0 * e));
+        }
+        let streams = self.stream_bytes(n * e) + self.sensitivity_bytes();
+        let trials = (2.0 + ways) * 4.0 * n_trial * e;
+        let (sums, moments) = (self.sums_bytes(self.max_ff(), 0.0), 4.0 * self.max_ff().powi(2));
+        let collecting = self.block_bytes() + moments + self.moment_graph_bytes(n_ctx, n) + sums;
+        let trying = 2.0 * self.block_bytes() + moments + self.graph_bytes(trial_ctx, n_trial);
+        let maps = 4.0 * self.max_ff() * e;
+        let choosing = self.block_bytes() + maps + self.choosing_bytes(0.0, true);
+        let most = collecting.max(choosing).max(trying + maps).max(self.predicting_bytes());
+        StageForecast {
+            name: "choice",
+            // Mixtures have no samples to choose by.
+            operations: if self.sensitivity_bytes() > 0.0 { operations } else { 0.0 },
+            algebra,
+            memory: BASE_BYTES + streams + trials + most,
+            on_devices: (self.kept_graph_bytes() + self.block_bytes() + sums)
+                .max(self.block_bytes() + self.graph_bytes(trial_ctx, n_trial))
+                .max(self.predicting_bytes()),
+        }
+    }
+
+    /// Operations of samples of the curvature made into a form, and of a map of `n_ff` inputs under it.
+    fn metric_ops(&self, n_ff: f64) -> f64 {
+        let e = self.n_embd();
+        2.0 * e * e * n_ff + e.powi(3) * 4.0 / 3.0
+    }
+
     /// Length of the windows that samples of the curvature are taken on, and how many tokens these have.
     fn probes(&self) -> (usize, f64) {
         let n_ctx = sensitivity::CTX.min(self.c.n_ctx);
@@ -574,7 +617,7 @@ impl Work<'_> {
             operations += self.moment_ops(headless.ff, self.n_residuals(), n_fit);
             algebra += (headless.ff.powi(3) + pruned.ff.powi(3)) / 3.0 + e * pruned.ff.powi(2);
             if ours {
-                algebra += 2.0 * e * headless.ff.powi(2) + 2.0 * e * e * headless.ff + e.powi(3) * 4.0 / 3.0;
+                algebra += 2.0 * e * headless.ff.powi(2) + self.metric_ops(headless.ff);
                 algebra += inverse_ops(headless.ff) + removal_ops(headless.ff, pruned.ff, 3.0 * e);
             }
         }

@@ -2,7 +2,7 @@
 
 use super::BlockPlan;
 use crate::gguf::GgufError;
-use crate::prune::LazyGreedy;
+use crate::prune::{Choice, LazyGreedy};
 
 /// What an earlier run of the same job settled.
 #[derive(Clone, Debug, Default)]
@@ -11,6 +11,8 @@ pub struct Settled {
     pub heads: Option<LazyGreedy>,
     /// Width per block.
     pub widths: Option<Vec<usize>>,
+    /// What neurons go by.
+    pub choice: Option<Choice>,
     /// The first blocks, pruned and requantised, and what the user should know of each.
     pub blocks: Vec<(BlockPlan, Vec<String>)>,
 }
@@ -38,6 +40,14 @@ pub trait Journal {
     /// # Errors
     /// [`GgufError`] if it cannot be written.
     fn widths(&mut self, _widths: &[usize]) -> Result<(), GgufError> {
+        Ok(())
+    }
+
+    /// It is known what neurons go by.
+    ///
+    /// # Errors
+    /// [`GgufError`] if it cannot be written.
+    fn choice(&mut self, _choice: Choice) -> Result<(), GgufError> {
         Ok(())
     }
 

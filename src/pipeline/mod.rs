@@ -3,11 +3,13 @@
 //! 1. `heads`: which attention groups go, by their effect on the model's predictions.
 //! 2. `sensitivity`: what errors in the stream behind each block cost the predictions.
 //! 3. `curves`: what every block loses as its feed-forward narrows, by that cost; from that, the widths.
-//! 4. `sequential`: block after block, refit attn_output, choose neurons, refit ffn_down, requantise;
+//! 4. `choice`: by what neurons are chosen, tried on all blocks at once.
+//! 5. `sequential`: block after block, refit attn_output, choose neurons, refit ffn_down, requantise;
 //!    each block sees the pruned and requantised blocks before it.
-//! 5. `tune`: norms and biases, by descent on what the whole model's predictions lose.
+//! 6. `tune`: norms and biases, by descent on what the whole model's predictions lose.
 
 mod amounts;
+mod choice;
 mod curves;
 mod experts;
 mod forecast;
@@ -45,7 +47,7 @@ use crate::ggml::GgmlError;
 use crate::gguf::GgufError;
 use crate::model::Model;
 use crate::numeric::{RowComparison, compare_rows};
-use crate::prune::{BudgetError, Singular};
+use crate::prune::{BudgetError, Choice, Singular};
 use rayon::prelude::*;
 
 /// Who is told how far the work is, and can stop it.
@@ -176,6 +178,7 @@ pub fn run(
         observer,
         plan: Plan { carriers: s.carriers(model), ..Plan::whole(model) },
         sensitivity: None,
+        choice: Choice::Loss,
         block_losses: None,
         losses: Vec::new(),
         warnings: Vec::new(),
@@ -195,6 +198,12 @@ pub fn run(
                 None => run.choose_widths(&budgets, removed, sensitivity.as_ref())?,
             };
             run.journal.widths(&widths)?;
+            run.choice = match (settled.choice, &sensitivity) {
+                (Some(choice), _) => choice,
+                (None, Some(measured)) => run.choice_of_neurons(&widths, measured)?,
+                (None, None) => Choice::Loss,
+            };
+            run.journal.choice(run.choice)?;
             run.sensitivity = sensitivity;
             let mut streams = run.sequential_pass(&widths, settled.blocks)?;
             run.sensitivity = None;
@@ -278,6 +287,8 @@ struct Run<'a> {
     plan: Plan,
     /// What the predictions mind, while neurons are chosen.
     sensitivity: Option<Sensitivity>,
+    /// What neurons go by.
+    choice: Choice,
     block_losses: Option<Vec<f64>>,
     /// Of the first held-out window.
     losses: Vec<f64>,

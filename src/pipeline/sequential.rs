@@ -276,7 +276,7 @@ impl Run<'_> {
         let corrected = prune::refit(ffn_down, moments, s.mixture, &all, s.ridge_stream)?;
         let costs = self.sensitivity.as_ref().map(|s| s.costs(il, w, &corrected.weights)).transpose()?;
         let (keep, mut refit) =
-            prune::greedy(&corrected.weights, costs.as_ref(), &moments.gram, ridge, width)?;
+            prune::greedy(&corrected.weights, costs.as_ref(), &moments.gram, ridge, width, self.choice)?;
         if corrected.ridge > s.ridge_stream {
             refit.ridge = refit.ridge.max(corrected.ridge);
         }

@@ -13,6 +13,30 @@ use rayon::prelude::*;
 /// whatever the number of inputs.
 pub(crate) const PENDING: usize = 256;
 
+/// What inputs go by.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Choice {
+    /// What the loss grows by if an input goes alone and the others make up for it: Σ_i W_ij² / \[H⁻¹\]_jj.
+    Loss,
+    /// The length of what an input is multiplied by times its energy, Σ_i W_ij² H_jj², whatever others could make up for: between
+    /// what would be missing without the input, Σ_i W_ij² H_jj, and its energy alone, by which 2SSP (arXiv 2501.17771)
+    /// chooses. What a text says of how inputs go together holds least for others.
+    Energy,
+}
+
+impl Choice {
+    /// All there are, the usual one first.
+    pub const ALL: [Choice; 2] = [Choice::Loss, Choice::Energy];
+
+    /// What it is called.
+    pub fn name(self) -> &'static str {
+        match self {
+            Choice::Loss => "loss",
+            Choice::Energy => "energy",
+        }
+    }
+}
+
 /// A map W at the minimum of a quadratic loss with curvature H + λI, whose inputs are taken out a few at a
 /// time; what stays is moved to the new minimum each time.
 pub struct Obs {
@@ -29,6 +53,8 @@ pub struct Obs {
     /// Squared length of each column of what inputs are judged by, and the diagonal of the inverse, as they are now.
     lengths: Vec<f64>,
     diagonal: Vec<f64>,
+    /// The diagonal of H by input, where inputs go by energy.
+    energies: Option<Vec<f64>>,
     /// What to take from `h_inv`: across · gainsᵀ, in their first `pending` columns.
     across: Mat<f64>,
     gains: Mat<f64>,
@@ -84,7 +110,7 @@ impl Follower {
 
 impl Obs {
     /// Starts from `w` `[n_in, n_out]`, which is the minimum, and the curvature `h` with
-    /// λ = `ridge` · mean diag H. Inputs are judged by what their outputs through `costs` lose, or through `w`
+    /// λ = `ridge` · mean diag H. Inputs go by `choice`, judged by their outputs through `costs`, or through `w`
     /// itself.
     ///
     /// # Errors
@@ -92,7 +118,13 @@ impl Obs {
     ///
     /// # Panics
     /// If the sizes disagree.
-    pub fn new(w: &Matrix, costs: Option<&Matrix>, h: &SymMatrix, ridge: f64) -> Result<Obs, Singular> {
+    pub fn new(
+        w: &Matrix,
+        costs: Option<&Matrix>,
+        h: &SymMatrix,
+        ridge: f64,
+        choice: Choice,
+    ) -> Result<Obs, Singular> {
         assert!(w.n_in == h.n() && costs.is_none_or(|c| c.n_in == h.n()));
         let n = h.n();
         let (factored, ridge) = factor(h, None, ridge, h.mean_diagonal())?;
@@ -103,6 +135,7 @@ impl Obs {
             judged,
             carried: costs.map(|_| Follower::new(w)),
             diagonal: (0..n).map(|j| h_inv[j * n + j]).collect(),
+            energies: (choice == Choice::Energy).then(|| h.diagonal()),
             h_inv,
             inputs: (0..n).collect(),
             left: vec![true; n],
@@ -140,9 +173,12 @@ impl Obs {
         Matrix::new(w.ncols(), w.nrows(), data)
     }
 
-    /// What the loss grows by if input at column `j` goes alone: Σ_i W_ij² / [H⁻¹]_jj.
+    /// What the input at column `j` is judged by.
     fn saliency(&self, j: usize) -> f64 {
-        self.lengths[j] / self.diagonal[j]
+        match &self.energies {
+            None => self.lengths[j] / self.diagonal[j],
+            Some(energies) => self.lengths[j] * energies[self.inputs[j]].powi(2),
+        }
     }
 
     /// Takes out the `k` inputs with the least saliency, together, and moves the others to the minimum without

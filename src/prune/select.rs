@@ -1,16 +1,16 @@
 //! Which neurons stay.
 
 use super::refit::factor;
-use super::{Obs, Refit, Singular, in_f64};
+use super::{Choice, Obs, Refit, Singular, in_f64};
 use crate::model::Matrix;
 use crate::numeric::SymMatrix;
 
 /// Neurons that are taken out together at most, up to 4096 of them. Smaller is more exact and slower.
 const MAX_STEP: usize = 16;
 
-/// Keeps `n_keep` neurons, taking out those with the least loss a few at a time and repairing the
+/// Keeps `n_keep` neurons, taking out those that `choice` finds least a few at a time and repairing the
 /// others each time. `w` `[n_ff, n_out]` is at the minimum of its loss with curvature `h`; neurons are judged by
-/// what their outputs through `costs` lose, if it is given. Returns the neurons that stay, ascending, and the map on
+/// their outputs through `costs`, if it is given. Returns the neurons that stay, ascending, and the map on
 /// them at its minimum.
 ///
 /// # Errors
@@ -21,9 +21,10 @@ pub fn greedy(
     h: &SymMatrix,
     ridge: f64,
     n_keep: usize,
+    choice: Choice,
 ) -> Result<(Vec<usize>, Refit), Singular> {
     assert!(n_keep > 0 && n_keep <= w.n_in);
-    let mut obs = Obs::new(w, costs, h, ridge)?;
+    let mut obs = Obs::new(w, costs, h, ridge, choice)?;
     while obs.alive() > n_keep {
         obs.remove_least(step(w.n_in, obs.alive()).min(obs.alive() - n_keep));
     }
@@ -56,7 +57,7 @@ pub fn narrow(
     widths: &[usize],
     probe: usize,
 ) -> Result<Narrowing, Singular> {
-    let mut obs = Obs::new(w, None, h, ridge)?;
+    let mut obs = Obs::new(w, None, h, ridge, Choice::Loss)?;
     let mut loss = 0.0;
     let (mut losses, mut at_probe) = (Vec::with_capacity(widths.len()), None);
     for &width in widths {
