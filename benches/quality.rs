@@ -12,6 +12,7 @@ use putri_gguf::evaluate::{Comparison, Judge};
 use putri_gguf::ggml::{LlamaModel, Token, Type, silence_logs};
 use putri_gguf::model::Model;
 use putri_gguf::pipeline::{Loss, Method, Observer, Settings};
+use putri_gguf::prune::Choice;
 use putri_gguf::{Job, calibration, run};
 use std::path::{Path, PathBuf};
 use std::time::Instant;
@@ -124,6 +125,7 @@ fn settings(row: &str, sparsity: f64, n_threads: usize) -> Settings {
             "tune_drawn" => s.tune_drawn = number(),
             "least_width" => s.least_width = number(),
             "nobias" => s.biases = false,
+            "choice" => s.choice = Choice::ALL.into_iter().find(|c| c.name() == value),
             "uniform" => s.per_block_widths = false,
             other => panic!("no setting {other}"),
         }

@@ -294,6 +294,27 @@ fn by_energy_the_least_product_of_length_and_energy_goes() {
 }
 
 #[test]
+fn by_energy_a_wide_map_goes_as_fresh_refits_say() {
+    let (n, m, n_keep) = (330, 2, 20);
+    let p = Problem::new(400, n, m, 6);
+    let moments = p.moments();
+    let costs = Matrix::new(n, 3, Rng(9).vec(3 * n, 1.0));
+    let energies = moments.gram.diagonal();
+    let mut keep: Vec<usize> = (0..n).collect();
+    while keep.len() > n_keep {
+        let w = refit(&costs, &moments, 0.0, &keep, 1e-2).unwrap().weights;
+        let square = |a: usize| (0..3).map(|o| f64::from(w.data[o * keep.len() + a]).powi(2)).sum::<f64>();
+        let mut worth: Vec<(f64, usize)> =
+            keep.iter().enumerate().map(|(a, &j)| (square(a) * energies[j].powi(2), j)).collect();
+        worth.sort_by(|a, b| a.0.total_cmp(&b.0));
+        let k = (keep.len() / 64).clamp(1, 16).min(keep.len() - n_keep);
+        keep.retain(|j| worth[..k].iter().all(|(_, gone)| gone != j));
+    }
+    let found = greedy(&p.w, Some(&costs), &moments.gram, 1e-2, n_keep, Choice::Energy).unwrap();
+    assert_eq!(found.0, keep);
+}
+
+#[test]
 fn greedy_is_near_the_best_of_all_subsets() {
     let mut best_hits = 0;
     for seed in 1..=6 {

@@ -6,8 +6,10 @@ use common::cli::Cli;
 use common::small::Small;
 use putri_gguf::calibrate::Recipe;
 use putri_gguf::ggml::silence_logs;
+use putri_gguf::gguf::{GgufFile, Value, write_gguf};
 use putri_gguf::model::Piece;
 use putri_gguf::pipeline::{Method, Observer, Settings};
+use putri_gguf::prune::Choice;
 use putri_gguf::{Job, JobError, KeepState, run};
 use std::cell::Cell;
 use std::path::Path;
@@ -93,6 +95,48 @@ fn interrupted_anywhere_a_run_ends_in_the_same_bytes() {
         }
         std::fs::remove_file(&job.output).unwrap();
     }
+}
+
+#[test]
+fn neurons_go_by_what_a_run_found_best_or_was_told() {
+    silence_logs();
+    let cli = Cli::new();
+    Small { blocks: vec![(4, 2, 256); 4], ..Small::default() }.write(&cli.path("in.gguf"));
+    let mut job = job(cli.dir.path(), Method::Putri);
+    let undisturbed = |job: &Job| {
+        run(job, &mut StopsAfter(Cell::new(usize::MAX))).unwrap();
+        let bytes = std::fs::read(&job.output).unwrap();
+        std::fs::remove_file(&job.output).unwrap();
+        bytes
+    };
+    let told = Choice::ALL.map(|choice| {
+        job.settings.choice = Some(choice);
+        undisturbed(&job)
+    });
+    assert!(told[0] != told[1], "both ways keep the same neurons");
+    job.settings.choice = None;
+    let found = undisturbed(&job);
+    // Whatever was found, the other is what a state says that names the other.
+    let best = told.iter().position(|bytes| *bytes == found).expect("it goes one way or the other");
+    job.state = Some(KeepState { folder: cli.path("state"), resume: true });
+    let choice = cli.path("state/choice.gguf");
+    for patience in (2..).take_while(|_| !choice.exists()) {
+        // From the beginning, or the last of many could go from before the choice to the end.
+        drop(std::fs::remove_dir_all(cli.path("state")));
+        assert!(matches!(run(&job, &mut StopsAfter(Cell::new(patience))), Err(JobError::Interrupted)));
+    }
+    assert!(!cli.path("state/block-000.gguf").exists());
+    let written = GgufFile::open(&choice).unwrap().get("choice").cloned();
+    assert_eq!(written, Some(Value::Str(Choice::ALL[best].name().into())));
+    let say = |name: &str| {
+        let mut file = std::fs::File::create(&choice).unwrap();
+        write_gguf(&mut file, &choice, &[("choice".into(), Value::Str(name.into()))], &[]).unwrap();
+    };
+    say("taste");
+    let error = run(&job, &mut StopsAfter(Cell::new(usize::MAX))).unwrap_err().to_string();
+    assert!(error.contains("choice.gguf") && error.contains("begin anew"), "{error}");
+    say(Choice::ALL[1 - best].name());
+    assert!(undisturbed(&job) == told[1 - best]);
 }
 
 #[test]

@@ -9,13 +9,12 @@ use super::stream::{embedded, planned_stream};
 use super::{Plan, PruneError, Run, curves, forward};
 use crate::prune::{self, Choice};
 
-/// By how much less of a divergence another way has to be better than the usual one: what it is on a few thousand tokens
-/// is partly chance.
+/// Share by which the other way's divergence must be lower than the usual one's: on a few thousand tokens, less is chance.
 const CLEAR: f64 = 0.01;
 
 impl Run<'_> {
     /// The way to choose neurons that leaves the predictions closest to the dense model's where all blocks are narrowed to
-    /// `widths`, each fitted to few tokens of the dense stream; on tokens that nothing is fitted to.
+    /// `widths`, each fitted to few tokens of the stream of whole feed-forwards; on other tokens, where there are others.
     pub(super) fn choice_of_neurons(
         &mut self,
         widths: &[usize],
@@ -28,7 +27,7 @@ impl Run<'_> {
         let mut trial = forward(self.model, sensitivity.n_ctx, s)?;
         let start = trial.embed(self.model, &sensitivity.tokens)?;
         let mut next = vec![0.0; start.len()];
-        let mut tried = Choice::ALL.map(|choice| (choice, start.clone()));
+        let mut streams = [start.clone(), start];
         // The last step compares.
         self.observer.stage("choice", widths.len() + 1);
         for (il, &width) in widths.iter().enumerate() {
@@ -37,9 +36,10 @@ impl Run<'_> {
             let moments = self.moments_of_neurons(&w, n_windows, &mut stream)?;
             let failed = |source| PruneError::Singular { block: il, part: "ffn_down", source };
             let costs = sensitivity.costs(il, &w, &w.ffn_down).map_err(failed)?;
-            let ridge = s.ridge_of_neurons(w.shape.n_ff, moments.n_tokens);
-            for (choice, x) in &mut tried {
-                let chosen = prune::greedy(&w.ffn_down, Some(&costs), &moments.gram, ridge, width, *choice);
+            // That of the fit to come, which sees all tokens.
+            let ridge = s.ridge_of_neurons(w.shape.n_ff, self.windows.n_fit * n_ctx);
+            for (choice, x) in Choice::ALL.into_iter().zip(&mut streams) {
+                let chosen = prune::greedy(&w.ffn_down, Some(&costs), &moments.gram, ridge, width, choice);
                 let (keep, refit) = chosen.map_err(failed)?;
                 let less = trial.upload(&self.narrowed(w.clone(), keep, refit.weights, &moments))?;
                 trial.stream(&less, x, &mut next)?;
@@ -47,15 +47,17 @@ impl Run<'_> {
             }
             self.observer.step(il + 1, "");
         }
+        drop(next);
         let whole = Plan::whole(self.reference);
         let (tokens, observer) = (&sensitivity.tokens, &*self.observer);
         let dense = planned_stream(&mut trial, self.reference, &whole, tokens, observer, |_| Ok(()))?;
         let judge = Judge::new(&mut trial, self.model, self.reference, tokens, &dense, Loss::Divergence)?;
-        let [by_loss, by_energy] = &tried;
-        let by_loss = judge.loss(&mut trial, &by_loss.1)?;
-        let by_energy = judge.loss(&mut trial, &by_energy.1)?;
+        let [by_loss, by_energy] = streams;
+        let [by_loss, by_energy] = [judge.loss(&mut trial, &by_loss)?, judge.loss(&mut trial, &by_energy)?];
         let note = format!("divergence {by_loss:.4} by loss, {by_energy:.4} by energy");
         self.observer.step(widths.len() + 1, &note);
-        Ok(if by_energy < by_loss * (1.0 - CLEAR) { Choice::Energy } else { Choice::Loss })
+        // Against a way that gives none at all any is better.
+        let better = by_energy < by_loss * (1.0 - CLEAR) || (by_loss.is_nan() && !by_energy.is_nan());
+        Ok(if better { Choice::Energy } else { Choice::Loss })
     }
 }

@@ -489,7 +489,7 @@ impl Work<'_> {
         let ways = Choice::ALL.len() as f64;
         let e = self.n_embd();
         let whole = self.whole();
-        let compared = self.model_ops(&whole, n_trial, trial_ctx) + self.judge_ops(n_trial, 1.0 + ways);
+        let compared = self.model_ops(&whole, n_trial, trial_ctx) + self.judge_ops(n_trial, ways);
         let (mut operations, mut algebra) = (compared, 0.0);
         for (il, (b, narrowed)) in self.headless().into_iter().zip(self.pruned()).enumerate() {
             operations += self.block_ops(il, b, n, n_ctx) + self.moment_ops(b.ff, 0.0, n);
@@ -498,22 +498,27 @@ impl Work<'_> {
             algebra += ways * (inverse_ops(b.ff) + removal_ops(b.ff, narrowed.ff, 3.0 * e));
         }
         let streams = self.stream_bytes(n * e) + self.sensitivity_bytes();
-        let trials = (2.0 + ways) * 4.0 * n_trial * e;
+        let streams_tried = (3.0 + ways) * 4.0 * n_trial * e;
         let (sums, moments) = (self.sums_bytes(self.max_ff(), 0.0), 4.0 * self.max_ff().powi(2));
         let collecting = self.block_bytes() + moments + self.moment_graph_bytes(n_ctx, n) + sums;
         let trying = 2.0 * self.block_bytes() + moments + self.graph_bytes(trial_ctx, n_trial);
         let maps = 4.0 * self.max_ff() * e;
         let choosing = self.block_bytes() + maps + self.choosing_bytes(0.0, true);
-        let most = collecting.max(choosing).max(trying + maps).max(self.predicting_bytes());
+        let most =
+            collecting.max(choosing).max(trying + maps).max(self.scratch_bytes() + self.predicting_bytes());
         StageForecast {
             name: "choice",
-            // Mixtures have no samples to choose by.
-            operations: if self.sensitivity_bytes() > 0.0 { operations } else { 0.0 },
+            // Without samples there is nothing to choose by.
+            operations: if self.s.sensitivity_tokens > 0 && self.s.choice.is_none() {
+                operations
+            } else {
+                0.0
+            },
             algebra,
-            memory: BASE_BYTES + streams + trials + most,
-            on_devices: (self.kept_graph_bytes() + self.block_bytes() + sums)
-                .max(self.block_bytes() + self.graph_bytes(trial_ctx, n_trial))
-                .max(self.predicting_bytes()),
+            memory: BASE_BYTES + streams + streams_tried + most,
+            on_devices: self.kept_graph_bytes()
+                + self.graph_bytes(trial_ctx, n_trial)
+                + (self.block_bytes() + sums).max(self.predicting_bytes()),
         }
     }
 

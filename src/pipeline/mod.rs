@@ -189,7 +189,8 @@ pub fn run(
         Method::Putri => {
             run.search_heads(&budgets, n_groups, settled.heads)?;
             let removed = run.plan.attention_params_removed(&budgets);
-            let wanted = settled.widths.is_none() || settled.blocks.len() < budgets.len();
+            let wanted =
+                settled.widths.is_none() || settled.choice.is_none() || settled.blocks.len() < budgets.len();
             let measured =
                 (wanted && s.sensitivity_tokens > 0).then(|| run.sensitivity(s.sensitivity_tokens));
             let sensitivity = measured.transpose()?;
@@ -198,14 +199,16 @@ pub fn run(
                 None => run.choose_widths(&budgets, removed, sensitivity.as_ref())?,
             };
             run.journal.widths(&widths)?;
-            run.choice = match (settled.choice, &sensitivity) {
+            // Blocks of which it is not known what their neurons went by are done anew.
+            let done = if settled.choice.is_some() { settled.blocks } else { Vec::new() };
+            run.choice = match (settled.choice.or(s.choice), &sensitivity) {
                 (Some(choice), _) => choice,
                 (None, Some(measured)) => run.choice_of_neurons(&widths, measured)?,
                 (None, None) => Choice::Loss,
             };
             run.journal.choice(run.choice)?;
             run.sensitivity = sensitivity;
-            let mut streams = run.sequential_pass(&widths, settled.blocks)?;
+            let mut streams = run.sequential_pass(&widths, done)?;
             run.sensitivity = None;
             tuned = run.tune(&mut streams)?;
             let held_out = run.forward.span(&(windows.n_fit..windows.n_windows()));

@@ -4,6 +4,7 @@ use super::{Loss, Target};
 use crate::forward::CHUNK_TOKENS;
 use crate::ggml::{Compute, Device, Type};
 use crate::model::{Arch, Carriers, Heads, Model, Piece};
+use crate::prune::Choice;
 use crate::spill::Shelf;
 
 /// How to prune.
@@ -65,13 +66,15 @@ pub struct Settings {
     pub rescored: Option<usize>,
     /// What heads are judged by, once a first look, which always is by divergence, put them in order.
     pub head_loss: Loss,
-    /// Tokens that the widths' loss curves are measured on.
+    /// Tokens that the widths' loss curves are measured on, and trials of what neurons go by are fitted to.
     pub curve_tokens: usize,
     /// Columns that are still to be rounded make up for the rounding of those before.
     pub error_feedback: bool,
     /// Tokens on which it is measured how much the predictions mind each output of a block: neurons are chosen by it, and
     /// widths per block, which are equal without. 0 counts all outputs alike.
     pub sensitivity_tokens: usize,
+    /// What neurons go by; if nothing is said, both ways are tried on the model, where outputs do not all count alike.
+    pub choice: Option<Choice>,
     /// Every block gets its own width.
     pub per_block_widths: bool,
     /// The least width of a block where each gets its own, relative to what would stay if all lost the same share.
@@ -159,6 +162,7 @@ impl Default for Settings {
             curve_tokens: 4096,
             sensitivity_tokens: 2048,
             error_feedback: true,
+            choice: None,
             per_block_widths: true,
             least_width: 0.0,
             biases: true,

@@ -18,9 +18,9 @@ pub(crate) const PENDING: usize = 256;
 pub enum Choice {
     /// What the loss grows by if an input goes alone and the others make up for it: Σ_i W_ij² / \[H⁻¹\]_jj.
     Loss,
-    /// The length of what an input is multiplied by times its energy, Σ_i W_ij² H_jj², whatever others could make up for: between
-    /// what would be missing without the input, Σ_i W_ij² H_jj, and its energy alone, by which 2SSP (arXiv 2501.17771)
-    /// chooses. What a text says of how inputs go together holds least for others.
+    /// The square of the length of an input's weights times its energy (that about its mean, where H is centred),
+    /// Σ_i W_ij² H_jj², whatever others could make up for: between what would be missing without the input, Σ_i W_ij² H_jj, and
+    /// its energy alone, by which 2SSP (arXiv 2501.17771) chooses.
     Energy,
 }
 
