@@ -237,11 +237,11 @@ impl Run<'_> {
             let values = w.vector(v).filter(|_| there && may)?;
             // A bias is a weight whose input is always 1.
             let size = match v {
-                BlockVector::AttnOutputBias => &w.attn_output.data,
-                BlockVector::FfnDownBias => &w.ffn_down.data,
-                _ => values,
+                BlockVector::AttnOutputBias => rms(&w.attn_output.data),
+                BlockVector::FfnDownBias => rms(&w.ffn_down.data),
+                _ => median(values),
             };
-            Some(Moving::new(values, rms(size)))
+            Some(Moving::new(values, size))
         }))
     }
 }
@@ -250,9 +250,27 @@ fn rms(x: &[f32]) -> f32 {
     (x.iter().map(|v| f64::from(*v).powi(2)).sum::<f64>() / x.len().max(1) as f64).sqrt() as f32
 }
 
+/// Median of the absolute values: norms can have a few weights a hundred times as large as all others (Gemma 3), which
+/// would make the steps of these far too long.
+fn median(x: &[f32]) -> f32 {
+    let mut sizes: Vec<f32> = x.iter().map(|v| v.abs()).collect();
+    let middle = sizes.len() / 2;
+    if sizes.is_empty() { 0.0 } else { *sizes.select_nth_unstable_by(middle, f32::total_cmp).1 }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_few_large_weights_do_not_make_the_others_large() {
+        for n in [1usize, 8, 641] {
+            let mut norm: Vec<f32> = (0..n).map(|i| if i % 2 == 0 { -2.0 } else { 2.0 }).collect();
+            (0..n / 8).for_each(|i| norm[i * 7] = 300.0);
+            assert_eq!(median(&norm), 2.0);
+        }
+        assert_eq!(median(&[]), 0.0);
+    }
 
     #[test]
     fn tokens_are_drawn_from_the_one_before_in_windows_that_are_not_given() {
