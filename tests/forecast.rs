@@ -36,6 +36,11 @@ fn models() -> Vec<(&'static str, Small, usize, Piece)> {
             256,
         ),
         (
+            "deep",
+            Small { arch: "gemma3", blocks: vec![(4, 1, 512); 20], n_embd: 128, ..Small::default() },
+            256,
+        ),
+        (
             "no gate",
             Small {
                 arch: "arcee",

@@ -1,7 +1,7 @@
 //! By what neurons are chosen.
 //!
 //! What a neuron that goes costs its own block says only so much about what it costs the whole model, and how much differs from
-//! model to model. So each way to choose is tried on all blocks at once, and the model's predictions decide.
+//! model to model. So each way to choose is tried on many blocks at once, and the model's predictions decide.
 
 use super::judge::{Judge, Loss};
 use super::sensitivity::Sensitivity;
@@ -12,9 +12,18 @@ use crate::prune::{self, Choice};
 /// Share by which the other way's divergence must be lower than the usual one's: on a few thousand tokens, less is chance.
 const CLEAR: f64 = 0.01;
 
+/// Blocks that are narrowed on trial at most: with many large ones the algebra would be much of the whole run.
+const MAX_TRIED: usize = 16;
+
+/// Whether block `il` of `n_layer` is narrowed on trial: all are, or [`MAX_TRIED`] spread evenly.
+pub(super) fn is_tried(il: usize, n_layer: usize) -> bool {
+    let before = |il: usize| il * MAX_TRIED.min(n_layer) / n_layer;
+    before(il) < before(il + 1)
+}
+
 impl Run<'_> {
-    /// The way to choose neurons that leaves the predictions closest to the dense model's where all blocks are narrowed to
-    /// `widths`, each fitted to few tokens of the stream of whole feed-forwards; on other tokens, where there are others.
+    /// The way to choose neurons that leaves the predictions closest to the dense model's where blocks are narrowed to
+    /// `widths`, all at once, each fitted to few tokens of the stream of whole feed-forwards; on other tokens, where there are others.
     pub(super) fn choice_of_neurons(
         &mut self,
         widths: &[usize],
@@ -33,6 +42,20 @@ impl Run<'_> {
         for (il, &width) in widths.iter().enumerate() {
             self.checkpoint()?;
             let w = self.plan.block(self.model, il)?;
+            if !is_tried(il, widths.len()) {
+                let block = self.forward.upload(&w)?;
+                let mut behind = s.shelf.zeros(stream.len())?;
+                self.forward.stream(&block, &stream, &mut behind)?;
+                stream = behind;
+                drop(block);
+                let block = trial.upload(&w)?;
+                for x in &mut streams {
+                    trial.stream(&block, x, &mut next)?;
+                    std::mem::swap(x, &mut next);
+                }
+                self.observer.step(il + 1, "");
+                continue;
+            }
             let moments = self.moments_of_neurons(&w, n_windows, &mut stream)?;
             let failed = |source| PruneError::Singular { block: il, part: "ffn_down", source };
             let costs = sensitivity.costs(il, &w, &w.ffn_down).map_err(failed)?;
@@ -59,5 +82,20 @@ impl Run<'_> {
         // Against a way that gives none at all any is better.
         let better = by_energy < by_loss * (1.0 - CLEAR) || (by_loss.is_nan() && !by_energy.is_nan());
         Ok(if better { Choice::Energy } else { Choice::Loss })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn blocks_are_tried_all_or_spread_evenly() {
+        for n in [1usize, 6, 16, 18, 30, 32, 126] {
+            let tried: Vec<usize> = (0..n).filter(|&il| is_tried(il, n)).collect();
+            assert_eq!(tried.len(), n.min(MAX_TRIED));
+            let gaps = tried.windows(2).map(|w| w[1] - w[0]);
+            assert!(gaps.clone().max().unwrap_or(1) - gaps.min().unwrap_or(1) <= 1, "{tried:?}");
+        }
     }
 }

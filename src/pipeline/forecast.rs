@@ -6,8 +6,8 @@
 
 use super::heads::{ROUGH_CTX, ROUGH_TOKENS, STREAM_BYTES, window_of_heads};
 use super::{
-    Method, NewMatrices, Settings, budgets, curves, equal_widths, even_shapes, file_size, groups_to_remove,
-    new_matrices, sensitivity, smallest_group, within_family,
+    Method, NewMatrices, Settings, budgets, choice, curves, equal_widths, even_shapes, file_size,
+    groups_to_remove, new_matrices, sensitivity, smallest_group, within_family,
 };
 use crate::calibrate::Windows;
 use crate::forward::{
@@ -481,7 +481,7 @@ impl Work<'_> {
         }
     }
 
-    /// As [`Work::widths`], but narrowed once for each way to choose, and compared at the end.
+    /// As [`Work::widths`], but some blocks only, narrowed once for each way to choose, and compared at the end.
     fn choice(&self) -> StageForecast {
         let n_ctx = self.c.n_ctx;
         let (trial_ctx, n_trial) = self.probes();
@@ -492,12 +492,17 @@ impl Work<'_> {
         let compared = self.model_ops(&whole, n_trial, trial_ctx) + self.judge_ops(n_trial, ways);
         let (mut operations, mut algebra) = (compared, 0.0);
         for (il, (b, narrowed)) in self.headless().into_iter().zip(self.pruned()).enumerate() {
-            operations += self.block_ops(il, b, n, n_ctx) + self.moment_ops(b.ff, 0.0, n);
+            operations += self.block_ops(il, b, n, n_ctx);
+            if !choice::is_tried(il, whole.len()) {
+                operations += ways * self.block_ops(il, b, n_trial, trial_ctx);
+                continue;
+            }
+            operations += self.moment_ops(b.ff, 0.0, n);
             operations += ways * self.block_ops(il, narrowed, n_trial, trial_ctx);
             algebra += self.metric_ops(b.ff);
             algebra += ways * (inverse_ops(b.ff) + removal_ops(b.ff, narrowed.ff, 3.0 * e));
         }
-        let streams = self.stream_bytes(n * e) + self.sensitivity_bytes();
+        let streams = self.stream_bytes(2.0 * n * e) + self.sensitivity_bytes();
         let streams_tried = (3.0 + ways) * 4.0 * n_trial * e;
         let (sums, moments) = (self.sums_bytes(self.max_ff(), 0.0), 4.0 * self.max_ff().powi(2));
         let collecting = self.block_bytes() + moments + self.moment_graph_bytes(n_ctx, n) + sums;
