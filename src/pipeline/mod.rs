@@ -3,7 +3,7 @@
 //! 1. `heads`: which attention groups go, by their effect on the model's predictions.
 //! 2. `sensitivity`: what errors in the stream behind each block cost the predictions.
 //! 3. `curves`: what every block loses as its feed-forward narrows, by that cost; from that, the widths.
-//! 4. `choice`: by what neurons are chosen, tried on all blocks at once.
+//! 4. `choice`: by what neurons are chosen, tried on many blocks at once.
 //! 5. `sequential`: block after block, refit attn_output, choose neurons, refit ffn_down, requantise;
 //!    each block sees the pruned and requantised blocks before it.
 //! 6. `tune`: norms and biases, by descent on what the whole model's predictions lose.
