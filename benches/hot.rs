@@ -14,7 +14,7 @@ use putri_gguf::forward::{BlockGradient, Collect, Forward, OnTheWay, Wanted};
 use putri_gguf::ggml::{Type, operations};
 use putri_gguf::model::{Matrix, Model};
 use putri_gguf::numeric::{Cholesky, Moments, SymMatrix};
-use putri_gguf::prune::{Choice, Metric, greedy, refit};
+use putri_gguf::prune::{Choice, Inverse, InverseIn, Metric, greedy, refit};
 use putri_gguf::requant::quantise_with_feedback;
 use small::{Rng, Small};
 use std::hint::black_box;
@@ -46,11 +46,14 @@ fn algebra(c: &mut Criterion) {
         let cube = (n * n * n) as u64;
         g.throughput(Throughput::Elements(cube / 3));
         g.bench_function(BenchmarkId::new("factor", n), |b| {
-            b.iter(|| black_box(Cholesky::new(&h, None, 1e-3)));
+            b.iter(|| black_box(Cholesky::<f64>::new(&h, None, 1e-3)));
         });
         g.throughput(Throughput::Elements(cube));
-        g.bench_function(BenchmarkId::new("factor and inverse", n), |b| {
-            b.iter(|| Cholesky::new(&h, None, 1e-3).expect("regular").into_inverse());
+        g.bench_function(BenchmarkId::new("inverse in 64 bits", n), |b| {
+            b.iter(|| InverseIn::new(&h, 1e-3).expect("regular"));
+        });
+        g.bench_function(BenchmarkId::new("inverse", n), |b| {
+            b.iter(|| Inverse::new(&h, 1e-3).expect("regular"));
         });
         g.throughput(Throughput::Elements(cube / 3 + (2 * n * n * m) as u64));
         g.bench_function(BenchmarkId::new("refit towards a stream", n), |b| {
@@ -59,7 +62,10 @@ fn algebra(c: &mut Criterion) {
         // Half of the inputs go.
         g.throughput(Throughput::Elements(cube * 31 / 24 + (n * n * m * 3 / 4) as u64));
         g.bench_function(BenchmarkId::new("select half", n), |b| {
-            b.iter(|| greedy(&w, None, &h, 1e-3, n / 2, Choice::Loss).expect("regular"));
+            b.iter(|| {
+                greedy(&w, None, Inverse::new(&h, 1e-3).expect("regular"), n / 2, Choice::Loss)
+                    .expect("regular")
+            });
         });
         g.throughput(Throughput::Elements(cube / 3 + (n * n * m) as u64));
         g.bench_function(BenchmarkId::new("round to Q4_0 with feedback", n), |b| {

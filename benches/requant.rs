@@ -13,7 +13,7 @@ use putri_gguf::forward::{Collect, Forward, Gathering, Wanted};
 use putri_gguf::ggml::{LlamaModel, Type, silence_logs};
 use putri_gguf::model::{Matrix, Model};
 use putri_gguf::numeric::{Moments, SymMatrix};
-use putri_gguf::prune::{Choice, greedy};
+use putri_gguf::prune::{Choice, Inverse, greedy};
 use putri_gguf::requant::{Quantised, quantise, quantise_with_feedback};
 use std::path::PathBuf;
 
@@ -98,8 +98,9 @@ fn main() {
         moments.iter_mut().for_each(Moments::centre);
         let [fit, judge] = &moments;
         let width = (w.ffn_down.n_in * 2 / 3).next_multiple_of(256).min(w.ffn_down.n_in);
+        let inverse = Inverse::new(&fit.gram, 1e-3).expect("a regular Gram matrix");
         let (keep, refitted) =
-            greedy(&w.ffn_down, None, &fit.gram, 1e-3, width, Choice::Loss).expect("a regular Gram matrix");
+            greedy(&w.ffn_down, None, inverse, width, Choice::Loss).expect("a regular Gram matrix");
         let refitted = refitted.weights;
         let (fit_gram, judge_gram) = (fit.gram.select(&keep), judge.gram.select(&keep));
         let importance: Vec<f32> =

@@ -6,7 +6,14 @@ use common::small::Rng;
 use putri_gguf::model::Matrix;
 use putri_gguf::numeric::{Moments, SymMatrix};
 use putri_gguf::pipeline::Settings;
-use putri_gguf::prune::{Choice, Metric, Obs, bias_change, greedy, loudest, narrow, paper_keep, refit};
+use putri_gguf::prune::{
+    Choice, Inverse, InverseIn, Metric, Obs, bias_change, greedy, loudest, narrow, paper_keep, refit,
+};
+
+/// The inverse of a curvature that has one.
+fn inverse(h: &SymMatrix, ridge: f64) -> Inverse {
+    Inverse::new(h, ridge).unwrap()
+}
 
 /// A least-squares problem with its data: inputs x `[t, n]`, residuals r `[t, m]`, a map W.
 struct Problem {
@@ -224,7 +231,7 @@ fn obs_updates_are_refits() {
         let moments = p.moments();
         let ridge = 1e-3;
         let lambda = ridge * moments.gram.mean_diagonal();
-        let mut obs = Obs::new(&p.w, None, &moments.gram, ridge, Choice::Loss).unwrap();
+        let mut obs = Obs::new(&p.w, None, InverseIn::new(&moments.gram, ridge).unwrap(), Choice::Loss);
         let mut loss = 0.0;
         for k in [1, 2, 3] {
             loss += obs.remove_least(k);
@@ -254,7 +261,7 @@ fn obs_forgets_nothing_when_it_brings_its_inverse_up_to_date() {
     let gram = p.moments().gram;
     let lambda = ridge * gram.mean_diagonal();
     for k in [7, 300] {
-        let mut obs = Obs::new(&p.w, None, &gram, ridge, Choice::Loss).unwrap();
+        let mut obs = Obs::new(&p.w, None, InverseIn::new(&gram, ridge).unwrap(), Choice::Loss);
         while obs.alive() > 30 {
             obs.remove_least(k.min(obs.alive() - 30));
         }
@@ -283,9 +290,9 @@ fn by_energy_the_least_product_of_length_and_energy_goes() {
             let least = (0..keep.len()).min_by(|&a, &b| worth(a).total_cmp(&worth(b))).unwrap();
             keep.remove(least);
         }
-        let found = greedy(&p.w, None, &gram, 1e-2, n_keep, Choice::Energy).unwrap();
+        let found = greedy(&p.w, None, inverse(&gram, 1e-2), n_keep, Choice::Energy).unwrap();
         assert_eq!(found.0, keep, "{n_keep} of {n}");
-        assert_ne!(keep, greedy(&p.w, None, &gram, 1e-2, n_keep, Choice::Loss).unwrap().0);
+        assert_ne!(keep, greedy(&p.w, None, inverse(&gram, 1e-2), n_keep, Choice::Loss).unwrap().0);
         let w = p.naive_refit(&keep, 0.0, lambda);
         for (a, b) in found.1.weights.data.iter().zip(&w) {
             assert!((f64::from(*a) - b).abs() < 1e-4 * (0.1 + b.abs()), "{n_keep} of {n}: {a} {b}");
@@ -310,7 +317,7 @@ fn by_energy_a_wide_map_goes_as_fresh_refits_say() {
         let k = (keep.len() / 64).clamp(1, 16).min(keep.len() - n_keep);
         keep.retain(|j| worth[..k].iter().all(|(_, gone)| gone != j));
     }
-    let found = greedy(&p.w, Some(&costs), &moments.gram, 1e-2, n_keep, Choice::Energy).unwrap();
+    let found = greedy(&p.w, Some(&costs), inverse(&moments.gram, 1e-2), n_keep, Choice::Energy).unwrap();
     assert_eq!(found.0, keep);
 }
 
@@ -321,7 +328,7 @@ fn greedy_is_near_the_best_of_all_subsets() {
         let p = Problem::new(80, 9, 4, seed);
         let moments = p.moments();
         let lambda = 1e-6 * moments.gram.mean_diagonal();
-        let keep = greedy(&p.w, None, &moments.gram, 1e-6, 5, Choice::Loss).unwrap().0;
+        let keep = greedy(&p.w, None, inverse(&moments.gram, 1e-6), 5, Choice::Loss).unwrap().0;
         let all = p.all_subsets(5, lambda);
         let rank = all.iter().position(|(_, set)| *set == keep).unwrap();
         best_hits += usize::from(rank == 0);
@@ -335,11 +342,11 @@ fn greedy_is_near_the_best_of_all_subsets() {
 fn curves_rise_and_end_where_greedy_ends() {
     let p = Problem::new(300, 48, 6, 5);
     let gram = p.moments().gram;
-    let curve = narrow(&p.w, &gram, 1e-3, &[48, 32, 16], 32).unwrap().losses;
+    let curve = narrow(&p.w, inverse(&gram, 1e-3), &[48, 32, 16], 32).losses;
     assert_eq!(curve[0], 0.0);
     assert!(curve[1] > 0.0 && curve[2] > curve[1], "{curve:?}");
-    let keep = greedy(&p.w, None, &gram, 1e-3, 16, Choice::Loss).unwrap().0;
-    let mut obs = Obs::new(&p.w, None, &gram, 1e-3, Choice::Loss).unwrap();
+    let keep = greedy(&p.w, None, inverse(&gram, 1e-3), 16, Choice::Loss).unwrap().0;
+    let mut obs = Obs::new(&p.w, None, InverseIn::new(&gram, 1e-3).unwrap(), Choice::Loss);
     (0..32).for_each(|_| {
         obs.remove_least(1);
     });
@@ -352,8 +359,11 @@ fn the_layer_at_the_probe_is_what_a_refit_would_give() {
         let p = Problem::new(t, n, m, 7);
         let moments = p.moments();
         let lambda = 1e-3 * moments.gram.mean_diagonal();
-        let probed = narrow(&p.w, &moments.gram, 1e-3, &[n, n / 2, n / 4], n / 2).unwrap();
-        assert_eq!(probed.kept, greedy(&p.w, None, &moments.gram, 1e-3, n / 2, Choice::Loss).unwrap().0);
+        let probed = narrow(&p.w, inverse(&moments.gram, 1e-3), &[n, n / 2, n / 4], n / 2);
+        assert_eq!(
+            probed.kept,
+            greedy(&p.w, None, inverse(&moments.gram, 1e-3), n / 2, Choice::Loss).unwrap().0
+        );
         // From the minimum of a loss with curvature H + λI, what is left moves to
         // (H + λI)_KK⁻¹ (H + λI)_K: Wᵀ; on the kept inputs λI adds λ W_K.
         let w = p.naive_refit(&probed.kept, 0.0, lambda);
@@ -364,13 +374,54 @@ fn the_layer_at_the_probe_is_what_a_refit_would_give() {
 }
 
 #[test]
+fn half_as_many_bits_find_the_same_losses() {
+    for (t, n, m) in [(90, 24, 3), (400, 330, 5), (1200, 700, 4)] {
+        let p = Problem::new(t, n, m, 11);
+        let gram = p.moments().gram;
+        let widths = [n, n * 3 / 4, n / 2, n / 8];
+        let single = inverse(&gram, 1e-3);
+        assert!(matches!(single, Inverse::Single(_)));
+        let double = Inverse::Double(InverseIn::new(&gram, 1e-3).unwrap());
+        let [a, b] = [single, double].map(|i| narrow(&p.w, i, &widths, n / 2).losses);
+        for (a, b) in a.iter().zip(&b) {
+            assert!((a - b).abs() <= 1e-4 * b, "{n} inputs: {a} {b}");
+        }
+    }
+}
+
+#[test]
+fn loud_inputs_that_are_nearly_the_same_lose_what_they_should() {
+    for (n, loud) in [(40, 2), (700, 3), (2000, 4)] {
+        for apart in [1e-2, 1e-3, 1e-4, 1e-5, 1e-6] {
+            let gram = SymMatrix::from_fn(n, |i, j| match (i < loud, j < loud) {
+                (true, true) => 1e3 * if i == j { 1.0 + apart } else { 1.0 },
+                (true, false) => 0.0,
+                _ => 0.3f64.powi((j - i) as i32),
+            });
+            // The loud ones weigh little, so that all of them but the last go early.
+            let mut w = Matrix::new(n, 3, Rng(n as u64).vec(3 * n, 1.0));
+            let weights = std::sync::Arc::make_mut(&mut w.data);
+            weights.chunks_exact_mut(n).for_each(|row| row[..loud].iter_mut().for_each(|v| *v *= 1e-2));
+            let widths = [n, n - loud, n / 2, n / 8, 1];
+            let exact = Inverse::Double(InverseIn::new(&gram, 1e-6).unwrap());
+            let [found, exact] = [inverse(&gram, 1e-6), exact].map(|i| narrow(&w, i, &widths, n / 2));
+            for (a, b) in found.losses.iter().zip(&exact.losses) {
+                assert!((a - b).abs() <= 0.01 * b, "{n} inputs, {apart} apart: {a} {b}");
+            }
+            assert!(found.weights.data.iter().all(|v| v.is_finite()));
+        }
+    }
+}
+
+#[test]
 fn neurons_judged_by_other_costs_leave_the_map_at_its_own_minimum() {
     for (n, n_keep, seed) in [(24, 9, 1), (330, 40, 2)] {
         let p = Problem::new(400, n, 3, seed);
         let moments = p.moments();
         let costs = Matrix::new(n, 5, Rng(seed).vec(5 * n, 1.0));
-        let (keep, refitted) = greedy(&p.w, Some(&costs), &moments.gram, 1e-2, n_keep, Choice::Loss).unwrap();
-        assert_eq!(keep, greedy(&costs, None, &moments.gram, 1e-2, n_keep, Choice::Loss).unwrap().0);
+        let (keep, refitted) =
+            greedy(&p.w, Some(&costs), inverse(&moments.gram, 1e-2), n_keep, Choice::Loss).unwrap();
+        assert_eq!(keep, greedy(&costs, None, inverse(&moments.gram, 1e-2), n_keep, Choice::Loss).unwrap().0);
         let w = p.naive_refit(&keep, 0.0, 1e-2 * moments.gram.mean_diagonal());
         for (a, b) in refitted.weights.data.iter().zip(&w) {
             assert!((f64::from(*a) - b).abs() < 1e-4 * (0.1 + b.abs()), "n {n}: {a} {b}");
@@ -417,7 +468,7 @@ fn under_a_metric_neurons_stay_that_it_minds() {
     let samples: Vec<f32> = (0..40).flat_map(|t| [0.0, 1.0 + t as f32]).collect();
     let costs = Metric::new(&samples, m).unwrap().apply(&w);
     assert_eq!(
-        greedy(&costs, None, &gram, 1e-3, n / 2, Choice::Loss).unwrap().0,
+        greedy(&costs, None, inverse(&gram, 1e-3), n / 2, Choice::Loss).unwrap().0,
         (n / 2..n).collect::<Vec<_>>()
     );
 }
@@ -440,7 +491,7 @@ fn what_few_tokens_make_up_for_holds_for_others() {
         };
         let with = |ridge: f64| {
             let (keep, refit) =
-                greedy(&seen.w, None, &seen.moments().gram, ridge, n * 3 / 4, Choice::Loss).unwrap();
+                greedy(&seen.w, None, inverse(&seen.moments().gram, ridge), n * 3 / 4, Choice::Loss).unwrap();
             [loss(&keep, &refit.weights), loss(&keep, &seen.w.select_cols(&keep))]
         };
         let ridge = settings.ridge_of_neurons(n, t);

@@ -1,6 +1,6 @@
 //! Cholesky factors, in as little memory as they can be had: those of wide layers take gigabytes.
 
-use super::SymMatrix;
+use super::{Real, SymMatrix};
 use faer::dyn_stack::{MemBuffer, MemStack};
 use faer::linalg::cholesky::llt::{factor, solve};
 use faer::linalg::matmul::triangular::{BlockStructure, matmul};
@@ -9,46 +9,46 @@ use faer::{Accum, MatMut, MatRef, Par};
 use rayon::prelude::*;
 
 /// L, lower triangular, with L Lᵀ = H + λI.
-pub struct Cholesky {
+pub struct Cholesky<T = f64> {
     n: usize,
     /// By columns. A plain vector, since fresh memory then comes zeroed from the system and is first touched by all
     /// threads, where it is filled.
-    data: Vec<f64>,
+    data: Vec<T>,
 }
 
-impl Cholesky {
+impl<T: Real> Cholesky<T> {
     /// Of the rows and columns `keep` of `h`, in that order, or of all; `None` if H + λI is not positive definite.
     ///
     /// # Panics
     /// If one of `keep` is not in `h`.
-    pub fn new(h: &SymMatrix, keep: Option<&[usize]>, lambda: f64) -> Option<Cholesky> {
+    pub fn new(h: &SymMatrix, keep: Option<&[usize]>, lambda: f64) -> Option<Cholesky<T>> {
         let n = keep.map_or(h.n(), <[usize]>::len);
         if n == 0 {
             return Some(Cholesky { n, data: Vec::new() });
         }
-        let mut data = vec![0.0; n * n];
+        let mut data = vec![T::of(0.0); n * n];
         data.par_chunks_exact_mut(n).enumerate().for_each(|(j, column)| {
             // Symmetric, so that rows are as good as columns.
             match keep {
-                None => column[j..].copy_from_slice(h.row(j)),
+                None => column[j..].iter_mut().zip(h.row(j)).for_each(|(v, h)| *v = T::of(*h)),
                 Some(keep) => {
-                    column[j..].iter_mut().zip(&keep[j..]).for_each(|(v, &i)| *v = h.get(i, keep[j]));
+                    column[j..].iter_mut().zip(&keep[j..]).for_each(|(v, &i)| *v = T::of(h.get(i, keep[j])));
                 }
             }
-            column[j] += lambda;
+            column[j] += T::of(lambda);
         });
         let (par, params) = (Par::rayon(0), Default::default());
-        let mut memory = MemBuffer::new(factor::cholesky_in_place_scratch::<f64>(n, par, params));
+        let mut memory = MemBuffer::new(factor::cholesky_in_place_scratch::<T>(n, par, params));
         let stack = MemStack::new(&mut memory);
         let lower = MatMut::from_column_major_slice_mut(&mut data, n, n);
         factor::cholesky_in_place(lower, Default::default(), par, stack, params).ok()?;
         // faer leaves something of its own there.
-        data.par_chunks_exact_mut(n).enumerate().for_each(|(j, column)| column[..j].fill(0.0));
+        data.par_chunks_exact_mut(n).enumerate().for_each(|(j, column)| column[..j].fill(T::of(0.0)));
         Some(Cholesky { n, data })
     }
 
     /// L.
-    pub fn lower(&self) -> MatRef<'_, f64> {
+    pub fn lower(&self) -> MatRef<'_, T> {
         MatRef::from_column_major_slice(&self.data, self.n, self.n)
     }
 
@@ -56,15 +56,15 @@ impl Cholesky {
     ///
     /// # Panics
     /// If `rhs` has another number of rows.
-    pub fn solve_in_place(&self, rhs: MatMut<f64>) {
+    pub fn solve_in_place(&self, rhs: MatMut<T>) {
         solve::solve_in_place(self.lower(), rhs, Par::rayon(0), MemStack::new(&mut []));
     }
 
     /// (H + λI)⁻¹ by columns, its lower triangle only; what is above is zero.
-    pub fn into_inverse(self) -> Vec<f64> {
+    pub fn into_inverse(self) -> Vec<T> {
         let Cholesky { n, data: mut factor } = self;
         let par = Par::rayon(0);
-        let mut inverse = vec![0.0; n * n];
+        let mut inverse = vec![T::of(0.0); n * n];
         let lower = MatMut::from_column_major_slice_mut(&mut inverse, n, n);
         invert_lower_triangular(lower, MatRef::from_column_major_slice(&factor, n, n), par);
         let lower = MatRef::from_column_major_slice(&inverse, n, n);
@@ -77,7 +77,7 @@ impl Cholesky {
             BlockStructure::TriangularUpper,
             lower,
             BlockStructure::TriangularLower,
-            1.0,
+            T::of(1.0),
             par,
         );
         factor
@@ -112,7 +112,7 @@ mod tests {
                     (0..k).map(|l| damped(i, l) * x(l, j)).sum()
                 };
                 let identity = |i, j| if i == j { 1.0 } else { 0.0 };
-                let factored = Cholesky::new(&h, keep, lambda).unwrap();
+                let factored = Cholesky::<f64>::new(&h, keep, lambda).unwrap();
                 let l = factored.lower();
                 let mut solution = Mat::from_fn(k, 2, |i, j| (i * 3 + j) as f64 % 5.0);
                 let rhs = solution.clone();
@@ -138,7 +138,7 @@ mod tests {
     #[test]
     fn what_is_not_positive_definite_has_no_factor() {
         let h = SymMatrix::from_fn(2, |i, j| if i == j { 1.0 } else { 2.0 });
-        assert!(Cholesky::new(&h, None, 0.0).is_none());
-        assert!(Cholesky::new(&h, None, 1.5).is_some());
+        assert!(Cholesky::<f64>::new(&h, None, 0.0).is_none());
+        assert!(Cholesky::<f64>::new(&h, None, 1.5).is_some());
     }
 }

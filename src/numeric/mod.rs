@@ -5,9 +5,11 @@ mod compare;
 mod draw;
 mod exp;
 mod moments;
+mod real;
 
 pub use cholesky::Cholesky;
 pub use compare::{RowComparison, compare_rows};
 pub use draw::draw;
 pub use exp::{log_sum_exp, nll};
 pub use moments::{Moments, SymMatrix};
+pub use real::Real;

@@ -7,7 +7,7 @@ use super::judge::{Judge, Loss};
 use super::sensitivity::Sensitivity;
 use super::stream::{embedded, planned_stream};
 use super::{Plan, PruneError, Run, curves, forward};
-use crate::prune::{self, Choice};
+use crate::prune::{self, Choice, Inverse};
 
 /// Share by which the other way's divergence must be lower than the usual one's: on a few thousand tokens, less is chance.
 const CLEAR: f64 = 0.01;
@@ -61,8 +61,10 @@ impl Run<'_> {
             let costs = sensitivity.costs(il, &w, &w.ffn_down).map_err(failed)?;
             // That of the fit to come, which sees all tokens.
             let ridge = s.ridge_of_neurons(w.shape.n_ff, self.windows.n_fit * n_ctx);
-            for (choice, x) in Choice::ALL.into_iter().zip(&mut streams) {
-                let chosen = prune::greedy(&w.ffn_down, Some(&costs), &moments.gram, ridge, width, choice);
+            let inverse = Inverse::new(&moments.gram, ridge).map_err(failed)?;
+            let ways = Choice::ALL.into_iter().zip([inverse.clone(), inverse]);
+            for ((choice, inverse), x) in ways.zip(&mut streams) {
+                let chosen = prune::greedy(&w.ffn_down, Some(&costs), inverse, width, choice);
                 let (keep, refit) = chosen.map_err(failed)?;
                 let less = trial.upload(&self.narrowed(w.clone(), keep, refit.weights, &moments))?;
                 trial.stream(&less, x, &mut next)?;

@@ -8,7 +8,7 @@ use super::{
 use crate::forward::{Collect, Wanted};
 use crate::model::{BlockWeights, Matrix};
 use crate::numeric::Moments;
-use crate::prune::{self, Budget, Curve, Singular};
+use crate::prune::{self, Budget, Curve, Inverse, Singular};
 use crate::spill::Array;
 
 /// The least divergence in nats that is told from none.
@@ -79,8 +79,12 @@ impl Run<'_> {
             let at = self.probe_at(&widths);
             // That of the fit to come, which sees all tokens: the curves only compare blocks.
             let ridge = self.settings.ridge_of_neurons(w.shape.n_ff, self.windows.n_fit * n_ctx);
-            let n = prune::narrow(&w.ffn_down, &moments.gram, ridge, &widths, widths[at])
-                .map_err(|source| PruneError::Singular { block: il, part: "ffn_down", source })?;
+            let inverse = Inverse::new(&moments.gram, ridge).map_err(|source| PruneError::Singular {
+                block: il,
+                part: "ffn_down",
+                source,
+            })?;
+            let n = prune::narrow(&w.ffn_down, inverse, &widths, widths[at]);
             let loss = n.losses[at];
             let less = probe.upload(&self.narrowed(w, n.kept, n.weights, &moments))?;
             probe.stream(&less, &base, &mut without)?;

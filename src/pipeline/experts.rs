@@ -5,7 +5,7 @@ use super::{PruneError, Run, token_scales};
 use crate::forward::{Block, Chosen, ExpertUse, Wanted};
 use crate::model::{BlockWeights, Piece};
 use crate::numeric::Moments;
-use crate::prune::{self, Choice};
+use crate::prune::{self, Choice, Inverse};
 use crate::requant::{Quantised, quantise, within_reason};
 use crate::spill::Array;
 
@@ -93,7 +93,8 @@ impl Run<'_> {
             } else {
                 let moments = self.moments_of_expert(&block, i, tokens, n_ff, streams)?;
                 let ridge = self.settings.ridge_of_neurons(n_ff, moments.n_tokens);
-                let chosen = prune::greedy(down, None, &moments.gram, ridge, width, Choice::Loss);
+                let inverse = Inverse::new(&moments.gram, ridge);
+                let chosen = inverse.and_then(|i| prune::greedy(down, None, i, width, Choice::Loss));
                 let (keep, refit) = chosen.map_err(|e| failed(e.into()))?;
                 self.report_ridge(il, &format!("ffn_down of expert {i}"), refit.ridge, ridge);
                 let q = self.requantise(&refit.weights, &moments, &keep, ridge, ty).map_err(&failed)?;

@@ -73,7 +73,7 @@ pub struct StageForecast {
     pub name: &'static str,
     /// Floating-point operations of matrix products in graphs, in 32 bits.
     pub operations: f64,
-    /// Those of the algebra, in 64 bits.
+    /// Those of the algebra, in 64 bits; of those in 32 two count as one.
     pub algebra: f64,
     /// Bytes in memory at its peak, without the mapped file.
     pub memory: f64,
@@ -380,13 +380,14 @@ impl Work<'_> {
         self.head_bytes() + 2.0 * self.logits_bytes()
     }
 
-    /// Bytes of moments and of choosing neurons on them.
-    fn choosing_bytes(&self, n_out: f64, carried: bool) -> f64 {
+    /// Bytes of moments and of choosing neurons on them, with the sums that a graph keeps. `squares` are those of factors
+    /// and inverses, for each pair of inputs.
+    fn choosing_bytes(&self, n_out: f64, carried: bool, squares: f64) -> f64 {
         let n = self.max_ff();
         let gram = 4.0 * n * n + 8.0 * n * n_out;
         let maps = if carried { 2.0 } else { 1.0 };
-        let obs = 16.0 * n * n + maps * 8.0 * n * self.n_embd() + 3.0 * 8.0 * prune::PENDING as f64 * n;
-        gram + obs
+        let obs = squares * n * n + maps * 4.0 * n * self.n_embd() + 3.0 * 4.0 * prune::PENDING as f64 * n;
+        gram + obs + self.sums_bytes(n, n_out)
     }
 
     /// Samples of the curvature go back through all blocks; in mixtures, every candidate is carried through the blocks
@@ -471,12 +472,13 @@ impl Work<'_> {
         let moments = 4.0 * self.max_ff().powi(2);
         let collecting = self.block_bytes() + moments + self.moment_graph_bytes(n_ctx, n) + sums;
         let probing = self.block_bytes() + self.graph_bytes(probe_ctx, n_probe);
-        let choosing = self.block_bytes() + self.choosing_bytes(0.0, false);
+        // Of an inverse that is made beside its factor, half is never touched.
+        let choosing = self.block_bytes() + self.choosing_bytes(0.0, false, 6.0);
         StageForecast {
             name: "widths",
             operations: if self.s.per_block_widths { operations } else { 0.0 },
             algebra,
-            memory: BASE_BYTES + streams + probes + collecting.max(choosing).max(moments + probing),
+            memory: BASE_BYTES + streams + probes + collecting.max(choosing).max(moments + probing + sums),
             on_devices: self.kept_graph_bytes() + probing.max(self.block_bytes() + sums),
         }
     }
@@ -500,15 +502,16 @@ impl Work<'_> {
             operations += self.moment_ops(b.ff, 0.0, n);
             operations += ways * self.block_ops(il, narrowed, n_trial, trial_ctx);
             algebra += self.metric_ops(b.ff);
-            algebra += ways * (inverse_ops(b.ff) + removal_ops(b.ff, narrowed.ff, 3.0 * e));
+            algebra += inverse_ops(b.ff) + ways * removal_ops(b.ff, narrowed.ff, 3.0 * e);
         }
         let streams = self.stream_bytes(2.0 * n * e) + self.sensitivity_bytes();
         let streams_tried = (3.0 + ways) * 4.0 * n_trial * e;
         let (sums, moments) = (self.sums_bytes(self.max_ff(), 0.0), 4.0 * self.max_ff().powi(2));
         let collecting = self.block_bytes() + moments + self.moment_graph_bytes(n_ctx, n) + sums;
-        let trying = 2.0 * self.block_bytes() + moments + self.graph_bytes(trial_ctx, n_trial);
+        // With the inverse for the way that comes after.
+        let trying = 2.0 * self.block_bytes() + 2.0 * moments + self.graph_bytes(trial_ctx, n_trial) + sums;
         let maps = 4.0 * self.max_ff() * e;
-        let choosing = self.block_bytes() + maps + self.choosing_bytes(0.0, true);
+        let choosing = self.block_bytes() + maps + self.choosing_bytes(0.0, true, 8.0);
         let most =
             collecting.max(choosing).max(trying + maps).max(self.scratch_bytes() + self.predicting_bytes());
         StageForecast {
@@ -636,10 +639,15 @@ impl Work<'_> {
         let moments = 4.0 * self.max_ff().powi(2) + 8.0 * self.max_ff() * n_out;
         let sums = self.sums_bytes(self.max_ff(), n_out);
         // Of the pruned block, what is not the dense one's.
-        let crossing = 2.0 * self.block_bytes() + self.graph_bytes(n_ctx, n_all);
+        let crossing = 2.0 * self.block_bytes() + self.graph_bytes(n_ctx, n_all) + sums;
         let collecting = self.block_bytes() + moments + self.moment_graph_bytes(n_ctx, n_fit) + sums;
         let maps = 2.0 * 4.0 * self.max_ff() * e;
-        let choosing = self.block_bytes() + maps + self.choosing_bytes(n_out, true);
+        // Fits and the paper's score are in 64 bits.
+        let choosing =
+            self.block_bytes() + maps + self.choosing_bytes(n_out, true, if ours { 8.0 } else { 12.0 });
+        let width = self.pruned().iter().map(|b| b.refitted).fold(0.0, f64::max);
+        let rounded = 8.0 * width.powi(2) + 16.0 * width * e;
+        let rounding = self.block_bytes() + maps + moments + rounded + sums;
         StageForecast {
             name: "blocks",
             operations,
@@ -648,7 +656,7 @@ impl Work<'_> {
                 + streams
                 + self.sensitivity_bytes()
                 + self.new_bytes()
-                + crossing.max(collecting).max(choosing),
+                + crossing.max(collecting).max(choosing).max(rounding),
             on_devices: self.kept_graph_bytes()
                 + self.block_bytes()
                 + sums.max(self.block_bytes() + self.sums_bytes(self.max_q(), n_out)),
@@ -729,13 +737,13 @@ impl Work<'_> {
     }
 }
 
-/// Operations of a Cholesky factor of `n` rows and its inverse.
+/// Operations of a Cholesky factor of `n` rows and its inverse, in 32 bits.
 fn inverse_ops(n: f64) -> f64 {
-    n.powi(3)
+    0.5 * n.powi(3)
 }
 
-/// Operations of taking inputs out from `n` down to `end`, where maps of `n_out` outputs in all are gone through: the one
+/// Operations, in 32 bits, of taking inputs out from `n` down to `end`, where maps of `n_out` outputs in all are gone through: the one
 /// that inputs are judged by twice, for lengths and for values.
 fn removal_ops(n: f64, end: f64, n_out: f64) -> f64 {
-    (n.powi(3) - end.powi(3)) / 3.0 + n_out * (n.powi(2) - end.powi(2))
+    0.5 * ((n.powi(3) - end.powi(3)) / 3.0 + n_out * (n.powi(2) - end.powi(2)))
 }

@@ -275,8 +275,9 @@ impl Run<'_> {
         // wrong is mostly not, and fitting it closely fits this text alone.
         let corrected = prune::refit(ffn_down, moments, s.mixture, &all, s.ridge_stream)?;
         let costs = self.sensitivity.as_ref().map(|s| s.costs(il, w, &corrected.weights)).transpose()?;
+        let inverse = prune::Inverse::new(&moments.gram, ridge)?;
         let (keep, mut refit) =
-            prune::greedy(&corrected.weights, costs.as_ref(), &moments.gram, ridge, width, self.choice)?;
+            prune::greedy(&corrected.weights, costs.as_ref(), inverse, width, self.choice)?;
         if corrected.ridge > s.ridge_stream {
             refit.ridge = refit.ridge.max(corrected.ridge);
         }

@@ -1,7 +1,7 @@
 //! What errors of a map's outputs cost, where they do not all cost the same.
 
 use super::refit::factor;
-use super::{Singular, in_f64};
+use super::{Singular, dense};
 use crate::model::Matrix;
 use crate::numeric::SymMatrix;
 use faer::linalg::matmul::matmul;
@@ -34,7 +34,7 @@ impl Metric {
         let mean = f.diagonal().column_vector().sum() / n as f64;
         let mean = if mean == 0.0 { 1.0 } else { mean };
         let f = SymMatrix::from_fn(n, |i, j| f[(i, j)] / mean);
-        let (factored, _) = factor(&f, None, DAMPING, 1.0)?;
+        let (factored, _) = factor::<f64>(&f, None, DAMPING, 1.0)?;
         Ok(Metric { root: factored.lower().transpose().to_owned() })
     }
 
@@ -44,7 +44,7 @@ impl Metric {
     /// If `w` has another number of outputs.
     pub fn apply(&self, w: &Matrix) -> Matrix {
         assert_eq!(w.n_out, self.root.nrows());
-        let m = in_f64(w);
+        let m = dense::<f64>(w);
         let mut product = Mat::zeros(w.n_out, w.n_in);
         matmul(product.as_mut(), Accum::Replace, self.root.as_ref(), m.as_ref(), 1.0, Par::rayon(0));
         let data = (0..w.data.len()).map(|i| product[(i / w.n_in, i % w.n_in)] as f32).collect();

@@ -5,6 +5,7 @@
 
 mod budget;
 mod heads;
+mod inverse;
 mod metric;
 mod obs;
 mod refit;
@@ -12,11 +13,13 @@ mod select;
 mod widths;
 
 use crate::model::Matrix;
+use crate::numeric::Real;
 use faer::Mat;
 use rayon::prelude::*;
 
 pub use budget::{Budget, BudgetError, ffn_params_to_remove, head_groups_paper};
 pub use heads::{Candidate, GroupId, LazyGreedy, rounds};
+pub use inverse::{Inverse, InverseIn};
 pub use metric::Metric;
 pub(crate) use obs::PENDING;
 pub use obs::{Choice, Obs};
@@ -25,11 +28,11 @@ pub use refit::{Refit, bias_change, refit};
 pub use select::{Narrowing, busiest, greedy, heaviest, loudest, narrow, paper_keep};
 pub use widths::{Curve, allocate, possible_widths, uniform};
 
-/// Weights in 64-bit floats `[n_out, n_in]`, as the algebra takes them.
-pub(crate) fn in_f64(w: &Matrix) -> Mat<f64> {
+/// Weights `[n_out, n_in]`, as the algebra takes them.
+pub(crate) fn dense<T: Real>(w: &Matrix) -> Mat<T> {
     let mut m = Mat::zeros(w.n_out, w.n_in);
     m.par_col_iter_mut().enumerate().for_each(|(j, column)| {
-        column.iter_mut().enumerate().for_each(|(i, v)| *v = f64::from(w.data[i * w.n_in + j]));
+        column.iter_mut().enumerate().for_each(|(i, v)| *v = T::of(w.data[i * w.n_in + j].into()));
     });
     m
 }

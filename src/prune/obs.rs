@@ -1,9 +1,9 @@
 //! Optimal brain surgeon over blocks of inputs (Hassibi and Stork 1993; SlimGPT's algebra).
 
 use super::refit::factor;
-use super::{Singular, in_f64};
+use super::{InverseIn, dense};
 use crate::model::Matrix;
-use crate::numeric::SymMatrix;
+use crate::numeric::{Real, SymMatrix};
 use faer::linalg::matmul::matmul;
 use faer::linalg::matmul::triangular::{self, BlockStructure};
 use faer::{Accum, Mat, MatMut, MatRef, Par};
@@ -39,13 +39,13 @@ impl Choice {
 
 /// A map W at the minimum of a quadratic loss with curvature H + λI, whose inputs are taken out a few at a
 /// time; what stays is moved to the new minimum each time.
-pub struct Obs {
+pub struct Obs<T> {
     /// What inputs are judged by.
-    judged: Follower,
+    judged: Follower<T>,
     /// The map, where that is another.
-    carried: Option<Follower>,
+    carried: Option<Follower<T>>,
     /// (H + λI)⁻¹ of the inputs that were left at the last update, by columns; what is above the diagonal is not used.
-    h_inv: Vec<f64>,
+    h_inv: Vec<T>,
     /// Input that each column is, ascending, and whether it is left.
     inputs: Vec<usize>,
     left: Vec<bool>,
@@ -53,35 +53,38 @@ pub struct Obs {
     /// Squared length of each column of what inputs are judged by, and the diagonal of the inverse, as they are now.
     lengths: Vec<f64>,
     diagonal: Vec<f64>,
+    /// The least that the diagonal can be, by input: rounding must not make an input out to be worth more than it is
+    /// where nothing else is like it.
+    least: Vec<f64>,
     /// The diagonal of H by input, where inputs go by energy.
     energies: Option<Vec<f64>>,
     /// What to take from `h_inv`: across · gainsᵀ, in their first `pending` columns.
-    across: Mat<f64>,
-    gains: Mat<f64>,
+    across: Mat<T>,
+    gains: Mat<T>,
     pending: usize,
     /// The ridge in use, relative to the mean of H's diagonal.
     pub ridge: f64,
 }
 
 /// A map `[n_out, n]` that is moved when inputs go; as of the last update.
-struct Follower {
-    w: Mat<f64>,
+struct Follower<T> {
+    w: Mat<T>,
     /// What to take from it: gone · gainsᵀ, in the first `pending` columns.
-    gone: Mat<f64>,
+    gone: Mat<T>,
 }
 
-impl Follower {
-    fn new(w: &Matrix) -> Follower {
-        Follower { w: in_f64(w), gone: Mat::zeros(w.n_out, PENDING) }
+impl<T: Real> Follower<T> {
+    fn new(w: &Matrix) -> Follower<T> {
+        Follower { w: dense(w), gone: Mat::zeros(w.n_out, PENDING) }
     }
 
     /// Takes out the columns `go`, whose rows of the pending gains are `rows` `[go.len(), pending]`. Returns them as they
     /// are now.
-    fn take(&mut self, go: &[usize], rows: &Mat<f64>) -> Mat<f64> {
+    fn take(&mut self, go: &[usize], rows: &Mat<T>, par: Par) -> Mat<T> {
         let (k, pending) = (go.len(), rows.ncols());
         let mut gone = Mat::from_fn(self.w.nrows(), k, |i, a| self.w[(i, go[a])]);
         let before = self.gone.subcols(0, pending);
-        matmul(gone.as_mut(), Accum::Add, before, rows.transpose(), -1.0, Par::rayon(0));
+        matmul(gone.as_mut(), Accum::Add, before, rows.transpose(), T::of(-1.0), par);
         if pending + k > self.gone.ncols() {
             // More at a time than there is room for: nothing is pending then.
             self.gone = Mat::zeros(self.w.nrows(), k);
@@ -91,9 +94,9 @@ impl Follower {
     }
 
     /// Brings the map up to date by all `gains` `[n, pending]` and leaves the columns `keep`.
-    fn update(&mut self, gains: MatRef<f64>, keep: &[usize]) {
+    fn update(&mut self, gains: MatRef<T>, keep: &[usize]) {
         let gone = self.gone.subcols(0, gains.ncols());
-        matmul(self.w.as_mut(), Accum::Add, gone, gains.transpose(), -1.0, Par::rayon(0));
+        matmul(self.w.as_mut(), Accum::Add, gone, gains.transpose(), T::of(-1.0), Par::rayon(0));
         for (to, &from) in keep.iter().enumerate() {
             for i in 0..self.w.nrows() {
                 self.w[(i, to)] = self.w[(i, from)];
@@ -104,38 +107,29 @@ impl Follower {
 
     /// Squared lengths of the columns.
     fn lengths(&self) -> Vec<f64> {
-        (0..self.w.ncols()).into_par_iter().map(|j| self.w.col(j).squared_norm_l2()).collect()
+        (0..self.w.ncols()).into_par_iter().map(|j| self.w.col(j).squared_norm_l2().into()).collect()
     }
 }
 
-impl Obs {
-    /// Starts from `w` `[n_in, n_out]`, which is the minimum, and the curvature `h` with
-    /// λ = `ridge` · mean diag H. Inputs go by `choice`, judged by their outputs through `costs`, or through `w`
-    /// itself.
-    ///
-    /// # Errors
-    /// [`Singular`] if no ridge makes the curvature positive definite.
+impl<T: Real> Obs<T> {
+    /// Starts from `w` `[n_in, n_out]`, which is the minimum where the curvature is that which `inverse` is of. Inputs go by
+    /// `choice`, judged by their outputs through `costs`, or through `w` itself.
     ///
     /// # Panics
     /// If the sizes disagree.
-    pub fn new(
-        w: &Matrix,
-        costs: Option<&Matrix>,
-        h: &SymMatrix,
-        ridge: f64,
-        choice: Choice,
-    ) -> Result<Obs, Singular> {
-        assert!(w.n_in == h.n() && costs.is_none_or(|c| c.n_in == h.n()));
-        let n = h.n();
-        let (factored, ridge) = factor(h, None, ridge, h.mean_diagonal())?;
-        let h_inv = factored.into_inverse();
+    pub fn new(w: &Matrix, costs: Option<&Matrix>, inverse: InverseIn<T>, choice: Choice) -> Obs<T> {
+        let least = inverse.least();
+        let InverseIn { columns: h_inv, energies, ridge } = inverse;
+        let n = energies.len();
+        assert!(w.n_in == n && costs.is_none_or(|c| c.n_in == n));
         let judged = Follower::new(costs.unwrap_or(w));
-        Ok(Obs {
+        Obs {
             lengths: judged.lengths(),
             judged,
             carried: costs.map(|_| Follower::new(w)),
-            diagonal: (0..n).map(|j| h_inv[j * n + j]).collect(),
-            energies: (choice == Choice::Energy).then(|| h.diagonal()),
+            diagonal: (0..n).map(|j| h_inv[j * n + j].into()).collect(),
+            least,
+            energies: (choice == Choice::Energy).then_some(energies),
             h_inv,
             inputs: (0..n).collect(),
             left: vec![true; n],
@@ -144,7 +138,7 @@ impl Obs {
             gains: Mat::zeros(n, PENDING),
             pending: 0,
             ridge,
-        })
+        }
     }
 
     /// Inputs that are left.
@@ -168,7 +162,7 @@ impl Obs {
         let w = &self.carried.as_ref().unwrap_or(&self.judged).w;
         let mut data = vec![0.0; w.nrows() * w.ncols()];
         data.par_chunks_exact_mut(w.ncols()).enumerate().for_each(|(i, row)| {
-            row.iter_mut().enumerate().for_each(|(j, v)| *v = w[(i, j)] as f32);
+            row.iter_mut().enumerate().for_each(|(j, v)| *v = w[(i, j)].into() as f32);
         });
         Matrix::new(w.ncols(), w.nrows(), data)
     }
@@ -201,8 +195,19 @@ impl Obs {
         // [H⁻¹]_(all, go) as it is now, S = [H⁻¹]_(go, go), and the gains S⁻¹ [H⁻¹]_(go, all).
         let mut across = Mat::from_fn(n, k, |i, a| self.h_inv[i.min(go[a]) * n + i.max(go[a])]);
         let rows = Mat::from_fn(k, pending, |a, p| self.gains[(go[a], p)]);
-        matmul(across.as_mut(), Accum::Add, self.across.subcols(0, pending), rows.transpose(), -1.0, par);
-        let s = SymMatrix::from_fn(k, |a, b| across[(go[b], a)]);
+        matmul(
+            across.as_mut(),
+            Accum::Add,
+            self.across.subcols(0, pending),
+            rows.transpose(),
+            T::of(-1.0),
+            par,
+        );
+        let least = |j: usize| self.least[self.inputs[j]];
+        let s = SymMatrix::from_fn(k, |a, b| {
+            let s: f64 = across[(go[b], a)].into();
+            if a == b { s.max(least(go[a])) } else { s }
+        });
         // Positive definite but for rounding, which the ridge makes up for where it must.
         let factored = factor(&s, None, 0.0, s.mean_diagonal());
         let factored =
@@ -210,28 +215,29 @@ impl Obs {
         let mut gains = across.transpose().to_owned();
         factored.solve_in_place(gains.as_mut());
         // Columns change by −G g_j, with G those that go: their lengths by g_jᵀ GᵀG g_j − 2 g_jᵀ Gᵀ w_j.
-        let gone = self.judged.take(go, &rows);
+        let gone = self.judged.take(go, &rows, par);
         let square = gone.transpose() * &gone;
         let mut scaled = square.clone();
         factored.solve_in_place(scaled.as_mut());
-        let loss = (0..k).map(|a| scaled[(a, a)]).sum();
+        let loss = (0..k).map(|a| scaled[(a, a)].into()).sum();
         let mut change = &square * &gains;
-        matmul(change.as_mut(), Accum::Add, gone.transpose(), self.judged.w.as_ref(), -2.0, par);
+        matmul(change.as_mut(), Accum::Add, gone.transpose(), self.judged.w.as_ref(), T::of(-2.0), par);
         let overlap = gone.transpose() * self.judged.gone.subcols(0, pending);
         let old_gains = self.gains.subcols(0, pending);
-        matmul(change.as_mut(), Accum::Add, overlap.as_ref(), old_gains.transpose(), 2.0, par);
+        matmul(change.as_mut(), Accum::Add, overlap.as_ref(), old_gains.transpose(), T::of(2.0), par);
         let gains_t = gains.transpose().to_owned();
         self.lengths.par_iter_mut().enumerate().for_each(|(j, length)| {
-            *length += (0..k).map(|a| gains[(a, j)] * change[(a, j)]).sum::<f64>();
+            *length += (0..k).map(|a| (gains[(a, j)] * change[(a, j)]).into()).sum::<f64>();
         });
         for a in 0..k {
-            let products = across.col(a).iter().zip(gains_t.col(a).iter()).map(|(x, y)| x * y);
+            let products = across.col(a).iter().zip(gains_t.col(a).iter()).map(|(x, y)| (*x * *y).into());
             self.diagonal.iter_mut().zip(products).for_each(|(d, p)| *d -= p);
         }
+        (0..n).for_each(|j| self.diagonal[j] = self.diagonal[j].max(self.least[self.inputs[j]]));
         go.iter().for_each(|&j| self.left[j] = false);
         self.alive -= k;
         if let Some(c) = &mut self.carried {
-            c.take(go, &rows);
+            c.take(go, &rows, par);
         }
         if pending + k > self.across.ncols() {
             // More at a time than there is room for: `update` has just been called.
@@ -258,7 +264,7 @@ impl Obs {
             BlockStructure::Rectangular,
             gains.transpose(),
             BlockStructure::Rectangular,
-            -1.0,
+            T::of(-1.0),
             par,
         );
         let columns: Vec<usize> = self.columns().collect();

@@ -2,7 +2,7 @@
 
 use super::Singular;
 use crate::model::Matrix;
-use crate::numeric::{Cholesky, Moments, SymMatrix};
+use crate::numeric::{Cholesky, Moments, Real, SymMatrix};
 use faer::linalg::matmul::matmul;
 use faer::{Accum, Mat, MatMut, Par};
 use rayon::prelude::*;
@@ -32,7 +32,7 @@ pub fn refit(w: &Matrix, moments: &Moments, mu: f64, keep: &[usize], ridge: f64)
     let (n, k) = (w.n_in, keep.len());
     let h = &moments.gram;
     let all = keep.iter().copied().eq(0..n);
-    let (factored, ridge) = factor(h, (!all).then_some(keep), ridge, h.mean_diagonal())?;
+    let (factored, ridge) = factor::<f64>(h, (!all).then_some(keep), ridge, h.mean_diagonal())?;
     // The unknown is the change of W_keep: what is left to explain is the output of the inputs that go,
     // (x W_goneᵀ)ᵀ x_keep = W_gone H[gone, keep], and the residual. A column per output.
     let mut change = vec![0.0; k * w.n_out];
@@ -74,12 +74,12 @@ pub fn bias_change(old: &Matrix, new: &Matrix, keep: &[usize], moments: &Moments
 /// Cholesky factor of H + ridge · scale · I on the inputs `keep`, or all, with the ridge raised until it exists. Where H is
 /// nothing at all, so that there is nothing to fit, it is that of I: every change costs what it is long. The ridge is
 /// infinite then.
-pub(crate) fn factor(
+pub(crate) fn factor<T: Real>(
     h: &SymMatrix,
     keep: Option<&[usize]>,
     ridge: f64,
     scale: f64,
-) -> Result<(Cholesky, f64), Singular> {
+) -> Result<(Cholesky<T>, f64), Singular> {
     if scale == 0.0 {
         return Cholesky::new(h, keep, 1.0).map(|factored| (factored, f64::INFINITY)).ok_or(Singular);
     }

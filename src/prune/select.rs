@@ -1,32 +1,40 @@
 //! Which neurons stay.
 
 use super::refit::factor;
-use super::{Choice, Obs, Refit, Singular, in_f64};
+use super::{Choice, Inverse, Obs, Refit, Singular, dense};
 use crate::model::Matrix;
-use crate::numeric::SymMatrix;
+use crate::numeric::{Real, SymMatrix};
 
 /// Neurons that are taken out together at most, up to 4096 of them. Smaller is more exact and slower.
 const MAX_STEP: usize = 16;
 
 /// Keeps `n_keep` neurons, taking out those that `choice` finds least a few at a time and repairing the
-/// others each time. `w` `[n_ff, n_out]` is at the minimum of its loss with curvature `h`; neurons are judged by
-/// their outputs through `costs`, if it is given. Returns the neurons that stay, ascending, and the map on
+/// others each time. `w` `[n_ff, n_out]` is at the minimum of its loss with the curvature that `inverse` is of; neurons
+/// are judged by their outputs through `costs`, if it is given. Returns the neurons that stay, ascending, and the map on
 /// them at its minimum.
 ///
 /// # Errors
-/// [`Singular`] if `h` cannot be factored.
+/// [`Singular`] if the map that is left is not finite.
+///
+/// # Panics
+/// If the sizes disagree, or not at least one neuron stays.
 pub fn greedy(
     w: &Matrix,
     costs: Option<&Matrix>,
-    h: &SymMatrix,
-    ridge: f64,
+    inverse: Inverse,
     n_keep: usize,
     choice: Choice,
 ) -> Result<(Vec<usize>, Refit), Singular> {
     assert!(n_keep > 0 && n_keep <= w.n_in);
-    let mut obs = Obs::new(w, costs, h, ridge, choice)?;
+    match inverse {
+        Inverse::Single(i) => taken_down(w.n_in, Obs::new(w, costs, i, choice), n_keep),
+        Inverse::Double(i) => taken_down(w.n_in, Obs::new(w, costs, i, choice), n_keep),
+    }
+}
+
+fn taken_down<T: Real>(n_ff: usize, mut obs: Obs<T>, n_keep: usize) -> Result<(Vec<usize>, Refit), Singular> {
     while obs.alive() > n_keep {
-        obs.remove_least(step(w.n_in, obs.alive()).min(obs.alive() - n_keep));
+        obs.remove_least(step(n_ff, obs.alive()).min(obs.alive() - n_keep));
     }
     let weights = obs.weights();
     if !weights.data.iter().all(|v| v.is_finite()) {
@@ -47,22 +55,19 @@ pub struct Narrowing {
 
 /// Loss of the greedy selection at each of the falling `widths`, the first of which is all of them, and
 /// the layer as it is at the width `probe`, which is one of them.
-///
-/// # Errors
-/// [`Singular`] if `h` cannot be factored.
-pub fn narrow(
-    w: &Matrix,
-    h: &SymMatrix,
-    ridge: f64,
-    widths: &[usize],
-    probe: usize,
-) -> Result<Narrowing, Singular> {
-    let mut obs = Obs::new(w, None, h, ridge, Choice::Loss)?;
+pub fn narrow(w: &Matrix, inverse: Inverse, widths: &[usize], probe: usize) -> Narrowing {
+    match inverse {
+        Inverse::Single(i) => narrowed(w.n_in, Obs::new(w, None, i, Choice::Loss), widths, probe),
+        Inverse::Double(i) => narrowed(w.n_in, Obs::new(w, None, i, Choice::Loss), widths, probe),
+    }
+}
+
+fn narrowed<T: Real>(n_ff: usize, mut obs: Obs<T>, widths: &[usize], probe: usize) -> Narrowing {
     let mut loss = 0.0;
     let (mut losses, mut at_probe) = (Vec::with_capacity(widths.len()), None);
     for &width in widths {
         while obs.alive() > width {
-            loss += obs.remove_least(step(w.n_in, obs.alive()).min(obs.alive() - width));
+            loss += obs.remove_least(step(n_ff, obs.alive()).min(obs.alive() - width));
         }
         losses.push(loss);
         if width == probe {
@@ -71,7 +76,7 @@ pub fn narrow(
         }
     }
     let (kept, weights) = at_probe.expect("the probe is one of the widths");
-    Ok(Narrowing { losses, kept, weights })
+    Narrowing { losses, kept, weights }
 }
 
 /// Neurons that go together when `alive` of `n_ff` are left: few enough that they hardly depend on
@@ -87,17 +92,20 @@ fn step(n_ff: usize, alive: usize) -> usize {
 /// [`Singular`] if `h` cannot be factored.
 pub fn paper_keep(w: &Matrix, h: &SymMatrix, n_tokens: usize, n_keep: usize) -> Result<Vec<usize>, Singular> {
     let n = w.n_in;
-    let (factored, _) = factor(h, None, 0.0, h.mean_diagonal())?;
-    let inverse = factored.into_inverse();
-    let h_inv = SymMatrix::from_fn(n, |i, j| inverse[i * n + j]);
-    let (u, _) = factor(&h_inv, None, 0.0, h_inv.mean_diagonal())?;
-    let u = u.lower();
+    let u: Vec<f64> = {
+        let (factored, _) = factor::<f64>(h, None, 0.0, h.mean_diagonal())?;
+        let inverse = factored.into_inverse();
+        let h_inv = SymMatrix::from_fn(n, |i, j| inverse[i * n + j]);
+        drop(inverse);
+        let (u, _) = factor::<f64>(&h_inv, None, 0.0, h_inv.mean_diagonal())?;
+        (0..n).map(|j| u.lower()[(j, j)]).collect()
+    };
     let energies = output_energies(w, h, n_tokens);
     let mut scored: Vec<(f64, usize)> = (0..n)
         .map(|j| {
             let s: f64 =
                 energies.iter().enumerate().map(|(i, e)| e * f64::from(w.data[i * n + j]).powi(2)).sum();
-            (s / u[(j, j)].powi(2), j)
+            (s / u[j].powi(2), j)
         })
         .collect();
     scored.sort_by(|a, b| b.0.total_cmp(&a.0).then(a.1.cmp(&b.1)));
@@ -141,7 +149,7 @@ fn largest(scores: &[f64], n: usize) -> Vec<usize> {
 /// E\[y_i²\] of every output: the diagonal of W H Wᵀ / T.
 fn output_energies(w: &Matrix, h: &SymMatrix, n_tokens: usize) -> Vec<f64> {
     let n = w.n_in;
-    let wm = in_f64(w);
+    let wm = dense::<f64>(w);
     let hm = faer::Mat::from_fn(n, n, |i, j| h.get(i, j));
     let wh = &wm * &hm;
     (0..w.n_out)

@@ -4,7 +4,7 @@ use super::table::{megabytes, percent};
 use crate::DryRun;
 use std::fmt::Write;
 
-/// What the products in graphs reach of a plain product's rate, and the algebra of half of it (it is in 64 bits);
+/// What the products in graphs reach of a plain product's rate, and the algebra of half of it (it counts as in 64 bits);
 /// what libllama reaches when it writes text, tokens of many windows side by side. Measured on two cores.
 const GRAPHS: f64 = 0.65;
 const ALGEBRA: f64 = 0.6;

@@ -77,7 +77,7 @@ impl StageTimes {
         line("all stages", sums.0, sums.1, sums.2, sums.3);
         let _ = writeln!(
             out,
-            "\nGFLOP: products of forward and backward passes, counted and as expected from shapes. f64: the algebra, as\nexpected; of peak, such an operation counts as two. Not counted: softmax, libllama. Peak is a plain product of\n2048 x 2048 floats on as many threads: {:.0} GFLOP/s.",
+            "\nGFLOP: products of forward and backward passes, counted and as expected from shapes. f64: the algebra, as\nexpected, two in 32 bits as one; of peak, each counts as two. Not counted: softmax, libllama. Peak is a plain product of\n2048 x 2048 floats on as many threads: {:.0} GFLOP/s.",
             rate / 1e9
         );
         out

@@ -5,7 +5,7 @@ use super::{Quantised, output_type};
 use crate::ggml::{GgmlError, Type};
 use crate::model::Matrix;
 use crate::numeric::{Cholesky, SymMatrix};
-use crate::prune::{Singular, factor, in_f64};
+use crate::prune::{Singular, dense, factor};
 use faer::linalg::matmul::matmul;
 use faer::linalg::triangular_solve::solve_upper_triangular_in_place;
 use faer::{Accum, Mat, Par};
@@ -82,7 +82,7 @@ impl Rounding {
         let scale = keep.iter().map(|&j| gram.get(j, j)).sum::<f64>() / keep.len() as f64;
         let (factor, _) = factor(gram, Some(keep), ridge, scale)?;
         let change = Mat::zeros(w.n_out, w.n_in);
-        Ok(Rounding { w: in_f64(w), factor, change, left: w.n_in })
+        Ok(Rounding { w: dense::<f64>(w), factor, change, left: w.n_in })
     }
 
     /// What the last `k` columns that are left should be to make up for those behind them: `[n_out, k]`.
