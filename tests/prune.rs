@@ -414,6 +414,26 @@ fn loud_inputs_that_are_nearly_the_same_lose_what_they_should() {
 }
 
 #[test]
+fn threads_change_nothing() {
+    // Wide enough for products to be shared out, and narrowed until neurons go one by one.
+    let (n, m) = (500, 900);
+    let gram = SymMatrix::from_fn(n, |i, j| 0.8f64.powi((j - i) as i32));
+    let (w, costs) = (Matrix::new(n, m, Rng(1).vec(n * m, 1.0)), Matrix::new(n, m, Rng(2).vec(n * m, 1.0)));
+    let narrowed = |threads: usize| {
+        let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+        pool.install(|| {
+            let curve = narrow(&w, inverse(&gram, 1e-3), &[n, n / 2, 10], 10);
+            let (keep, refit) = greedy(&w, Some(&costs), inverse(&gram, 1e-3), 10, Choice::Loss).unwrap();
+            (curve.losses, curve.weights, keep, refit.weights)
+        })
+    };
+    let one = narrowed(1);
+    for threads in [2, 3, 5] {
+        assert!(narrowed(threads) == one, "{threads} threads");
+    }
+}
+
+#[test]
 fn neurons_judged_by_other_costs_leave_the_map_at_its_own_minimum() {
     for (n, n_keep, seed) in [(24, 9, 1), (330, 40, 2)] {
         let p = Problem::new(400, n, 3, seed);

@@ -191,7 +191,8 @@ impl<T: Real> Obs<T> {
 
     fn take_out(&mut self, go: &[usize]) -> f64 {
         let (n, k, pending) = (self.left.len(), go.len(), self.pending);
-        let par = Par::rayon(0);
+        // A single column would be summed up in as many parts as there are threads.
+        let par = if k == 1 { Par::Seq } else { Par::rayon(0) };
         // [H⁻¹]_(all, go) as it is now, S = [H⁻¹]_(go, go), and the gains S⁻¹ [H⁻¹]_(go, all).
         let mut across = Mat::from_fn(n, k, |i, a| self.h_inv[i.min(go[a]) * n + i.max(go[a])]);
         let rows = Mat::from_fn(k, pending, |a, p| self.gains[(go[a], p)]);
