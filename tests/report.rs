@@ -5,7 +5,7 @@ mod common;
 use common::cli::Cli;
 use common::small::Small;
 use putri_gguf::ggml::silence_logs;
-use putri_gguf::gguf::GgufFile;
+use putri_gguf::gguf::{GgufFile, Value};
 use putri_gguf::model::Model;
 use serde_json::Value as Json;
 
@@ -50,6 +50,9 @@ fn it_says_what_the_files_say() {
         assert!(ppl("kl_divergence") > 0.0 && (0.0..=1.0).contains(&ppl("top1")));
         assert!(r["samples"]["after"].is_string() && !r["samples"]["prompt"].as_str().unwrap().is_empty());
         assert_eq!((&r["options"]["seed"], &r["options"]["sparsity"]), (&Json::from(3), &Json::from(0.5)));
+        let by = Model::open(&cli.path("out.gguf")).unwrap().file.get("putri.neurons_by").cloned();
+        assert_eq!(r["neurons_by"].as_str().map(|by| Value::Str(by.into())), by);
+        assert_eq!(by.is_some(), small.experts.is_none());
         // Every field is explained.
         let explained = include_str!("../docs/report.md");
         for key in keys(&r).into_iter().chain(keys(q)).chain(keys(&r["blocks"][0])).chain(keys(&r["samples"]))

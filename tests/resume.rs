@@ -106,14 +106,20 @@ fn neurons_go_by_what_a_run_found_best_or_was_told() {
     let undisturbed = |job: &Job| {
         run(job, &mut StopsAfter(Cell::new(usize::MAX))).unwrap();
         let bytes = std::fs::read(&job.output).unwrap();
+        let file = GgufFile::open(&job.output).unwrap();
+        let neurons: Vec<Vec<u8>> = (0..4)
+            .map(|il| file.data(file.find(&format!("blk.{il}.ffn_up.weight")).unwrap()).to_vec())
+            .collect();
         std::fs::remove_file(&job.output).unwrap();
-        bytes
+        (bytes, neurons, file.get("putri.neurons_by").cloned())
     };
+    let named = |choice: Choice| Some(Value::Str(choice.name().into()));
     let told = Choice::ALL.map(|choice| {
         job.settings.choice = Some(choice);
         undisturbed(&job)
     });
-    assert!(told[0] != told[1], "both ways keep the same neurons");
+    assert!(told[0].1 != told[1].1, "both ways keep the same neurons");
+    assert_eq!([&told[0].2, &told[1].2], [&named(Choice::ALL[0]), &named(Choice::ALL[1])]);
     job.settings.choice = None;
     let found = undisturbed(&job);
     // Whatever was found, the other is what a state says that names the other.
@@ -126,8 +132,20 @@ fn neurons_go_by_what_a_run_found_best_or_was_told() {
         assert!(matches!(run(&job, &mut StopsAfter(Cell::new(patience))), Err(JobError::Interrupted)));
     }
     assert!(!cli.path("state/block-000.gguf").exists());
+    // Widths or the choice alone: the other is found anew, and is the same.
+    let kept = cli.path("kept");
+    for lost in ["widths.gguf", "choice.gguf"] {
+        drop(std::fs::remove_dir_all(&kept));
+        std::fs::create_dir(&kept).unwrap();
+        for file in std::fs::read_dir(cli.path("state")).unwrap().map(Result::unwrap) {
+            std::fs::copy(file.path(), kept.join(file.file_name())).unwrap();
+        }
+        std::fs::remove_file(kept.join(lost)).unwrap();
+        let job = Job { state: Some(KeepState { folder: kept.clone(), resume: true }), ..job.clone() };
+        assert!(undisturbed(&job) == found, "without {lost}");
+    }
     let written = GgufFile::open(&choice).unwrap().get("choice").cloned();
-    assert_eq!(written, Some(Value::Str(Choice::ALL[best].name().into())));
+    assert_eq!(written, named(Choice::ALL[best]));
     let say = |name: &str| {
         let mut file = std::fs::File::create(&choice).unwrap();
         write_gguf(&mut file, &choice, &[("choice".into(), Value::Str(name.into()))], &[]).unwrap();

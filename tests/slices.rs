@@ -19,6 +19,7 @@ fn provenance() -> Provenance {
         method: "putri".into(),
         calibration: "none".into(),
         seed: 1,
+        neurons_by: None,
         tune: 0,
         check_tokens: Vec::new(),
         check_nll: Vec::new(),

@@ -16,6 +16,8 @@ pub struct Provenance {
     pub sparsity_reached: f64,
     /// Name of the method.
     pub method: String,
+    /// What neurons went by, where that was chosen.
+    pub neurons_by: Option<&'static str>,
     /// What it was calibrated on.
     pub calibration: String,
     /// Seed of the calibration.
@@ -186,6 +188,7 @@ fn provenance(p: &Provenance) -> Vec<(String, Value)> {
         ("tune", Value::U32(p.tune as u32)),
     ]
     .into_iter()
+    .chain(p.neurons_by.map(|by| ("neurons_by", text(by))))
     .chain(check.into_iter().filter(|_| !p.check_nll.is_empty()))
     .map(|(k, v)| (format!("putri.{k}"), v))
     .collect()

@@ -11,6 +11,7 @@ use crate::ggml::{GgmlError, LlamaModel};
 use crate::gguf::{OutTensor, write_gguf};
 use crate::model::{BlockShape, Family, KvCache, Model};
 use crate::pipeline::{self, Calibration, Method, Observer, Plan, Target};
+use crate::prune::Choice;
 use std::io::{BufWriter, Write};
 use std::path::Path;
 use std::time::Instant;
@@ -44,6 +45,7 @@ impl Prepared {
             sparsity: job.settings.sparsity,
             sparsity_reached: sparsity,
             method: method_name(job.settings.method).into(),
+            neurons_by: pruned.neurons_by.map(Choice::name),
             calibration: calibration_text(job, windows),
             seed: job.recipe.seed,
             tune: if pruned.tuned { job.settings.tune } else { 0 },

@@ -45,7 +45,7 @@ use crate::calibrate::Windows;
 use crate::forward::{Forward, ForwardError, Head, InputSquares, LOGIT_ROWS};
 use crate::ggml::GgmlError;
 use crate::gguf::GgufError;
-use crate::model::Model;
+use crate::model::{Model, Piece};
 use crate::numeric::{RowComparison, compare_rows};
 use crate::prune::{BudgetError, Choice, Singular};
 use rayon::prelude::*;
@@ -132,6 +132,8 @@ pub struct Outcome {
     pub plan: Plan,
     /// Whether norms and biases were tuned, and held-out windows confirmed it.
     pub tuned: bool,
+    /// What neurons went by, where it was neurons that went.
+    pub neurons_by: Option<Choice>,
     /// What the held-out windows say.
     pub held_out: HeldOut,
     /// The pruned model's negative log-likelihoods of the tokens of the first of them but its first, in nats, by the CPU.
@@ -222,8 +224,10 @@ pub fn run(
             run.evaluate_plan()?
         }
     };
+    let by_choice = s.method == Method::Putri && s.piece(model) == Piece::Neuron;
+    let neurons_by = by_choice.then_some(run.choice);
     let Run { plan, block_losses, losses, warnings, .. } = run;
-    Ok(Outcome { plan, tuned, held_out, losses, block_losses, warnings })
+    Ok(Outcome { plan, tuned, neurons_by, held_out, losses, block_losses, warnings })
 }
 
 /// What the matrices of the pruned model see of the windows that it was fitted on, block by block.

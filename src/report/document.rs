@@ -123,6 +123,7 @@ pub fn report(job: &Job, o: &Outcome, output_sha256: &str) -> Value {
             "target_ram": job.target_ram,
             "verify": job.verify,
         },
+        "neurons_by": o.provenance.as_ref().and_then(|p| p.neurons_by),
         "calibration": o.provenance.as_ref().map(|p| &p.calibration),
         "seconds": o.time.as_secs_f64(),
         "peak_memory_bytes": super::peak_memory(),
