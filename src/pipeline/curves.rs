@@ -89,7 +89,7 @@ impl Run<'_> {
             let less = probe.upload(&self.narrowed(w, n.kept, n.weights, &moments))?;
             probe.stream(&less, &base, &mut without)?;
             let lost = sensitivity.divergence(il, &next, &without);
-            if !lost.is_finite() {
+            if !lost.is_finite() || n.losses.iter().any(|l| !l.is_finite()) {
                 return Err(PruneError::Singular { block: il, part: "ffn_down", source: Singular });
             }
             // A block that cannot be narrowed loses nothing. Rounding may leave no divergence where there is some.

@@ -472,8 +472,9 @@ impl Work<'_> {
         let moments = 4.0 * self.max_ff().powi(2);
         let collecting = self.block_bytes() + moments + self.moment_graph_bytes(n_ctx, n) + sums;
         let probing = self.block_bytes() + self.graph_bytes(probe_ctx, n_probe);
-        // Of an inverse that is made beside its factor, half is never touched.
-        let choosing = self.block_bytes() + self.choosing_bytes(0.0, false, 6.0);
+        // Of an inverse that is made beside its factor, half is never touched. Graphs keep what they needed.
+        let graphs = self.moment_graph_bytes(n_ctx, n);
+        let choosing = self.block_bytes() + self.choosing_bytes(0.0, false, 6.0) + graphs;
         StageForecast {
             name: "widths",
             operations: if self.s.per_block_widths { operations } else { 0.0 },
@@ -511,7 +512,8 @@ impl Work<'_> {
         // With the inverse for the way that comes after.
         let trying = 2.0 * self.block_bytes() + 2.0 * moments + self.graph_bytes(trial_ctx, n_trial) + sums;
         let maps = 4.0 * self.max_ff() * e;
-        let choosing = self.block_bytes() + maps + self.choosing_bytes(0.0, true, 8.0);
+        let graphs = self.moment_graph_bytes(n_ctx, n);
+        let choosing = self.block_bytes() + maps + self.choosing_bytes(0.0, true, 8.0) + graphs;
         let most =
             collecting.max(choosing).max(trying + maps).max(self.scratch_bytes() + self.predicting_bytes());
         StageForecast {
@@ -737,13 +739,13 @@ impl Work<'_> {
     }
 }
 
-/// Operations of a Cholesky factor of `n` rows and its inverse, in 32 bits.
+/// Operations of a Cholesky factor of `n` rows and its inverse, in 32 bits, of which two count as one.
 fn inverse_ops(n: f64) -> f64 {
     0.5 * n.powi(3)
 }
 
-/// Operations, in 32 bits, of taking inputs out from `n` down to `end`, where maps of `n_out` outputs in all are gone through: the one
-/// that inputs are judged by twice, for lengths and for values.
+/// Operations, counted likewise, of taking inputs out from `n` down to `end`, where maps of `n_out` outputs in all are gone
+/// through: the one that inputs are judged by twice, for lengths and for values.
 fn removal_ops(n: f64, end: f64, n_out: f64) -> f64 {
     0.5 * ((n.powi(3) - end.powi(3)) / 3.0 + n_out * (n.powi(2) - end.powi(2)))
 }

@@ -55,6 +55,9 @@ pub struct Narrowing {
 
 /// Loss of the greedy selection at each of the falling `widths`, the first of which is all of them, and
 /// the layer as it is at the width `probe`, which is one of them.
+///
+/// # Panics
+/// If the sizes disagree, or `probe` is none of the widths.
 pub fn narrow(w: &Matrix, inverse: Inverse, widths: &[usize], probe: usize) -> Narrowing {
     match inverse {
         Inverse::Single(i) => narrowed(w.n_in, Obs::new(w, None, i, Choice::Loss), widths, probe),
