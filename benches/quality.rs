@@ -125,7 +125,7 @@ fn settings(row: &str, sparsity: f64, n_threads: usize) -> Settings {
             "tune_drawn" => s.tune_drawn = number(),
             "least_width" => s.least_width = number(),
             "nobias" => s.biases = false,
-            "choice" => s.choice = Choice::ALL.into_iter().find(|c| c.name() == value),
+            "choice" => s.choice = Choice::named(value),
             "uniform" => s.per_block_widths = false,
             other => panic!("no setting {other}"),
         }

@@ -181,7 +181,7 @@ impl State {
     fn read_choice(&self) -> Result<Option<Choice>, GgufError> {
         let Some(file) = self.read(CHOICE)? else { return Ok(None) };
         let written = match file.get("choice") {
-            Some(Value::Str(name)) => Choice::ALL.into_iter().find(|c| c.name() == name),
+            Some(Value::Str(name)) => Choice::named(name),
             _ => None,
         };
         written.map(Some).ok_or_else(|| self.damaged(CHOICE, "choice"))

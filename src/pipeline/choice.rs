@@ -5,9 +5,10 @@
 
 use super::judge::{Judge, Loss};
 use super::sensitivity::Sensitivity;
-use super::stream::{embedded, planned_stream};
-use super::{Plan, PruneError, Run, curves, forward};
-use crate::prune::{self, Choice, Inverse};
+use super::sequential::at_block;
+use super::stream::planned_stream;
+use super::{Plan, PruneError, Run, forward};
+use crate::prune::{self, Choice, Singular};
 
 /// Share by which the other way's divergence must be lower than the usual one's: on a few thousand tokens, less is chance.
 const CLEAR: f64 = 0.01;
@@ -29,10 +30,8 @@ impl Run<'_> {
         widths: &[usize],
         sensitivity: &Sensitivity,
     ) -> Result<Choice, PruneError> {
-        let (s, n_ctx) = (self.settings, self.windows.n_ctx);
-        let n_windows = curves::n_windows(s, n_ctx, self.windows.n_fit);
-        let tokens = self.windows.sample(n_windows * n_ctx, n_ctx);
-        let mut stream = embedded(&self.forward, self.model, &tokens, &s.shelf)?;
+        let s = self.settings;
+        let (n_windows, mut stream) = self.few_windows()?;
         let mut trial = forward(self.model, sensitivity.n_ctx, s)?;
         let start = trial.embed(self.model, &sensitivity.tokens)?;
         let mut next = vec![0.0; start.len()];
@@ -57,11 +56,9 @@ impl Run<'_> {
                 continue;
             }
             let moments = self.moments_of_neurons(&w, n_windows, &mut stream)?;
-            let failed = |source| PruneError::Singular { block: il, part: "ffn_down", source };
+            let failed = |e: Singular| at_block(il, "ffn_down")(e.into());
             let costs = sensitivity.costs(il, &w, &w.ffn_down).map_err(failed)?;
-            // That of the fit to come, which sees all tokens.
-            let ridge = s.ridge_of_neurons(w.shape.n_ff, self.windows.n_fit * n_ctx);
-            let inverse = Inverse::new(&moments.gram, ridge).map_err(failed)?;
+            let inverse = self.inverse_of(il, &moments)?;
             let ways = Choice::ALL.into_iter().zip([inverse.clone(), inverse]);
             for ((choice, inverse), x) in ways.zip(&mut streams) {
                 let chosen = prune::greedy(&w.ffn_down, Some(&costs), inverse, width, choice);

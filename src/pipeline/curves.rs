@@ -1,6 +1,7 @@
 //! Widths per block, from what each block loses as it narrows.
 
 use super::sensitivity::Sensitivity;
+use super::sequential::at_block;
 use super::stream::embedded;
 use super::{
     PruneError, Run, Settings, equally_narrowed, forward, neurons_for_target, neurons_to_remove, token_scales,
@@ -61,11 +62,8 @@ impl Run<'_> {
         budgets: &[Budget],
         sensitivity: &Sensitivity,
     ) -> Result<Vec<Curve>, PruneError> {
-        let (s, n_ctx) = (self.settings, self.windows.n_ctx);
-        let n_windows = n_windows(s, n_ctx, self.windows.n_fit);
-        let tokens = self.windows.sample(n_windows * n_ctx, n_ctx);
-        let mut stream = embedded(&self.forward, self.model, &tokens, &s.shelf)?;
-        let mut probe = forward(self.model, sensitivity.n_ctx, s)?;
+        let (n_windows, mut stream) = self.few_windows()?;
+        let mut probe = forward(self.model, sensitivity.n_ctx, self.settings)?;
         let mut base = probe.embed(self.model, &sensitivity.tokens)?;
         let (mut next, mut without) = (vec![0.0; base.len()], vec![0.0; base.len()]);
         let mut curves: Vec<Curve> = Vec::with_capacity(budgets.len());
@@ -77,20 +75,14 @@ impl Run<'_> {
             probe.stream(&probe.upload(&w)?, &base, &mut next)?;
             let widths = prune::possible_widths(budget);
             let at = self.probe_at(&widths);
-            // That of the fit to come, which sees all tokens: the curves only compare blocks.
-            let ridge = self.settings.ridge_of_neurons(w.shape.n_ff, self.windows.n_fit * n_ctx);
-            let inverse = Inverse::new(&moments.gram, ridge).map_err(|source| PruneError::Singular {
-                block: il,
-                part: "ffn_down",
-                source,
-            })?;
+            let inverse = self.inverse_of(il, &moments)?;
             let n = prune::narrow(&w.ffn_down, inverse, &widths, widths[at]);
             let loss = n.losses[at];
             let less = probe.upload(&self.narrowed(w, n.kept, n.weights, &moments))?;
             probe.stream(&less, &base, &mut without)?;
             let lost = sensitivity.divergence(il, &next, &without);
             if !lost.is_finite() || n.losses.iter().any(|l| !l.is_finite()) {
-                return Err(PruneError::Singular { block: il, part: "ffn_down", source: Singular });
+                return Err(at_block(il, "ffn_down")(Singular.into()));
             }
             // A block that cannot be narrowed loses nothing. Rounding may leave no divergence where there is some.
             let unit = if loss > 0.0 { loss / lost.max(MIN_DIVERGENCE) } else { 1.0 };
@@ -99,6 +91,22 @@ impl Run<'_> {
             self.observer.step(il + 1, "");
         }
         Ok(curves)
+    }
+
+    /// How many windows blocks are narrowed on before all tokens are looked at, and the stream before the first block of them.
+    pub(super) fn few_windows(&self) -> Result<(usize, Array<f32>), PruneError> {
+        let (s, n_ctx) = (self.settings, self.windows.n_ctx);
+        let n_windows = n_windows(s, n_ctx, self.windows.n_fit);
+        let tokens = self.windows.sample(n_windows * n_ctx, n_ctx);
+        Ok((n_windows, embedded(&self.forward, self.model, &tokens, &s.shelf)?))
+    }
+
+    /// The inverse that neurons of block `il` are chosen by on few windows. Its ridge is that of the fit to come, which sees all
+    /// tokens.
+    pub(super) fn inverse_of(&self, il: usize, moments: &Moments) -> Result<Inverse, PruneError> {
+        let n_fitted = self.windows.n_fit * self.windows.n_ctx;
+        let ridge = self.settings.ridge_of_neurons(moments.gram.n(), n_fitted);
+        Inverse::new(&moments.gram, ridge).map_err(|e| at_block(il, "ffn_down")(e.into()))
     }
 
     /// Moments at ffn_down of the block `w` over `stream`, of `n_windows`, which moves on to the stream behind the block.

@@ -28,6 +28,11 @@ impl Choice {
     /// All there are, the usual one first.
     pub const ALL: [Choice; 2] = [Choice::Loss, Choice::Energy];
 
+    /// That which is called `name`.
+    pub fn named(name: &str) -> Option<Choice> {
+        Choice::ALL.into_iter().find(|c| c.name() == name)
+    }
+
     /// What it is called.
     pub fn name(self) -> &'static str {
         match self {
