@@ -103,3 +103,17 @@ fn those_go_that_the_predictions_mind_least() {
         assert!(by_search < best + 0.2 * (random - best), "{arch} {seed}: {by_search} {best} {random}");
     }
 }
+
+/// Feed-forwards of half the attention's size, of which half has to stay: they cannot give a quarter of the blocks.
+#[test]
+fn heads_go_where_feed_forwards_cannot_give_enough() {
+    let cli = common::cli::Cli::new();
+    for (n_kv, heads) in [(2, "uniform"), (4, "uniform"), (8, "auto")] {
+        Small { blocks: vec![(8, n_kv, 64); 4], ..Small::default() }.write(&cli.path("in.gguf"));
+        let text = ["in.gguf", "out.gguf", "--sparsity", "0.25", "--heads", heads, "--force", "--json", "-q"];
+        let said = cli.ok(&[&text[..], &["-c", "64", "--chunks", "4", "-t", "2"]].concat());
+        let done: serde_json::Value = serde_json::from_str(said.lines().last().unwrap()).unwrap();
+        let reached = done["report"]["sparsity"].as_f64().unwrap();
+        assert!(reached >= 0.25, "{n_kv} {heads}: {reached}");
+    }
+}

@@ -5,6 +5,8 @@ mod common;
 use common::cli::Cli;
 use common::small::Small;
 use putri_gguf::gguf::Value;
+use putri_gguf::model::{Heads, Model};
+use putri_gguf::pipeline::{Settings, check_budget};
 use serde_json::Value as Json;
 
 fn inspect(cli: &Cli) -> Json {
@@ -62,6 +64,28 @@ fn the_sparsity_that_it_calls_reachable_is_and_more_is_not() {
             |s: f64| cli.run(&["in.gguf", "out.gguf", "--dry-run", "-c", "64", "--sparsity", &s.to_string()]);
         assert!(dry(reachable).status.success());
         assert!(!dry(reachable + 0.011).status.success());
+    }
+}
+
+/// Heads that go in whole blocks' worth must not leave a gap below what more of them reach.
+#[test]
+fn every_sparsity_up_to_the_largest_can_be_had() {
+    let cli = Cli::new();
+    // A step of 32 in 64 neurons: feed-forwards give at most half, and heads the rest.
+    let narrow = |n_kv| Small { blocks: vec![(8, n_kv, 64); 4], ..Small::default() };
+    let mixtures = Small::mixtures().into_iter().map(|(_, small)| small);
+    for small in [narrow(2), narrow(4), narrow(8), Small::gemma3()].into_iter().chain(mixtures) {
+        small.write(&cli.path("in.gguf"));
+        let model = Model::open(&cli.path("in.gguf")).unwrap();
+        for heads in [Heads::Auto, Heads::Equal, Heads::Keep] {
+            let can = |percent: &u32| {
+                let settings = Settings { sparsity: f64::from(*percent) / 100.0, heads, ..Settings::default() };
+                check_budget(&model, &settings).is_ok()
+            };
+            let reachable = (1..100).filter(can).count();
+            let largest = (1..100).rev().find(can).unwrap();
+            assert_eq!(reachable, largest as usize, "{} {heads:?} {:?}", small.arch, small.blocks[0]);
+        }
     }
 }
 

@@ -307,13 +307,16 @@ fn numbers(values: impl IntoIterator<Item = usize>) -> Value {
     Value::u64_array(&values.into_iter().map(|n| n as u64).collect::<Vec<_>>())
 }
 
+/// Raised whenever the same terms come to other decisions and the version stays.
+const DECISIONS: u32 = 2;
+
 /// All that the outcome depends on, a line each; how many threads there are is not among it.
 fn terms(job: &Job, source_sha256: &str) -> String {
     let settings = Settings { n_threads: 0, shelf: Default::default(), ..job.settings.clone() };
     let given = job.windows.as_ref().map(|w| sha256([bytemuck::cast_slice(&w.tokens)]));
     let recipe = Recipe { n_threads: 0, n_parallel: 0, ..job.recipe.clone() };
     format!(
-        "putri-gguf {} with ggml {}, method {}\nsource: {source_sha256}\n{settings:#?}\n{recipe:#?}\n{:#?}\nwindows given: {given:?}\n",
+        "putri-gguf {} ({DECISIONS}) with ggml {}, method {}\nsource: {source_sha256}\n{settings:#?}\n{recipe:#?}\n{:#?}\nwindows given: {given:?}\n",
         env!("CARGO_PKG_VERSION"),
         crate::ggml::engine_version(),
         method_name(job.settings.method),

@@ -19,14 +19,9 @@ pub fn check_budget(model: &Model, s: &Settings) -> Result<(), PruneError> {
     }
     let budgets = budgets(model, s);
     let s = &within_family(model, s);
-    let attention = groups_to_remove(model, &budgets, s) * smallest_group(&budgets);
+    let attention = groups_to_remove(model, &budgets, s) * prune::smallest_group(&budgets);
     prune::ffn_params_to_remove(&budgets, s.sparsity, attention)?;
     Ok(())
-}
-
-/// Parameters of the smallest group: what one is assumed to give before it is known which.
-pub(super) fn smallest_group(budgets: &[Budget]) -> usize {
-    budgets.iter().filter(|b| b.n_groups > 0).map(|b| b.group_params).min().unwrap_or(0)
 }
 
 /// The settings as far as the architecture of `model` can hold what comes of them.
@@ -59,15 +54,24 @@ pub(super) fn groups_to_remove(model: &Model, budgets: &[Budget], s: &Settings) 
     let total: usize = budgets.iter().map(Budget::params).sum();
     let largest = budgets.iter().map(|b| b.group_params).max().unwrap_or(0).max(1);
     let affordable = (total as f64 * s.sparsity) as usize / largest;
-    let wanted = s.groups.unwrap_or_else(|| prune::head_groups_paper(budgets, s.sparsity)).min(affordable);
+    let (wanted, fewest) = match (s.groups, s.method) {
+        (Some(groups), _) => (groups, 0),
+        (None, Method::Putri) => {
+            (prune::head_groups(budgets, s.sparsity), prune::fewest_head_groups(budgets, s.sparsity))
+        }
+        (None, Method::Paper | Method::TwoStage) => (prune::head_groups_paper(budgets, s.sparsity), 0),
+    };
+    let wanted = wanted.max(fewest).min(affordable);
     let whole_blocks = s.method == Method::TwoStage;
     let Some(carrier) = carriers.of_heads() else {
         if whole_blocks || !carriers.fewer_heads {
             return 0;
         }
-        let per_block = (wanted as f64 / budgets.len() as f64).round() as usize;
-        let per_block = per_block.min(affordable / budgets.len()).min(budgets[0].n_groups.saturating_sub(1));
-        return per_block * budgets.len();
+        let n_blocks = budgets.len();
+        let per_block = (wanted as f64 / n_blocks as f64).round() as usize;
+        // Rather too many than a sparsity between two that can be had.
+        let per_block = per_block.min(affordable / n_blocks).max(fewest.div_ceil(n_blocks));
+        return per_block.min(budgets[0].n_groups.saturating_sub(1)) * n_blocks;
     };
     let limits = removable_groups(carrier, budgets);
     let counts = |(limit, b): &(usize, &Budget)| !whole_blocks || *limit == b.n_groups;

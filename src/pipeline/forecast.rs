@@ -7,7 +7,7 @@
 use super::heads::{ROUGH_CTX, ROUGH_TOKENS, STREAM_BYTES, window_of_heads};
 use super::{
     Method, NewMatrices, Settings, budgets, choice, curves, equal_widths, even_shapes, file_size,
-    groups_to_remove, new_matrices, sensitivity, smallest_group, within_family,
+    groups_to_remove, new_matrices, sensitivity, within_family,
 };
 use crate::calibrate::Windows;
 use crate::forward::{
@@ -102,7 +102,7 @@ pub fn forecast(model: &Model, c: &Calibration, settings: &Settings) -> Result<F
     let s = &within_family(model, settings);
     let budgets = budgets(model, s);
     let n_groups = groups_to_remove(model, &budgets, s);
-    let group_params = smallest_group(&budgets);
+    let group_params = prune::smallest_group(&budgets);
     let widths = equal_widths(model, &budgets, s, n_groups * group_params)?;
     let all_groups: usize = budgets.iter().map(|b| b.n_groups).sum();
     let kept = if all_groups > 0 { 1.0 - n_groups as f64 / all_groups as f64 } else { 1.0 };

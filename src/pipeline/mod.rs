@@ -27,8 +27,7 @@ mod tune;
 
 pub use amounts::{budgets, check_budget};
 use amounts::{
-    equal_widths, equally_narrowed, groups_to_remove, neurons_for_target, neurons_to_remove, smallest_group,
-    within_family,
+    equal_widths, equally_narrowed, groups_to_remove, neurons_for_target, neurons_to_remove, within_family,
 };
 pub use forecast::{Calibration, Forecast, StageForecast, forecast};
 pub use journal::{Journal, Settled};
@@ -47,7 +46,7 @@ use crate::ggml::GgmlError;
 use crate::gguf::GgufError;
 use crate::model::{Model, Piece};
 use crate::numeric::{RowComparison, compare_rows};
-use crate::prune::{BudgetError, Choice, Singular};
+use crate::prune::{self, BudgetError, Choice, Singular};
 use rayon::prelude::*;
 
 /// Who is told how far the work is, and can stop it.
@@ -218,7 +217,7 @@ pub fn run(
         }
         Method::Paper | Method::TwoStage => {
             // The paper's order, neurons before heads, does not know yet which groups go.
-            let widths = equal_widths(model, &budgets, s, n_groups * smallest_group(&budgets))?;
+            let widths = equal_widths(model, &budgets, s, n_groups * prune::smallest_group(&budgets))?;
             run.sequential_pass(&widths, settled.blocks)?;
             run.search_heads(&budgets, n_groups, None)?;
             run.evaluate_plan()?

@@ -56,7 +56,7 @@ pub struct Settings {
     pub ridge_ffn: f64,
     /// Ridge of what makes up for the rounding of attn_output.
     pub ridge_attn: f64,
-    /// Attention groups to remove, instead of the paper's formula.
+    /// Attention groups to remove, instead of the method's formula.
     pub groups: Option<usize>,
     /// Tokens that heads are judged on.
     pub head_tokens: usize,

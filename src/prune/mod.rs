@@ -17,7 +17,10 @@ use crate::numeric::Real;
 use faer::Mat;
 use rayon::prelude::*;
 
-pub use budget::{Budget, BudgetError, ffn_params_to_remove, head_groups_paper};
+pub use budget::{
+    Budget, BudgetError, fewest_head_groups, ffn_params_to_remove, head_groups, head_groups_paper,
+    smallest_group,
+};
 pub use heads::{Candidate, GroupId, LazyGreedy, rounds};
 pub use inverse::{Inverse, InverseIn};
 pub use metric::Metric;
