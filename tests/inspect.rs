@@ -79,7 +79,8 @@ fn every_sparsity_up_to_the_largest_can_be_had() {
         let model = Model::open(&cli.path("in.gguf")).unwrap();
         for heads in [Heads::Auto, Heads::Equal, Heads::Keep] {
             let can = |percent: &u32| {
-                let settings = Settings { sparsity: f64::from(*percent) / 100.0, heads, ..Settings::default() };
+                let settings =
+                    Settings { sparsity: f64::from(*percent) / 100.0, heads, ..Settings::default() };
                 check_budget(&model, &settings).is_ok()
             };
             let reachable = (1..100).filter(can).count();
