@@ -57,7 +57,7 @@ pub fn fewest_head_groups(blocks: &[Budget], sparsity: f64) -> usize {
     short.div_ceil(smallest_group(blocks).max(1)).min(n_groups(blocks))
 }
 
-/// The paper's formula for the same: the share `s^((|F|/|A|)/1.5)`, rounded to whole blocks' worth as the authors' code
+/// Groups that attention gives up in the paper: the share `s^((|F|/|A|)/1.5)`, rounded to whole blocks' worth as the authors' code
 /// does. Blocks of different shapes are taken by their totals.
 pub fn head_groups_paper(blocks: &[Budget], sparsity: f64) -> usize {
     let n_blocks = blocks.len() as f64;
