@@ -110,8 +110,8 @@ fn heads_go_where_feed_forwards_cannot_give_enough() {
     let cli = common::cli::Cli::new();
     for (n_kv, heads) in [(2, "uniform"), (4, "uniform"), (8, "auto")] {
         Small { blocks: vec![(8, n_kv, 64); 4], ..Small::default() }.write(&cli.path("in.gguf"));
-        let text = ["in.gguf", "out.gguf", "--sparsity", "0.25", "--heads", heads, "--force", "--json", "-q"];
-        let said = cli.ok(&[&text[..], &["-c", "64", "--chunks", "4", "-t", "2"]].concat());
+        let args = ["in.gguf", "out.gguf", "--sparsity", "0.25", "--heads", heads, "--force", "--json", "-q"];
+        let said = cli.ok(&[&args[..], &["-c", "64", "--chunks", "4", "-t", "2"]].concat());
         let done: serde_json::Value = serde_json::from_str(said.lines().last().unwrap()).unwrap();
         let reached = done["report"]["sparsity"].as_f64().unwrap();
         assert!(reached >= 0.25, "{n_kv} {heads}: {reached}");

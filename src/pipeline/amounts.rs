@@ -45,7 +45,7 @@ pub(super) fn within_family(model: &Model, s: &Settings) -> Settings {
 }
 
 /// Groups to remove, capped by the budget and by what may go: the first block keeps one, and where all
-/// blocks must stay equal every block keeps as many, or all.
+/// blocks must stay equal every block keeps as many, or all, and rather too many go than feed-forwards have to give what they cannot.
 pub(super) fn groups_to_remove(model: &Model, budgets: &[Budget], s: &Settings) -> usize {
     if s.heads == Heads::Keep {
         return 0;
@@ -90,13 +90,15 @@ pub(super) fn neurons_to_remove(
     Ok(params.div_ceil(budgets[0].piece_params))
 }
 
-/// Widths that are the same for all blocks, or as nearly as steps allow if they may differ.
+/// Widths that are the same for all blocks, or as nearly as steps allow if they may differ, where `n_groups` of the smallest
+/// groups go.
 pub(super) fn equal_widths(
     model: &Model,
     budgets: &[Budget],
     s: &Settings,
-    attention_removed: usize,
+    n_groups: usize,
 ) -> Result<Vec<usize>, BudgetError> {
+    let attention_removed = n_groups * prune::smallest_group(budgets);
     Ok(equally_narrowed(model, budgets, s, neurons_to_remove(budgets, s, attention_removed)?))
 }
 

@@ -102,13 +102,12 @@ pub fn forecast(model: &Model, c: &Calibration, settings: &Settings) -> Result<F
     let s = &within_family(model, settings);
     let budgets = budgets(model, s);
     let n_groups = groups_to_remove(model, &budgets, s);
-    let group_params = prune::smallest_group(&budgets);
-    let widths = equal_widths(model, &budgets, s, n_groups * group_params)?;
+    let widths = equal_widths(model, &budgets, s, n_groups)?;
     let all_groups: usize = budgets.iter().map(|b| b.n_groups).sum();
     let kept = if all_groups > 0 { 1.0 - n_groups as f64 / all_groups as f64 } else { 1.0 };
     let total: usize = budgets.iter().map(prune::Budget::params).sum();
     let pieces: usize = budgets.iter().zip(&widths).map(|(b, w)| b.n_pieces - w).sum();
-    let removed = n_groups * group_params + pieces * budgets[0].piece_params;
+    let removed = n_groups * prune::smallest_group(&budgets) + pieces * budgets[0].piece_params;
     let (shapes, carriers) = (even_shapes(model, settings)?, s.carriers(model));
     let size = file_size(model, s, &shapes);
     let w = Work { model, c, s, kept, widths: &widths };

@@ -46,7 +46,7 @@ use crate::ggml::GgmlError;
 use crate::gguf::GgufError;
 use crate::model::{Model, Piece};
 use crate::numeric::{RowComparison, compare_rows};
-use crate::prune::{self, BudgetError, Choice, Singular};
+use crate::prune::{BudgetError, Choice, Singular};
 use rayon::prelude::*;
 
 /// Who is told how far the work is, and can stop it.
@@ -217,7 +217,7 @@ pub fn run(
         }
         Method::Paper | Method::TwoStage => {
             // The paper's order, neurons before heads, does not know yet which groups go.
-            let widths = equal_widths(model, &budgets, s, n_groups * prune::smallest_group(&budgets))?;
+            let widths = equal_widths(model, &budgets, s, n_groups)?;
             run.sequential_pass(&widths, settled.blocks)?;
             run.search_heads(&budgets, n_groups, None)?;
             run.evaluate_plan()?

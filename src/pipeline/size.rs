@@ -4,7 +4,7 @@ use super::amounts::{equal_widths, groups_to_remove, within_family};
 use super::{Settings, budgets};
 use crate::ggml::Type;
 use crate::model::{BlockShape, BlockTensors, KvCache, Model, Piece, Segment};
-use crate::prune::{self, BudgetError};
+use crate::prune::BudgetError;
 use crate::requant::output_type;
 
 /// Alignment of tensors in a file.
@@ -142,7 +142,7 @@ pub(super) fn even_shapes(model: &Model, s: &Settings) -> Result<Vec<BlockShape>
     let budgets = budgets(model, s);
     let s = &within_family(model, s);
     let n_groups = groups_to_remove(model, &budgets, s);
-    let widths = equal_widths(model, &budgets, s, n_groups * prune::smallest_group(&budgets))?;
+    let widths = equal_widths(model, &budgets, s, n_groups)?;
     let all: usize = budgets.iter().map(|b| b.n_groups).sum();
     let (mut before, mut gone) = (0, 0);
     let shapes = model.hparams.blocks.iter().zip(widths).map(|(b, width)| {
