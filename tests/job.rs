@@ -327,9 +327,18 @@ fn timings_name_the_stages_and_what_they_reached() {
     let cli = Cli::new();
     Small { blocks: vec![(4, 2, 256); 4], ..Small::default() }.write(&cli.path("in.gguf"));
     let text = cli.ok(&[&["in.gguf", "out.gguf", "--sparsity", "0.3", "--timings"][..], &QUICK].concat());
-    for stage in
-        ["heads", "widths", "sensitivity", "choice", "blocks", "tune", "write", "verify", "all stages"]
-    {
+    for stage in [
+        "heads",
+        "widths",
+        "sensitivity",
+        "choice",
+        "twins",
+        "blocks",
+        "tune",
+        "write",
+        "verify",
+        "all stages",
+    ] {
         assert!(text.lines().any(|l| l.starts_with(stage)), "no {stage} in {text}");
     }
     let all = text.lines().find(|l| l.starts_with("all stages")).unwrap();

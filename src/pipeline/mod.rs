@@ -4,9 +4,10 @@
 //! 2. `sensitivity`: what errors in the stream behind each block cost the predictions.
 //! 3. `curves`: what every block loses as its feed-forward narrows, by that cost; from that, the widths.
 //! 4. `choice`: by what neurons are chosen, tried on many blocks at once.
-//! 5. `sequential`: block after block, refit attn_output, choose neurons, refit ffn_down, requantise;
+//! 5. `twins`: the windows once more, with tokens drawn anew.
+//! 6. `sequential`: block after block, refit attn_output, choose neurons, refit ffn_down, requantise;
 //!    each block sees the pruned and requantised blocks before it.
-//! 6. `tune`: norms and biases, by descent on what the whole model's predictions lose.
+//! 7. `tune`: norms and biases, by descent on what the whole model's predictions lose.
 
 mod amounts;
 mod choice;
@@ -24,6 +25,7 @@ mod settings;
 mod size;
 mod stream;
 mod tune;
+mod twins;
 
 pub use amounts::{budgets, check_budget};
 use amounts::{
@@ -42,7 +44,7 @@ use stream::{embedded, planned_stream};
 
 use crate::calibrate::Windows;
 use crate::forward::{Forward, ForwardError, Head, InputSquares, LOGIT_ROWS};
-use crate::ggml::GgmlError;
+use crate::ggml::{GgmlError, Token};
 use crate::gguf::GgufError;
 use crate::model::{Model, Piece};
 use crate::numeric::{RowComparison, compare_rows};
@@ -174,6 +176,7 @@ pub fn run(
         model,
         reference,
         windows,
+        twins: Vec::new(),
         settings: s,
         journal,
         observer,
@@ -209,6 +212,10 @@ pub fn run(
             };
             run.journal.choice(run.choice)?;
             run.sensitivity = sensitivity;
+            // Where all blocks are done, nothing is fitted any more.
+            if wanted {
+                run.twins = run.draw_twins()?;
+            }
             let mut streams = run.sequential_pass(&widths, done)?;
             run.sensitivity = None;
             tuned = run.tune(&mut streams)?;
@@ -286,6 +293,8 @@ struct Run<'a> {
     /// What the result is fitted to.
     reference: &'a Model,
     windows: &'a Windows,
+    /// Twins of the fitted windows, which are fitted on, too.
+    twins: Vec<Token>,
     settings: &'a Settings,
     journal: &'a mut dyn Journal,
     observer: &'a mut dyn Observer,

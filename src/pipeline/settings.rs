@@ -79,6 +79,9 @@ pub struct Settings {
     pub per_block_widths: bool,
     /// The least width of a block where each gets its own, relative to what would stay if all lost the same share.
     pub least_width: f64,
+    /// Share of the tokens, from 0 to 1, that are drawn anew from the dense model's predictions in a twin of every fitted
+    /// window, which `blocks` fits on, too; without a twin if it is 0.
+    pub twins_drawn: f64,
     /// Biases take over the mean of what was removed.
     pub biases: bool,
     /// Times that tuning goes over its part of the calibration windows; 0 is no tuning.
@@ -104,6 +107,12 @@ impl Settings {
     /// What graphs run on.
     pub fn compute(&self) -> Compute {
         Compute { n_threads: self.n_threads, devices: self.devices.clone() }
+    }
+
+    /// Tokens that blocks are fitted to where the windows to fit on have `n_tokens`: as many again, if these get twins.
+    pub fn fitted_tokens(&self, n_tokens: usize) -> usize {
+        let twins = self.method == Method::Putri && self.twins_drawn > 0.0;
+        if twins { 2 * n_tokens } else { n_tokens }
     }
 
     /// Ridge of what makes up for neurons that go out of `n_ff`, where fits see `n_tokens` tokens: `ridge_ffn`, and more
@@ -165,6 +174,7 @@ impl Default for Settings {
             choice: None,
             per_block_widths: true,
             least_width: 0.0,
+            twins_drawn: 0.5,
             biases: true,
             tune: 1,
             tune_rate: 0.005,

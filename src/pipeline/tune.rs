@@ -12,13 +12,14 @@
 use super::judge::{self, Judge, Loss};
 use super::sequential::Streams;
 use super::stream::planned_stream;
+use super::twins::{places, redraw};
 use super::{Plan, PruneError, Run, forward};
 use crate::calibrate::Windows;
 use crate::forward::{BlockGradient, Forward, ForwardError, Head, MAX_GRADIENT_CTX, OnTheWay};
 use crate::ggml::Token;
 use crate::model::BlockVector;
+use rand::SeedableRng;
 use rand::seq::SliceRandom;
-use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use std::f32::consts::PI;
 
@@ -88,34 +89,12 @@ impl Lessons<'_> {
             starts.iter().flat_map(|&at| &self.windows.tokens[at..][..n_ctx]).copied().collect();
         let n_given = batch.len().div_ceil(2);
         let places = places(&starts, n_given, n_ctx, drawn, &mut self.rng);
-        let rows = places.iter().flat_map(|(_, row)| &self.stream[row * n_embd..][..n_embd]);
-        let rows: Vec<f32> = rows.copied().collect();
-        let at: Vec<f64> = places.iter().map(|_| self.rng.random()).collect();
-        let new = self.forward.draw(&self.dense, &rows, &at)?;
-        places.iter().zip(new).for_each(|((place, _), token)| text[*place] = token);
+        redraw(&mut self.forward, &self.dense, &mut text, &places, self.stream, &mut self.rng)?;
         // In a cut window the dense model sees less than it saw.
         let known = starts[..if n_ctx < self.windows.n_ctx { 0 } else { n_given }].iter();
         let known = known.flat_map(|at| &self.stream[at * n_embd..][..n_ctx * n_embd]).copied().collect();
         Ok((text, known))
     }
-}
-
-/// Where tokens are drawn anew in windows of `n_ctx` that begin at `starts` of a text, but in none of the first `n_given`: places
-/// in the windows put together, and in the text the token that each is predicted from.
-fn places(
-    starts: &[usize],
-    n_given: usize,
-    n_ctx: usize,
-    drawn: f64,
-    rng: &mut ChaCha8Rng,
-) -> Vec<(usize, usize)> {
-    let mut places = Vec::new();
-    for (i, start) in starts.iter().enumerate().skip(n_given) {
-        // Nothing is before the first.
-        let chosen = (1..n_ctx).filter(|_| rng.random_bool(drawn));
-        places.extend(chosen.map(|p| (i * n_ctx + p, start + p - 1)));
-    }
-    places
 }
 
 impl Run<'_> {
@@ -270,21 +249,5 @@ mod tests {
             assert_eq!(median(&norm), 2.0);
         }
         assert_eq!(median(&[]), 0.0);
-    }
-
-    #[test]
-    fn tokens_are_drawn_from_the_one_before_in_windows_that_are_not_given() {
-        let mut rng = ChaCha8Rng::seed_from_u64(3);
-        for (n_ctx, n_given) in [(2usize, 0usize), (7, 250), (64, 1)] {
-            let starts: Vec<usize> = (0..500).map(|i| i * 3 % 400).collect();
-            let places = places(&starts, n_given, n_ctx, 0.3, &mut rng);
-            for &(place, before) in &places {
-                assert!(place / n_ctx >= n_given && place % n_ctx > 0);
-                assert_eq!(before + 1, starts[place / n_ctx] + place % n_ctx);
-            }
-            assert!(places.is_sorted_by(|a, b| a.0 < b.0));
-            let share = places.len() as f64 / ((starts.len() - n_given) * (n_ctx - 1)) as f64;
-            assert!((0.25..0.35).contains(&share), "{n_ctx}: {share}");
-        }
     }
 }
