@@ -170,6 +170,14 @@ impl Windows {
         windows.iter().flat_map(|&i| &self.tokens_of(i..i + 1)[..n_ctx]).copied().collect()
     }
 
+    /// With `twins` of all fitted windows, one after another, which are fitted on, too: each behind its window.
+    pub fn with_twins(&self, twins: &[Token]) -> Windows {
+        let fit = self.tokens_of(0..self.n_fit).chunks_exact(self.n_ctx).zip(twins.chunks_exact(self.n_ctx));
+        let fit = fit.flat_map(|(window, twin)| [window, twin]);
+        let tokens = fit.chain(self.held_out()).flatten().copied().collect();
+        Windows { tokens, n_fit: 2 * self.n_fit, n_self: 2 * self.n_self, ..*self }
+    }
+
     /// The next token for every position of `windows`; none at the end of a window.
     pub fn targets(&self, windows: Range<usize>) -> Vec<Option<Token>> {
         let tokens = self.tokens_of(windows);

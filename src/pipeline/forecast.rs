@@ -110,15 +110,16 @@ pub fn forecast(model: &Model, c: &Calibration, settings: &Settings) -> Result<F
     let removed = n_groups * prune::smallest_group(&budgets) + pieces * budgets[0].piece_params;
     let (shapes, carriers) = (even_shapes(model, settings)?, s.carriers(model));
     let size = file_size(model, s, &shapes);
+    let c = Calibration { n_fit: c.n_fit * s.copies(), ..*c };
     let w = Work { model, c, s, kept, widths: &widths };
     let stages = match s.method {
         Method::Putri => vec![
+            w.twins(),
             w.first_look(),
             w.heads(n_groups),
             w.sensitivity(),
             w.widths(),
             w.choice(),
-            w.twins(),
             w.blocks(),
             w.prepare_tuning(),
             w.tune(),
@@ -158,7 +159,8 @@ struct Sizes {
 
 struct Work<'a> {
     model: &'a Model,
-    c: &'a Calibration,
+    /// With twins.
+    c: Calibration,
     s: &'a Settings,
     /// Share of the attention that stays, in all blocks alike.
     kept: f64,
@@ -182,19 +184,12 @@ impl Work<'_> {
         self.model.hparams.n_layer() as f64
     }
 
-    /// Tokens of all windows, and of twins.
     fn n_all(&self) -> f64 {
-        self.n_fit() + self.n_held_out() + self.n_twins()
+        self.n_fit() + self.n_held_out()
     }
 
     fn n_fit(&self) -> f64 {
         (self.c.n_fit * self.c.n_ctx) as f64
-    }
-
-    /// Tokens of the fitted windows' twins.
-    fn n_twins(&self) -> f64 {
-        let n_fit = self.c.n_fit * self.c.n_ctx;
-        (self.s.fitted_tokens(n_fit) - n_fit) as f64
     }
 
     fn n_held_out(&self) -> f64 {
@@ -609,26 +604,22 @@ impl Work<'_> {
     }
 
     fn twins(&self) -> StageForecast {
-        let (n_ctx, n) = (self.c.n_ctx, self.n_twins());
+        let (n_ctx, n) = (self.c.n_ctx, self.n_fit() / self.s.copies() as f64);
+        let operations =
+            self.model_ops(&self.whole(), n, n_ctx) + self.logit_ops(self.n_vocab(), self.s.twins_drawn * n);
         // Graphs keep the largest of what they needed.
         let passing = self.graph_bytes(n_ctx, n) + self.predicting_bytes().max(self.block_bytes());
         StageForecast {
             name: "twins",
-            operations: self.model_ops(&self.whole(), n, n_ctx)
-                + self.logit_ops(self.n_vocab(), self.s.twins_drawn * n),
+            operations: if self.s.copies() > 1 { operations } else { 0.0 },
             algebra: 0.0,
-            memory: BASE_BYTES
-                + self.stream_bytes(n * self.n_embd())
-                + self.sensitivity_bytes()
-                + self.scratch_bytes()
-                + passing,
-            on_devices: self.kept_graph_bytes() + passing,
+            memory: BASE_BYTES + self.stream_bytes(n * self.n_embd()) + passing,
+            on_devices: passing,
         }
     }
 
     fn blocks(&self) -> StageForecast {
-        let (n_all, n_fit, n_ctx) = (self.n_all(), self.n_fit() + self.n_twins(), self.c.n_ctx);
-        let e = self.n_embd();
+        let (n_all, n_fit, n_ctx, e) = (self.n_all(), self.n_fit(), self.c.n_ctx, self.n_embd());
         let ours = self.s.method == Method::Putri;
         let (mut operations, mut algebra) = (0.0, 0.0);
         let blocks = self.whole().into_iter().zip(self.headless()).zip(self.pruned());
@@ -667,8 +658,8 @@ impl Work<'_> {
         let moments = 4.0 * self.max_ff().powi(2) + 8.0 * self.max_ff() * n_out;
         let sums = self.sums_bytes(self.max_ff(), n_out);
         // Of the pruned block, what is not the dense one's.
-        let crossing = 2.0 * self.block_bytes() + self.graph_bytes(n_ctx, self.n_fit()) + sums;
-        let collecting = self.block_bytes() + moments + self.moment_graph_bytes(n_ctx, self.n_fit()) + sums;
+        let crossing = 2.0 * self.block_bytes() + self.graph_bytes(n_ctx, n_fit) + sums;
+        let collecting = self.block_bytes() + moments + self.moment_graph_bytes(n_ctx, n_fit) + sums;
         let maps = 2.0 * 4.0 * self.max_ff() * e;
         // Fits and the paper's score are in 64 bits.
         let choosing =
@@ -695,7 +686,7 @@ impl Work<'_> {
     fn lessons(&self) -> (usize, f64) {
         let parts = self.c.n_ctx.div_ceil(MAX_GRADIENT_CTX);
         let n_ctx = self.c.n_ctx / parts;
-        let n = (self.s.tune_limit / n_ctx).clamp(1, self.c.n_fit * parts);
+        let n = (self.s.tune_limit / n_ctx).clamp(1, self.c.n_fit / self.s.copies() * parts);
         (n_ctx, (n * n_ctx) as f64)
     }
 

@@ -1,10 +1,10 @@
 //! The passes over the blocks: where forward passes and the mathematics of pruning meet.
 //!
-//! 1. `heads`: which attention groups go, by their effect on the model's predictions.
-//! 2. `sensitivity`: what errors in the stream behind each block cost the predictions.
-//! 3. `curves`: what every block loses as its feed-forward narrows, by that cost; from that, the widths.
-//! 4. `choice`: by what neurons are chosen, tried on many blocks at once.
-//! 5. `twins`: the windows once more, with tokens drawn anew.
+//! 1. `twins`: the windows once more, with tokens drawn anew; all that follows takes them for text like the rest.
+//! 2. `heads`: which attention groups go, by their effect on the model's predictions.
+//! 3. `sensitivity`: what errors in the stream behind each block cost the predictions.
+//! 4. `curves`: what every block loses as its feed-forward narrows, by that cost; from that, the widths.
+//! 5. `choice`: by what neurons are chosen, tried on many blocks at once.
 //! 6. `sequential`: block after block, refit attn_output, choose neurons, refit ffn_down, requantise;
 //!    each block sees the pruned and requantised blocks before it.
 //! 7. `tune`: norms and biases, by descent on what the whole model's predictions lose.
@@ -44,7 +44,7 @@ use stream::{embedded, planned_stream};
 
 use crate::calibrate::Windows;
 use crate::forward::{Forward, ForwardError, Head, InputSquares, LOGIT_ROWS};
-use crate::ggml::{GgmlError, Token};
+use crate::ggml::GgmlError;
 use crate::gguf::GgufError;
 use crate::model::{Model, Piece};
 use crate::numeric::{RowComparison, compare_rows};
@@ -171,12 +171,12 @@ pub fn run(
         }
     };
     let settled = journal.settled()?;
+    let twinned;
     let mut run = Run {
         forward: forward(model, windows.n_ctx, s)?,
         model,
         reference,
         windows,
-        twins: Vec::new(),
         settings: s,
         journal,
         observer,
@@ -191,6 +191,8 @@ pub fn run(
     let mut tuned = false;
     let held_out = match s.method {
         Method::Putri => {
+            twinned = run.twinned()?;
+            run.windows = &twinned;
             run.search_heads(&budgets, n_groups, settled.heads)?;
             let removed = run.plan.attention_params_removed(&budgets);
             let wanted =
@@ -212,14 +214,10 @@ pub fn run(
             };
             run.journal.choice(run.choice)?;
             run.sensitivity = sensitivity;
-            // Where all blocks are done, nothing is fitted any more.
-            if wanted {
-                run.twins = run.draw_twins()?;
-            }
             let mut streams = run.sequential_pass(&widths, done)?;
             run.sensitivity = None;
             tuned = run.tune(&mut streams)?;
-            let held_out = run.forward.span(&(windows.n_fit..windows.n_windows()));
+            let held_out = run.forward.span(&(twinned.n_fit..twinned.n_windows()));
             run.held_out([&streams.dense[held_out.clone()], &streams.pruned[held_out]])?
         }
         Method::Paper | Method::TwoStage => {
@@ -293,8 +291,6 @@ struct Run<'a> {
     /// What the result is fitted to.
     reference: &'a Model,
     windows: &'a Windows,
-    /// Twins of the fitted windows, which are fitted on, too.
-    twins: Vec<Token>,
     settings: &'a Settings,
     journal: &'a mut dyn Journal,
     observer: &'a mut dyn Observer,

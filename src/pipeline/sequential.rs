@@ -11,7 +11,7 @@ use crate::requant::{FeedbackError, Quantised, quantise, quantise_with_feedback,
 use crate::spill::Array;
 use std::ops::Range;
 
-/// The two residual streams `[n_tokens, n_embd]` of all windows and behind them of the twins, at the input of the same block.
+/// The two residual streams `[n_tokens, n_embd]` of all windows, at the input of the same block.
 pub(super) struct Streams {
     pub(super) dense: Array<f32>,
     pub(super) pruned: Array<f32>,
@@ -25,10 +25,10 @@ impl Run<'_> {
         widths: &[usize],
         done: Vec<(BlockPlan, Vec<String>)>,
     ) -> Result<Streams, PruneError> {
-        let (tokens, shelf) = ([&self.windows.tokens[..], &self.twins].concat(), &self.settings.shelf);
+        let (tokens, shelf) = (&self.windows.tokens, &self.settings.shelf);
         let mut streams = Streams {
-            dense: embedded(&self.forward, self.reference, &tokens, shelf)?,
-            pruned: embedded(&self.forward, self.model, &tokens, shelf)?,
+            dense: embedded(&self.forward, self.reference, tokens, shelf)?,
+            pruned: embedded(&self.forward, self.model, tokens, shelf)?,
         };
         self.observer.stage("blocks", widths.len());
         let n_done = done.len();
@@ -174,8 +174,8 @@ impl Run<'_> {
         let block = self.forward.upload(w)?;
         let n_out = if self.settings.method == Method::Putri { w.ffn_down.n_out } else { 0 };
         let mut moments = self.forward.gathering(&block, w.ffn_down.n_in, n_out)?;
-        let n_embd = self.forward.n_embd();
-        let row = heads.len() / (streams.pruned.len() / n_embd);
+        let (n_embd, n_tokens) = (self.forward.n_embd(), self.windows.tokens.len());
+        let row = heads.len() / n_tokens;
         let of = |span: &Range<usize>| span.start / n_embd * row..span.end / n_embd * row;
         for (chunk, fit) in self.all_chunks() {
             let span = self.forward.span(&chunk);
@@ -199,7 +199,8 @@ impl Run<'_> {
             moments.centre();
         }
         let failed = at_block(il, "ffn_down");
-        let ridge = self.settings.ridge_of_neurons(w.shape.n_ff, moments.n_tokens);
+        let n_tokens = moments.n_tokens / self.settings.copies();
+        let ridge = self.settings.ridge_of_neurons(w.shape.n_ff, n_tokens);
         let chosen = self.choose_neurons(il, w, &moments, ridge, width);
         let (keep, refit) = chosen.map_err(|e| failed(e.into()))?;
         let wanted_ridge = if self.settings.method == Method::Putri { ridge } else { 0.0 };
@@ -284,17 +285,12 @@ impl Run<'_> {
         Ok((keep, refit))
     }
 
-    /// All windows and twins in chunks, with whether they are fitted on.
+    /// All windows in chunks, with whether they are fitted on.
     pub(super) fn all_chunks(&self) -> Vec<(Range<usize>, bool)> {
         let w = self.windows;
-        let n_twins = self.twins.len() / w.n_ctx;
-        let parts = [
-            (0..w.n_fit, true),
-            (w.n_fit..w.n_windows(), false),
-            (w.n_windows()..w.n_windows() + n_twins, true),
-        ];
-        let chunks = |(part, fit)| self.forward.chunks(part).into_iter().map(move |c| (c, fit));
-        parts.into_iter().flat_map(chunks).collect()
+        let fit = self.forward.chunks(0..w.n_fit).into_iter().map(|c| (c, true));
+        let held_out = self.forward.chunks(w.n_fit..w.n_windows()).into_iter().map(|c| (c, false));
+        fit.chain(held_out).collect()
     }
 
     /// The type that ffn_down of block `il` shall have.

@@ -109,15 +109,15 @@ impl Settings {
         Compute { n_threads: self.n_threads, devices: self.devices.clone() }
     }
 
-    /// Tokens that blocks are fitted to where the windows to fit on have `n_tokens`: as many again, if these get twins.
-    pub fn fitted_tokens(&self, n_tokens: usize) -> usize {
-        let twins = self.method == Method::Putri && self.twins_drawn > 0.0;
-        if twins { 2 * n_tokens } else { n_tokens }
+    /// How often blocks are fitted to each window: as it is, and where windows have twins, to these, too.
+    pub fn copies(&self) -> usize {
+        if self.method == Method::Putri && self.twins_drawn > 0.0 { 2 } else { 1 }
     }
 
     /// Ridge of what makes up for neurons that go out of `n_ff`, where fits see `n_tokens` tokens: `ridge_ffn`, and more
     /// where these are few, up to what an input has by itself on average. Sums over few tokens know little of most directions,
-    /// and nothing of some where tokens are fewer than neurons; a close fit learns these tokens by heart.
+    /// and nothing of some where tokens are fewer than neurons; a close fit learns these tokens by heart. Twins are not counted:
+    /// few tokens want the same ridge with them.
     pub fn ridge_of_neurons(&self, n_ff: usize, n_tokens: usize) -> f64 {
         let few = n_ff as f64 / n_tokens as f64 / ENOUGH;
         self.ridge_ffn.max((self.ridge_ffn * few.powi(2)).min(1.0))

@@ -150,16 +150,17 @@ impl Run<'_> {
         Ok(better)
     }
 
-    /// The fitted ones of `windows`, or some of them, spread evenly; `stream` is the dense model's last one of all.
+    /// The fitted ones of `windows` but twins, or some of them, spread evenly; `stream` is the dense model's last one of all.
     fn lessons<'w>(&self, windows: &'w Windows, stream: &'w [f32]) -> Result<Lessons<'w>, PruneError> {
         let (w, s) = (windows, self.settings);
         let parts = w.n_ctx.div_ceil(MAX_GRADIENT_CTX);
         let n_ctx = w.n_ctx / parts;
         let forward = forward(self.model, n_ctx, s)?;
-        let n_all = w.n_fit * parts;
+        let copies = s.copies();
+        let n_all = w.n_fit / copies * parts;
         let n = (s.tune_limit / n_ctx).clamp(1, n_all);
         let chosen = (0..n).map(|i| (2 * i + 1) * n_all / (2 * n));
-        let starts = chosen.map(|i| i / parts * w.n_ctx + i % parts * n_ctx).collect();
+        let starts = chosen.map(|i| i / parts * copies * w.n_ctx + i % parts * n_ctx).collect();
         let dense = forward.head(self.reference)?;
         let rng = ChaCha8Rng::seed_from_u64(1);
         Ok(Lessons { forward, dense, windows, stream, starts, rng })

@@ -7,29 +7,29 @@
 
 use super::stream::embedded;
 use super::{PruneError, Run, forward};
+use crate::calibrate::Windows;
 use crate::forward::{Forward, ForwardError, Head};
 use crate::ggml::Token;
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
 impl Run<'_> {
-    /// A twin of every fitted window, one after another; nothing if there shall be none.
-    pub(super) fn draw_twins(&mut self) -> Result<Vec<Token>, PruneError> {
-        let (w, s) = (self.windows, self.settings);
-        let (n_fit, n_ctx) = (w.n_fit, w.n_ctx);
-        let mut twins = w.tokens_of(0..n_fit).to_vec();
-        if s.fitted_tokens(twins.len()) == twins.len() {
-            return Ok(Vec::new());
+    /// The windows, with a twin of each that is fitted on.
+    pub(super) fn twinned(&mut self) -> Result<Windows, PruneError> {
+        let (w, s, n_ctx) = (self.windows, self.settings, self.windows.n_ctx);
+        if s.copies() == 1 {
+            return Ok(w.clone());
         }
         let n_layer = self.reference.hparams.n_layer();
         // The last step draws.
         self.observer.stage("twins", n_layer + 1);
         let mut forward = forward(self.reference, n_ctx, s)?;
+        let mut twins = w.tokens_of(0..w.n_fit).to_vec();
         let mut stream = embedded(&forward, self.reference, &twins, &s.shelf)?;
         for il in 0..n_layer {
             self.checkpoint()?;
             let block = forward.upload(&self.reference.block(il)?)?;
-            for chunk in forward.chunks(0..n_fit) {
+            for chunk in forward.chunks(0..w.n_fit) {
                 let x = &mut stream[forward.span(&chunk)];
                 let mut out = vec![0.0; x.len()];
                 forward.stream(&block, x, &mut out)?;
@@ -46,7 +46,7 @@ impl Run<'_> {
             redraw(&mut forward, &head, twin, &places, &stream[span], &mut rng)?;
         }
         self.observer.step(n_layer + 1, "");
-        Ok(twins)
+        Ok(w.with_twins(&twins))
     }
 }
 
