@@ -80,7 +80,7 @@ pub struct Settings {
     /// The least width of a block where each gets its own, relative to what would stay if all lost the same share.
     pub least_width: f64,
     /// Share of the tokens, from 0 to 1, that are drawn anew from the dense model's predictions in a twin of every fitted
-    /// window, which `blocks` fits on, too; without a twin if it is 0.
+    /// window, which all passes but tuning take for one more; there are no twins if it is 0.
     pub twins_drawn: f64,
     /// Biases take over the mean of what was removed.
     pub biases: bool,
