@@ -170,7 +170,8 @@ impl Windows {
         windows.iter().flat_map(|&i| &self.tokens_of(i..i + 1)[..n_ctx]).copied().collect()
     }
 
-    /// With `twins` of all fitted windows, one after another, which are fitted on, too: each behind its window.
+    /// With `twins` of all fitted windows, one after another, which are fitted on, too: each behind its window. Where file and
+    /// self-written windows take turns, a few that [`Windows::sample`] picks of these can then be of one kind and its twins.
     pub fn with_twins(&self, twins: &[Token]) -> Windows {
         let fit = self.tokens_of(0..self.n_fit).chunks_exact(self.n_ctx).zip(twins.chunks_exact(self.n_ctx));
         let fit = fit.flat_map(|(window, twin)| [window, twin]);

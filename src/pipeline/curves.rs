@@ -104,7 +104,7 @@ impl Run<'_> {
     /// The inverse that neurons of block `il` are chosen by on few windows. Its ridge is that of the fit to come, which sees all
     /// tokens.
     pub(super) fn inverse_of(&self, il: usize, moments: &Moments) -> Result<Inverse, PruneError> {
-        let n_fitted = self.windows.n_fit * self.windows.n_ctx / self.settings.copies();
+        let n_fitted = self.windows.n_fit * self.windows.n_ctx;
         let ridge = self.settings.ridge_of_neurons(moments.gram.n(), n_fitted);
         Inverse::new(&moments.gram, ridge).map_err(|e| at_block(il, "ffn_down")(e.into()))
     }

@@ -92,7 +92,7 @@ impl Run<'_> {
                 (keep, q)
             } else {
                 let moments = self.moments_of_expert(&block, i, tokens, n_ff, streams)?;
-                let ridge = self.settings.ridge_of_neurons(n_ff, moments.n_tokens / self.settings.copies());
+                let ridge = self.settings.ridge_of_neurons(n_ff, moments.n_tokens);
                 let inverse = Inverse::new(&moments.gram, ridge);
                 let chosen = inverse.and_then(|i| prune::greedy(down, None, i, width, Choice::Loss));
                 let (keep, refit) = chosen.map_err(|e| failed(e.into()))?;

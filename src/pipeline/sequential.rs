@@ -199,8 +199,7 @@ impl Run<'_> {
             moments.centre();
         }
         let failed = at_block(il, "ffn_down");
-        let n_tokens = moments.n_tokens / self.settings.copies();
-        let ridge = self.settings.ridge_of_neurons(w.shape.n_ff, n_tokens);
+        let ridge = self.settings.ridge_of_neurons(w.shape.n_ff, moments.n_tokens);
         let chosen = self.choose_neurons(il, w, &moments, ridge, width);
         let (keep, refit) = chosen.map_err(|e| failed(e.into()))?;
         let wanted_ridge = if self.settings.method == Method::Putri { ridge } else { 0.0 };
