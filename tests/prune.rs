@@ -495,8 +495,7 @@ fn under_a_metric_neurons_stay_that_it_minds() {
 
 #[test]
 fn what_few_tokens_make_up_for_holds_for_others() {
-    // The tokens here have no twins.
-    let settings = Settings { twins_drawn: 0.0, ..Settings::default() };
+    let settings = Settings::default();
     for (t, n, m, seed) in [(12, 96, 8, 1), (48, 96, 8, 2), (90, 48, 4, 3), (2000, 96, 8, 4)] {
         let p = Problem::new(t + 500, n, m, seed);
         let part = |tokens: std::ops::Range<usize>| Problem {

@@ -14,16 +14,7 @@ fn pruned(model: &Model, twins_drawn: f64) -> Outcome {
     let n = (n_fit + n_held_out) * n_ctx;
     let tokens = (0..n).map(|i| 3 + ((i * i * 31 + i * 7919) % 250) as i32).collect();
     let windows = Windows { n_ctx, tokens, n_fit, n_held_out, n_self: 0 };
-    // Nothing that is measured on a few of the windows, which are others with twins.
-    let settings = Settings {
-        sparsity: 0.4,
-        groups: Some(0),
-        sensitivity_tokens: 0,
-        per_block_widths: false,
-        tune: 0,
-        twins_drawn,
-        ..Settings::default()
-    };
+    let settings = Settings { sparsity: 0.4, twins_drawn, ..Settings::default() };
     run(model, model, &windows, &settings, &mut (), &mut Silent).unwrap()
 }
 

@@ -170,12 +170,10 @@ impl Windows {
         windows.iter().flat_map(|&i| &self.tokens_of(i..i + 1)[..n_ctx]).copied().collect()
     }
 
-    /// With `twins` of all fitted windows, one after another, which are fitted on, too: each behind its window. Where file and
-    /// self-written windows take turns, a few that [`Windows::sample`] picks of these can then be of one kind and its twins.
+    /// With `twins` of all fitted windows, one after another, which are fitted on, too: behind the windows, before those held out.
     pub fn with_twins(&self, twins: &[Token]) -> Windows {
-        let fit = self.tokens_of(0..self.n_fit).chunks_exact(self.n_ctx).zip(twins.chunks_exact(self.n_ctx));
-        let fit = fit.flat_map(|(window, twin)| [window, twin]);
-        let tokens = fit.chain(self.held_out()).flatten().copied().collect();
+        let parts = [self.tokens_of(0..self.n_fit), twins, self.tokens_of(self.n_fit..self.n_windows())];
+        let tokens = parts.concat();
         Windows { tokens, n_fit: 2 * self.n_fit, n_self: 2 * self.n_self, ..*self }
     }
 

@@ -21,7 +21,7 @@ impl Run<'_> {
     ) -> Result<String, PruneError> {
         let piece = self.settings.piece(self.model);
         let block = self.forward.upload(w)?;
-        let (n_embd, n_tokens) = (self.forward.n_embd(), self.windows.tokens.len());
+        let (n_embd, n_tokens) = (self.forward.n_embd(), self.fitted.tokens.len());
         let (row, n_expert, n_ff) = (heads.len() / n_tokens, w.shape.n_expert, w.shape.n_ff);
         let mut used = ExpertUse::new(n_expert);
         let mut chosen: Vec<Chosen> = vec![Vec::new(); n_expert];
@@ -92,7 +92,7 @@ impl Run<'_> {
                 (keep, q)
             } else {
                 let moments = self.moments_of_expert(&block, i, tokens, n_ff, streams)?;
-                let ridge = self.settings.ridge_of_neurons(n_ff, moments.n_tokens);
+                let ridge = self.settings.ridge_of_neurons(n_ff, moments.n_tokens / self.settings.copies());
                 let inverse = Inverse::new(&moments.gram, ridge);
                 let chosen = inverse.and_then(|i| prune::greedy(down, None, i, width, Choice::Loss));
                 let (keep, refit) = chosen.map_err(|e| failed(e.into()))?;

@@ -110,16 +110,15 @@ pub fn forecast(model: &Model, c: &Calibration, settings: &Settings) -> Result<F
     let removed = n_groups * prune::smallest_group(&budgets) + pieces * budgets[0].piece_params;
     let (shapes, carriers) = (even_shapes(model, settings)?, s.carriers(model));
     let size = file_size(model, s, &shapes);
-    let c = Calibration { n_fit: c.n_fit * s.copies(), ..*c };
-    let w = Work { model, c, s, kept, widths: &widths };
+    let w = Work { model, c: *c, s, kept, widths: &widths };
     let stages = match s.method {
         Method::Putri => vec![
-            w.twins(),
             w.first_look(),
             w.heads(n_groups),
             w.sensitivity(),
             w.widths(),
             w.choice(),
+            w.twins(),
             w.blocks(),
             w.prepare_tuning(),
             w.tune(),
@@ -159,7 +158,6 @@ struct Sizes {
 
 struct Work<'a> {
     model: &'a Model,
-    /// With twins.
     c: Calibration,
     s: &'a Settings,
     /// Share of the attention that stays, in all blocks alike.
@@ -185,7 +183,12 @@ impl Work<'_> {
     }
 
     fn n_all(&self) -> f64 {
-        self.n_fit() + self.n_held_out()
+        self.n_fitted() + self.n_held_out()
+    }
+
+    /// Tokens that blocks are fitted to, of twins, too.
+    fn n_fitted(&self) -> f64 {
+        self.n_fit() * self.s.copies() as f64
     }
 
     fn n_fit(&self) -> f64 {
@@ -357,14 +360,14 @@ impl Work<'_> {
     /// Bytes that the forward pass over calibration windows keeps for its graphs, once it summed moments.
     fn scratch_bytes(&self) -> f64 {
         let sums = self.sums_bytes(self.max_ff(), self.n_residuals());
-        self.moment_graph_bytes(self.c.n_ctx, self.n_fit()) + sums
+        self.moment_graph_bytes(self.c.n_ctx, self.n_fitted()) + sums
     }
 
     /// Those on devices: of the products one at a time, for each is added to a total.
     fn kept_graph_bytes(&self) -> f64 {
         let largest = |n: f64| largest_product(n as usize, self.n_residuals() as usize) as f64;
         let product = largest(self.max_ff()).max(largest(self.max_q()));
-        self.moment_graph_bytes(self.c.n_ctx, self.n_fit()) + 4.0 * product
+        self.moment_graph_bytes(self.c.n_ctx, self.n_fitted()) + 4.0 * product
     }
 
     /// Bytes of a whole output head in floats.
@@ -604,7 +607,7 @@ impl Work<'_> {
     }
 
     fn twins(&self) -> StageForecast {
-        let (n_ctx, n) = (self.c.n_ctx, self.n_fit() / self.s.copies() as f64);
+        let (n_ctx, n) = (self.c.n_ctx, self.n_fit());
         let operations =
             self.model_ops(&self.whole(), n, n_ctx) + self.logit_ops(self.n_vocab(), self.s.twins_drawn * n);
         // Graphs keep the largest of what they needed.
@@ -613,13 +616,13 @@ impl Work<'_> {
             name: "twins",
             operations: if self.s.copies() > 1 { operations } else { 0.0 },
             algebra: 0.0,
-            memory: BASE_BYTES + self.stream_bytes(n * self.n_embd()) + passing,
+            memory: BASE_BYTES + self.sensitivity_bytes() + self.stream_bytes(n * self.n_embd()) + passing,
             on_devices: passing,
         }
     }
 
     fn blocks(&self) -> StageForecast {
-        let (n_all, n_fit, n_ctx, e) = (self.n_all(), self.n_fit(), self.c.n_ctx, self.n_embd());
+        let (n_all, n_fit, n_ctx, e) = (self.n_all(), self.n_fitted(), self.c.n_ctx, self.n_embd());
         let ours = self.s.method == Method::Putri;
         let (mut operations, mut algebra) = (0.0, 0.0);
         let blocks = self.whole().into_iter().zip(self.headless()).zip(self.pruned());
@@ -686,7 +689,7 @@ impl Work<'_> {
     fn lessons(&self) -> (usize, f64) {
         let parts = self.c.n_ctx.div_ceil(MAX_GRADIENT_CTX);
         let n_ctx = self.c.n_ctx / parts;
-        let n = (self.s.tune_limit / n_ctx).clamp(1, self.c.n_fit / self.s.copies() * parts);
+        let n = (self.s.tune_limit / n_ctx).clamp(1, self.c.n_fit * parts);
         (n_ctx, (n * n_ctx) as f64)
     }
 

@@ -1,10 +1,10 @@
 //! The passes over the blocks: where forward passes and the mathematics of pruning meet.
 //!
-//! 1. `twins`: the windows once more, with tokens drawn anew; all that follows takes them for text like the rest.
-//! 2. `heads`: which attention groups go, by their effect on the model's predictions.
-//! 3. `sensitivity`: what errors in the stream behind each block cost the predictions.
-//! 4. `curves`: what every block loses as its feed-forward narrows, by that cost; from that, the widths.
-//! 5. `choice`: by what neurons are chosen, tried on many blocks at once.
+//! 1. `heads`: which attention groups go, by their effect on the model's predictions.
+//! 2. `sensitivity`: what errors in the stream behind each block cost the predictions.
+//! 3. `curves`: what every block loses as its feed-forward narrows, by that cost; from that, the widths.
+//! 4. `choice`: by what neurons are chosen, tried on many blocks at once.
+//! 5. `twins`: the windows once more, with tokens drawn anew, for blocks to be fitted to.
 //! 6. `sequential`: block after block, refit attn_output, choose neurons, refit ffn_down, requantise;
 //!    each block sees the pruned and requantised blocks before it.
 //! 7. `tune`: norms and biases, by descent on what the whole model's predictions lose.
@@ -177,6 +177,7 @@ pub fn run(
         model,
         reference,
         windows,
+        fitted: windows,
         settings: s,
         journal,
         observer,
@@ -191,8 +192,6 @@ pub fn run(
     let mut tuned = false;
     let held_out = match s.method {
         Method::Putri => {
-            twinned = run.twinned()?;
-            run.windows = &twinned;
             run.search_heads(&budgets, n_groups, settled.heads)?;
             let removed = run.plan.attention_params_removed(&budgets);
             let wanted =
@@ -214,6 +213,8 @@ pub fn run(
             };
             run.journal.choice(run.choice)?;
             run.sensitivity = sensitivity;
+            twinned = run.twinned()?;
+            run.fitted = &twinned;
             let mut streams = run.sequential_pass(&widths, done)?;
             run.sensitivity = None;
             tuned = run.tune(&mut streams)?;
@@ -291,6 +292,8 @@ struct Run<'a> {
     /// What the result is fitted to.
     reference: &'a Model,
     windows: &'a Windows,
+    /// What blocks are fitted to, and the same held out: where the method has twins, these follow the windows.
+    fitted: &'a Windows,
     settings: &'a Settings,
     journal: &'a mut dyn Journal,
     observer: &'a mut dyn Observer,

@@ -25,7 +25,7 @@ impl Run<'_> {
         widths: &[usize],
         done: Vec<(BlockPlan, Vec<String>)>,
     ) -> Result<Streams, PruneError> {
-        let (tokens, shelf) = (&self.windows.tokens, &self.settings.shelf);
+        let (tokens, shelf) = (&self.fitted.tokens, &self.settings.shelf);
         let mut streams = Streams {
             dense: embedded(&self.forward, self.reference, tokens, shelf)?,
             pruned: embedded(&self.forward, self.model, tokens, shelf)?,
@@ -72,7 +72,7 @@ impl Run<'_> {
                 Some(_) => self.expert_step(il, &mut w, width, heads, &mut streams)?,
             };
             self.journal.block(il, &self.plan.blocks[il], &self.warnings[n_warnings..])?;
-            let held_out = self.forward.span(&(self.windows.n_fit..self.windows.n_windows()));
+            let held_out = self.forward.span(&(self.fitted.n_fit..self.fitted.n_windows()));
             let [dense, pruned] = [&streams.dense, &streams.pruned].map(|s| &s[held_out.clone()]);
             let off = mean_distance(dense, pruned, self.forward.n_embd());
             self.observer.step(il + 1, &format!("{note}, stream {:.1} % off", off * 100.0));
@@ -174,7 +174,7 @@ impl Run<'_> {
         let block = self.forward.upload(w)?;
         let n_out = if self.settings.method == Method::Putri { w.ffn_down.n_out } else { 0 };
         let mut moments = self.forward.gathering(&block, w.ffn_down.n_in, n_out)?;
-        let (n_embd, n_tokens) = (self.forward.n_embd(), self.windows.tokens.len());
+        let (n_embd, n_tokens) = (self.forward.n_embd(), self.fitted.tokens.len());
         let row = heads.len() / n_tokens;
         let of = |span: &Range<usize>| span.start / n_embd * row..span.end / n_embd * row;
         for (chunk, fit) in self.all_chunks() {
@@ -199,7 +199,7 @@ impl Run<'_> {
             moments.centre();
         }
         let failed = at_block(il, "ffn_down");
-        let ridge = self.settings.ridge_of_neurons(w.shape.n_ff, moments.n_tokens);
+        let ridge = self.settings.ridge_of_neurons(w.shape.n_ff, moments.n_tokens / self.settings.copies());
         let chosen = self.choose_neurons(il, w, &moments, ridge, width);
         let (keep, refit) = chosen.map_err(|e| failed(e.into()))?;
         let wanted_ridge = if self.settings.method == Method::Putri { ridge } else { 0.0 };
@@ -286,7 +286,7 @@ impl Run<'_> {
 
     /// All windows in chunks, with whether they are fitted on.
     pub(super) fn all_chunks(&self) -> Vec<(Range<usize>, bool)> {
-        let w = self.windows;
+        let w = self.fitted;
         let fit = self.forward.chunks(0..w.n_fit).into_iter().map(|c| (c, true));
         let held_out = self.forward.chunks(w.n_fit..w.n_windows()).into_iter().map(|c| (c, false));
         fit.chain(held_out).collect()

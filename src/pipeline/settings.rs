@@ -80,7 +80,7 @@ pub struct Settings {
     /// The least width of a block where each gets its own, relative to what would stay if all lost the same share.
     pub least_width: f64,
     /// Share of the tokens, from 0 to 1, that are drawn anew from the dense model's predictions in a twin of every fitted
-    /// window, which all passes but tuning take for one more; there are no twins if it is 0.
+    /// window, which blocks are fitted to, too; there are no twins if it is 0.
     pub twins_drawn: f64,
     /// Biases take over the mean of what was removed.
     pub biases: bool,
@@ -116,10 +116,10 @@ impl Settings {
 
     /// Ridge of what makes up for neurons that go out of `n_ff`, where fits see `n_tokens` tokens: `ridge_ffn`, and more
     /// where these are few, up to what an input has by itself on average. Sums over few tokens know little of most directions,
-    /// and nothing of some where tokens are fewer than neurons; a close fit learns these tokens by heart. Of the tokens, those
-    /// of twins do not count here: few want the same ridge with them.
+    /// and nothing of some where tokens are fewer than neurons; a close fit learns these tokens by heart. Those of twins are not
+    /// to be counted: few want the same ridge with them.
     pub fn ridge_of_neurons(&self, n_ff: usize, n_tokens: usize) -> f64 {
-        let few = n_ff as f64 / (n_tokens / self.copies()) as f64 / ENOUGH;
+        let few = n_ff as f64 / n_tokens as f64 / ENOUGH;
         self.ridge_ffn.max((self.ridge_ffn * few.powi(2)).min(1.0))
     }
 

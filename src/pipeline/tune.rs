@@ -106,13 +106,14 @@ impl Run<'_> {
             return Ok(false);
         }
         self.observer.stage("tune, preparing", 1);
-        let held_out = self.windows.n_fit..self.windows.n_windows();
+        let held_out = self.fitted.n_fit..self.fitted.n_windows();
         let span = self.forward.span(&held_out);
-        let tokens = self.windows.tokens_of(held_out);
+        let tokens = self.fitted.tokens_of(held_out);
         let dense = &streams.dense[span.clone()];
         let (model, reference) = (self.model, self.reference);
         // It reads a whole head, and is done with it before the lessons need theirs.
         let judge = Judge::new(&mut self.forward, model, reference, tokens, dense, Loss::Divergence)?;
+        // Twins are behind the windows.
         let mut lessons = self.lessons(self.windows, &streams.dense)?;
         let n_windows = lessons.starts.len();
         let per_step = (self.settings.tune_tokens / lessons.forward.n_ctx()).clamp(1, n_windows);
@@ -150,17 +151,16 @@ impl Run<'_> {
         Ok(better)
     }
 
-    /// The fitted ones of `windows` but twins, or some of them, spread evenly; `stream` is the dense model's last one of all.
+    /// The fitted ones of `windows`, or some of them, spread evenly; `stream` is the dense model's last one of all.
     fn lessons<'w>(&self, windows: &'w Windows, stream: &'w [f32]) -> Result<Lessons<'w>, PruneError> {
         let (w, s) = (windows, self.settings);
         let parts = w.n_ctx.div_ceil(MAX_GRADIENT_CTX);
         let n_ctx = w.n_ctx / parts;
         let forward = forward(self.model, n_ctx, s)?;
-        let copies = s.copies();
-        let n_all = w.n_fit / copies * parts;
+        let n_all = w.n_fit * parts;
         let n = (s.tune_limit / n_ctx).clamp(1, n_all);
         let chosen = (0..n).map(|i| (2 * i + 1) * n_all / (2 * n));
-        let starts = chosen.map(|i| i / parts * copies * w.n_ctx + i % parts * n_ctx).collect();
+        let starts = chosen.map(|i| i / parts * w.n_ctx + i % parts * n_ctx).collect();
         let dense = forward.head(self.reference)?;
         let rng = ChaCha8Rng::seed_from_u64(1);
         Ok(Lessons { forward, dense, windows, stream, starts, rng })
