@@ -33,5 +33,17 @@ fn only_other_tokens_make_a_difference() {
         println!("{}: {:.2e}, {:.2e}", small.arch, apart(&none, &same), apart(&none, &other));
         assert!(apart(&none, &same) < 1e-5, "{}: {:?}, {:?}", small.arch, none.held_out, same.held_out);
         assert!(apart(&none, &other) > 1e-4, "{}: {:?}", small.arch, other.held_out);
+
+        // Blocks are fitted to twins; how much goes from each is measured on the windows.
+        let shapes = |o: &Outcome| -> Vec<_> {
+            o.plan.blocks.iter().map(|b| (b.groups.clone(), b.experts.len(), b.neurons.len())).collect()
+        };
+        assert_eq!(shapes(&none), shapes(&other), "{}", small.arch);
+        assert_eq!(
+            (none.neurons_by, &none.block_losses),
+            (other.neurons_by, &other.block_losses),
+            "{}",
+            small.arch
+        );
     }
 }
