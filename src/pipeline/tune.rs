@@ -113,7 +113,6 @@ impl Run<'_> {
         let (model, reference) = (self.model, self.reference);
         // It reads a whole head, and is done with it before the lessons need theirs.
         let judge = Judge::new(&mut self.forward, model, reference, tokens, dense, Loss::Divergence)?;
-        // Twins are behind the windows.
         let mut lessons = self.lessons(self.windows, &streams.dense)?;
         let n_windows = lessons.starts.len();
         let per_step = (self.settings.tune_tokens / lessons.forward.n_ctx()).clamp(1, n_windows);
@@ -151,7 +150,8 @@ impl Run<'_> {
         Ok(better)
     }
 
-    /// The fitted ones of `windows`, or some of them, spread evenly; `stream` is the dense model's last one of all.
+    /// The fitted ones of `windows`, or some of them, spread evenly; `stream` is the dense model's last one, that of
+    /// these windows first, as twins are behind them.
     fn lessons<'w>(&self, windows: &'w Windows, stream: &'w [f32]) -> Result<Lessons<'w>, PruneError> {
         let (w, s) = (windows, self.settings);
         let parts = w.n_ctx.div_ceil(MAX_GRADIENT_CTX);
