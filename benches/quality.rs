@@ -118,6 +118,7 @@ fn settings(row: &str, sparsity: f64, n_threads: usize) -> Settings {
             "attn_output" => s.types.attn_output = Some(Type::from_name(value).expect("type")),
             "ffn_down" => s.types.ffn_down = Some(Type::from_name(value).expect("type")),
             "sensitivity_tokens" => s.sensitivity_tokens = number() as usize,
+            "twins" => s.twins = number() as usize,
             "twins_drawn" => s.twins_drawn = number(),
             "tune" => s.tune = number() as usize,
             "tune_rate" => s.tune_rate = number(),

@@ -127,7 +127,7 @@ fn candidates(args: &Args, folder: &Path) -> Vec<Candidate> {
         head_ctx: 64,
         curve_tokens: 256,
         sensitivity_tokens: 64,
-        twins_drawn: 0.0,
+        twins: 0,
         tune: 0,
         n_threads: recipe.n_threads,
         ..Settings::default()

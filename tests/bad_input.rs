@@ -149,6 +149,13 @@ fn tensors_that_do_not_fit() {
 }
 
 #[test]
+fn twins_where_there_are_none() {
+    prune(&with_model(), &["--method", "paper", "--twins", "1"], 2, &["--twins", "--method putri"]);
+    prune(&with_model(), &["--twins", "101"], 2, &["101"]);
+    with_model().fails(&[IN, "out.gguf", "--sparsity", "0", "--twins", "1"], 2, &["--twins", "only copies"]);
+}
+
+#[test]
 fn tuning_where_there_is_none() {
     prune(&with_model(), &["--method", "paper", "--tune", "1"], 2, &["--tune", "--method putri"]);
     prune(&with_model(), &["--tune", "1001"], 2, &["1001"]);

@@ -102,8 +102,14 @@ fn operations_are_those_that_graphs_count() {
         let windows = Windows { n_ctx, tokens, n_fit: 6, n_held_out: 2, n_self: 0 };
         // In a deep model of random weights the search is done sooner than in others.
         let groups = Some(if small.blocks.len() > 16 { 0 } else { 4 });
-        let settings =
-            Settings { sparsity: 0.4, groups, tune_limit: 1024, of_mixtures, ..Settings::default() };
+        let settings = Settings {
+            sparsity: 0.4,
+            groups,
+            twins: 2,
+            tune_limit: 1024,
+            of_mixtures,
+            ..Settings::default()
+        };
         let said = forecast(&model, &c, &settings).unwrap();
         let mut steps = Steps::default();
         let mut watched = Timings::new(&mut steps);

@@ -51,7 +51,7 @@ fn small_models_are_pruned_and_run() {
         let source = GgufFile::open(&cli.path("in.gguf")).unwrap();
         for sparsity in ["0.25", "0.5"] {
             let out = format!("{name}-{sparsity}.gguf");
-            let more = ["--tune", "2", "--quiet"];
+            let more = ["--twins", "2", "--tune", "2", "--quiet"];
             let args = [&["in.gguf", &out, "--sparsity", sparsity][..], &more, &QUICK].concat();
             let text = cli.ok(&args);
             assert!(text.contains("perplexity") && text.contains("written file in llama.cpp"), "{text}");
@@ -63,6 +63,7 @@ fn small_models_are_pruned_and_run() {
             };
             let asked: f32 = sparsity.parse().unwrap();
             assert!(*reached >= asked - 1e-6 && *reached < asked + 0.1, "{name}: {reached} for {asked}");
+            assert_eq!(model.file.get("putri.twins"), Some(&Value::U32(2)), "{name}");
             let norm = |f: &GgufFile| f.data(f.find("blk.0.ffn_norm.weight").unwrap()).to_vec();
             let tuned = model.file.get("putri.tune") == Some(&Value::U32(2));
             assert_eq!(norm(&source) != norm(&model.file), tuned, "{name}");

@@ -20,6 +20,7 @@ fn provenance() -> Provenance {
         calibration: "none".into(),
         seed: 1,
         neurons_by: None,
+        twins: 0,
         tune: 0,
         check_tokens: Vec::new(),
         check_nll: Vec::new(),

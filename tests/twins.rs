@@ -9,17 +9,17 @@ use putri_gguf::ggml::silence_logs;
 use putri_gguf::model::Model;
 use putri_gguf::pipeline::{Outcome, Settings, run};
 
-fn pruned(model: &Model, twins_drawn: f64) -> Outcome {
+fn pruned(model: &Model, twins: usize, twins_drawn: f64) -> Outcome {
     let (n_ctx, n_fit, n_held_out) = (64, 40, 4);
     let n = (n_fit + n_held_out) * n_ctx;
     let tokens = (0..n).map(|i| 3 + ((i * i * 31 + i * 7919) % 250) as i32).collect();
     let windows = Windows { n_ctx, tokens, n_fit, n_held_out, n_self: 0 };
-    let settings = Settings { sparsity: 0.4, twins_drawn, ..Settings::default() };
+    let settings = Settings { sparsity: 0.4, twins, twins_drawn, ..Settings::default() };
     run(model, model, &windows, &settings, &mut (), &mut Silent).unwrap()
 }
 
-/// Twins in which nothing is drawn anew are as much text again, but none that a fit did not know: only twins with other
-/// tokens may change what it comes to.
+/// Twins in which nothing is drawn anew are as much text again, but none that a fit did not know, however many there are: only
+/// twins with other tokens may change what it comes to, and each set of them has other tokens.
 #[test]
 fn only_other_tokens_make_a_difference() {
     silence_logs();
@@ -28,11 +28,16 @@ fn only_other_tokens_make_a_difference() {
     for small in [Small::default(), Small::mixtures().remove(0).1] {
         small.write(&path);
         let model = Model::open(&path).unwrap();
-        let [none, same, other] = [0.0, 1e-12, 0.5].map(|share| pruned(&model, share));
+        let none = pruned(&model, 0, 0.5);
+        let [other, others] = [1, 2].map(|twins| pruned(&model, twins, 0.5));
         let apart = |a: &Outcome, b: &Outcome| (a.held_out.kl - b.held_out.kl).abs() / a.held_out.kl;
-        println!("{}: {:.2e}, {:.2e}", small.arch, apart(&none, &same), apart(&none, &other));
-        assert!(apart(&none, &same) < 1e-5, "{}: {:?}, {:?}", small.arch, none.held_out, same.held_out);
+        println!("{}: {:.2e}, {:.2e}", small.arch, apart(&none, &other), apart(&other, &others));
+        for twins in 1..=2 {
+            let same = pruned(&model, twins, 0.0);
+            assert!(apart(&none, &same) < 1e-5, "{}: {:?}, {:?}", small.arch, none.held_out, same.held_out);
+        }
         assert!(apart(&none, &other) > 1e-4, "{}: {:?}", small.arch, other.held_out);
+        assert!(apart(&other, &others) > 1e-4, "{}: {:?}", small.arch, others.held_out);
 
         // Blocks are fitted to twins; how much goes from each is measured on the windows.
         let shapes = |o: &Outcome| -> Vec<_> {

@@ -22,6 +22,8 @@ pub struct Provenance {
     pub calibration: String,
     /// Seed of the calibration.
     pub seed: u64,
+    /// Twins of each window that blocks were fitted to.
+    pub twins: usize,
     /// Times that tuning went over the calibration; 0 where nothing came of it.
     pub tune: usize,
     /// The beginning of a held-out window.
@@ -185,6 +187,7 @@ fn provenance(p: &Provenance) -> Vec<(String, Value)> {
         ("method", text(&p.method)),
         ("calibration", text(&p.calibration)),
         ("seed", Value::U64(p.seed)),
+        ("twins", Value::U32(p.twins as u32)),
         ("tune", Value::U32(p.tune as u32)),
     ]
     .into_iter()

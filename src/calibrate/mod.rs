@@ -170,11 +170,13 @@ impl Windows {
         windows.iter().flat_map(|&i| &self.tokens_of(i..i + 1)[..n_ctx]).copied().collect()
     }
 
-    /// With `twins` of all fitted windows, one after another, which are fitted on, too: behind the windows, before those held out.
+    /// With `twins` of all fitted windows, one after another, once or more often, which are fitted on, too: behind the windows,
+    /// before those held out.
     pub fn with_twins(&self, twins: &[Token]) -> Windows {
         let parts = [self.tokens_of(0..self.n_fit), twins, self.tokens_of(self.n_fit..self.n_windows())];
         let tokens = parts.concat();
-        Windows { tokens, n_fit: 2 * self.n_fit, n_self: 2 * self.n_self, ..*self }
+        let copies = 1 + twins.len() / (self.n_fit * self.n_ctx);
+        Windows { tokens, n_fit: copies * self.n_fit, n_self: copies * self.n_self, ..*self }
     }
 
     /// The next token for every position of `windows`; none at the end of a window.

@@ -242,6 +242,9 @@ pub struct Args {
     /// Also write the pruned model's importance matrix, for llama-quantize --imatrix
     #[arg(long, value_name = "FILE", help_heading = "Output", hide_short_help = true)]
     pub imatrix_out: Option<PathBuf>,
+    /// Versions of each calibration window, with tokens drawn anew, to fit to besides; 0 saves time [default: 1]
+    #[arg(long, value_name = "N", help_heading = "Method", hide_short_help = true)]
+    pub twins: Option<usize>,
     /// Times to go over the calibration adjusting norms and biases; 0 saves time [default: 1]
     #[arg(long, value_name = "N", help_heading = "Method", hide_short_help = true)]
     pub tune: Option<usize>,

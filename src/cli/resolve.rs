@@ -67,12 +67,17 @@ pub fn resolve(args: Args, devices: &DeviceArgs) -> Result<Job> {
         MethodArg::Putri => Method::Putri,
         MethodArg::Paper => Method::Paper,
     };
-    let tune = match (method, args.tune) {
-        (Method::Putri, tune) => tune.unwrap_or(Settings::default().tune),
-        (_, None | Some(0)) => 0,
-        (_, Some(_)) => bail!("--tune goes with --method putri; the paper's method has no such step"),
+    let ours = |flag, wanted: Option<usize>, default, most| {
+        ensure!(
+            method == Method::Putri || wanted.is_none_or(|n| n == 0),
+            "{flag} goes with --method putri; the paper's method has no such step"
+        );
+        let n = wanted.unwrap_or(if method == Method::Putri { default } else { 0 });
+        ensure!(n <= most, "{flag} {n} is not from 0 to {most}");
+        Ok(n)
     };
-    ensure!(tune <= 1000, "--tune {tune} is not from 0 to 1000");
+    let twins = ours("--twins", args.twins, Settings::default().twins, 100)?;
+    let tune = ours("--tune", args.tune, Settings::default().tune, 1000)?;
     let offload = offload(devices)?;
     let size = |flag, text: Option<&str>| text.map(|text| bytes(flag, text)).transpose();
     ensure!(
@@ -124,6 +129,7 @@ pub fn resolve(args: Args, devices: &DeviceArgs) -> Result<Job> {
             },
             n_threads,
             devices: offload.devices,
+            twins,
             tune,
             types: tensor_types(&args.tensor_type)?,
             ..Settings::default()
@@ -180,6 +186,7 @@ fn several(args: &Args, limit: Option<Limit>) -> Result<()> {
 fn goes_with_a_copy(args: &Args) -> Result<()> {
     for (given, flag) in [
         (args.imatrix_out.is_some(), "--imatrix-out"),
+        (args.twins.is_some_and(|n| n > 0), "--twins"),
         (args.tune.is_some_and(|n| n > 0), "--tune"),
         (args.dry_run, "--dry-run"),
         (args.state_dir.is_some(), "--state-dir"),

@@ -48,6 +48,7 @@ impl Prepared {
             neurons_by: pruned.neurons_by.map(Choice::name),
             calibration: calibration_text(job, windows),
             seed: job.recipe.seed,
+            twins: job.settings.copies() - 1,
             tune: if pruned.tuned { job.settings.tune } else { 0 },
             check_tokens: checked.to_vec(),
             check_nll: pruned

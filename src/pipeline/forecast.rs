@@ -608,8 +608,8 @@ impl Work<'_> {
 
     fn twins(&self) -> StageForecast {
         let (n_ctx, n) = (self.c.n_ctx, self.n_fit());
-        let operations =
-            self.model_ops(&self.whole(), n, n_ctx) + self.logit_ops(self.n_vocab(), self.s.twins_drawn * n);
+        let drawn = (self.s.copies() - 1) as f64 * self.s.twins_drawn * n;
+        let operations = self.model_ops(&self.whole(), n, n_ctx) + self.logit_ops(self.n_vocab(), drawn);
         // Graphs keep the largest of what they needed.
         let passing = self.graph_bytes(n_ctx, n) + self.predicting_bytes().max(self.block_bytes());
         StageForecast {

@@ -79,8 +79,10 @@ pub struct Settings {
     pub per_block_widths: bool,
     /// The least width of a block where each gets its own, relative to what would stay if all lost the same share.
     pub least_width: f64,
-    /// Share of the tokens, from 0 to 1, that are drawn anew from the dense model's predictions in a twin of every fitted
-    /// window, which blocks are fitted to, too; there are no twins if it is 0.
+    /// Twins of every fitted window, which blocks are fitted to, too: the same text, with some tokens drawn anew from the dense
+    /// model's predictions.
+    pub twins: usize,
+    /// Share of a twin's tokens, from 0 to 1, that are drawn anew.
     pub twins_drawn: f64,
     /// Biases take over the mean of what was removed.
     pub biases: bool,
@@ -111,7 +113,7 @@ impl Settings {
 
     /// How often blocks are fitted to each window: as it is, and where windows have twins, to these, too.
     pub fn copies(&self) -> usize {
-        if self.method == Method::Putri && self.twins_drawn > 0.0 { 2 } else { 1 }
+        if self.method == Method::Putri { 1 + self.twins } else { 1 }
     }
 
     /// Ridge of what makes up for neurons that go out of `n_ff`, where fits see `n_tokens` tokens: `ridge_ffn`, and more
@@ -174,6 +176,7 @@ impl Default for Settings {
             choice: None,
             per_block_widths: true,
             least_width: 0.0,
+            twins: 1,
             twins_drawn: 0.5,
             biases: true,
             tune: 1,

@@ -14,7 +14,7 @@ use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
 impl Run<'_> {
-    /// The windows, with a twin of each that is fitted on.
+    /// The windows, with as many twins of each that is fitted on as the settings want.
     pub(super) fn twinned(&mut self) -> Result<Windows, PruneError> {
         let (w, s, n_ctx) = (self.windows, self.settings, self.windows.n_ctx);
         if s.copies() == 1 {
@@ -24,8 +24,8 @@ impl Run<'_> {
         // The last step draws.
         self.observer.stage("twins", n_layer + 1);
         let mut forward = forward(self.reference, n_ctx, s)?;
-        let mut twins = w.tokens_of(0..w.n_fit).to_vec();
-        let mut stream = embedded(&forward, self.reference, &twins, &s.shelf)?;
+        let text = w.tokens_of(0..w.n_fit);
+        let mut stream = embedded(&forward, self.reference, text, &s.shelf)?;
         for il in 0..n_layer {
             self.checkpoint()?;
             let block = forward.upload(&self.reference.block(il)?)?;
@@ -39,10 +39,12 @@ impl Run<'_> {
         }
         let head = forward.head(self.reference)?;
         let mut rng = ChaCha8Rng::seed_from_u64(2);
+        let mut twins = text.repeat(s.twins);
         for (i, twin) in twins.chunks_exact_mut(n_ctx).enumerate() {
             self.checkpoint()?;
             let places = places(&[0], 0, n_ctx, s.twins_drawn, &mut rng);
-            let span = forward.span(&(i..i + 1));
+            let window = i % w.n_fit;
+            let span = forward.span(&(window..window + 1));
             redraw(&mut forward, &head, twin, &places, &stream[span], &mut rng)?;
         }
         self.observer.step(n_layer + 1, "");

@@ -110,6 +110,7 @@ pub fn report(job: &Job, o: &Outcome, output_sha256: &str) -> Value {
             "type": job.quantise.map(|q| q.to.name()),
             "tensor_type_attn_output": s.types.attn_output.map(|t| t.name().to_string()),
             "tensor_type_ffn_down": s.types.ffn_down.map(|t| t.name().to_string()),
+            "twins": s.twins,
             "tune": s.tune,
             "ctx_size": r.n_ctx,
             "chunks": r.n_windows,
