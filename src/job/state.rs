@@ -35,7 +35,35 @@ pub(super) struct State {
     shapes: Vec<BlockShape>,
     /// What goes from feed-forwards.
     piece: Piece,
-    _lock: File,
+    _lock: Lock,
+}
+
+/// The right to work in a folder, while it lives.
+struct Lock(File);
+
+impl Lock {
+    /// # Errors
+    /// [`JobError`] if another has it, or there is no writing to the folder.
+    fn of(folder: &Path) -> Result<Lock, JobError> {
+        let io = |source| JobError::Io { path: folder.into(), source };
+        let file = File::create(folder.join(LOCK)).map_err(io)?;
+        match file.try_lock() {
+            Ok(()) => {}
+            Err(TryLockError::WouldBlock) => return Err(JobError::StateBusy(folder.into())),
+            // A file system without locks: one run at a time is up to the user there.
+            Err(TryLockError::Error(e)) if e.kind() == std::io::ErrorKind::Unsupported => {}
+            Err(TryLockError::Error(e)) => return Err(io(e)),
+        }
+        Ok(Lock(file))
+    }
+}
+
+impl Drop for Lock {
+    /// To close the file is not enough: a process that is being started at this moment holds all files of this one until it
+    /// is another program.
+    fn drop(&mut self) {
+        let _ = self.0.unlock();
+    }
 }
 
 impl State {
@@ -53,14 +81,7 @@ impl State {
     ) -> Result<State, JobError> {
         let io = |source| JobError::Io { path: folder.into(), source };
         std::fs::create_dir_all(folder).map_err(io)?;
-        let lock = File::create(folder.join(LOCK)).map_err(io)?;
-        match lock.try_lock() {
-            Ok(()) => {}
-            Err(TryLockError::WouldBlock) => return Err(JobError::StateBusy(folder.into())),
-            // A file system without locks: one run at a time is up to the user there.
-            Err(TryLockError::Error(e)) if e.kind() == std::io::ErrorKind::Unsupported => {}
-            Err(TryLockError::Error(e)) => return Err(io(e)),
-        }
+        let lock = Lock::of(folder)?;
         let (shapes, piece) = (source.hparams.blocks.clone(), job.settings.piece(source));
         let state = State { folder: folder.into(), shapes, piece, _lock: lock };
         let (path, terms) = (folder.join(TERMS), terms(job, source_sha256));
@@ -322,4 +343,20 @@ fn terms(job: &Job, source_sha256: &str) -> String {
         method_name(job.settings.method),
         job.quantise,
     )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_folder_is_free_again_though_a_process_that_is_being_started_holds_its_file() {
+        let dir = tempfile::tempdir().unwrap();
+        let lock = Lock::of(dir.path()).unwrap();
+        assert!(matches!(Lock::of(dir.path()), Err(JobError::StateBusy(_))));
+        let held = lock.0.try_clone().unwrap();
+        drop(lock);
+        drop(Lock::of(dir.path()).unwrap());
+        drop(held);
+    }
 }
