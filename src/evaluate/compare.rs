@@ -121,11 +121,9 @@ fn final_stream(
 ) -> Result<FinalStream, ForwardError> {
     let mut forward = Forward::new(model, n_ctx, n_threads)?;
     let mut stream = forward.embed(model, tokens)?;
-    let mut out = vec![0.0; stream.len()];
     for il in 0..model.hparams.n_layer() {
         let block = forward.upload(&model.block(il)?)?;
-        forward.stream(&block, &stream, &mut out)?;
-        std::mem::swap(&mut stream, &mut out);
+        forward.advance(&block, &mut stream)?;
     }
     let head = forward.head(model)?;
     Ok((forward, head, stream))

@@ -250,6 +250,20 @@ impl Forward {
         Ok(())
     }
 
+    /// As [`Forward::stream`], in place.
+    ///
+    /// # Errors
+    /// [`ForwardError`] if the backend fails.
+    pub fn advance(&mut self, b: &Block, x: &mut [f32]) -> Result<(), ForwardError> {
+        for chunk in self.chunks(0..x.len() / (self.n_ctx() * self.n_embd())) {
+            let x = &mut x[self.span(&chunk)];
+            let mut out = vec![0.0; x.len()];
+            self.block(b, x, None, &mut out)?;
+            x.copy_from_slice(&out);
+        }
+        Ok(())
+    }
+
     /// The feed-forward half of a block: `mid` in, the residual stream after the block into `out`.
     ///
     /// # Errors

@@ -34,7 +34,6 @@ impl Run<'_> {
         let (n_windows, mut stream) = self.few_windows()?;
         let mut trial = forward(self.model, sensitivity.n_ctx, s)?;
         let start = trial.embed(self.model, &sensitivity.tokens)?;
-        let mut next = vec![0.0; start.len()];
         let mut streams = [start.clone(), start];
         // The last step compares.
         self.observer.stage("choice", widths.len() + 1);
@@ -43,14 +42,11 @@ impl Run<'_> {
             let w = self.plan.block(self.model, il)?;
             if !is_tried(il, widths.len()) {
                 let block = self.forward.upload(&w)?;
-                let mut behind = s.shelf.zeros(stream.len())?;
-                self.forward.stream(&block, &stream, &mut behind)?;
-                stream = behind;
+                self.forward.advance(&block, &mut stream)?;
                 drop(block);
                 let block = trial.upload(&w)?;
                 for x in &mut streams {
-                    trial.stream(&block, x, &mut next)?;
-                    std::mem::swap(x, &mut next);
+                    trial.advance(&block, x)?;
                 }
                 self.observer.step(il + 1, "");
                 continue;
@@ -64,12 +60,10 @@ impl Run<'_> {
                 let chosen = prune::greedy(&w.ffn_down, Some(&costs), inverse, width, choice);
                 let (keep, refit) = chosen.map_err(failed)?;
                 let less = trial.upload(&self.narrowed(w.clone(), keep, refit.weights, &moments))?;
-                trial.stream(&less, x, &mut next)?;
-                std::mem::swap(x, &mut next);
+                trial.advance(&less, x)?;
             }
             self.observer.step(il + 1, "");
         }
-        drop(next);
         let whole = Plan::whole(self.reference);
         let (tokens, observer) = (&sensitivity.tokens, &*self.observer);
         let dense = planned_stream(&mut trial, self.reference, &whole, tokens, observer, |_| Ok(()))?;

@@ -214,11 +214,12 @@ pub fn run(
             run.journal.choice(run.choice)?;
             run.sensitivity = sensitivity;
             twinned = run.twinned()?;
-            run.fitted = &twinned;
+            let fitted = twinned.as_ref().unwrap_or(windows);
+            run.fitted = fitted;
             let mut streams = run.sequential_pass(&widths, done)?;
             run.sensitivity = None;
             tuned = run.tune(&mut streams)?;
-            let held_out = run.forward.span(&(twinned.n_fit..twinned.n_windows()));
+            let held_out = run.forward.span(&(fitted.n_fit..fitted.n_windows()));
             run.held_out([&streams.dense[held_out.clone()], &streams.pruned[held_out]])?
         }
         Method::Paper | Method::TwoStage => {
@@ -376,15 +377,13 @@ impl Run<'_> {
         let tokens = w.tokens_of(range);
         let embedded = |model| self.forward.embed(model, tokens);
         let mut streams = [embedded(self.reference)?, embedded(self.model)?];
-        let mut out = vec![0.0; streams[0].len()];
         self.observer.stage("evaluate", self.model.hparams.n_layer());
         for il in 0..self.model.hparams.n_layer() {
             self.checkpoint()?;
             let dense = self.forward.upload(&self.reference.block(il)?)?;
             let pruned = self.forward.upload(&self.plan.block(self.model, il)?)?;
             for (stream, block) in streams.iter_mut().zip([&dense, &pruned]) {
-                self.forward.stream(block, stream, &mut out)?;
-                std::mem::swap(stream, &mut out);
+                self.forward.advance(block, stream)?;
             }
             self.observer.step(il + 1, "");
         }

@@ -14,11 +14,11 @@ use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
 impl Run<'_> {
-    /// The windows, with as many twins of each that is fitted on as the settings want.
-    pub(super) fn twinned(&mut self) -> Result<Windows, PruneError> {
+    /// The windows, with as many twins of each that is fitted on as the settings want, if they want any.
+    pub(super) fn twinned(&mut self) -> Result<Option<Windows>, PruneError> {
         let (w, s, n_ctx) = (self.windows, self.settings, self.windows.n_ctx);
         if s.copies() == 1 {
-            return Ok(w.clone());
+            return Ok(None);
         }
         let n_layer = self.reference.hparams.n_layer();
         // The last step draws.
@@ -29,12 +29,7 @@ impl Run<'_> {
         for il in 0..n_layer {
             self.checkpoint()?;
             let block = forward.upload(&self.reference.block(il)?)?;
-            for chunk in forward.chunks(0..w.n_fit) {
-                let x = &mut stream[forward.span(&chunk)];
-                let mut out = vec![0.0; x.len()];
-                forward.stream(&block, x, &mut out)?;
-                x.copy_from_slice(&out);
-            }
+            forward.advance(&block, &mut stream)?;
             self.observer.step(il + 1, "");
         }
         let head = forward.head(self.reference)?;
@@ -48,7 +43,7 @@ impl Run<'_> {
             redraw(&mut forward, &head, twin, &places, &stream[span], &mut rng)?;
         }
         self.observer.step(n_layer + 1, "");
-        Ok(w.with_twins(&twins))
+        Ok(Some(w.with_twins(&twins)))
     }
 }
 
