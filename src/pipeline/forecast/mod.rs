@@ -1,6 +1,6 @@
 //! What a run will need, from shapes alone: operations and memory of every stage.
 //!
-//! Counts follow the passes as they are written in this room; tests hold them against what graphs count. What depends
+//! Counts follow the passes as they are written in `pipeline`; tests hold them against what graphs count. What depends
 //! on the weights is taken at its usual size: how often candidates are scored, and how many tokens are likely
 //! somewhere.
 
@@ -19,9 +19,6 @@ use crate::ggml::Type;
 use crate::model::{BlockShape, BlockTensors, Family, KvCache, Model, Piece, Segment};
 use crate::prune::{self, BudgetError};
 use crate::requant::output_type;
-
-/// What the process takes besides arrays, and what the allocator does not give back between them.
-const BASE_BYTES: f64 = 150e6;
 
 /// Calibration windows: tokens per window, windows to fit on, windows held out.
 #[derive(Clone, Copy, Debug)]

@@ -1,6 +1,6 @@
 //! What each stage comes to, in the order in which they run.
 
-use super::{BASE_BYTES, Sizes, StageForecast, Work, inverse_ops, removal_ops};
+use super::{Sizes, StageForecast, Work, inverse_ops, removal_ops};
 use crate::forward::whole_windows;
 use crate::model::BlockShape;
 use crate::pipeline::heads::{ROUGH_CTX, ROUGH_TOKENS, STREAM_BYTES, window_of_heads};
@@ -10,6 +10,9 @@ use crate::prune::Choice;
 /// Whole models that a step of the search for heads comes to: the streams behind the group that went are refreshed,
 /// and a few candidates carried to the end (measured: 1.4 on SmolLM2).
 const SWEEPS_PER_STEP: f64 = 1.4;
+
+/// What the process takes besides arrays, and what the allocator does not give back between them.
+const BASE_BYTES: f64 = 150e6;
 
 impl Work<'_> {
     /// Samples of the curvature go back through all blocks; in mixtures, every candidate is carried through the blocks
