@@ -23,9 +23,10 @@ pub mod prune;
 pub mod report;
 pub mod requant;
 pub mod spill;
+pub mod text;
 
 pub use job::{
     Check, DryRun, EvalJob, EvalOutcome, Inspection, Job, JobError, KeepState, Limit, Nested, Outcome,
-    Quality, Quantise, RUN_CTX, Rival, Running, Samples, Size, VerifyJob, calibration, dry_run, eval,
-    inspect, remove_temporary, run, run_nested, verify,
+    Quality, Quantise, RUN_CTX, Rival, Running, Samples, Size, VerifyJob, calibration, check_distinct,
+    check_output, dry_run, eval, inspect, remove_temporary, run, run_nested, verify, write_whole,
 };

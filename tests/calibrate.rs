@@ -4,7 +4,7 @@ mod common;
 
 use common::small::Small;
 use common::{TEXT, smollm2};
-use putri_gguf::calibrate::{CalibrateError, Recipe, Schedule, Windows, collect, generate};
+use putri_gguf::calibrate::{CalibrateError, Origin, Recipe, Schedule, Windows, collect, generate};
 use putri_gguf::evaluate::{Protocol, evaluate};
 use putri_gguf::ggml::{LlamaModel, Token, silence_logs};
 
@@ -13,6 +13,9 @@ fn recipe(n_ctx: usize, n_windows: usize, self_share: f64) -> Recipe {
         n_ctx,
         n_windows,
         files: Vec::new(),
+        encoding: None,
+        parse_special: false,
+        start: None,
         self_share,
         chat_share: 0.0,
         seed: 3,
@@ -28,7 +31,7 @@ fn generation_is_seeded_and_each_window_stands_alone() {
     let write = |n_windows: usize, seed: u64| {
         generate(
             &model,
-            &Schedule { n_ctx: 24, n_windows, seed, chat_share: 0.0, n_parallel: 64 },
+            &Schedule { n_ctx: 24, n_windows, seed, chat_share: 0.0, n_parallel: 64, start: None },
             1,
             &mut |_, _| true,
         )
@@ -45,7 +48,8 @@ fn generation_is_seeded_and_each_window_stands_alone() {
 fn chats_follow_the_models_template() {
     silence_logs();
     let model = LlamaModel::load(&smollm2()).unwrap();
-    let schedule = Schedule { n_ctx: 200, n_windows: 6, seed: 2, chat_share: 0.5, n_parallel: 64 };
+    let schedule =
+        Schedule { n_ctx: 200, n_windows: 6, seed: 2, chat_share: 0.5, n_parallel: 64, start: None };
     let windows = generate(&model, &schedule, 1, &mut |_, _| true).unwrap();
     let texts: Vec<String> = windows.iter().map(|w| model.vocab().detokenize(w)).collect();
     let prompt = model.chat_prompt("hello").unwrap();
@@ -75,7 +79,7 @@ fn a_likely_continuation_is_likely() {
     let model = LlamaModel::load(&path).unwrap();
     let own = generate(
         &model,
-        &Schedule { n_ctx: 64, n_windows: 8, seed: 1, chat_share: 0.0, n_parallel: 3 },
+        &Schedule { n_ctx: 64, n_windows: 8, seed: 1, chat_share: 0.0, n_parallel: 3, start: None },
         1,
         &mut |_, _| true,
     )
@@ -95,7 +99,7 @@ fn windows_come_from_text_and_model_by_share() {
     let model = LlamaModel::load(&path).unwrap();
     for (share, n_self) in [(0.0, 0), (0.5, 4), (1.0, 8)] {
         let r = Recipe { files: vec![text.clone()], ..recipe(32, 8, share) };
-        let w = collect(&model, &r, |_, _| true).unwrap();
+        let w = collect(&model, &r, &mut Vec::new(), |_, _, _| true).unwrap();
         assert_eq!((w.n_fit, w.n_self), (8, n_self), "share {share}");
         assert!(w.n_held_out >= 1);
         assert_eq!(w.tokens.len(), w.n_windows() * 32);
@@ -103,7 +107,7 @@ fn windows_come_from_text_and_model_by_share() {
     }
     // The byte-level tokenizer adds BOS, so every window from text begins with it.
     let r = Recipe { files: vec![text], ..recipe(32, 8, 0.0) };
-    let w = collect(&model, &r, |_, _| true).unwrap();
+    let w = collect(&model, &r, &mut Vec::new(), |_, _, _| true).unwrap();
     assert!(w.tokens.chunks(32).all(|c| c[0] == 1));
 }
 
@@ -116,7 +120,12 @@ fn little_text_gives_fewer_windows_and_none_an_error() {
     let model = LlamaModel::load(&path).unwrap();
     let with = |n: usize| {
         std::fs::write(&text, "a".repeat(n)).unwrap();
-        collect(&model, &Recipe { files: vec![text.clone()], ..recipe(32, 8, 0.0) }, |_, _| true)
+        collect(
+            &model,
+            &Recipe { files: vec![text.clone()], ..recipe(32, 8, 0.0) },
+            &mut Vec::new(),
+            |_, _, _| true,
+        )
     };
     for n in [2, 3, 5] {
         let w = with(31 * n).unwrap();
@@ -133,8 +142,47 @@ fn generation_can_be_stopped() {
     let path = dir.path().join("m.gguf");
     Small::default().write(&path);
     let model = LlamaModel::load(&path).unwrap();
-    let stopped = collect(&model, &recipe(32, 4, 1.0), |done, _| done < 20);
+    let stopped = collect(&model, &recipe(32, 4, 1.0), &mut Vec::new(), |_, done, _| done < 20);
     assert!(matches!(stopped, Err(CalibrateError::Interrupted)));
+}
+
+#[test]
+fn reading_a_text_can_be_stopped_and_is_told() {
+    silence_logs();
+    let dir = tempfile::tempdir().unwrap();
+    let (path, text) = (dir.path().join("m.gguf"), dir.path().join("t.txt"));
+    Small::default().write(&path);
+    // Of more than is tokenised as a whole.
+    std::fs::write(&text, (TEXT.to_owned() + "\n").repeat(4000)).unwrap();
+    let model = LlamaModel::load(&path).unwrap();
+    let r = Recipe { files: vec![text], ..recipe(32, 8, 0.5) };
+    let stopped = collect(&model, &r, &mut Vec::new(), |_, done, _| done < 3 * 32);
+    assert!(matches!(stopped, Err(CalibrateError::Interrupted)));
+    let mut told = Vec::new();
+    collect(&model, &r, &mut Vec::new(), |origin, done, total| {
+        told.push((origin, done, total));
+        true
+    })
+    .unwrap();
+    // Four windows to fit on and one held out, of each.
+    for origin in [Origin::Files, Origin::Model] {
+        let last = told.iter().rfind(|(o, _, _)| *o == origin);
+        assert_eq!(last, Some(&(origin, 5 * 32, 5 * 32)));
+    }
+}
+
+#[test]
+fn own_text_begins_with_the_token_that_is_given() {
+    silence_logs();
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("m.gguf");
+    Small::default().write(&path);
+    let model = LlamaModel::load(&path).unwrap();
+    for (start, first) in [(None, 1), (Some(2), 2)] {
+        let r = Recipe { start, ..recipe(32, 2, 1.0) };
+        let w = collect(&model, &r, &mut Vec::new(), |_, _, _| true).unwrap();
+        assert!(w.tokens.chunks(32).all(|c| c[0] == first), "{start:?}");
+    }
 }
 
 #[test]

@@ -161,6 +161,27 @@ fn speed_is_measured_and_tables_name_everything() {
 }
 
 #[test]
+fn a_model_of_few_positions_is_measured_within_them() {
+    let cli = cli();
+    let gpt2 = Small {
+        arch: "gpt2",
+        biases: true,
+        fused_qkv: true,
+        blocks: vec![(2, 2, 64); 2],
+        n_embd: 32,
+        n_ctx_train: 128,
+        ..small()
+    };
+    gpt2.write(&cli.path("g.gguf"));
+    let text = cli.ok(&["eval", "g.gguf", "-t", "1", "-q"]);
+    assert!(text.contains("tokens/s"), "{text}");
+    cli.fails(&["eval", "g.gguf", "-f", "t.txt", "-c", "256", "-q", "-t", "1"], 1, &["128 positions", "256"]);
+    // A text that source and result continue, for the report.
+    let args = "g.gguf o.gguf --sparsity 0.2 -c 128 --chunks 4 -t 1 -q --report r.html";
+    cli.ok(&args.split(' ').collect::<Vec<_>>());
+}
+
+#[test]
 fn what_cannot_be_measured_is_refused() {
     let cli = cli();
     cli.fails(&["eval", "nothing.gguf", "-f", "t.txt"], 1, &["nothing.gguf"]);
@@ -171,6 +192,10 @@ fn what_cannot_be_measured_is_refused() {
         &["t.txt", "one window takes 16384"],
     );
     cli.fails(&["eval", "a.gguf", "--no-speed"], 2, &["nothing to measure"]);
+    for empty in ["", "\n\n", " \n"] {
+        std::fs::write(cli.path("empty.txt"), empty).unwrap();
+        cli.fails(&["eval", "a.gguf", "--hellaswag", "empty.txt"], 1, &["empty.txt"]);
+    }
     std::fs::write(cli.path("bad.txt"), "a\n9\nb\nc\nd\ne\n").unwrap();
     cli.fails(&["eval", "a.gguf", "--hellaswag", "bad.txt"], 1, &["bad.txt", "line 2"]);
     Small { n_vocab: 300, ..small() }.write(&cli.path("c.gguf"));

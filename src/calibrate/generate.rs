@@ -40,6 +40,8 @@ pub struct Schedule {
     pub chat_share: f64,
     /// Windows that are generated side by side at most.
     pub n_parallel: usize,
+    /// The token that documents begin with; without it, the BOS or else the EOS that libllama names.
+    pub start: Option<Token>,
 }
 
 /// What is given in a document: before each piece the model has ended what it wrote, and after it the
@@ -84,7 +86,7 @@ pub fn generate(
     progress: &mut dyn FnMut(usize, usize) -> bool,
 ) -> Result<Vec<Vec<Token>>, CalibrateError> {
     let vocab = model.vocab();
-    let start = vocab.bos().or(vocab.eos()).ok_or(CalibrateError::NoStart)?;
+    let start = schedule.start.or(vocab.bos()).or(vocab.eos()).ok_or(CalibrateError::NoStart)?;
     let plain = Frame::plain(start);
     let chat = if schedule.chat_share > 0.0 { Some(Frame::chat(model)?) } else { None };
     let chats = |i: usize| (i as f64 * schedule.chat_share).floor();

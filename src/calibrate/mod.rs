@@ -4,26 +4,24 @@
 //! others, but nothing is fitted to them, so they can judge; tuning asks them once whether it was of use.
 
 mod generate;
+mod oddities;
 mod text;
 
 pub use generate::{Schedule, generate};
-pub use text::file_windows;
+pub use oddities::oddities;
+pub use text::{file_windows, text_windows};
 
 use crate::ggml::{GgmlError, LlamaModel, Token};
+use crate::text::{Encoding, TextError, TextFile};
 use std::ops::Range;
 use std::path::PathBuf;
 
 /// Why there are no calibration tokens.
 #[derive(Debug, thiserror::Error)]
 pub enum CalibrateError {
-    /// A text file cannot be read.
-    #[error("{}: {source}", path.display())]
-    Io {
-        /// The file.
-        path: PathBuf,
-        /// What the system said.
-        source: std::io::Error,
-    },
+    /// A text file cannot be read, or is not text.
+    #[error(transparent)]
+    Text(#[from] TextError),
     /// A text file is too short.
     #[error(
         "the text has {found} tokens; at least {needed} are needed for windows of {n_ctx} (lower --ctx-size, or give more text)"
@@ -37,7 +35,9 @@ pub enum CalibrateError {
         n_ctx: usize,
     },
     /// The model has neither a BOS nor an EOS token to begin with.
-    #[error("the model names no BOS or EOS token to start its own text from; give a text with --file")]
+    #[error(
+        "the model names no start token to begin its own text from; give it a text to calibrate on, and no share of its own"
+    )]
     NoStart,
     /// Conversations were asked for, and there is no template for them.
     #[error("the model has no chat template that llama.cpp's core knows; leave out --chat-share")]
@@ -59,6 +59,13 @@ pub struct Recipe {
     pub n_windows: usize,
     /// Text files.
     pub files: Vec<PathBuf>,
+    /// Encoding of the files that have no byte-order mark, if it is not UTF-8.
+    pub encoding: Option<Encoding>,
+    /// Read the names of special tokens in the files, such as `<|im_end|>`, as these tokens.
+    pub parse_special: bool,
+    /// The token that self-written text begins with; without it, the BOS or else the EOS that libllama names, which are
+    /// words in a vocabulary that has none.
+    pub start: Option<Token>,
     /// Share of the windows that the model writes itself, 0 to 1.
     pub self_share: f64,
     /// Share of those that are conversations in the model's chat template.
@@ -78,6 +85,9 @@ impl Default for Recipe {
             n_ctx: 512,
             n_windows: 32,
             files: Vec::new(),
+            encoding: None,
+            parse_special: false,
+            start: None,
             self_share: 1.0,
             chat_share: 0.0,
             seed: 1,
@@ -214,8 +224,17 @@ fn held_out(n: usize) -> usize {
     (n / 8).clamp(1, 8)
 }
 
-/// Collects the windows of `recipe`. `progress` is told how many of how many tokens are generated,
-/// and returns whether to go on.
+/// Where windows come from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Origin {
+    /// Text files are read and tokenised.
+    Files,
+    /// The model writes.
+    Model,
+}
+
+/// Collects the windows of `recipe`, first those from files. `progress` is told, for each origin, how many of how many tokens
+/// there are, and returns whether to go on. `notes` gets what the user should know about the text, a line each.
 ///
 /// # Errors
 /// [`CalibrateError`] if a file cannot be read, the text is too short, or libllama fails.
@@ -225,14 +244,25 @@ fn held_out(n: usize) -> usize {
 pub fn collect(
     model: &LlamaModel,
     recipe: &Recipe,
-    mut progress: impl FnMut(usize, usize) -> bool,
+    notes: &mut Vec<String>,
+    mut progress: impl FnMut(Origin, usize, usize) -> bool,
 ) -> Result<Windows, CalibrateError> {
     assert!(recipe.n_ctx > 1 && recipe.n_windows > 0);
     let n_self = recipe.n_self();
     let (mut fit, mut judge) = (Vec::new(), Vec::new());
     if n_self < recipe.n_windows {
         let wanted = recipe.n_windows - n_self;
-        let found = file_windows(model, &recipe.files, recipe.n_ctx, wanted + held_out(wanted))?;
+        let wanted_all = wanted + held_out(wanted);
+        let n_tokens = wanted_all * recipe.n_ctx;
+        let open = |path: &PathBuf| TextFile::open(path, recipe.encoding);
+        let files = recipe.files.iter().map(open).collect::<Result<Vec<_>, _>>()?;
+        let special = recipe.parse_special;
+        let found = text_windows(model, &files, special, recipe.n_ctx, wanted_all, &mut |done| {
+            progress(Origin::Files, done, n_tokens)
+        })?;
+        if !special {
+            notes.extend(text::markers(model, &files)?);
+        }
         let n_fit = found.len() - held_out(found.len().min(wanted)).min(found.len() - 1);
         // Windows to judge on are spread over the text like the others.
         let every = found.len().div_ceil(found.len() - n_fit);
@@ -247,8 +277,10 @@ pub fn collect(
             seed: recipe.seed,
             chat_share: recipe.chat_share,
             n_parallel: recipe.n_parallel,
+            start: recipe.start,
         };
-        let mut own = generate(model, &schedule, recipe.n_threads, &mut progress)?;
+        let mut told = |done: usize, total: usize| progress(Origin::Model, done, total);
+        let mut own = generate(model, &schedule, recipe.n_threads, &mut told)?;
         judge.extend(own.split_off(n_self));
         fit.extend(own);
     }

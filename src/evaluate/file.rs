@@ -3,6 +3,7 @@
 use super::window::Window;
 use crate::ggml::{BatchToken, Context, GgmlError, LlamaModel, Token};
 use crate::numeric::{RowComparison, compare_rows, nll};
+use crate::text::{PIECE, TextError, TextFile};
 use rayon::prelude::*;
 use std::time::Instant;
 
@@ -15,6 +16,10 @@ pub enum Protocol {
     /// As papers do: no BOS, and all tokens of a window but the first are scored.
     Hf,
 }
+
+/// Bytes per token that a text has at most, nearly always, and bytes that are read at a time at least.
+const BYTES_PER_TOKEN: usize = 8;
+const LEAST_PIECE: usize = 16 << 10;
 
 /// Tokens that the speed of reading is measured on, and of writing: those of `llama-bench`'s pp512, and half of tg128.
 const PROMPT_TOKENS: usize = 512;
@@ -65,6 +70,9 @@ pub enum EvaluateError {
     /// libllama failed.
     #[error(transparent)]
     Llama(#[from] GgmlError),
+    /// A text file cannot be read, or is not text.
+    #[error(transparent)]
+    Text(#[from] TextError),
     /// There is too little text.
     #[error("the text has {found} tokens; one window takes {needed}")]
     TooShort {
@@ -76,6 +84,17 @@ pub enum EvaluateError {
     /// The two files have other vocabularies.
     #[error("the files have {0} and {1} tokens in their vocabularies: they cannot be compared")]
     Vocabularies(usize, usize),
+    /// Windows, or tasks, are longer than a model can read.
+    #[error("the model knows {most} positions, and {wanted} are asked for")]
+    TooLong {
+        /// What it can read.
+        most: usize,
+        /// What it was to read.
+        wanted: usize,
+    },
+    /// There are no tasks.
+    #[error("holds no tasks: six lines each, a context, the number of the right ending, four endings")]
+    NoTasks,
     /// Tasks are not in the format of `llama-perplexity --hellaswag`.
     #[error("line {line}: {problem}")]
     Tasks {
@@ -86,22 +105,49 @@ pub enum EvaluateError {
     },
 }
 
-/// The windows of `n_ctx` tokens that `text` is scored in, `n_windows` at most.
+/// The windows of `n_ctx` tokens that `texts`, one after another, are scored in, `n_windows` at most. A short text is
+/// tokenised as a whole, a long one piece by piece until there are windows enough. `progress` is told the bytes that are
+/// read, of how many, after each piece that more pieces follow, and returns whether to go on; if not, the windows so far
+/// are returned.
 ///
 /// # Errors
-/// [`EvaluateError`] if there is none.
+/// [`EvaluateError`] if there is none, or a file cannot be read.
 pub fn windows(
     model: &LlamaModel,
-    text: &str,
+    texts: &[TextFile],
     protocol: Protocol,
     n_ctx: usize,
     n_windows: usize,
+    progress: &mut dyn FnMut(u64, u64) -> bool,
 ) -> Result<Vec<Vec<Token>>, EvaluateError> {
     let vocab = model.vocab();
     let bos = vocab.bos().filter(|_| protocol == Protocol::Llama && vocab.add_bos());
-    // llama.cpp takes one newline off the end of a file.
-    let text = text.strip_suffix('\n').filter(|_| protocol == Protocol::Llama).unwrap_or(text);
-    let tokens: Vec<Token> = bos.into_iter().chain(vocab.tokenize(text, false)?).collect();
+    let mut tokens: Vec<Token> = bos.into_iter().collect();
+    let n_wanted = n_windows.saturating_mul(n_ctx);
+    let n_bytes: u64 = texts.iter().map(TextFile::n_bytes).sum();
+    let mut add = |text: &str, last: bool| {
+        // llama.cpp takes one newline off the end of a file.
+        let shorter = text.strip_suffix('\n').filter(|_| last && protocol == Protocol::Llama);
+        tokens.extend(vocab.tokenize(shorter.unwrap_or(text), false)?);
+        Ok::<_, GgmlError>(tokens.len() >= n_wanted)
+    };
+    if n_bytes <= PIECE as u64 {
+        add(&texts.iter().map(TextFile::read).collect::<Result<String, _>>()?, true)?;
+    } else {
+        // No more than the windows take, about.
+        let most = n_wanted.saturating_mul(BYTES_PER_TOKEN).clamp(LEAST_PIECE, PIECE);
+        let mut n_before = 0u64;
+        'all: for text in texts {
+            let mut pieces = text.pieces(most);
+            while let Some(piece) = pieces.next() {
+                let n_read = n_before + pieces.n_bytes();
+                if add(&piece?, n_read == n_bytes)? || (n_read < n_bytes && !progress(n_read, n_bytes)) {
+                    break 'all;
+                }
+            }
+            n_before += text.n_bytes();
+        }
+    }
     let mut windows: Vec<Vec<Token>> =
         tokens.chunks_exact(n_ctx).take(n_windows).map(<[Token]>::to_vec).collect();
     if windows.is_empty() {
@@ -127,6 +173,7 @@ pub fn evaluate(
     mut progress: impl FnMut(usize, f64) -> bool,
 ) -> Result<Evaluation, EvaluateError> {
     let n_ctx = windows[0].as_ref().len();
+    fits(model, n_ctx)?;
     let first = match protocol {
         Protocol::Llama => n_ctx / 2,
         Protocol::Hf => 0,
@@ -198,12 +245,23 @@ pub fn llama_losses(model: &LlamaModel, tokens: &[Token], n_threads: usize) -> R
     Ok(losses)
 }
 
+/// Refuses more tokens than a model has positions for.
+fn fits(model: &LlamaModel, wanted: usize) -> Result<(), EvaluateError> {
+    let most = model.n_ctx_train();
+    if model.positions_are_learnt() && wanted > most {
+        return Err(EvaluateError::TooLong { most, wanted });
+    }
+    Ok(())
+}
+
 /// How fast `model` reads and writes: the best of three times each.
 ///
 /// # Errors
 /// [`EvaluateError`] if libllama fails.
 pub fn speed(model: &LlamaModel, n_threads: usize) -> Result<Speed, EvaluateError> {
-    let n = PROMPT_TOKENS;
+    // A model of few positions reads fewer.
+    let room = if model.positions_are_learnt() { model.n_ctx_train() } else { usize::MAX };
+    let n = PROMPT_TOKENS.min(room.saturating_sub(WRITTEN_TOKENS)).max(1);
     let mut context = Context::new(model, n + WRITTEN_TOKENS, 1, n, n_threads)?;
     let n_vocab = model.vocab().n_tokens();
     let token = |i: usize| BatchToken { token: (i * 7919 % n_vocab) as Token, pos: i as i32, seq: 0 };
@@ -238,6 +296,8 @@ pub fn continuation(
     n_threads: usize,
 ) -> Result<String, GgmlError> {
     let vocab = model.vocab();
+    let room = if model.positions_are_learnt() { model.n_ctx_train() } else { usize::MAX };
+    let n = n.min(room.saturating_sub(prompt.len()));
     let mut context = Context::new(model, prompt.len() + n, 1, prompt.len(), n_threads)?;
     let (mut batch, mut written) = (prompt.to_vec(), Vec::new());
     let mut pos = 0;
@@ -277,6 +337,9 @@ const N_ENDINGS: usize = 4;
 /// [`EvaluateError::Tasks`] with the line at fault.
 pub fn tasks(text: &str) -> Result<Vec<Task>, EvaluateError> {
     let lines: Vec<&str> = text.lines().collect();
+    if text.trim().is_empty() {
+        return Err(EvaluateError::NoTasks);
+    }
     let bad = |line: usize, problem: String| Err(EvaluateError::Tasks { line: line + 1, problem });
     let mut tasks = Vec::new();
     for (i, task) in lines.chunks(2 + N_ENDINGS).enumerate() {
@@ -329,6 +392,7 @@ pub fn accuracy(
             .count()
             .max(1);
         let longest = texts.iter().map(Vec::len).max().unwrap_or(0);
+        fits(model, longest)?;
         let mut window = Window::new(model, longest, n_threads)?;
         let mut best = (f64::INFINITY, 0);
         for (ending, tokens) in texts.iter().enumerate() {

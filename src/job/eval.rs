@@ -1,9 +1,10 @@
 //! How a file does, by libllama, on texts and tasks; and beside another file.
 
 use super::JobError;
-use crate::evaluate::{self, EvaluateError, Evaluation, Protocol, Speed};
-use crate::ggml::{LlamaModel, Offload};
+use crate::evaluate::{self, Evaluation, Protocol, Speed};
+use crate::ggml::{LlamaModel, Offload, Token};
 use crate::pipeline::Observer;
+use crate::text::{Encoding, TextError, TextFile};
 use std::path::{Path, PathBuf};
 
 /// What to measure.
@@ -15,6 +16,8 @@ pub struct EvalJob {
     pub base: Option<PathBuf>,
     /// Texts, one after another.
     pub texts: Vec<PathBuf>,
+    /// Encoding of texts and tasks that have no byte-order mark, if it is not UTF-8.
+    pub encoding: Option<Encoding>,
     /// Which tokens are scored.
     pub protocol: Protocol,
     /// Tokens per window.
@@ -49,16 +52,13 @@ pub struct EvalOutcome {
 /// # Errors
 /// [`JobError`] if a file cannot be read, or libllama fails.
 pub fn eval(job: &EvalJob, observer: &mut dyn Observer) -> Result<EvalOutcome, JobError> {
-    let text = |path: &Path| {
-        let bytes = std::fs::read(path).map_err(|source| JobError::Io { path: path.into(), source })?;
-        Ok::<_, JobError>(String::from_utf8_lossy(&bytes).into_owned())
-    };
+    let text = |path: &PathBuf| TextFile::open(path, job.encoding);
     // What can be wrong with texts is said before models are loaded.
-    let texts = job.texts.iter().map(|path| text(path)).collect::<Result<Vec<_>, _>>()?.concat();
+    let texts = job.texts.iter().map(text).collect::<Result<Vec<_>, TextError>>()?;
     let tasks = match &job.tasks {
         Some((path, n)) => {
             let failed = |source| JobError::Evaluate { path: path.clone(), source };
-            let mut tasks = evaluate::tasks(&text(path)?).map_err(failed)?;
+            let mut tasks = evaluate::tasks(&text(path)?.read()?).map_err(failed)?;
             tasks.truncate(*n);
             tasks
         }
@@ -72,8 +72,7 @@ pub fn eval(job: &EvalJob, observer: &mut dyn Observer) -> Result<EvalOutcome, J
         EvalOutcome { bytes: (bytes, base_bytes), evaluation: None, accuracy: None, speed: None };
 
     if !job.texts.is_empty() {
-        let windows = evaluate::windows(&model, &texts, job.protocol, job.n_ctx, job.n_windows);
-        let windows = windows.map_err(|source| JobError::Evaluate { path: job.texts[0].clone(), source })?;
+        let windows = windows(&model, &texts, job, observer)?;
         observer.stage("text", windows.len());
         let told = |done, ppl| {
             observer.step(done, &format!("perplexity {ppl:.4}"));
@@ -108,11 +107,31 @@ pub fn eval(job: &EvalJob, observer: &mut dyn Observer) -> Result<EvalOutcome, J
     Ok(outcome)
 }
 
-fn load(path: &Path, offload: &Offload) -> Result<(LlamaModel, u64), JobError> {
-    let failed = |source: crate::ggml::GgmlError| JobError::Evaluate {
-        path: path.into(),
-        source: EvaluateError::Llama(source),
+/// The windows of `texts`.
+fn windows(
+    model: &LlamaModel,
+    texts: &[TextFile],
+    job: &EvalJob,
+    observer: &mut dyn Observer,
+) -> Result<Vec<Vec<Token>>, JobError> {
+    let mut begun = false;
+    let mut told = |done: u64, total: u64| {
+        // In KiB: only of a long text is anything told.
+        if !begun {
+            observer.stage("reading text", (total >> 10) as usize);
+            begun = true;
+        }
+        observer.step((done >> 10) as usize, "");
+        !observer.interrupted()
     };
+    let found = evaluate::windows(model, texts, job.protocol, job.n_ctx, job.n_windows, &mut told);
+    if observer.interrupted() {
+        return Err(JobError::Interrupted);
+    }
+    found.map_err(|source| JobError::evaluating(&job.texts[0], source))
+}
+
+fn load(path: &Path, offload: &Offload) -> Result<(LlamaModel, u64), JobError> {
     let bytes = crate::gguf::GgufFile::open(path)?.n_bytes();
-    Ok((LlamaModel::load_on(path, offload).map_err(failed)?, bytes))
+    Ok((LlamaModel::load_on(path, offload).map_err(JobError::Llama)?, bytes))
 }
