@@ -1,11 +1,12 @@
 //! What a job works on whatever the sparsity, and the passes over it, once or more often.
 
+use super::announce::announce;
 use super::output::temporary;
 use super::state::State;
 use super::{Job, JobError, Limit, Quantise, ask_memory, limit, on_target, open, run_ctx};
 use crate::assemble::importance;
-use crate::calibrate::{self, CalibrateError, Recipe, Windows};
-use crate::ggml::{GgmlError, LlamaModel, Offload, RunMemory, quantize_file};
+use crate::calibrate::{self, CalibrateError, Origin, Recipe, Windows};
+use crate::ggml::{GgmlError, LlamaModel, Offload, RunMemory, Token, quantize_file};
 use crate::gguf::GgufError;
 use crate::model::Model;
 use crate::pipeline::{self, Journal, Observer, Plan, Settings, Settled};
@@ -42,6 +43,8 @@ pub(super) struct Prepared {
     pub(super) source: Model,
     pub(super) source_sha256: String,
     pub(super) windows: Windows,
+    /// What the user should know about the calibration text.
+    pub(super) notes: Vec<String>,
     /// The source in the types that the result shall have, if these are others. The map goes before the file.
     quantised: Option<(Model, tempfile::NamedTempFile)>,
     pub(super) state: Option<State>,
@@ -59,11 +62,12 @@ impl Prepared {
             source.file.check_values()?;
             Ok::<_, GgufError>(source.file.sha256())
         };
+        let mut notes = Vec::new();
         let (windows, source_sha256, state) = match &job.state {
             None => {
                 let (windows, sha) = std::thread::scope(|scope| {
                     let sha = scope.spawn(sha256);
-                    (windows(&source, job, observer), sha.join().expect("hashing does not panic"))
+                    (windows(&source, job, &mut notes, observer), sha.join().expect("hashing does not panic"))
                 });
                 // What is wrong with the file is the cause of what else went wrong.
                 let sha = sha?;
@@ -75,7 +79,7 @@ impl Prepared {
                 let windows = match state.windows()? {
                     Some(windows) => windows,
                     None => {
-                        let windows = windows(&source, job, observer)?;
+                        let windows = windows(&source, job, &mut notes, observer)?;
                         state.keep_windows(&windows)?;
                         windows
                     }
@@ -84,7 +88,7 @@ impl Prepared {
             }
         };
         let quantised = job.quantise.map(|q| quantise(job, q, &source, &windows, observer)).transpose()?;
-        Ok(Prepared { source, source_sha256, windows, quantised, state, to_run })
+        Ok(Prepared { source, source_sha256, windows, notes, quantised, state, to_run })
     }
 
     /// What is pruned: the source, in the types that the result shall have.
@@ -92,17 +96,21 @@ impl Prepared {
         self.quantised.as_ref().map_or(&self.source, |(model, _)| model)
     }
 
-    /// What the passes make of it, and the settings that they had.
+    /// What the passes make of it, and the settings that they had. `later` is the work of the results that come after this
+    /// one, `None` if their number is not known.
     pub(super) fn prune(
         &self,
         job: &Job,
         journal: &mut dyn Journal,
+        later: Option<f64>,
         observer: &mut dyn Observer,
     ) -> Result<(Settings, pipeline::Outcome), JobError> {
         let settings = match self.quantised {
             Some(_) => on_target(self.model(), job.settings.clone())?,
             None => job.settings.clone(),
         };
+        let c = pipeline::Calibration::from(&self.windows);
+        announce(job, self.model(), &c, &settings, later, observer);
         let pruned = pipeline::run(self.model(), &self.source, &self.windows, &settings, journal, observer)?;
         Ok((settings, pruned))
     }
@@ -121,7 +129,7 @@ impl Prepared {
         let mut search = limit::Search::new(limit, (1..100).rev().find(can).unwrap_or(0));
         while let Some(percent) = search.next() {
             let job = Job { settings: at(percent), ..job.clone() };
-            let found = self.prune(&job, &mut memory, observer)?;
+            let found = self.prune(&job, &mut memory, None, observer)?;
             let value = limit.of(&found.1.held_out);
             observer.stage(&format!("{percent} %"), 1);
             observer.step(1, &format!("{limit} is asked for, {value:.4} found"));
@@ -153,7 +161,7 @@ fn quantise(
         .map_err(JobError::Quantise)?;
     observer.step(1, "");
     let model =
-        Model::open(temp.path()).map_err(|source| JobError::Model { path: temp.path().into(), source })?;
+        Model::open(temp.path()).map_err(|source| JobError::Model { path: job.input.clone(), source })?;
     pipeline::check_budget(&model, &job.settings)?;
     // The map goes before the file.
     Ok((model, temp))
@@ -164,7 +172,7 @@ fn quantise(
 /// # Errors
 /// [`JobError`] if the model cannot be read or there is too little text.
 pub fn calibration(job: &Job, observer: &mut dyn Observer) -> Result<Windows, JobError> {
-    collect(&open(job)?, job, observer)
+    collect(&open(job)?, job, &mut Vec::new(), observer)
 }
 
 /// Loads a model into libllama, within the memory of `job`.
@@ -189,26 +197,53 @@ fn n_parallel(model: &Model, job: &Job) -> usize {
 }
 
 /// The windows that `job` was given, or those that it asks for.
-fn windows(model: &Model, job: &Job, observer: &mut dyn Observer) -> Result<Windows, JobError> {
+fn windows(
+    model: &Model,
+    job: &Job,
+    notes: &mut Vec<String>,
+    observer: &mut dyn Observer,
+) -> Result<Windows, JobError> {
     match &job.windows {
         Some(windows) => Ok(windows.clone()),
-        None => collect(model, job, observer),
+        None => collect(model, job, notes, observer),
     }
 }
 
-fn collect(model: &Model, job: &Job, observer: &mut dyn Observer) -> Result<Windows, JobError> {
+/// The token that the model's own text begins with: the BOS that its file names, or else the EOS. Where a file names none,
+/// libllama has token 1, 2 or 11, which may be any word.
+fn start_token(model: &Model) -> Option<Token> {
+    ["tokenizer.ggml.bos_token_id", "tokenizer.ggml.eos_token_id"].iter().find_map(|key| {
+        let id = model.file.get_u32(key).ok().flatten().filter(|id| *id < model.hparams.n_vocab)?;
+        Token::try_from(id).ok()
+    })
+}
+
+fn collect(
+    model: &Model,
+    job: &Job,
+    notes: &mut Vec<String>,
+    observer: &mut dyn Observer,
+) -> Result<Windows, JobError> {
     // What only tokenises needs no copies of weights; that libllama takes the file is seen all the same.
     let writes = job.recipe.self_written() > 0;
     let llama = if writes { llama(job, &job.input) } else { LlamaModel::load_mapped(&job.input) };
-    let llama = llama.map_err(CalibrateError::Llama)?;
-    let mut begun = false;
-    let recipe = Recipe { n_parallel: n_parallel(model, job), ..job.recipe.clone() };
-    let windows = calibrate::collect(&llama, &recipe, |done, total| {
-        if !begun {
-            observer.stage("calibration text", total);
-            begun = true;
+    let llama = llama.map_err(JobError::Llama)?;
+    let start = job.recipe.start.or_else(|| start_token(model));
+    if writes && start.is_none() {
+        return Err(CalibrateError::NoStart.into());
+    }
+    let recipe = Recipe { n_parallel: n_parallel(model, job), start, ..job.recipe.clone() };
+    let mut begun = None;
+    let windows = calibrate::collect(&llama, &recipe, notes, |origin, done, total| {
+        // A short text is read at once.
+        if begun == Some(origin) || origin == Origin::Model || done < total {
+            if begun != Some(origin) {
+                let stage = if origin == Origin::Files { "reading text" } else { "calibration text" };
+                observer.stage(stage, total);
+                begun = Some(origin);
+            }
+            observer.step(done, "");
         }
-        observer.step(done, "");
         !observer.interrupted()
     });
     match windows {

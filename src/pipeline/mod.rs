@@ -51,8 +51,23 @@ use crate::numeric::{RowComparison, compare_rows};
 use crate::prune::{BudgetError, Choice, Singular};
 use rayon::prelude::*;
 
+/// A stage that is still to come, and how much work it is.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct PlannedStage {
+    /// The name under which [`Observer::stage`] announces it.
+    pub name: &'static str,
+    /// Floating-point operations that take as long in graphs, estimated from shapes.
+    pub work: f64,
+    /// Memory bandwidth limits the stage rather than arithmetic. Its speed says little about that of other stages.
+    pub bandwidth_bound: bool,
+}
+
 /// Who is told how far the work is, and can stop it.
 pub trait Observer {
+    /// These stages are still to come, in this order; they replace those of an earlier plan. Some may be skipped, and stages
+    /// that are not planned may run besides. `whole` says whether nothing else follows: a search for the largest sparsity
+    /// within a limit announces one result after another. A stage without a name stands for work that is announced later.
+    fn plan(&mut self, _stages: &[PlannedStage], _whole: bool) {}
     /// A stage begins; it has `steps` steps.
     fn stage(&mut self, name: &str, steps: usize);
     /// `done` steps of the stage are done; `note` says what came of the last.
@@ -139,6 +154,8 @@ pub struct Outcome {
     pub held_out: HeldOut,
     /// The pruned model's negative log-likelihoods of the tokens of the first of them but its first, in nats, by the CPU.
     pub losses: Vec<f64>,
+    /// The dense model's mean negative log-likelihood on each held-out window, in nats.
+    pub dense_window_nll: Vec<f64>,
     /// What the predictions lose by the width of each block alone, about, in nats of KL divergence; not known where all
     /// widths are equal, or were chosen by an earlier run.
     pub block_losses: Option<Vec<f64>>,
@@ -186,6 +203,7 @@ pub fn run(
         choice: Choice::Loss,
         block_losses: None,
         losses: Vec::new(),
+        dense_window_nll: Vec::new(),
         warnings: Vec::new(),
     };
     let n_groups = groups_to_remove(model, &budgets, s);
@@ -232,8 +250,8 @@ pub fn run(
     };
     let by_choice = s.method == Method::Putri && s.piece(model) == Piece::Neuron;
     let neurons_by = by_choice.then_some(run.choice);
-    let Run { plan, block_losses, losses, warnings, .. } = run;
-    Ok(Outcome { plan, tuned, neurons_by, held_out, losses, block_losses, warnings })
+    let Run { plan, block_losses, losses, dense_window_nll, warnings, .. } = run;
+    Ok(Outcome { plan, tuned, neurons_by, held_out, losses, dense_window_nll, block_losses, warnings })
 }
 
 /// What the matrices of the pruned model see of the windows that it was fitted on, block by block.
@@ -307,6 +325,7 @@ struct Run<'a> {
     block_losses: Option<Vec<f64>>,
     /// Of the first held-out window.
     losses: Vec<f64>,
+    dense_window_nll: Vec<f64>,
     warnings: Vec<String>,
 }
 
@@ -345,6 +364,9 @@ impl Run<'_> {
                 rows.par_extend(compared.filter_map(|((q, p), t)| t.map(|t| compare_rows(q, p, t as usize))));
             })?;
         }
+        let mean_nll =
+            |window: &[RowComparison]| window.iter().map(|r| r.base_nll).sum::<f64>() / window.len() as f64;
+        self.dense_window_nll = rows.chunks(w.n_ctx - 1).map(mean_nll).collect();
         self.losses = if self.settings.devices.is_empty() {
             rows[..w.n_ctx - 1].iter().map(|r| r.nll).collect()
         } else {

@@ -1,41 +1,53 @@
 //! Stage, step and time left, on stderr: a bar on a terminal, a line per step elsewhere.
+//!
+//! Progress is a courtesy: a write that fails (the reader went away, the disk is full) never ends a run.
 
-use crate::pipeline::Observer;
-use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+use super::remaining::{Left, Remaining};
+use crate::pipeline::{Observer, PlannedStage};
+use indicatif::{ProgressBar, ProgressDrawTarget, ProgressState, ProgressStyle};
 use serde_json::{Value, json};
-use std::io::{IsTerminal, Write};
-use std::sync::Arc;
+use std::io::Write;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-/// Lines of one stage that are not printed closer together than this, off a terminal.
+/// Shortest time between two lines of one stage that have no note.
 const LINE_EVERY: Duration = Duration::from_secs(2);
 
-/// Writes one event. That nobody reads it stops no work.
+/// Note of a block that was taken over from an earlier run (`pipeline::sequential`).
+const RESUMED: &str = "from before";
+
+/// Writes a line to stderr. A failed write is ignored.
+pub fn tell(line: &str) {
+    let _ = std::io::stderr().write_all(format!("{line}\n").as_bytes());
+}
+
+/// Writes one event as a line to stdout. A failed write is ignored.
 pub fn event(e: &Value) {
-    let _ = writeln!(std::io::stdout(), "{e}");
+    let _ = std::io::stdout().write_all(format!("{e}\n").as_bytes());
 }
 
 /// Shows progress and passes on the user's wish to stop.
 pub struct Progress {
     mode: Mode,
     stop: Arc<AtomicBool>,
+    start: Instant,
+    remaining: Remaining,
+    /// The stage as it was announced.
+    stage: String,
+    steps: usize,
 }
 
 enum Mode {
     Quiet,
-    Bar(Option<ProgressBar>),
-    /// Events as JSON objects, a line each, on stdout.
-    Events {
-        stage: String,
-        steps: usize,
+    Bar {
+        bar: Option<ProgressBar>,
+        countdown: Countdown,
     },
-    Lines {
-        stage: String,
-        steps: usize,
-        start: Instant,
-        last: Option<Instant>,
-    },
+    /// JSON objects on stdout, one per line.
+    Events,
+    /// Lines on stderr; the last one of this stage was written then.
+    Lines(Option<Instant>),
 }
 
 impl Progress {
@@ -43,23 +55,31 @@ impl Progress {
     pub fn new(quiet: bool, stop: Arc<AtomicBool>) -> Progress {
         let mode = if quiet {
             Mode::Quiet
-        } else if std::io::stderr().is_terminal() {
-            Mode::Bar(None)
+        } else if !ProgressDrawTarget::stderr().is_hidden() {
+            // Not where it would not be drawn: off a terminal, or on one that cannot move its cursor.
+            Mode::Bar { bar: None, countdown: Countdown::new() }
         } else {
-            Mode::Lines { stage: String::new(), steps: 0, start: Instant::now(), last: None }
+            Mode::Lines(None)
         };
-        Progress { mode, stop }
+        Progress::of(mode, stop)
     }
 
-    /// Events on stdout for a machine to read: an object per line, `{"event":"stage","stage":…,"steps":…}` and
-    /// `{"event":"step","stage":…,"done":…,"steps":…,"note":…}`.
+    /// Events on stdout for a machine to read, one object per line: `{"event":"stage","stage":…,"steps":…}` and
+    /// `{"event":"step","stage":…,"done":…,"steps":…,"note":…}`. A step also holds the time left where it is known:
+    /// `seconds_left` for the stage, and `run_seconds_left` for the run, or `result_seconds_left` for the present result
+    /// where the number of results is not known.
     pub fn events(stop: Arc<AtomicBool>) -> Progress {
-        Progress { mode: Mode::Events { stage: String::new(), steps: 0 }, stop }
+        Progress::of(Mode::Events, stop)
+    }
+
+    fn of(mode: Mode, stop: Arc<AtomicBool>) -> Progress {
+        let (start, remaining) = (Instant::now(), Remaining::default());
+        Progress { mode, stop, start, remaining, stage: String::new(), steps: 0 }
     }
 
     /// Takes the bar off the terminal.
     pub fn finish(&mut self) {
-        if let Mode::Bar(bar) = &mut self.mode
+        if let Mode::Bar { bar, .. } = &mut self.mode
             && let Some(bar) = bar.take()
         {
             bar.finish_and_clear();
@@ -68,60 +88,149 @@ impl Progress {
 }
 
 impl Observer for Progress {
+    fn plan(&mut self, stages: &[PlannedStage], whole: bool) {
+        self.remaining.plan(self.start.elapsed(), stages, whole);
+    }
+
     fn stage(&mut self, name: &str, steps: usize) {
         self.finish();
+        let now = self.start.elapsed();
+        self.remaining.stage(now, name, steps);
+        (self.stage, self.steps) = (name.to_string(), steps);
         match &mut self.mode {
             Mode::Quiet => {}
-            Mode::Bar(bar) => {
-                let new = ProgressBar::with_draw_target(Some(steps as u64), ProgressDrawTarget::stderr());
-                let template = "{prefix:18} {bar:28} {pos}/{len}  {elapsed} (about {eta} left)  {msg}";
-                if let Ok(style) = ProgressStyle::with_template(template) {
-                    new.set_style(style);
-                }
-                new.set_prefix(name.to_string());
-                new.enable_steady_tick(Duration::from_millis(250));
-                *bar = Some(new);
+            Mode::Bar { bar, countdown } => {
+                countdown.set(self.remaining.left(now));
+                *bar = Some(new_bar(name, steps, countdown.clone()));
             }
-            Mode::Events { stage, steps: n } => {
-                (*stage, *n) = (name.to_string(), steps);
-                event(&json!({ "event": "stage", "stage": name, "steps": steps }));
-            }
-            Mode::Lines { stage, steps: n, start, last } => {
-                (*stage, *n, *start, *last) = (name.to_string(), steps, Instant::now(), None);
-                eprintln!("{name}");
+            Mode::Events => event(&json!({ "event": "stage", "stage": name, "steps": steps })),
+            Mode::Lines(last) => {
+                *last = None;
+                tell(name);
             }
         }
     }
 
     fn step(&mut self, done: usize, note: &str) {
+        let now = self.start.elapsed();
+        self.remaining.step(now, done, note == RESUMED);
         match &mut self.mode {
             Mode::Quiet => {}
-            Mode::Bar(bar) => {
+            Mode::Bar { bar, countdown } => {
+                countdown.set(self.remaining.left(now));
                 if let Some(bar) = bar {
                     bar.set_position(done as u64);
                     bar.set_message(note.to_string());
                 }
             }
-            Mode::Events { stage, steps } => {
-                event(
-                    &json!({ "event": "step", "stage": stage, "done": done, "steps": steps, "note": note }),
-                );
-            }
-            Mode::Lines { stage, steps, start, last } => {
+            Mode::Events => event(&step_event(&self.stage, done, self.steps, note, self.remaining.left(now))),
+            Mode::Lines(last) => {
                 // Tokens tick by the thousand; blocks and heads have something to say each time.
-                if note.is_empty() && last.is_some_and(|t| t.elapsed() < LINE_EVERY) && done < *steps {
+                if note.is_empty() && last.is_some_and(|t| t.elapsed() < LINE_EVERY) && done < self.steps {
                     return;
                 }
                 *last = Some(Instant::now());
-                let left =
-                    start.elapsed().as_secs_f64() * (steps.saturating_sub(done)) as f64 / done.max(1) as f64;
-                let note = if note.is_empty() { String::new() } else { format!(", {note}") };
-                eprintln!("{stage} {done}/{steps}, about {left:.0} s left{note}");
+                tell(&step_line(&self.stage, done, self.steps, note, self.remaining.left(now)));
             }
         }
     }
 
     fn interrupted(&self) -> bool {
         self.stop.load(Ordering::Relaxed)
+    }
+}
+
+/// One line of progress.
+fn step_line(stage: &str, done: usize, steps: usize, note: &str, left: Left) -> String {
+    let left = left.text("whole run", "this result");
+    let note = if note.is_empty() { String::new() } else { format!(", {note}") };
+    format!("{stage} {done}/{steps}{left}{note}")
+}
+
+/// A step as an event. Times are in seconds, with one decimal.
+fn step_event(stage: &str, done: usize, steps: usize, note: &str, left: Left) -> Value {
+    let mut e = json!({ "event": "step", "stage": stage, "done": done, "steps": steps, "note": note });
+    let run = if left.whole { "run_seconds_left" } else { "result_seconds_left" };
+    for (key, left) in [("seconds_left", left.stage), (run, left.run)] {
+        if let Some(left) = left {
+            e[key] = json!((left.as_secs_f64() * 10.0).round() / 10.0);
+        }
+    }
+    e
+}
+
+/// A bar for one stage. indicatif ignores errors when it draws.
+fn new_bar(name: &str, steps: usize, countdown: Countdown) -> ProgressBar {
+    let bar = ProgressBar::with_draw_target(Some(steps as u64), ProgressDrawTarget::stderr());
+    let template = "{prefix:18} {bar:14} {pos}/{len}  {elapsed}{left}  {msg}";
+    if let Ok(style) = ProgressStyle::with_template(template) {
+        // Between reports the time counts down.
+        let style = style.with_key("left", move |_: &ProgressState, out: &mut dyn std::fmt::Write| {
+            let _ = out.write_str(&countdown.left().text("run", "result"));
+        });
+        bar.set_style(style);
+    }
+    bar.set_prefix(name.to_string());
+    bar.enable_steady_tick(Duration::from_millis(250));
+    bar
+}
+
+/// The last estimate and its time, shared with the thread that draws the bar between steps.
+#[derive(Clone)]
+struct Countdown(Arc<Mutex<(Instant, Left)>>);
+
+impl Countdown {
+    fn new() -> Countdown {
+        Countdown(Arc::new(Mutex::new((Instant::now(), Left::default()))))
+    }
+
+    fn set(&self, left: Left) {
+        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = (Instant::now(), left);
+    }
+
+    fn left(&self) -> Left {
+        let (at, left) = *self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        left.after(at.elapsed())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn left(whole: bool) -> Left {
+        Left { stage: Some(Duration::from_secs(100)), run: Some(Duration::from_millis(360_040)), whole }
+    }
+
+    #[test]
+    fn lines_hold_the_time_left_of_stage_and_run() {
+        assert_eq!(
+            step_line("blocks", 3, 30, "2 of 4 heads", left(true)),
+            "blocks 3/30, about 1 min 40 s left (whole run about 6 min), 2 of 4 heads"
+        );
+        assert_eq!(step_line("blocks", 0, 30, "", Left::default()), "blocks 0/30");
+    }
+
+    #[test]
+    fn events_hold_the_times_that_are_known() {
+        let known = step_event("blocks", 3, 30, "", left(true));
+        assert_eq!(
+            known,
+            json!({
+                "event": "step", "stage": "blocks", "done": 3, "steps": 30, "note": "",
+                "seconds_left": 100.0, "run_seconds_left": 360.0
+            })
+        );
+        let part = step_event("blocks", 3, 30, "", left(false));
+        assert_eq!((&part["result_seconds_left"], part.get("run_seconds_left")), (&json!(360.0), None));
+        let unknown = step_event("blocks", 3, 30, "", Left::default());
+        assert_eq!(unknown.as_object().map(serde_json::Map::len), Some(5));
+    }
+
+    #[test]
+    fn a_bar_counts_down_between_steps() {
+        let at = Left { run: None, ..left(true) };
+        assert_eq!(at.after(Duration::from_secs(60)).text("run", "result"), ", about 40 s left");
+        assert_eq!(at.after(Duration::from_secs(600)).text("run", "result"), "");
     }
 }

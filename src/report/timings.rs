@@ -1,7 +1,7 @@
 //! Where the time went.
 
 use crate::ggml::operations;
-use crate::pipeline::{Forecast, Observer};
+use crate::pipeline::{Forecast, Observer, PlannedStage};
 use std::fmt::Write;
 use std::time::{Duration, Instant};
 
@@ -85,6 +85,10 @@ impl StageTimes {
 }
 
 impl Observer for Timings<'_> {
+    fn plan(&mut self, stages: &[PlannedStage], whole: bool) {
+        self.inner.plan(stages, whole);
+    }
+
     fn stage(&mut self, name: &str, steps: usize) {
         self.end();
         self.running = Some((name.into(), Instant::now(), operations()));
