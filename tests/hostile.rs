@@ -10,7 +10,7 @@ use common::cli::Cli;
 use common::small::{Rng, Small};
 use putri_gguf::forward::Forward;
 use putri_gguf::ggml::{RawGguf, install_abort_handler, silence_logs};
-use putri_gguf::gguf::Value;
+use putri_gguf::gguf::{GgufFile, OutTensor, Value, write_gguf};
 use putri_gguf::model::Model;
 use putri_gguf::report::peak_memory;
 use std::io::{BufRead, BufReader};
@@ -62,7 +62,7 @@ struct Whole {
 impl Whole {
     fn new(bytes: Vec<u8>) -> Whole {
         let raw = RawGguf::parse(&bytes).unwrap();
-        let keys = raw.metadata().unwrap().into_iter().map(|(key, _)| key);
+        let keys = raw.metadata(&bytes).unwrap().into_iter().map(|(key, _)| key);
         let names = (0..raw.n_tensors()).map(|i| raw.tensor(i).0);
         let behind = |name: String| {
             let found = bytes.windows(name.len()).position(|part| part == name.as_bytes());
@@ -337,6 +337,7 @@ fn headers_that_no_writer_writes() {
         ("alignment 0", ok().with("general.alignment", U32, &[0; 4]).bytes(), "alignment"),
         ("alignment 3", ok().with("general.alignment", U32, &3u32.to_le_bytes()).bytes(), "alignment"),
         ("alignment 2³¹", ok().with("general.alignment", U32, &(1u32 << 31).to_le_bytes()).bytes(), ""),
+        ("alignment 8", ok().with("general.alignment", U32, &8u32.to_le_bytes()).bytes(), ""),
         ("alignment as a string", ok().with("general.alignment", STRING, &string("32")).bytes(), "alignment"),
         ("a tensor twice", ok().tensor(1, |t| t.0 = "token_embd.weight".into()).bytes(), "token_embd.weight"),
         ("a tensor without a name", ok().tensor(0, |t| t.0.clear()).bytes(), ""),
@@ -382,6 +383,68 @@ fn headers_that_no_writer_writes() {
         assert!(stderr.contains(part) && stderr.contains("in.gguf"), "{name}: {stderr}");
         assert!(cli.listing() == before, "{name}");
     }
+}
+
+#[test]
+fn strings_of_any_bytes_are_carried_over() {
+    let cli = Cli::new();
+    let words = [&b"caf\xe9"[..], b"a\0b", b"", b"\xff\xfe\0", "größe".as_bytes()];
+    let extra = vec![
+        ("list", Value::StrArray(words.iter().map(|w| w.to_vec()).collect())),
+        ("one", Value::Str(b"before\0after".to_vec())),
+        ("latin", Value::Str(b"M\xfcller".to_vec())),
+        ("behind", Value::U32(7)),
+    ];
+    Small { extra: extra.clone(), blocks: vec![(4, 2, 256); 3], ..Small::default() }
+        .write(&cli.path("in.gguf"));
+    let source = GgufFile::open(&cli.path("in.gguf")).unwrap();
+    let read = |file: &GgufFile, key: &str| file.get(key).cloned();
+    for (key, value) in &extra {
+        assert_eq!(read(&source, &format!("llama.{key}")).as_ref(), Some(value), "{key}");
+    }
+    cli.ok(&["in.gguf", "out.gguf", "--sparsity", "0.3", "-c", "64", "--chunks", "4", "-t", "1", "-q"]);
+    let out = GgufFile::open(&cli.path("out.gguf")).unwrap();
+    let arch = out.get_str("general.architecture").unwrap().unwrap();
+    for (key, value) in &extra {
+        assert_eq!(read(&out, &format!("{arch}.{key}")).as_ref(), Some(value), "{key}");
+    }
+    // And their lengths are what another parser reads.
+    cli.ok(&["verify", "out.gguf", "--source", "in.gguf", "-q", "-t", "1"]);
+}
+
+#[test]
+fn names_move_no_cursor_and_are_no_markup() {
+    let cli = Cli::new();
+    let small = Small { blocks: vec![(4, 2, 256); 3], ..Small::default() };
+    small.write(&cli.path("plain.gguf"));
+    let file = GgufFile::open(&cli.path("plain.gguf")).unwrap();
+    let name = "\u{1b}]0;PWNED\u{7}\u{1b}[31mRed\n<script>x</script> `y` | \u{202e}z";
+    let metadata: Vec<(String, Value)> = file
+        .metadata()
+        .iter()
+        .map(|(k, v)| (k.clone(), if k == "general.name" { Value::Str(name.into()) } else { v.clone() }))
+        .collect();
+    let tensors: Vec<OutTensor> = file.tensors().iter().map(|t| OutTensor::copy(&file, t)).collect();
+    let path = cli.path("in put.gguf");
+    write_gguf(&mut std::fs::File::create(&path).unwrap(), &path, &metadata, &tensors).unwrap();
+    let said = cli.ok(&["inspect", "in put.gguf"]);
+    assert!(said.contains(r"\u{1b}[31mRed\u{a}<script>") && !said.contains('\u{1b}'), "{said}");
+    let quick = ["--sparsity", "0.3", "-c", "64", "--chunks", "4", "-t", "1", "-q"];
+    cli.ok(&[&["in put.gguf", "o $(id).gguf", "--package", "p"][..], &quick].concat());
+    let read = |name: &str| std::fs::read_to_string(cli.path("p").join(name)).unwrap();
+    for file in ["README.md", "NOTICE.txt"] {
+        assert!(!read(file).contains(['\u{1b}', '\u{7}', '\u{202e}']), "{}", read(file));
+    }
+    let readme = read("README.md");
+    assert!(readme.contains(r"\<script\>") && !readme.contains("<script>"), "{readme}");
+    assert!(readme.contains("llama-cli -m 'o $(id).gguf'"), "{readme}");
+    assert!(!read("NOTICE.txt").contains("pruned 3"), "the makers did not call it so");
+    // What is wrong with a file is said in one line, whatever it is called.
+    let odd = "odd\u{1b}[2J\nname.gguf";
+    std::fs::write(cli.path(odd), "no model").unwrap();
+    let out = cli.run(&["inspect", odd]);
+    let stderr = String::from_utf8_lossy(&out.stderr);
+    assert!(stderr.lines().count() == 1 && !stderr.contains('\u{1b}'), "{stderr:?}");
 }
 
 #[test]

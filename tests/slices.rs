@@ -30,7 +30,7 @@ fn provenance() -> Provenance {
 
 fn write(model: &Model, plan: &Plan, path: &Path) -> Family {
     let mut file = std::fs::File::create(path).unwrap();
-    assemble(model, plan, &provenance(), &mut file, path).unwrap()
+    assemble(model, plan, &provenance(), None, &mut file, path).unwrap().carrier
 }
 
 /// Rows of a tensor in the file as byte strings.
@@ -411,10 +411,10 @@ fn metadata_keeps_its_order_and_types() {
             assert_eq!(out.get(&k), Some(v), "{k}");
         }
     }
-    assert_eq!(out.get("deci.attention.head_count"), Some(&Value::u32_array(&[4, 2, 4])));
-    assert_eq!(out.get("deci.attention.head_count_kv"), Some(&Value::u32_array(&[2, 1, 2])));
+    assert_eq!(out.get("deci.attention.head_count"), Some(&Value::i32_array(&[4, 2, 4])));
+    assert_eq!(out.get("deci.attention.head_count_kv"), Some(&Value::i32_array(&[2, 1, 2])));
     assert_eq!(out.get("general.name"), Some(&Value::Str("Small Random (pruned 26%)".into())));
-    assert_eq!(out.get("putri.source.sha256"), Some(&Value::Str("00".repeat(32))));
+    assert_eq!(out.get("putri.source.sha256"), Some(&Value::Str("00".repeat(32).into())));
 }
 
 #[test]

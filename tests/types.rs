@@ -43,6 +43,34 @@ fn types_are_those_of_llama_quantize() {
 }
 
 #[test]
+fn types_that_rows_do_not_fit_are_named() {
+    silence_logs();
+    let cli = Cli::new();
+    // Rows of 320 values are no whole blocks of 256, those of ffn_down are.
+    let odd =
+        Small { n_embd: 320, head_dim: 64, blocks: vec![(5, 5, 768); 3], ty: Type::F16, ..Small::default() };
+    odd.write(&cli.path("in.gguf"));
+    let said =
+        cli.ok(&[&["in.gguf", "out.gguf", "--type", "Q4_K_M", "--report", "r.json"][..], &QUICK].concat());
+    let note = said
+        .lines()
+        .find(|l| l.starts_with("note: ") && l.contains("ffn_up"))
+        .unwrap_or_else(|| panic!("{said}"));
+    assert!(note.contains("attn_q") && note.contains("in q5_0, not in a type of Q4_K_M"), "{note}");
+    assert!(note.contains("rows of 320 values are no whole blocks of 256"), "{note}");
+    let out = GgufFile::open(&cli.path("out.gguf")).unwrap();
+    assert_eq!(out.find("blk.0.ffn_up.weight").unwrap().ty, Type::Q5_0);
+    assert_eq!(out.get("general.file_type"), Some(&Value::U32(FileType::from_name("Q5_0").unwrap().raw())));
+    LlamaModel::load(&cli.path("out.gguf")).unwrap();
+    let report = std::fs::read_to_string(cli.path("r.json")).unwrap();
+    assert!(report.contains("no whole blocks of 256"), "{report}");
+    // Where all rows fit, nothing is said.
+    small(Type::F16).write(&cli.path("in.gguf"));
+    let said = cli.ok(&[&["in.gguf", "out.gguf", "--type", "Q8_0", "--force"][..], &QUICK].concat());
+    assert!(!said.contains("no whole blocks"), "{said}");
+}
+
+#[test]
 fn in_f32_it_is_the_pruned_model_itself() {
     // Nothing is rounded, so the same job without --type has the same tensors.
     silence_logs();

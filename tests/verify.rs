@@ -185,7 +185,7 @@ fn faults_are_caught(cli: &Cli) {
         verify(&[part]);
     };
     about("putri.sparsity_reached", Value::F32(0.9), "sizes");
-    about("putri.source.sha256", Value::Str("00".repeat(32)), "source");
+    about("putri.source.sha256", Value::Str("00".repeat(32).into()), "source");
 }
 
 struct U32(u32);

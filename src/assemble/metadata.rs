@@ -1,7 +1,8 @@
 //! The output's metadata: the source's, in its order and with its types, brought up to date.
 
+use super::types::file_type;
 use crate::ggml::Token;
-use crate::gguf::Value;
+use crate::gguf::{OutTensor, Value};
 use crate::model::{BlockShape, Family, Model, RopeFactors};
 use crate::pipeline::Plan;
 
@@ -35,20 +36,25 @@ pub struct Provenance {
     pub check_exact: bool,
 }
 
-/// Metadata of the pruned model, which has `n_params` parameters.
+/// Metadata of the pruned model, which has these `tensors`.
 pub(super) fn metadata(
     model: &Model,
     plan: &Plan,
     carrier: Family,
-    n_params: usize,
+    tensors: &[OutTensor],
     p: &Provenance,
 ) -> Vec<(String, Value)> {
+    let n_params = tensors.iter().map(|t| t.ne.iter().product::<usize>()).sum();
     let (old, new) = (model.hparams.family.name(), carrier.name());
     let mut shapes = ShapeKeys::new(model, plan, carrier);
     let mut out: Vec<(String, Value)> = Vec::new();
     for (key, value) in model.file.metadata() {
         // Describes the importance matrix of a quantisation that is no longer the file's.
         if key.starts_with("quantize.imatrix.") || key.starts_with("putri.") {
+            continue;
+        }
+        // Says how the source lies in files; a single part may say so, too.
+        if key.starts_with("split.") {
             continue;
         }
         // A stray key of the carrier's would overrule the one that is written for it.
@@ -62,13 +68,14 @@ pub(super) fn metadata(
         let value = match (key.as_str(), value) {
             ("general.architecture", _) => Value::Str(new.into()),
             ("general.name", Value::Str(name)) => Value::Str(renamed(name, p.sparsity_reached)),
-            ("general.size_label", Value::Str(_)) => Value::Str(size_label(n_params)),
+            ("general.size_label", Value::Str(_)) => Value::Str(size_label(n_params).into()),
             ("general.parameter_count", Value::U64(_)) => Value::U64(n_params as u64),
+            ("general.file_type", Value::U32(said)) => Value::U32(file_type(*said, tensors)),
             _ => value.clone(),
         };
         match key.strip_prefix(old).and_then(|k| k.strip_prefix('.')) {
             Some(suffix) => {
-                let value = shapes.take(suffix).map_or(value, |v| as_type_of(v, model.file.get(key)));
+                let value = shapes.take(suffix).unwrap_or(value);
                 out.push((format!("{new}.{suffix}"), value));
             }
             None => out.push((key.clone(), value)),
@@ -94,8 +101,10 @@ impl ShapeKeys {
     fn new(model: &Model, plan: &Plan, carrier: Family) -> ShapeKeys {
         let shapes = plan.shapes(model);
         let per_block = |f: fn(&BlockShape) -> usize| {
-            let v: Vec<u32> = shapes.iter().map(|s| f(s) as u32).collect();
-            if v.iter().all(|n| *n == v[0]) { Value::U32(v[0]) } else { Value::u32_array(&v) }
+            let v: Vec<i32> = shapes.iter().map(|s| f(s) as i32).collect();
+            // Numbers alone are uint32 for all readers. In arrays llama.cpp took int32 only until May 2025 (b5353), and has
+            // taken both since; Ollama takes both.
+            if v.iter().all(|n| *n == v[0]) { Value::U32(v[0] as u32) } else { Value::i32_array(&v) }
         };
         let head_dim = Value::U32(model.hparams.head_dim as u32);
         let own_width = model.hparams.family.traits().experts.is_some_and(|e| e.own_width);
@@ -138,26 +147,23 @@ impl ShapeKeys {
     }
 }
 
-/// `new`, as signed numbers where the source's value was signed (readers are picky about widths).
-fn as_type_of(new: Value, old: Option<&Value>) -> Value {
-    let Some(Value::Array { ty: old_ty, .. }) = old else {
-        return new;
-    };
-    let signed = Value::i32_array(&[]);
-    let Value::Array { ty: signed_ty, .. } = signed else {
-        return new;
-    };
-    match (&new, new.as_unsigned_array()) {
-        (Value::Array { .. }, Some(v)) if *old_ty == signed_ty => {
-            Value::i32_array(&v.into_iter().map(|n| n as i32).collect::<Vec<_>>())
-        }
-        _ => new,
-    }
+/// What stands behind the name of a pruned model, before and after the percentage that is removed.
+const PRUNED: &str = " (pruned ";
+const CLOSED: &str = "%)";
+
+fn renamed(name: &[u8], sparsity: f64) -> Vec<u8> {
+    let name = original_name(name);
+    let end = format!("{PRUNED}{:.0}{CLOSED}", sparsity * 100.0);
+    // No name gets none.
+    if name.is_empty() { Vec::new() } else { [name, end.as_bytes()].concat() }
 }
 
-fn renamed(name: &str, sparsity: f64) -> String {
-    let base = name.split(" (pruned ").next().unwrap_or(name);
-    format!("{base} (pruned {:.0}%)", sparsity * 100.0)
+/// The name of the model that a pruned one called `name` was made of.
+pub(crate) fn original_name(name: &[u8]) -> &[u8] {
+    let Some(open) = name.strip_suffix(CLOSED.as_bytes()) else { return name };
+    let n_digits = open.iter().rev().take_while(|b| b.is_ascii_digit()).count();
+    let (before, _) = open.split_at(open.len() - n_digits);
+    before.strip_suffix(PRUNED.as_bytes()).filter(|_| n_digits > 0).unwrap_or(name)
 }
 
 /// `135M`, `1.2B`: as llama.cpp's converter labels sizes.
@@ -212,7 +218,11 @@ mod tests {
 
     #[test]
     fn names_do_not_pile_up() {
-        assert_eq!(renamed("SmolLM2", 0.25), "SmolLM2 (pruned 25%)");
-        assert_eq!(renamed("SmolLM2 (pruned 25%)", 0.5), "SmolLM2 (pruned 50%)");
+        assert_eq!(renamed(b"SmolLM2", 0.25), b"SmolLM2 (pruned 25%)");
+        assert_eq!(renamed(b"SmolLM2 (pruned 25%)", 0.5), b"SmolLM2 (pruned 50%)");
+        assert_eq!(renamed(b"Tiny (pruned by Jane)", 0.5), b"Tiny (pruned by Jane) (pruned 50%)");
+        assert_eq!(renamed(b"x (pruned %)", 0.5), b"x (pruned %) (pruned 50%)");
+        assert_eq!(renamed(b"", 0.5), b"");
+        assert_eq!(renamed(b"caf\xe9", 0.1), b"caf\xe9 (pruned 10%)");
     }
 }

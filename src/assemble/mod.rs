@@ -3,18 +3,29 @@
 mod imatrix;
 mod metadata;
 mod tensors;
+mod types;
 
 pub use imatrix::{importance, write_imatrix};
 pub use metadata::Provenance;
+pub(crate) use metadata::original_name;
 
+use crate::ggml::FileType;
 use crate::gguf::{GgufError, OutTensor, write_gguf};
 use crate::model::{BlockTensors, Family, Model, Segment};
 use crate::pipeline::{BlockPlan, Plan};
 use std::io::Write;
 use std::path::Path;
 
-/// Writes the pruned model to `out`; `path` only names the file in errors. Returns the architecture
-/// it is written in.
+/// What was written.
+#[derive(Clone, Debug)]
+pub struct Written {
+    /// Its architecture.
+    pub carrier: Family,
+    /// Matrices in other types than those asked for, in a sentence each.
+    pub fallbacks: Vec<String>,
+}
+
+/// Writes the pruned model to `out`; `path` only names the file in errors. With `mix`, `model` was quantised to that mix.
 ///
 /// # Errors
 /// [`GgufError`] if a tensor cannot be read or the output cannot be written.
@@ -22,16 +33,20 @@ pub fn assemble(
     model: &Model,
     plan: &Plan,
     provenance: &Provenance,
+    mix: Option<FileType>,
     out: &mut impl Write,
     path: &Path,
-) -> Result<Family, GgufError> {
+) -> Result<Written, GgufError> {
     let carrier = plan.carrier(model);
     let tensors = tensors::tensors(model, plan, carrier)?;
-    let n_params = tensors.iter().map(|t| t.ne.iter().product::<usize>()).sum();
-    let metadata = metadata::metadata(model, plan, carrier, n_params, provenance);
+    let metadata = metadata::metadata(model, plan, carrier, &tensors, provenance);
+    let fallbacks = match mix {
+        Some(mix) => types::misfits_of(mix, &tensors),
+        None => types::changed(model, &tensors),
+    };
     let tensors: Vec<OutTensor> = tensors.into_iter().map(checked).collect();
     write_gguf(out, path, &metadata, &tensors)?;
-    Ok(carrier)
+    Ok(Written { carrier, fallbacks })
 }
 
 /// Whether what [`assemble`] writes holds exactly the values that `plan` was measured with: not where groups are taken out of

@@ -3,7 +3,9 @@
 use super::system::{logged_error, with_cause};
 use super::{GgmlError, Type};
 use llama_cpp_sys_2 as sys;
+use std::borrow::Cow;
 use std::ffi::{CStr, CString, c_char};
+use std::ops::Range;
 use std::ptr::NonNull;
 
 /// GGML_MAX_NAME, the terminating NUL included.
@@ -24,9 +26,10 @@ pub enum RawValue {
     F32(f32),
     F64(f64),
     Bool(bool),
-    Str(String),
+    /// A string: most often UTF-8, but tokens and names of strangers may hold any bytes.
+    Str(Vec<u8>),
     /// An array of strings.
-    StrArray(Vec<String>),
+    StrArray(Vec<Vec<u8>>),
     /// Any other array: ggml's element type number, the bytes, the length in elements.
     Array {
         ty: u32,
@@ -36,6 +39,20 @@ pub enum RawValue {
 }
 
 impl RawValue {
+    /// The text of a string, with U+FFFD for what is not UTF-8.
+    pub fn as_text(&self) -> Option<Cow<'_, str>> {
+        if let RawValue::Str(bytes) = self { Some(String::from_utf8_lossy(bytes)) } else { None }
+    }
+
+    /// The strings that it holds.
+    fn strings(&self) -> &[Vec<u8>] {
+        match self {
+            RawValue::Str(one) => std::slice::from_ref(one),
+            RawValue::StrArray(all) => all,
+            _ => &[],
+        }
+    }
+
     /// An array of unsigned 32-bit integers.
     pub fn u32_array(values: &[u32]) -> RawValue {
         RawValue::Array {
@@ -132,6 +149,8 @@ impl RawValue {
 /// A GGUF header held by ggml: metadata in file order and tensor descriptions.
 pub struct RawGguf {
     ctx: NonNull<sys::gguf_context>,
+    /// Keys whose strings hold NUL, with their values: ggml takes C strings, which end there.
+    with_nul: Vec<(String, RawValue)>,
 }
 
 // SAFETY: a gguf_context has no thread affinity and all shared access is through const calls.
@@ -139,9 +158,60 @@ unsafe impl Send for RawGguf {}
 // SAFETY: as above; mutation needs `&mut self`.
 unsafe impl Sync for RawGguf {}
 
-fn c_string(s: &str) -> CString {
-    // GGUF strings are length-prefixed, but ggml's setters take C strings: a NUL ends them.
-    CString::new(s.split('\0').next().unwrap_or_default()).expect("no NUL is left")
+/// A C string of the same length; [`RawGguf::to_bytes`] puts each NUL back in its place.
+fn c_string(s: impl AsRef<[u8]>) -> CString {
+    let bytes = s.as_ref().iter().map(|b| if *b == 0 { b'?' } else { *b }).collect::<Vec<_>>();
+    CString::new(bytes).expect("no NUL is left")
+}
+
+/// Where the strings of each metadata value lie in `header`, in file order (none for other values). ggml hands strings out
+/// as C strings, so their bytes are taken from the file. Nothing if `header` is none that ggml accepts.
+fn string_ranges(header: &[u8]) -> Option<Vec<Vec<Range<usize>>>> {
+    struct Walk<'a>(&'a [u8], usize);
+    impl Walk<'_> {
+        fn skip(&mut self, n: usize) -> Option<Range<usize>> {
+            let range = self.1..self.1.checked_add(n)?;
+            self.0.get(range.clone())?;
+            self.1 = range.end;
+            Some(range)
+        }
+        fn u32(&mut self) -> Option<u32> {
+            let range = self.skip(4)?;
+            Some(u32::from_le_bytes(self.0[range].try_into().ok()?))
+        }
+        fn length(&mut self) -> Option<usize> {
+            let range = self.skip(8)?;
+            u64::from_le_bytes(self.0[range].try_into().ok()?).try_into().ok()
+        }
+        fn string(&mut self) -> Option<Range<usize>> {
+            let n = self.length()?;
+            self.skip(n)
+        }
+        /// `n` values of type `ty`, one after another.
+        fn values(&mut self, ty: u32, n: usize) -> Option<Vec<Range<usize>>> {
+            if ty == sys::GGUF_TYPE_STRING {
+                return (0..n).map(|_| self.string()).collect();
+            }
+            self.skip(n.checked_mul(element_bytes(ty)?)?)?;
+            Some(Vec::new())
+        }
+    }
+    // Magic, version and number of tensors.
+    let mut walk = Walk(header, 16);
+    let n = walk.length()?;
+    (0..n)
+        .map(|_| {
+            walk.string()?;
+            match walk.u32()? {
+                sys::GGUF_TYPE_ARRAY => {
+                    let ty = walk.u32()?;
+                    let len = walk.length()?;
+                    walk.values(ty, len)
+                }
+                ty => walk.values(ty, 1),
+            }
+        })
+        .collect()
 }
 
 impl RawGguf {
@@ -154,7 +224,7 @@ impl RawGguf {
         let params = sys::gguf_init_params { no_alloc: true, ctx: std::ptr::null_mut() };
         // SAFETY: the slice is alive during the call; no pointer into it is kept.
         let ctx = unsafe { sys::gguf_init_from_buffer(file.as_ptr().cast(), file.len(), params) };
-        NonNull::new(ctx).map(|ctx| RawGguf { ctx }).ok_or_else(|| {
+        NonNull::new(ctx).map(|ctx| RawGguf { ctx, with_nul: Vec::new() }).ok_or_else(|| {
             let reason = "not a readable GGUF header: damaged, cut short, or of a version that llama.cpp does not read";
             GgmlError::Header(with_cause(reason.into()))
         })
@@ -164,7 +234,7 @@ impl RawGguf {
     pub fn empty() -> RawGguf {
         // SAFETY: plain constructor.
         let ctx = NonNull::new(unsafe { sys::gguf_init_empty() }).expect("out of memory for an empty header");
-        RawGguf { ctx }
+        RawGguf { ctx, with_nul: Vec::new() }
     }
 
     fn raw(&self) -> *mut sys::gguf_context {
@@ -183,35 +253,34 @@ impl RawGguf {
         unsafe { sys::gguf_get_data_offset(self.raw()) }
     }
 
-    /// All metadata in file order.
+    /// All metadata of the `file` that this was parsed from, in file order.
     ///
     /// # Errors
-    /// [`GgmlError::Header`] if a key or a string is not UTF-8, or a key is empty: they could not be
-    /// carried over exactly.
-    pub fn metadata(&self) -> Result<Vec<(String, RawValue)>, GgmlError> {
+    /// [`GgmlError::Header`] if a key is empty or not UTF-8: it could not be carried over exactly.
+    pub fn metadata(&self, file: &[u8]) -> Result<Vec<(String, RawValue)>, GgmlError> {
+        let strings = string_ranges(file)
+            .ok_or_else(|| GgmlError::Header("the strings of its metadata cannot be found".into()))?;
         // SAFETY: a live context; ids run from 0 to n_kv.
         let n = unsafe { sys::gguf_get_n_kv(self.raw()) };
         (0..n)
-            .map(|id| {
+            .zip(strings)
+            .map(|(id, strings)| {
                 // SAFETY: a valid id; ggml returns a C string owned by the context.
                 let key = unsafe { CStr::from_ptr(sys::gguf_get_key(self.raw(), id)) };
+                let strings = strings.into_iter().map(|range| file[range].to_vec());
                 match key.to_str() {
-                    Ok(key) if !key.is_empty() => Ok((key.to_string(), self.value(id, key)?)),
+                    Ok(key) if !key.is_empty() => Ok((key.to_string(), self.value(id, strings))),
                     _ => Err(GgmlError::Header(format!("metadata key {id} is empty or not UTF-8"))),
                 }
             })
             .collect()
     }
 
-    fn value(&self, id: i64, key: &str) -> Result<RawValue, GgmlError> {
+    /// The value of key `id`, whose strings are `strings`.
+    fn value(&self, id: i64, mut strings: impl Iterator<Item = Vec<u8>>) -> RawValue {
         let c = self.raw();
-        let text = |p: *const c_char| {
-            // SAFETY: a C string owned by the context.
-            let text = unsafe { CStr::from_ptr(p) }.to_str().map(str::to_string);
-            text.map_err(|_| GgmlError::Header(format!("a string of metadata key {key} is not UTF-8")))
-        };
         // SAFETY: a valid id, and each getter is called for the type that ggml reports.
-        Ok(unsafe {
+        unsafe {
             match sys::gguf_get_kv_type(c, id) {
                 sys::GGUF_TYPE_UINT8 => RawValue::U8(sys::gguf_get_val_u8(c, id)),
                 sys::GGUF_TYPE_INT8 => RawValue::I8(sys::gguf_get_val_i8(c, id)),
@@ -224,15 +293,11 @@ impl RawGguf {
                 sys::GGUF_TYPE_FLOAT32 => RawValue::F32(sys::gguf_get_val_f32(c, id)),
                 sys::GGUF_TYPE_FLOAT64 => RawValue::F64(sys::gguf_get_val_f64(c, id)),
                 sys::GGUF_TYPE_BOOL => RawValue::Bool(sys::gguf_get_val_bool(c, id)),
-                sys::GGUF_TYPE_STRING => RawValue::Str(text(sys::gguf_get_val_str(c, id))?),
+                sys::GGUF_TYPE_STRING => RawValue::Str(strings.next().unwrap_or_default()),
                 _ => {
                     let (ty, len) = (sys::gguf_get_arr_type(c, id), sys::gguf_get_arr_n(c, id));
                     if ty == sys::GGUF_TYPE_STRING {
-                        return Ok(RawValue::StrArray(
-                            (0..len)
-                                .map(|i| text(sys::gguf_get_arr_str(c, id, i)))
-                                .collect::<Result<_, _>>()?,
-                        ));
+                        return RawValue::StrArray(strings.collect());
                     }
                     let n_bytes = len * array_element_bytes(ty);
                     let data: *const u8 = sys::gguf_get_arr_data(c, id).cast();
@@ -240,11 +305,15 @@ impl RawGguf {
                     RawValue::Array { ty, bytes: bytes.to_vec(), len }
                 }
             }
-        })
+        }
     }
 
     /// Adds a key at the end, or moves it there with a new value.
     pub fn set(&mut self, key: &str, value: &RawValue) {
+        self.with_nul.retain(|(other, _)| other != key);
+        if value.strings().iter().any(|s| s.contains(&0)) {
+            self.with_nul.push((key.into(), value.clone()));
+        }
         let (c, k) = (self.raw(), c_string(key));
         let k = k.as_ptr();
         // SAFETY: a live context that we hold exclusively; strings and arrays outlive the calls,
@@ -332,22 +401,39 @@ impl RawGguf {
     /// The header as bytes, padded to the alignment: tensor data follows directly.
     pub fn to_bytes(&self) -> Vec<u8> {
         // SAFETY: ggml writes exactly meta_size bytes.
-        unsafe {
+        let mut bytes = unsafe {
             let mut bytes = vec![0u8; sys::gguf_get_meta_size(self.raw())];
             sys::gguf_get_meta_data(self.raw(), bytes.as_mut_ptr().cast());
             bytes
+        };
+        if self.with_nul.is_empty() {
+            return bytes;
         }
+        let ranges = string_ranges(&bytes).expect("ggml writes headers that it reads");
+        for (key, value) in &self.with_nul {
+            // SAFETY: a live context and a C string.
+            let id = unsafe { sys::gguf_find_key(self.raw(), c_string(key).as_ptr()) };
+            for (range, text) in ranges[id as usize].iter().zip(value.strings()) {
+                bytes[range.clone()].copy_from_slice(text);
+            }
+        }
+        bytes
     }
 }
 
 fn array_element_bytes(ty: u32) -> usize {
-    match ty {
+    element_bytes(ty).unwrap_or_else(|| panic!("arrays of GGUF type {ty} do not exist"))
+}
+
+/// Bytes of a value of type `ty`, if all of that type have as many.
+fn element_bytes(ty: u32) -> Option<usize> {
+    Some(match ty {
         sys::GGUF_TYPE_UINT8 | sys::GGUF_TYPE_INT8 | sys::GGUF_TYPE_BOOL => 1,
         sys::GGUF_TYPE_UINT16 | sys::GGUF_TYPE_INT16 => 2,
         sys::GGUF_TYPE_UINT32 | sys::GGUF_TYPE_INT32 | sys::GGUF_TYPE_FLOAT32 => 4,
         sys::GGUF_TYPE_UINT64 | sys::GGUF_TYPE_INT64 | sys::GGUF_TYPE_FLOAT64 => 8,
-        other => panic!("arrays of GGUF type {other} do not exist"),
-    }
+        _ => return None,
+    })
 }
 
 impl Drop for RawGguf {

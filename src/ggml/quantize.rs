@@ -1,8 +1,8 @@
 //! llama-quantize's way from one file to another, by libllama's own quantiser.
 
-use super::GgmlError;
 use super::llama::c_path;
 use super::system::{init_once, logged_error, with_cause};
+use super::{GgmlError, Type};
 use llama_cpp_sys_2 as sys;
 use std::ffi::CString;
 use std::path::Path;
@@ -12,45 +12,47 @@ use std::path::Path;
 pub struct FileType {
     name: &'static str,
     raw: sys::llama_ftype,
+    /// What most matrices are in (`llama_ftype_get_default_type`).
+    main: sys::ggml_type,
 }
 
 /// Names and mixes (`QUANT_OPTIONS` in llama-quantize), but for those of mixtures of experts.
 const FILE_TYPES: &[FileType] = &[
-    FileType { name: "F32", raw: sys::LLAMA_FTYPE_ALL_F32 },
-    FileType { name: "F16", raw: sys::LLAMA_FTYPE_MOSTLY_F16 },
-    FileType { name: "BF16", raw: sys::LLAMA_FTYPE_MOSTLY_BF16 },
-    FileType { name: "Q8_0", raw: sys::LLAMA_FTYPE_MOSTLY_Q8_0 },
-    FileType { name: "Q6_K", raw: sys::LLAMA_FTYPE_MOSTLY_Q6_K },
-    FileType { name: "Q5_K_M", raw: sys::LLAMA_FTYPE_MOSTLY_Q5_K_M },
-    FileType { name: "Q5_K", raw: sys::LLAMA_FTYPE_MOSTLY_Q5_K_M },
-    FileType { name: "Q5_K_S", raw: sys::LLAMA_FTYPE_MOSTLY_Q5_K_S },
-    FileType { name: "Q5_1", raw: sys::LLAMA_FTYPE_MOSTLY_Q5_1 },
-    FileType { name: "Q5_0", raw: sys::LLAMA_FTYPE_MOSTLY_Q5_0 },
-    FileType { name: "Q4_K_M", raw: sys::LLAMA_FTYPE_MOSTLY_Q4_K_M },
-    FileType { name: "Q4_K", raw: sys::LLAMA_FTYPE_MOSTLY_Q4_K_M },
-    FileType { name: "Q4_K_S", raw: sys::LLAMA_FTYPE_MOSTLY_Q4_K_S },
-    FileType { name: "Q4_1", raw: sys::LLAMA_FTYPE_MOSTLY_Q4_1 },
-    FileType { name: "Q4_0", raw: sys::LLAMA_FTYPE_MOSTLY_Q4_0 },
-    FileType { name: "IQ4_NL", raw: sys::LLAMA_FTYPE_MOSTLY_IQ4_NL },
-    FileType { name: "IQ4_XS", raw: sys::LLAMA_FTYPE_MOSTLY_IQ4_XS },
-    FileType { name: "Q3_K_L", raw: sys::LLAMA_FTYPE_MOSTLY_Q3_K_L },
-    FileType { name: "Q3_K_M", raw: sys::LLAMA_FTYPE_MOSTLY_Q3_K_M },
-    FileType { name: "Q3_K", raw: sys::LLAMA_FTYPE_MOSTLY_Q3_K_M },
-    FileType { name: "Q3_K_S", raw: sys::LLAMA_FTYPE_MOSTLY_Q3_K_S },
-    FileType { name: "IQ3_M", raw: sys::LLAMA_FTYPE_MOSTLY_IQ3_M },
-    FileType { name: "IQ3_S", raw: sys::LLAMA_FTYPE_MOSTLY_IQ3_S },
-    FileType { name: "IQ3_XS", raw: sys::LLAMA_FTYPE_MOSTLY_IQ3_XS },
-    FileType { name: "IQ3_XXS", raw: sys::LLAMA_FTYPE_MOSTLY_IQ3_XXS },
-    FileType { name: "Q2_K", raw: sys::LLAMA_FTYPE_MOSTLY_Q2_K },
-    FileType { name: "Q2_K_S", raw: sys::LLAMA_FTYPE_MOSTLY_Q2_K_S },
-    FileType { name: "IQ2_M", raw: sys::LLAMA_FTYPE_MOSTLY_IQ2_M },
-    FileType { name: "IQ2_S", raw: sys::LLAMA_FTYPE_MOSTLY_IQ2_S },
-    FileType { name: "IQ2_XS", raw: sys::LLAMA_FTYPE_MOSTLY_IQ2_XS },
-    FileType { name: "IQ2_XXS", raw: sys::LLAMA_FTYPE_MOSTLY_IQ2_XXS },
-    FileType { name: "IQ1_M", raw: sys::LLAMA_FTYPE_MOSTLY_IQ1_M },
-    FileType { name: "IQ1_S", raw: sys::LLAMA_FTYPE_MOSTLY_IQ1_S },
-    FileType { name: "TQ2_0", raw: sys::LLAMA_FTYPE_MOSTLY_TQ2_0 },
-    FileType { name: "TQ1_0", raw: sys::LLAMA_FTYPE_MOSTLY_TQ1_0 },
+    FileType { name: "F32", raw: sys::LLAMA_FTYPE_ALL_F32, main: sys::GGML_TYPE_F32 },
+    FileType { name: "F16", raw: sys::LLAMA_FTYPE_MOSTLY_F16, main: sys::GGML_TYPE_F16 },
+    FileType { name: "BF16", raw: sys::LLAMA_FTYPE_MOSTLY_BF16, main: sys::GGML_TYPE_BF16 },
+    FileType { name: "Q8_0", raw: sys::LLAMA_FTYPE_MOSTLY_Q8_0, main: sys::GGML_TYPE_Q8_0 },
+    FileType { name: "Q6_K", raw: sys::LLAMA_FTYPE_MOSTLY_Q6_K, main: sys::GGML_TYPE_Q6_K },
+    FileType { name: "Q5_K_M", raw: sys::LLAMA_FTYPE_MOSTLY_Q5_K_M, main: sys::GGML_TYPE_Q5_K },
+    FileType { name: "Q5_K", raw: sys::LLAMA_FTYPE_MOSTLY_Q5_K_M, main: sys::GGML_TYPE_Q5_K },
+    FileType { name: "Q5_K_S", raw: sys::LLAMA_FTYPE_MOSTLY_Q5_K_S, main: sys::GGML_TYPE_Q5_K },
+    FileType { name: "Q5_1", raw: sys::LLAMA_FTYPE_MOSTLY_Q5_1, main: sys::GGML_TYPE_Q5_1 },
+    FileType { name: "Q5_0", raw: sys::LLAMA_FTYPE_MOSTLY_Q5_0, main: sys::GGML_TYPE_Q5_0 },
+    FileType { name: "Q4_K_M", raw: sys::LLAMA_FTYPE_MOSTLY_Q4_K_M, main: sys::GGML_TYPE_Q4_K },
+    FileType { name: "Q4_K", raw: sys::LLAMA_FTYPE_MOSTLY_Q4_K_M, main: sys::GGML_TYPE_Q4_K },
+    FileType { name: "Q4_K_S", raw: sys::LLAMA_FTYPE_MOSTLY_Q4_K_S, main: sys::GGML_TYPE_Q4_K },
+    FileType { name: "Q4_1", raw: sys::LLAMA_FTYPE_MOSTLY_Q4_1, main: sys::GGML_TYPE_Q4_1 },
+    FileType { name: "Q4_0", raw: sys::LLAMA_FTYPE_MOSTLY_Q4_0, main: sys::GGML_TYPE_Q4_0 },
+    FileType { name: "IQ4_NL", raw: sys::LLAMA_FTYPE_MOSTLY_IQ4_NL, main: sys::GGML_TYPE_IQ4_NL },
+    FileType { name: "IQ4_XS", raw: sys::LLAMA_FTYPE_MOSTLY_IQ4_XS, main: sys::GGML_TYPE_IQ4_XS },
+    FileType { name: "Q3_K_L", raw: sys::LLAMA_FTYPE_MOSTLY_Q3_K_L, main: sys::GGML_TYPE_Q3_K },
+    FileType { name: "Q3_K_M", raw: sys::LLAMA_FTYPE_MOSTLY_Q3_K_M, main: sys::GGML_TYPE_Q3_K },
+    FileType { name: "Q3_K", raw: sys::LLAMA_FTYPE_MOSTLY_Q3_K_M, main: sys::GGML_TYPE_Q3_K },
+    FileType { name: "Q3_K_S", raw: sys::LLAMA_FTYPE_MOSTLY_Q3_K_S, main: sys::GGML_TYPE_Q3_K },
+    FileType { name: "IQ3_M", raw: sys::LLAMA_FTYPE_MOSTLY_IQ3_M, main: sys::GGML_TYPE_IQ3_S },
+    FileType { name: "IQ3_S", raw: sys::LLAMA_FTYPE_MOSTLY_IQ3_S, main: sys::GGML_TYPE_IQ3_S },
+    FileType { name: "IQ3_XS", raw: sys::LLAMA_FTYPE_MOSTLY_IQ3_XS, main: sys::GGML_TYPE_IQ3_S },
+    FileType { name: "IQ3_XXS", raw: sys::LLAMA_FTYPE_MOSTLY_IQ3_XXS, main: sys::GGML_TYPE_IQ3_XXS },
+    FileType { name: "Q2_K", raw: sys::LLAMA_FTYPE_MOSTLY_Q2_K, main: sys::GGML_TYPE_Q2_K },
+    FileType { name: "Q2_K_S", raw: sys::LLAMA_FTYPE_MOSTLY_Q2_K_S, main: sys::GGML_TYPE_Q2_K },
+    FileType { name: "IQ2_M", raw: sys::LLAMA_FTYPE_MOSTLY_IQ2_M, main: sys::GGML_TYPE_IQ2_S },
+    FileType { name: "IQ2_S", raw: sys::LLAMA_FTYPE_MOSTLY_IQ2_S, main: sys::GGML_TYPE_IQ2_XS },
+    FileType { name: "IQ2_XS", raw: sys::LLAMA_FTYPE_MOSTLY_IQ2_XS, main: sys::GGML_TYPE_IQ2_XS },
+    FileType { name: "IQ2_XXS", raw: sys::LLAMA_FTYPE_MOSTLY_IQ2_XXS, main: sys::GGML_TYPE_IQ2_XXS },
+    FileType { name: "IQ1_M", raw: sys::LLAMA_FTYPE_MOSTLY_IQ1_M, main: sys::GGML_TYPE_IQ1_M },
+    FileType { name: "IQ1_S", raw: sys::LLAMA_FTYPE_MOSTLY_IQ1_S, main: sys::GGML_TYPE_IQ1_S },
+    FileType { name: "TQ2_0", raw: sys::LLAMA_FTYPE_MOSTLY_TQ2_0, main: sys::GGML_TYPE_TQ2_0 },
+    FileType { name: "TQ1_0", raw: sys::LLAMA_FTYPE_MOSTLY_TQ1_0, main: sys::GGML_TYPE_TQ1_0 },
 ];
 
 impl FileType {
@@ -62,6 +64,27 @@ impl FileType {
     /// All names.
     pub fn names() -> impl Iterator<Item = &'static str> {
         FILE_TYPES.iter().map(|t| t.name)
+    }
+
+    /// The mix that `general.file_type` calls `raw`.
+    pub fn from_raw(raw: u32) -> Option<FileType> {
+        FILE_TYPES.iter().copied().find(|t| t.raw == raw)
+    }
+
+    /// The plainest mix that is mostly made of `ty`: the one that is called so, or the last of them in llama-quantize's list.
+    pub fn mostly(ty: Type) -> Option<FileType> {
+        let named = FileType::from_name(ty.name()).filter(|t| t.main_type() == ty);
+        named.or_else(|| FILE_TYPES.iter().copied().rfind(|t| t.main_type() == ty))
+    }
+
+    /// Its number in `general.file_type`.
+    pub fn raw(self) -> u32 {
+        self.raw
+    }
+
+    /// The type of most matrices.
+    pub fn main_type(self) -> Type {
+        Type::from_raw(self.main).expect("the engine knows the types of its mixes")
     }
 
     /// Its name.

@@ -6,7 +6,7 @@ use rayon::prelude::*;
 use std::ffi::CStr;
 
 /// A ggml tensor type, known to exist in the engine.
-#[derive(Clone, Copy, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Type(u32);
 
 impl Type {

@@ -33,6 +33,9 @@ pub enum GgufError {
         /// Its first bytes.
         magic: String,
     },
+    /// The file is what Git LFS leaves in the place of a large one.
+    #[error("{}: is a Git LFS pointer, not the model; `git lfs pull` fetches it", .0.display())]
+    LfsPointer(PathBuf),
     /// ggml does not accept the header.
     #[error("{}: {reason}", path.display())]
     Header {

@@ -72,14 +72,26 @@ impl GgufFile {
     /// Opens a file as it is, as part number `part` of a whole.
     fn one(path: &Path, part: usize) -> Result<GgufFile, GgufError> {
         let io = |source| GgufError::Io { path: path.into(), source };
-        let file = File::open(path).map_err(io)?;
-        if file.metadata().map_err(io)?.is_dir() {
-            return Err(io(std::io::Error::new(
-                std::io::ErrorKind::IsADirectory,
-                "is a directory, not a GGUF file",
-            )));
+        // Before it is opened: a pipe would wait for somebody to write.
+        let refused = |kind, text: &str| Err(io(std::io::Error::new(kind, text)));
+        match path.metadata().map_err(io)? {
+            found if found.is_dir() => {
+                return refused(std::io::ErrorKind::IsADirectory, "is a directory, not a GGUF file");
+            }
+            found if !found.is_file() => {
+                let text = "is a device, pipe or socket; a model has to be a file, which is mapped";
+                return refused(std::io::ErrorKind::InvalidInput, text);
+            }
+            found if found.len() == 0 => {
+                return refused(std::io::ErrorKind::InvalidData, "is empty, not a GGUF file");
+            }
+            _ => {}
         }
+        let file = File::open(path).map_err(io)?;
         let map = FileMap::new(&file, path).map_err(io)?;
+        if map.starts_with(LFS_POINTER) {
+            return Err(GgufError::LfsPointer(path.into()));
+        }
         if !map.starts_with(b"GGUF") {
             let magic = String::from_utf8_lossy(&map[..map.len().min(4)]).into_owned();
             return Err(GgufError::Magic { path: path.into(), magic });
@@ -88,7 +100,7 @@ impl GgufFile {
             .map_err(|e| GgufError::Header { path: path.into(), reason: e.to_string() })?;
 
         let metadata =
-            raw.metadata().map_err(|e| GgufError::Header { path: path.into(), reason: e.to_string() })?;
+            raw.metadata(&map).map_err(|e| GgufError::Header { path: path.into(), reason: e.to_string() })?;
         // They are shown to users, and names of any other kind are no model's.
         let printable = |what: &str, name: &str| {
             let fine = !name.chars().any(char::is_control);
@@ -109,10 +121,12 @@ impl GgufFile {
                 return Err(GgufError::Header { path: path.into(), reason });
             };
             let end = start.saturating_add(len);
-            // Blocks hold 16-bit scales, which decoders read in place.
-            if start % 2 != 0 {
-                let reason =
-                    format!("tensor {name} starts at an odd byte (general.alignment is {})", raw.alignment());
+            if start % LLAMA_ALIGNMENT != 0 {
+                let reason = format!(
+                    "tensor {name} starts at byte {start} (general.alignment is {}), and llama.cpp stops on those that do not \
+                     start at a multiple of {LLAMA_ALIGNMENT}; convert the model anew, without another alignment",
+                    raw.alignment()
+                );
                 return Err(GgufError::Header { path: path.into(), reason });
             }
             if end > map.len() as u64 {
@@ -263,7 +277,10 @@ impl GgufFile {
     pub fn get_str(&self, key: &str) -> Result<Option<&str>, GgufError> {
         match self.get(key) {
             None => Ok(None),
-            Some(Value::Str(s)) => Ok(Some(s)),
+            Some(Value::Str(s)) => match std::str::from_utf8(s) {
+                Ok(s) => Ok(Some(s)),
+                Err(_) => Err(GgufError::BadKey { key: key.into(), problem: "is not UTF-8".into() }),
+            },
             Some(other) => Err(bad_type(key, other, "string")),
         }
     }
@@ -313,6 +330,12 @@ impl GgufFile {
         Ok(Some(array.into_iter().map(|v| v as usize).collect()))
     }
 }
+
+/// How a file begins that Git LFS left in the place of a large one.
+const LFS_POINTER: &[u8] = b"version https://git-lfs.github.com/spec/";
+
+/// Where tensors may start for ggml to compute with them in place (`TENSOR_ALIGNMENT`).
+const LLAMA_ALIGNMENT: u64 = 32;
 
 /// SHA-256 over all parts, in hex.
 pub(crate) fn sha256<'a>(parts: impl IntoIterator<Item = &'a [u8]>) -> String {

@@ -3,8 +3,10 @@
 use super::result::size_of;
 use super::{JobError, Size, open_model};
 use crate::ggml::Type;
+use crate::gguf::Value;
 use crate::model::{Arch, Carriers, ExpertParams, Family, Heads, Model};
 use crate::pipeline::{Settings, check_budget};
+use std::borrow::Cow;
 use std::path::Path;
 
 /// A model as its header describes it.
@@ -68,7 +70,7 @@ pub fn inspect(path: &Path) -> Result<Inspection, JobError> {
     };
     Ok(Inspection {
         arch: h.family.name(),
-        name: model.file.get_str("general.name")?.map(String::from),
+        name: model.file.get("general.name").and_then(Value::as_text).map(Cow::into_owned),
         n_embd: h.n_embd,
         head_dim: h.head_dim,
         n_vocab: h.n_vocab,

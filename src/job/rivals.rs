@@ -72,10 +72,10 @@ impl Prepared {
         let above = above.filter(|(.., bytes)| *bytes < self.source.file.n_bytes());
 
         let failed = |source| JobError::Evaluate { path: job.output.clone(), source };
-        let source = llama(job, &job.input).map_err(JobError::DoesNotLoad)?;
+        let source = llama(job, &job.input).map_err(JobError::Llama)?;
         let windows = self.windows.held_out();
         let mut judge = |name: &str, path: &Path, bytes: u64, done: usize| {
-            let file = llama(job, path).map_err(JobError::DoesNotLoad)?;
+            let file = llama(job, path).map_err(JobError::does_not_load)?;
             let n_threads = job.settings.n_threads;
             let found: Evaluation =
                 evaluate::evaluate(&file, Some(&source), &windows, Protocol::Hf, n_threads, |_, _| true)

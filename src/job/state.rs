@@ -202,8 +202,8 @@ impl State {
     fn read_choice(&self) -> Result<Option<Choice>, GgufError> {
         let Some(file) = self.read(CHOICE)? else { return Ok(None) };
         let written = match file.get("choice") {
-            Some(Value::Str(name)) => Choice::named(name),
-            _ => None,
+            Some(name) => name.as_text().and_then(|name| Choice::named(&name)),
+            None => None,
         };
         written.map(Some).ok_or_else(|| self.damaged(CHOICE, "choice"))
     }
@@ -246,7 +246,9 @@ impl State {
             return Err(self.damaged(&name, "ffn_down"));
         }
         let warnings = match file.get("warnings") {
-            Some(Value::StrArray(warnings)) => warnings.clone(),
+            Some(Value::StrArray(warnings)) => {
+                warnings.iter().map(|w| String::from_utf8_lossy(w).into_owned()).collect()
+            }
             _ => return Err(self.damaged(&name, "warnings")),
         };
         Ok(Some((plan, warnings)))
@@ -301,7 +303,7 @@ impl Journal for State {
             ("groups", numbers(plan.groups.iter().copied())),
             ("experts", numbers(plan.experts.iter().copied())),
             ("neurons", numbers(plan.neurons.iter().copied())),
-            ("warnings", Value::StrArray(warnings.to_vec())),
+            ("warnings", Value::StrArray(warnings.iter().map(|w| w.as_bytes().to_vec()).collect())),
         ];
         let mut tensors = Vec::new();
         for (name, m) in [("attn_output", &plan.attn_output), ("ffn_down", &plan.ffn_down)] {

@@ -84,12 +84,13 @@ impl Record {
     }
 }
 
-/// Whether our own forward of the file at `path` says what its record says; nothing to complain of where there is none.
-pub(super) fn matches_record(path: &Path, n_threads: usize) -> Result<(), JobError> {
+/// Whether our own forward of the file at `path`, which will be called `name`, says what its record says; nothing to complain
+/// of where there is none.
+pub(super) fn matches_record(path: &Path, name: &Path, n_threads: usize) -> Result<(), JobError> {
     let model = open_model(path)?;
     let Some(record) = Record::of(&model.file) else { return Ok(()) };
     let found = record.agrees_with(&model, n_threads)?;
-    found.map(drop).map_err(|said| JobError::Miswritten { path: path.into(), said })
+    found.map(drop).map_err(|said| JobError::Miswritten { path: name.into(), said })
 }
 
 /// Checks a pruned file. What is wrong with it is among what is returned; an error means that nothing can be said.
@@ -134,8 +135,13 @@ pub fn verify(job: &VerifyJob, observer: &mut dyn Observer) -> Result<Vec<Check>
 fn is_source(model: &Model, source: &Model) -> Result<String, String> {
     let (is, said) = (source.file.sha256(), model.file.get("putri.source.sha256"));
     match said {
-        Some(Value::Str(said)) if *said == is => Ok(format!("has the recorded SHA-256, {}…", &is[..12])),
-        Some(Value::Str(said)) => Err(format!("has the SHA-256 {is}; the file was made from {said}")),
+        Some(Value::Str(said)) if said == is.as_bytes() => {
+            Ok(format!("has the recorded SHA-256, {}…", &is[..12]))
+        }
+        Some(Value::Str(said)) => {
+            let said = String::from_utf8_lossy(said).escape_debug().to_string();
+            Err(format!("has the SHA-256 {is}; the file was made from {said}"))
+        }
         _ => Err("the file does not say what it was made from".into()),
     }
 }

@@ -285,7 +285,7 @@ impl Small {
         let key = |s: &str| format!("tokenizer.ggml.{s}");
         vec![
             (key("model"), Value::Str("llama".into())),
-            (key("tokens"), Value::StrArray(tokens)),
+            (key("tokens"), Value::StrArray(tokens.into_iter().map(String::into_bytes).collect())),
             (key("scores"), scores),
             (key("token_type"), Value::i32_array(&types)),
             (key("bos_token_id"), Value::U32(1)),
