@@ -2,12 +2,15 @@
 //!
 //! The same job gives the same bytes: nothing in it depends on when, where or how fast it ran.
 
+use crate::assemble::original_name;
 use crate::gguf::{GgufFile, Value, sha256};
-use crate::job::{JobError, temporary_folder};
-use crate::report;
+#[cfg(unix)]
+use crate::job::usual_mode;
+use crate::job::{JobError, resolved, temporary_folder};
+use crate::report::{self, markdown, plain, shell_word};
 use serde_json::Value as Json;
 use std::fmt::Write;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 /// The list of all other files, as sha256sum writes and reads it.
 const SUMS: &str = "SHA256SUMS";
@@ -35,7 +38,7 @@ const FILES: [&str; 5] = ["Modelfile", "NOTICE.txt", "README.md", "report.html",
 /// [`JobError::Exists`], [`JobError::NoPackage`] or [`JobError::InPackage`], or [`JobError::Io`] if nothing can be made there.
 pub fn check(folder: &Path, model: &Path, outside: &[&Path], force: bool) -> Result<(), JobError> {
     let name = model.file_name().and_then(|n| n.to_str()).unwrap_or_default();
-    let below = |path: &&&Path| absolute(path).starts_with(absolute(folder));
+    let below = |path: &&&Path| resolved(path).starts_with(resolved(folder));
     if let Some(path) = outside.iter().chain([&model]).find(below) {
         return Err(JobError::InPackage { path: path.to_path_buf(), folder: folder.into() });
     }
@@ -49,16 +52,6 @@ pub fn check(folder: &Path, model: &Path, outside: &[&Path], force: bool) -> Res
         Err(_) => {}
     }
     temporary_folder(folder).map(drop)
-}
-
-/// A path without links in as much of it as exists.
-fn absolute(path: &Path) -> PathBuf {
-    let path = std::path::absolute(path).unwrap_or_else(|_| path.into());
-    match (path.canonicalize(), path.parent(), path.file_name()) {
-        (Ok(real), ..) => real,
-        (Err(_), Some(parent), Some(name)) => absolute(parent).join(name),
-        _ => path,
-    }
 }
 
 impl Package<'_> {
@@ -92,7 +85,7 @@ impl Package<'_> {
             sums.push((name.into(), sha256([text.as_bytes()])));
         }
         sums.sort();
-        let sums: String = sums.iter().map(|(name, sum)| format!("{sum}  {name}\n")).collect();
+        let sums: String = sums.iter().map(|(name, sum)| sum_line(name, sum)).collect();
         std::fs::write(temp.path().join(SUMS), sums).map_err(io)?;
         make_readable(temp.path()).map_err(io)?;
         // An old package goes when the new one is whole.
@@ -114,12 +107,14 @@ impl Package<'_> {
     fn readme(&self, file: &GgufFile, name: &str) -> String {
         let r = self.report;
         let mib = |bytes: &Json| format!("{:.1} MiB", bytes.as_f64().unwrap_or(0.0) / f64::from(1 << 20));
-        let title = file.get("general.name").and_then(text).unwrap_or(name);
-        let mut out = format!("# {title}\n\n");
+        let title = file.get("general.name").and_then(Value::as_text).filter(|title| !title.is_empty());
+        let title = title.unwrap_or(name.into());
+        let mut out = format!("# {}\n\n", markdown(&title));
         let _ = writeln!(
             out,
-            "`{name}`, {}, made by putri-gguf {}: {:.1} % of the parameters in the source's blocks are gone. Where it comes \
+            "{}, {}, made by putri-gguf {}: {:.1} % of the parameters in the source's blocks are gone. Where it comes \
              from and under which licence: `NOTICE.txt`. What it lost: `report.html`.\n",
+            markdown(name),
             mib(&r["after"]["bytes"]),
             r["version"].as_str().unwrap_or("?"),
             r["sparsity"].as_f64().unwrap_or(0.0) * 100.0
@@ -129,8 +124,9 @@ impl Package<'_> {
         let tag = ollama_name(name);
         let _ = writeln!(
             out,
-            "```sh\nllama-cli -m {name}{context}\nollama create {tag} -f Modelfile && ollama run {tag}\n\
-             sha256sum -c {SUMS}    # are the files whole?\n```"
+            "```sh\nllama-cli -m {}{context}\nollama create {tag} -f Modelfile && ollama run {tag}\n\
+             sha256sum -c {SUMS}    # are the files whole?\n```",
+            shell_word(&plain(name))
         );
         if let (Some(caches), Some(n)) = (running["kv_caches"].as_array(), running["ctx_size"].as_u64()) {
             let (before, after) = (&running["before"], &running["after"]);
@@ -155,15 +151,21 @@ impl Package<'_> {
     fn notice(&self, file: &GgufFile, name: &str) -> String {
         let r = self.report;
         let mut out = format!(
-            "{name} is a changed version of another model (SHA-256 of its GGUF: {}).\n\
+            "{} is a changed version of another model (SHA-256 of its GGUF: {}).\n\
              putri-gguf {} removed {:.1} % of the parameters of its blocks, and gave new values to what makes up for them.\n\n",
+            plain(name),
             r["input"]["sha256"].as_str().unwrap_or("unknown"),
             r["version"].as_str().unwrap_or("?"),
             r["sparsity"].as_f64().unwrap_or(0.0) * 100.0
         );
         let of_makers = file.metadata().iter().filter(|(key, _)| is_of_makers(key));
-        let said: Vec<String> =
-            of_makers.filter_map(|(key, v)| Some(format!("{key}: {}", text(v)?))).collect();
+        let said = |(key, value): &(String, Value)| {
+            let Value::Str(bytes) = value else { return None };
+            // The name in the file says that it was pruned, which its makers did not do.
+            let bytes = if key == "general.name" { original_name(bytes) } else { bytes };
+            Some(format!("{key}: {}", plain(&String::from_utf8_lossy(bytes))))
+        };
+        let said: Vec<String> = of_makers.filter_map(said).collect();
         if said.is_empty() && self.licenses.is_empty() {
             out += "The source says nothing of its licence. Ask those who made it before you pass this on.\n";
         }
@@ -175,10 +177,6 @@ impl Package<'_> {
         }
         out
     }
-}
-
-fn text(value: &Value) -> Option<&str> {
-    if let Value::Str(text) = value { Some(text) } else { None }
 }
 
 /// Whether a key says who made a model or on what terms it may be passed on.
@@ -198,6 +196,22 @@ fn ollama_name(file: &str) -> String {
     if name.is_empty() { "pruned".into() } else { name.into() }
 }
 
+/// A line of the list, as sha256sum writes it: where a name holds line ends or backslashes, they are escaped, which a backslash
+/// before the sum says.
+fn sum_line(name: &str, sum: &str) -> String {
+    if !name.contains(['\\', '\n', '\r']) {
+        return format!("{sum}  {name}\n");
+    }
+    let name = name.replace('\\', "\\\\").replace('\n', "\\n").replace('\r', "\\r");
+    format!("\\{sum}  {name}\n")
+}
+
+/// The sum in a line of the list.
+fn line_sum(line: &str) -> &str {
+    let line = line.strip_prefix('\\').unwrap_or(line);
+    line.split_once("  ").map_or("", |(sum, _)| sum)
+}
+
 fn is_empty(folder: &Path) -> bool {
     std::fs::read_dir(folder).is_ok_and(|mut entries| entries.next().is_none())
 }
@@ -205,24 +219,26 @@ fn is_empty(folder: &Path) -> bool {
 /// Whether a folder holds what its list says and nothing else, so that a newer package may take its place.
 fn is_package(folder: &Path) -> bool {
     let Ok(sums) = std::fs::read_to_string(folder.join(SUMS)) else { return false };
-    let listed: Vec<&str> = sums.lines().filter_map(|line| Some(line.split_once("  ")?.1)).collect();
+    let listed: Vec<&str> = sums.lines().collect();
+    let is_listed = |name: &str| listed.iter().any(|line| sum_line(name, line_sum(line)).trim_end() == *line);
     let known = |entry: std::io::Result<std::fs::DirEntry>| {
         entry.is_ok_and(|e| {
             e.file_type().is_ok_and(|t| t.is_file())
-                && e.file_name().to_str().is_some_and(|n| n == SUMS || listed.contains(&n))
+                && e.file_name().to_str().is_some_and(|n| n == SUMS || is_listed(n))
         })
     };
     // Many folders of models come with such a list: ours has our files, and one model.
-    let ours = FILES.iter().all(|name| listed.contains(name)) && listed.len() == FILES.len() + 1;
+    let ours = FILES.iter().all(|name| is_listed(name)) && listed.len() == FILES.len() + 1;
     ours && std::fs::read_dir(folder).is_ok_and(|mut entries| entries.all(known))
 }
 
-/// Makes a folder, which is private while it is temporary, as readable as others.
+/// Makes a folder, which is private while it is temporary, as readable as the process's umask lets others be.
 fn make_readable(folder: &Path) -> std::io::Result<()> {
     #[cfg(unix)]
-    {
+    if let Some(files) = usual_mode(folder) {
         use std::os::unix::fs::PermissionsExt;
-        std::fs::set_permissions(folder, std::fs::Permissions::from_mode(0o755))?;
+        let folders = 0o700 | files | (files & 0o444) >> 2;
+        std::fs::set_permissions(folder, std::fs::Permissions::from_mode(folders))?;
     }
     Ok(())
 }

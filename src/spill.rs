@@ -106,3 +106,12 @@ mod tests {
         assert!(Shelf::in_files(folder.path().join("nowhere")).zeros::<f32>(1).is_err());
     }
 }
+
+/// What the system said of a temporary file, without its name, which tempfile adds and nobody knows.
+pub(crate) fn without_path(e: std::io::Error) -> std::io::Error {
+    let text = e.to_string();
+    match text.rsplit_once(" at path ") {
+        Some((said, _)) if e.raw_os_error().is_none() => std::io::Error::new(e.kind(), said),
+        _ => e,
+    }
+}

@@ -184,6 +184,122 @@ fn output_is_the_input() {
 }
 
 #[test]
+fn paths_that_collide() {
+    let cli = with_model();
+    std::fs::write(cli.path("notes.txt"), "my notes").unwrap();
+    std::fs::hard_link(cli.path("notes.txt"), cli.path("again.txt")).unwrap();
+    let fails = |args: &[&str], parts: &[&str]| {
+        cli.fails(&[&[IN], args, &["--sparsity", "0.25", "--force", "-q"]].concat(), 1, parts);
+    };
+    let twice = "is two outputs of this run";
+    fails(&["x.Modelfile", "--modelfile"], &["x.Modelfile", twice]);
+    fails(&["o.json", "--report", "./o.json"], &["o.json", twice]);
+    fails(&["o.gguf", "--report", "r.json", "--imatrix-out", "r.json"], &["r.json", twice]);
+    fails(&["o.gguf", "--imatrix-out", "o.gguf"], &["o.gguf", twice]);
+    fails(&["o.gguf", "--state-dir", "o.gguf"], &["o.gguf", twice]);
+    fails(&["o.gguf", "--imatrix-out", IN], &["is the input itself"]);
+    fails(&["notes.txt", "-f", "notes.txt"], &["notes.txt", "is read by this run"]);
+    fails(
+        &["o.gguf", "-f", "notes.txt", "--imatrix-out", "again.txt"],
+        &["again.txt", "is read by this run"],
+    );
+    let nested = ["o.gguf", "--nested", "0.2,0.3", "--imatrix-out", "o.gguf", "--force", "-q"];
+    cli.fails(&[&[IN][..], &nested].concat(), 1, &["o-20.gguf", twice]);
+    assert_eq!(std::fs::read(cli.path("notes.txt")).unwrap(), b"my notes");
+}
+
+#[test]
+fn only_files_are_replaced() {
+    let cli = with_model();
+    let path = cli.path("pipe");
+    assert!(std::process::Command::new("mkfifo").arg(&path).status().unwrap().success());
+    let _socket = std::os::unix::net::UnixListener::bind(cli.path("socket")).unwrap();
+    std::os::unix::fs::symlink("/dev/null", cli.path("to-null")).unwrap();
+    for name in ["pipe", "socket", "/dev/null", "to-null"] {
+        let is = "is a device, pipe or socket";
+        cli.fails(&[IN, name, "--sparsity", "0.25", "--force"], 1, &[name, is]);
+        cli.fails(&[IN, name, "--sparsity", "0"], 1, &[name, is]);
+        cli.fails(&[IN, "o.gguf", "--imatrix-out", name, "--sparsity", "0.25", "--force"], 1, &[name, is]);
+    }
+    std::fs::rename(path, cli.path("r.json")).unwrap();
+    prune(&cli, &["--report", "r.json", "--force"], 1, &["r.json", "is a device, pipe or socket"]);
+    for (name, part) in [("-", "name a file"), ("ollama:small", "--ollama-create small")] {
+        cli.fails(&[IN, name, "--sparsity", "0.25"], 2, &[name, part]);
+    }
+}
+
+#[test]
+fn long_names_are_names() {
+    let cli = with_model();
+    let name = format!("{}.gguf", "n".repeat(250));
+    cli.ok(&[IN, &name, "--sparsity", "0"]);
+    assert_eq!(std::fs::read(cli.path(&name)).unwrap(), std::fs::read(cli.path(IN)).unwrap());
+}
+
+#[test]
+fn outputs_have_the_permissions_of_new_files() {
+    use std::os::unix::fs::PermissionsExt;
+    let cli = with_model();
+    let mode = |name: &str| cli.path(name).metadata().unwrap().permissions().mode() & 0o777;
+    let private =
+        |mode| std::fs::set_permissions(cli.path(IN), std::fs::Permissions::from_mode(mode)).unwrap();
+    for (umask, source, expected) in
+        [("022", 0o644, 0o644), ("077", 0o644, 0o600), ("002", 0o664, 0o664), ("022", 0o600, 0o600)]
+    {
+        private(source);
+        let line = format!(
+            "umask {umask}; $P {IN} out.gguf --sparsity 0.25 -c 64 --chunks 4 --twins 0 -t 1 -q --force --report r.json --package p"
+        );
+        let status = std::process::Command::new("bash")
+            .current_dir(cli.dir.path())
+            .args(["-c", &line])
+            .env("P", env!("CARGO_BIN_EXE_putri-gguf"))
+            .stdout(std::process::Stdio::null())
+            .status();
+        assert!(status.unwrap().success());
+        assert_eq!(mode("out.gguf"), expected, "{umask} {source:o}");
+        let umask = u32::from_str_radix(umask, 8).unwrap();
+        assert_eq!(
+            [mode("r.json"), mode("p/README.md"), mode("p")],
+            [0o666, 0o666, 0o777].map(|m| m & !umask)
+        );
+    }
+}
+
+#[test]
+fn what_is_no_model_is_named() {
+    let cli = with_model();
+    let pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 98000000\n";
+    std::fs::write(cli.path(IN), pointer).unwrap();
+    prune(&cli, &[], 1, &[IN, "Git LFS pointer", "git lfs pull"]);
+}
+
+#[test]
+fn alignments_that_llama_cpp_stops_on() {
+    // Headers of four lengths, each 8 bytes longer than the one before: behind three of them, no tensor starts at a multiple of 32.
+    let cli = Cli::new();
+    let refused = (0..4).filter(|i| {
+        let word = "w".repeat(8 * i + 1);
+        let extra = vec![("word", Value::Str(word.into()))];
+        Small { extra, ..Small::default() }.write(&cli.path(IN));
+        let mut bytes = std::fs::read(cli.path(IN)).unwrap();
+        let key = b"general.alignment";
+        // Behind the key stands the number of its type, in 32 bits.
+        let at = bytes.windows(key.len()).position(|part| part == key).unwrap() + key.len() + 4;
+        bytes[at..at + 4].copy_from_slice(&8u32.to_le_bytes());
+        std::fs::write(cli.path(IN), bytes).unwrap();
+        let out = cli.run(&["inspect", IN]);
+        let said = String::from_utf8_lossy(&out.stderr).into_owned();
+        assert!(
+            out.status.success() || said.contains("general.alignment is 8") && said.lines().count() == 1,
+            "{said}"
+        );
+        !out.status.success()
+    });
+    assert_eq!(refused.count(), 3);
+}
+
+#[test]
 fn output_exists() {
     let cli = with_model();
     std::fs::write(cli.path("out.gguf"), "precious").unwrap();

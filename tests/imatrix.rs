@@ -111,8 +111,8 @@ fn its_name_is_checked_before_anything_costs_time() {
         assert_eq!(cli.listing(), before);
     };
     try_name("in.gguf", &["in.gguf", "input"]);
-    try_name("out.gguf", &["out.gguf", "--imatrix-out"]);
-    try_name("./out.gguf", &["out.gguf", "--imatrix-out"]);
+    try_name("out.gguf", &["out.gguf", "is two outputs"]);
+    try_name("./out.gguf", &["out.gguf", "is two outputs"]);
     try_name("there.gguf", &["there.gguf", "--force"]);
     try_name("nowhere/i.gguf", &["nowhere"]);
 }

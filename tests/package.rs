@@ -61,6 +61,8 @@ fn a_package_is_whole_and_says_what_it_is() {
     ] {
         assert!(readme.contains(line), "{line} is not in\n{readme}");
     }
+    assert!(!readme.contains("| 512 |"), "it was trained for 256 tokens:\n{readme}");
+    assert!(notice.contains("general.name: Small Random\n"), "the makers did not prune it:\n{notice}");
 }
 
 #[test]

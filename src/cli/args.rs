@@ -125,6 +125,9 @@ pub struct EvalArgs {
     /// Text to score; may be given more than once
     #[arg(short, long, value_name = "TEXT")]
     pub file: Vec<PathBuf>,
+    /// Encoding of texts and tasks that have no byte-order mark, such as windows-1252 or shift_jis [default: utf-8]
+    #[arg(long, value_name = "LABEL")]
+    pub encoding: Option<String>,
     /// Which tokens are scored: as llama-perplexity does, or as papers do
     #[arg(long, value_enum, default_value_t = PplStyle::Llama)]
     pub ppl_style: PplStyle,
@@ -177,6 +180,7 @@ pub struct Args {
     #[arg(
         long,
         value_name = "S",
+        value_parser = share,
         required_unless_present_any = ["target_size", "target_params", "target_ram", "max_kld", "max_ppl_ratio", "nested"],
         conflicts_with_all = ["target_size", "target_params", "target_ram", "max_kld", "max_ppl_ratio", "nested"]
     )]
@@ -216,7 +220,7 @@ pub struct Args {
     #[arg(long, value_name = "X", conflicts_with_all = ["target_size", "nested"], hide_short_help = true)]
     pub max_ppl_ratio: Option<f64>,
     /// Prune at several sparsities on one calibration, as in 0.1,0.2: out.gguf becomes out-10.gguf, out-20.gguf
-    #[arg(long, value_name = "S,S", value_delimiter = ',', hide_short_help = true)]
+    #[arg(long, value_name = "S,S", value_delimiter = ',', value_parser = share, hide_short_help = true)]
     pub nested: Option<Vec<f64>>,
     /// How to prune: our way, or the paper's as its authors' code does it
     #[arg(long, value_enum, default_value_t = MethodArg::Putri, help_heading = "Method", hide_short_help = true)]
@@ -282,11 +286,23 @@ pub struct Args {
     /// Calibration text; may be given more than once
     #[arg(short, long, value_name = "TEXT", help_heading = "Calibration")]
     pub file: Vec<PathBuf>,
+    /// Encoding of texts that have no byte-order mark, such as windows-1252 or shift_jis [default: utf-8]
+    #[arg(
+        long,
+        value_name = "LABEL",
+        requires = "file",
+        help_heading = "Calibration",
+        hide_short_help = true
+    )]
+    pub encoding: Option<String>,
+    /// Read names of special tokens in texts, such as <|im_end|>, as these tokens
+    #[arg(long, requires = "file", help_heading = "Calibration", hide_short_help = true)]
+    pub parse_special: bool,
     /// Share of the calibration that the model writes itself, 0 to 1 [default: 0.5 with --file, else 1]
-    #[arg(long, value_name = "SHARE", help_heading = "Calibration", hide_short_help = true)]
+    #[arg(long, value_name = "SHARE", value_parser = share, help_heading = "Calibration", hide_short_help = true)]
     pub self_share: Option<f64>,
     /// Share of that which is conversations in the model's chat template, 0 to 1
-    #[arg(long, value_name = "SHARE", default_value_t = DEFAULT_CHAT_SHARE, help_heading = "Calibration", hide_short_help = true)]
+    #[arg(long, value_name = "SHARE", value_parser = share, default_value_t = DEFAULT_CHAT_SHARE, help_heading = "Calibration", hide_short_help = true)]
     pub chat_share: f64,
     /// Tokens per calibration window
     #[arg(short, long, value_name = "N", default_value_t = DEFAULT_CTX, help_heading = "Calibration")]
@@ -319,6 +335,15 @@ pub struct Args {
     /// No progress on stderr
     #[arg(short, long, help_heading = "Run")]
     pub quiet: bool,
+}
+
+/// Reads a share, as in 0.25 or 25%.
+fn share(text: &str) -> Result<f64, String> {
+    let (number, whole) = text.strip_suffix('%').map_or((text, 1.0), |number| (number, 100.0));
+    match number.trim().parse::<f64>() {
+        Ok(n) => Ok(n / whole),
+        Err(_) => Err("is not a share, as in 0.25 or 25%".into()),
+    }
 }
 
 /// Tokens per calibration window by default.

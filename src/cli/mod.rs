@@ -13,7 +13,7 @@ use extras::Extras;
 use putri_gguf::ollama::{self, OllamaError};
 use putri_gguf::report::{
     Progress, Timings, checks_json, checks_table, devices_table, dry_run_table, eval_json, eval_table,
-    inspection_json, inspection_table,
+    inspection_json, inspection_table, plain, shell_word, tell,
 };
 use putri_gguf::{JobError, Nested, VerifyJob, ggml};
 use std::ffi::OsString;
@@ -26,43 +26,65 @@ use std::sync::atomic::{AtomicBool, Ordering};
 /// The quality that the user set cannot be had.
 const MISSED: u8 = 3;
 
+/// The model is written and verified, but not all that was asked for beside it.
+const BESIDE: u8 = 4;
+
 /// Interrupted by the user, as shells count it.
 const INTERRUPTED: u8 = 130;
 
 /// Parses, runs, and maps the result to an exit code: 0 written and verified, 1 failed, 2 usage,
-/// 3 a quality that cannot be had, 130 interrupted.
+/// 3 a quality that cannot be had, 4 written but not all that was asked for beside the model, 130 interrupted.
 pub fn main() -> ExitCode {
     // First: the text of --version starts the engine's backends, which log.
     ggml::silence_logs();
     ggml::install_abort_handler(|message, logged| {
         let why = if message.contains("RPC") {
             "another machine went away, or its ggml is of another version"
+        } else if logged.contains("insufficient memory") || logged.contains("failed to allocate") {
+            "out of memory"
         } else {
             "llama.cpp stopped on an inconsistency in the model or in our use of it"
         };
         let logged = if logged.is_empty() { String::new() } else { format!(" ({logged})") };
-        eprintln!("error: {why}: {message}{logged}");
+        // Where its source lay when it was compiled is of no use to anybody.
+        let message = message.rsplit_once("/ggml/src/").map_or(message, |(_, rest)| rest);
+        say_error(&format!("{why}: {message}{logged}"));
         putri_gguf::remove_temporary();
-        std::process::exit(1);
+        ggml::exit_now(1);
     });
+    ggml::install_out_of_memory_handler(|n_bytes| {
+        // Without a string of its own, for which there may be no memory either.
+        let _ = writeln!(
+            std::io::stderr(),
+            "error: out of memory: {n_bytes} bytes more cannot be had; --max-memory does with less, --dry-run says what a run takes"
+        );
+        putri_gguf::remove_temporary();
+        ggml::exit_now(1);
+    });
+    ggml::let_large_writes_fail();
     // clap prints usage errors itself and exits with 2; help and version with 0.
-    let cli = Cli::parse_from(as_clap_has_it(std::env::args_os().collect()));
+    let cli = match Cli::try_parse_from(as_clap_has_it(std::env::args_os().collect())) {
+        Ok(cli) => cli,
+        // What was asked for, to be read to its end.
+        Err(text) if !text.use_stderr() => return ended(show(&text.render().to_string())),
+        Err(e) => e.exit(),
+    };
     ggml::install_fault_handler(|file| {
-        eprintln!("error: {file}: became shorter, or could not be read any more, while it was in use");
+        say_error(&format!("{file}: became shorter, or could not be read any more, while it was in use"));
         putri_gguf::remove_temporary();
     });
     let done = match (cli.command, cli.prune) {
         (Some(Command::Inspect { input, json }), _) => {
             let text = |found| if json { inspection_json(&found) + "\n" } else { inspection_table(&found) };
             let found = located(input).and_then(|path| Ok(putri_gguf::inspect(&path)?));
-            found.map(|found| show(&text(found)))
+            found.and_then(|found| show(&text(found)))
         }
         (Some(Command::Eval(args)), _) => measure(args),
         (Some(Command::Verify { model, source, threads, json, quiet }), _) => {
             check(model, source, threads, json, quiet)
         }
         (Some(Command::Devices { rpc }), _) => {
-            join(&rpc).map(|()| show(&devices_table(&ggml::devices(), ggml::gave_up())))
+            join(&rpc).and_then(|()| show(&devices_table(&ggml::devices(), ggml::gave_up())))
         }
         (Some(Command::RpcServer { host, port, threads: n }), _) => threads(n)
             .map_err(Failed::Usage)
@@ -70,44 +92,52 @@ pub fn main() -> ExitCode {
         (Some(Command::Completions { shell }), _) => {
             let mut text = Vec::new();
             clap_complete::generate(shell, &mut Cli::command(), "putri-gguf", &mut text);
-            show(&String::from_utf8_lossy(&text));
-            Ok(())
+            // For bash it calls a program with a hyphen in its name two ways, so that commands complete nothing
+            // (clap_complete 4.6).
+            show(&String::from_utf8_lossy(&text).replace("putri__subcmd__gguf", "putri__gguf"))
         }
         (Some(Command::Man), _) => {
             let mut text = Vec::new();
             // Writing into memory does not fail.
             let command = Cli::command().version(env!("CARGO_PKG_VERSION"));
             let _ = clap_mangen::Man::new(command).render(&mut text);
-            show(&String::from_utf8_lossy(&text));
-            Ok(())
+            show(&String::from_utf8_lossy(&text))
         }
         (None, Some(args)) => prune(args, &cli.devices),
         (None, None) => unreachable!("clap demands a command or what to prune"),
     };
+    ended(done)
+}
+
+/// Says what went wrong, if anything, and with which exit code the process ends.
+fn ended(done: Result<(), Failed>) -> ExitCode {
     match done {
         Ok(()) => ExitCode::SUCCESS,
         Err(Failed::Usage(e)) => {
-            eprintln!("error: {e}");
+            say_error(&e.to_string());
             ExitCode::from(2)
         }
         Err(Failed::Job(JobError::Interrupted)) => {
-            eprintln!("interrupted; nothing was written");
+            tell("interrupted; nothing was written");
             ExitCode::from(INTERRUPTED)
         }
         Err(Failed::Interrupted(folder)) => {
-            eprintln!(
-                "interrupted; no output was written, and --state-dir {} --resume goes on from here",
-                folder.display()
-            );
+            let folder = shell_word(&folder.to_string_lossy());
+            let goes_on = format!("--state-dir {folder} --resume goes on from here");
+            tell(&plain(&format!("interrupted; no output was written, and {goes_on}")));
             ExitCode::from(INTERRUPTED)
         }
         Err(Failed::Job(e)) => {
-            eprintln!("error: {e}");
+            say_error(&e.to_string());
             if matches!(e, JobError::Limit { .. }) { ExitCode::from(MISSED) } else { ExitCode::FAILURE }
         }
         Err(Failed::Machine(e)) => {
-            eprintln!("error: {e:#}");
+            say_error(&format!("{e:#}"));
             ExitCode::FAILURE
+        }
+        Err(Failed::Beside(all)) => {
+            all.iter().for_each(|e| say_error(e));
+            ExitCode::from(BESIDE)
         }
     }
 }
@@ -128,7 +158,12 @@ fn as_clap_has_it(mut args: Vec<OsString>) -> Vec<OsString> {
     args
 }
 
-/// Why there is no result.
+/// Says what went wrong, in one line.
+fn say_error(problem: &str) {
+    tell(&format!("error: {}", plain(problem)));
+}
+
+/// Why there is no result, or not all of it.
 enum Failed {
     /// Arguments make no sense.
     Usage(anyhow::Error),
@@ -138,6 +173,15 @@ enum Failed {
     Interrupted(PathBuf),
     /// The machine does not give what it takes.
     Machine(anyhow::Error),
+    /// Models are written, but not all that was asked for beside them.
+    Beside(Vec<String>),
+}
+
+impl Failed {
+    /// What is missing beside a model that is written.
+    fn beside(missing: Vec<String>) -> Result<(), Failed> {
+        if missing.is_empty() { Ok(()) } else { Err(Failed::Beside(missing)) }
+    }
 }
 
 impl From<OllamaError> for Failed {
@@ -167,12 +211,11 @@ fn prune(mut args: Args, devices: &DeviceArgs) -> Result<(), Failed> {
     let job = resolve(args, devices).map_err(Failed::Usage)?;
     let n_threads = job.settings.n_threads;
     let stop = ready(n_threads).map_err(Failed::Machine)?;
-    extras.iter().try_for_each(Extras::check)?;
-    to_ollama.as_deref().map_or(Ok(()), ollama::can_create)?;
+    extras::check_all(&extras, &job)?;
+    to_ollama.as_deref().map_or(Ok(()), |name| ollama::can_create(name, &job.output, stored.as_ref()))?;
     if dry {
         let rate = || ggml::product_rate(n_threads).ok();
-        show(&dry_run_table(&putri_gguf::dry_run(&job)?, rate()));
-        return Ok(());
+        return show(&dry_run_table(&putri_gguf::dry_run(&job)?, rate()));
     }
     let mut progress = if json { Progress::events(stop) } else { Progress::new(quiet, stop) };
     if let Some(shares) = nested {
@@ -182,12 +225,17 @@ fn prune(mut args: Args, devices: &DeviceArgs) -> Result<(), Failed> {
             imatrix_out: job.imatrix_out.as_ref().map(|path| nested_name(path, sparsity)),
         };
         let results: Vec<Nested> = shares.iter().map(result_at).collect();
-        let mut extras = extras.iter();
+        let (mut extras, mut missing) = (extras.iter(), Vec::new());
         let result = putri_gguf::run_nested(&job, &results, &mut progress, |job, outcome| {
-            extras.next().map_or(Ok(()), |e| e.make(job, outcome, stored.as_ref(), ""))
+            missing
+                .extend(extras.next().map(|e| e.make(job, outcome, stored.as_ref(), "")).unwrap_or_default());
+            Ok(())
         });
         progress.finish();
-        return Ok(result?);
+        // What went wrong with the last one is said last.
+        missing.iter().filter(|_| result.is_err()).for_each(|e| say_error(e));
+        result?;
+        return Failed::beside(missing);
     }
     let mut watched = Timings::new(&mut progress);
     let result = putri_gguf::run(&job, &mut watched);
@@ -199,11 +247,16 @@ fn prune(mut args: Args, devices: &DeviceArgs) -> Result<(), Failed> {
     })?;
     let rate = timings.then(|| ggml::product_rate(n_threads).ok()).flatten();
     let timed = rate.map(|rate| format!("\n{}", stages.table(rate, outcome.forecast.as_ref())));
-    extras[0].make(&job, &outcome, stored.as_ref(), &timed.unwrap_or_default())?;
-    if let Some(name) = to_ollama {
-        ollama::create(&name, &outcome.output, stored.as_ref())?;
+    let mut missing = extras[0].make(&job, &outcome, stored.as_ref(), &timed.unwrap_or_default());
+    if let Some(name) = to_ollama
+        && let Err(e) = ollama::create(&name, &outcome.output, stored.as_ref())
+    {
+        missing.push(match e {
+            OllamaError::Create { .. } => e.to_string(),
+            e => format!("{} is written, but no model in Ollama: {e}", outcome.output.display()),
+        });
     }
-    Ok(())
+    Failed::beside(missing)
 }
 
 /// Makes the devices of other machines some of this one's.
@@ -228,8 +281,7 @@ fn measure(mut args: EvalArgs) -> Result<(), Failed> {
     let result = putri_gguf::eval(&job, &mut progress);
     progress.finish();
     let found = result?;
-    show(&if json { eval_json(&found, job.protocol) + "\n" } else { eval_table(&found, job.protocol) });
-    Ok(())
+    show(&if json { eval_json(&found, job.protocol) + "\n" } else { eval_table(&found, job.protocol) })
 }
 
 /// Checks a pruned file, and prints what was looked at.
@@ -247,7 +299,7 @@ fn check(
     let result = putri_gguf::verify(&job, &mut progress);
     progress.finish();
     let checks = result?;
-    show(&if json { checks_json(&checks) + "\n" } else { checks_table(&checks) });
+    show(&if json { checks_json(&checks) + "\n" } else { checks_table(&checks) })?;
     match checks.iter().filter(|c| c.found.is_err()).count() {
         0 => Ok(()),
         n => Err(JobError::Faults { path: job.model, n }.into()),
@@ -262,21 +314,30 @@ fn ready(n_threads: usize) -> anyhow::Result<Arc<AtomicBool>> {
     Ok(stop)
 }
 
-/// Prints what was found. The work is done; that nobody reads it does not make it a failure.
-fn show(text: &str) {
-    let _ = write!(std::io::stdout(), "{text}");
+/// Prints what was found. That nobody reads it to its end is no failure; that it cannot be written is one.
+fn show(text: &str) -> Result<(), Failed> {
+    print(text).context("cannot write to standard output").map_err(Failed::Machine)
+}
+
+fn print(text: &str) -> std::io::Result<()> {
+    let mut out = std::io::stdout().lock();
+    match out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
+        Err(e) if e.kind() == std::io::ErrorKind::BrokenPipe => Ok(()),
+        done => done,
+    }
 }
 
 /// A flag that the first Ctrl-C raises; the second ends the process.
 fn stop_on_interrupt() -> Result<Arc<AtomicBool>, ctrlc::Error> {
     let stop = Arc::new(AtomicBool::new(false));
     let flag = Arc::clone(&stop);
-    ctrlc::set_handler(move || {
+    let on_signal = move || {
         if flag.swap(true, Ordering::Relaxed) {
             putri_gguf::remove_temporary();
-            std::process::exit(i32::from(INTERRUPTED));
+            ggml::exit_now(INTERRUPTED);
         }
-        eprintln!("\nstopping after this step; Ctrl-C again stops now");
-    })?;
+        tell("\nstopping after this step; Ctrl-C again stops now");
+    };
+    ggml::keeping_ignored(|| ctrlc::set_handler(on_signal))?;
     Ok(stop)
 }

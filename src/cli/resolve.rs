@@ -8,6 +8,7 @@ use putri_gguf::ggml::{self, Device, FileType, Offload, Type};
 use putri_gguf::model::{Arch, Heads, Piece};
 use putri_gguf::ollama::{self, OllamaError, Stored};
 use putri_gguf::pipeline::{Method, Settings, Target, TensorTypes};
+use putri_gguf::text::Encoding;
 use putri_gguf::{EvalJob, Job, KeepState, Limit, Quantise, RUN_CTX};
 use std::path::{Path, PathBuf};
 
@@ -27,12 +28,29 @@ pub fn resolve(args: Args, devices: &DeviceArgs) -> Result<Job> {
     if s == 0.0 {
         goes_with_a_copy(&args)?;
     }
+    let named = [
+        ("--imatrix-out", &args.imatrix_out),
+        ("--report", &args.report),
+        ("--package", &args.package),
+        ("--state-dir", &args.state_dir),
+    ];
+    let named = named.into_iter().filter_map(|(flag, path)| Some((flag, path.as_ref()?)));
+    for (flag, path) in std::iter::once(("the output", &args.output)).chain(named) {
+        let name = path.to_str().unwrap_or_default();
+        ensure!(name != "-", "{flag}: - is no name; name a file or folder (./- if it shall be called so)");
+        if let Some(model) = name.strip_prefix(OLLAMA) {
+            bail!("{flag}: {name} is no file; write one, and --ollama-create {model} makes a model of it");
+        }
+    }
+    ensure!(
+        !args.file.iter().any(|path| path.as_os_str() == "-"),
+        "--file - is no file; /dev/stdin is standard input"
+    );
     if let Some(report) = &args.report {
         let kind = report.extension().and_then(|e| e.to_str());
         let name = report.display();
         ensure!(matches!(kind, Some("html" | "json")), "--report {name} ends in neither .html nor .json");
         ensure!(!args.dry_run, "--dry-run has nothing to report");
-        ensure!(*report != args.output, "--report and the output are one file");
     }
     if let Some(share) = args.self_share {
         ensure!((0.0..=1.0).contains(&share), "--self-share {share} is not a share from 0 to 1");
@@ -104,6 +122,8 @@ pub fn resolve(args: Args, devices: &DeviceArgs) -> Result<Job> {
             n_windows: args.chunks,
             self_share: args.self_share.unwrap_or(if args.file.is_empty() { 1.0 } else { 0.5 }),
             files: args.file,
+            encoding: encoding(args.encoding.as_deref())?,
+            parse_special: args.parse_special,
             chat_share: args.chat_share,
             seed: args.seed,
             n_threads,
@@ -227,6 +247,7 @@ pub fn resolve_eval(args: EvalArgs) -> Result<EvalJob> {
         model: args.model,
         base: args.base,
         texts: args.file,
+        encoding: encoding(args.encoding.as_deref())?,
         protocol: match args.ppl_style {
             PplStyle::Llama => Protocol::Llama,
             PplStyle::Hf => Protocol::Hf,
@@ -309,6 +330,15 @@ fn bytes(flag: &str, text: &str) -> Result<u64> {
     Ok((value * 1024f64.powi(power)) as u64)
 }
 
+/// Reads `--encoding`.
+fn encoding(label: Option<&str>) -> Result<Option<Encoding>> {
+    let named = |label: &str| {
+        let problem = || format!("--encoding {label} is not known; windows-1252, shift_jis and gb18030 are");
+        Encoding::for_label(label).with_context(problem)
+    };
+    label.map(named).transpose()
+}
+
 /// Reads `--type`.
 fn quantise(name: &str, again: bool) -> Result<Quantise> {
     let to = FileType::from_name(name).with_context(|| {
@@ -359,6 +389,21 @@ mod tests {
             job(&["--sparsity", "0.2", "-f", "a.txt", "--self-share", "0"]).unwrap().recipe.self_share,
             0.0
         );
+    }
+
+    #[test]
+    fn shares_may_be_percentages() {
+        let sparsity = |text| job(&["--sparsity", text]).unwrap().settings.sparsity;
+        assert_eq!([sparsity("0.25"), sparsity("25%"), sparsity("12.5 %")], [0.25, 0.25, 0.125]);
+    }
+
+    #[test]
+    fn outputs_are_files() {
+        for output in ["-", "ollama:small"] {
+            let cli = Cli::try_parse_from(["putri-gguf", "in.gguf", output, "--sparsity", "0.2"]).unwrap();
+            let said = resolve(cli.prune.unwrap(), &cli.devices).unwrap_err().to_string();
+            assert!(said.contains("output"), "{said}");
+        }
     }
 
     #[test]
@@ -413,6 +458,8 @@ mod tests {
             &["--sparsity", "1.0"][..],
             &["--sparsity", "-0.1"],
             &["--sparsity", "25"],
+            &["--sparsity", "25x%"],
+            &["--sparsity", "%"],
             &["--sparsity", "NaN"],
             &["--sparsity", "0.2", "--self-share", "0.5"],
             &["--sparsity", "0.2", "-f", "a.txt", "--self-share", "2"],
@@ -444,6 +491,9 @@ mod tests {
             &["--sparsity", "0", "--dry-run"],
             &["--sparsity", "0", "--state-dir", "s"],
             &["--sparsity", "0.2", "--resume"],
+            &["--sparsity", "0.2", "--encoding", "latin1"],
+            &["--sparsity", "0.2", "-f", "a.txt", "--encoding", "klingon"],
+            &["--sparsity", "0.2", "--parse-special"],
             &["--sparsity", "0.2", "--tensor-type", "q8_0"],
             &["--sparsity", "0.2", "--tensor-type", "ffn_down=q99"],
             &["--sparsity", "0.2", "--tensor-type", "ffn_down=i32"],

@@ -166,6 +166,8 @@ pub fn serve(endpoint: &str, n_threads: usize) -> Result<(), GgmlError> {
     let function = rpc_function(c"ggml_backend_rpc_start_server")?;
     let refused = |problem: &str| GgmlError::Server(endpoint.into(), problem.into());
     let name = CString::new(endpoint).map_err(|_| refused("has a NUL in its name"))?;
+    // The engine does not say why it cannot.
+    drop(std::net::TcpListener::bind(endpoint).map_err(|e| refused(&format!("cannot be listened at: {e}")))?);
     // SAFETY: the function of that name has that type (ggml-rpc.h); arguments live as long as it runs.
     unsafe {
         let mut cpu = sys::ggml_backend_dev_by_type(sys::GGML_BACKEND_DEVICE_TYPE_CPU);

@@ -11,6 +11,9 @@ use std::ptr::NonNull;
 /// A token id.
 pub type Token = i32;
 
+/// Bytes that a SentencePiece tokenizer gets at once.
+const SPM_PART: usize = 8 << 10;
+
 /// `path` as libllama takes it.
 pub(super) fn c_path(path: &Path) -> Result<CString, GgmlError> {
     let text =
@@ -98,12 +101,27 @@ impl LlamaModel {
         params.devices = no_devices.as_mut_ptr();
         params.n_gpu_layers = 0;
         set(&mut params);
-        let what = if params.vocab_only { "cannot read the vocabulary of" } else { "does not load" };
+        let what = if params.vocab_only { "cannot read its vocabulary" } else { "does not load it" };
         // SAFETY: a valid C string; null is checked.
         let raw = unsafe { sys::llama_model_load_from_file(c_path.as_ptr(), params) };
-        NonNull::new(raw)
-            .map(|raw| LlamaModel { raw })
-            .ok_or_else(|| GgmlError::Llama(with_cause(format!("{what} {}", path.display()))))
+        NonNull::new(raw).map(|raw| LlamaModel { raw }).ok_or_else(|| {
+            // `error loading model: ` stands before what the error is.
+            let reason = with_cause(what.into()).replace("error loading model: ", "");
+            GgmlError::Load { path: path.into(), reason }
+        })
+    }
+
+    /// Tokens of context that it was trained for.
+    pub fn n_ctx_train(&self) -> usize {
+        // SAFETY: a live model.
+        usize::try_from(unsafe { sys::llama_model_n_ctx_train(self.raw.as_ptr()) }).unwrap_or(0)
+    }
+
+    /// Whether it knows as many positions as it was trained for and no more, since each has an embedding: libllama stops the
+    /// process on others.
+    pub fn positions_are_learnt(&self) -> bool {
+        // SAFETY: a live model.
+        unsafe { sys::llama_model_rope_type(self.raw.as_ptr()) == sys::LLAMA_ROPE_TYPE_NONE }
     }
 
     /// Bytes of all weights.
@@ -223,37 +241,52 @@ impl Vocab<'_> {
     /// Tokens of `text`, without special tokens added. With `parse_special`, text such as `<|im_end|>`
     /// becomes the special token that it names: for chat templates, not for a user's text.
     ///
+    /// A SentencePiece tokenizer gets a long text in parts, each up to the end of a line: the time that libllama takes for
+    /// bytes without a token of their own grows with the square of the text (`llm_tokenizer_spm_session::resegment`).
+    ///
     /// # Errors
     /// [`GgmlError::Llama`] if the text is too long for one call (2 GiB) or the tokenizer fails.
     pub fn tokenize(&self, text: &str, parse_special: bool) -> Result<Vec<Token>, GgmlError> {
-        let len = i32::try_from(text.len())
-            .map_err(|_| GgmlError::Llama("cannot tokenise 2 GiB at once".into()))?;
         // SAFETY: a live vocabulary.
-        if unsafe { sys::llama_vocab_type(self.raw) } == sys::LLAMA_VOCAB_TYPE_NONE {
+        let ty = unsafe { sys::llama_vocab_type(self.raw) };
+        if ty == sys::LLAMA_VOCAB_TYPE_NONE {
             return Err(GgmlError::Llama("finds no tokenizer in the model".into()));
         }
-        let mut tokens: Vec<Token> = vec![0; text.len() / 2 + 16];
+        if ty != sys::LLAMA_VOCAB_TYPE_SPM {
+            return self.tokenize_at_once(text, parse_special);
+        }
+        let (mut tokens, mut rest) = (Vec::new(), text);
+        while rest.len() > SPM_PART {
+            let most = rest.floor_char_boundary(SPM_PART);
+            let end = rest[..most].rfind('\n').map_or(most, |i| i + 1);
+            tokens.extend(self.tokenize_at_once(&rest[..end], parse_special)?);
+            rest = &rest[end..];
+        }
+        tokens.extend(self.tokenize_at_once(rest, parse_special)?);
+        Ok(tokens)
+    }
+
+    fn tokenize_at_once(&self, text: &str, parse_special: bool) -> Result<Vec<Token>, GgmlError> {
+        let too_long = |_| GgmlError::Llama("cannot tokenise 2 GiB at once".into());
+        // Hardly a token is of less than a byte; spaces may be.
+        let mut tokens: Vec<Token> = vec![0; text.len() + 16];
         for _ in 0..2 {
+            let (len, room) = (i32::try_from(text.len()), i32::try_from(tokens.len()));
+            let (len, room) = (len.map_err(too_long)?, room.map_err(too_long)?);
             // SAFETY: text and buffer are passed with their lengths.
             let n = unsafe {
-                sys::llama_tokenize(
-                    self.raw,
-                    text.as_ptr().cast(),
-                    len,
-                    tokens.as_mut_ptr(),
-                    tokens.len() as i32,
-                    false,
-                    parse_special,
-                )
+                let (text, tokens) = (text.as_ptr().cast(), tokens.as_mut_ptr());
+                sys::llama_tokenize(self.raw, text, len, tokens, room, false, parse_special)
             };
-            if n >= 0 {
-                tokens.truncate(n as usize);
-                return Ok(tokens);
+            match n {
+                0.. => {
+                    tokens.truncate(n as usize);
+                    return Ok(tokens);
+                }
+                i32::MIN => break,
+                // So many there are.
+                _ => tokens.resize(n.unsigned_abs() as usize, 0),
             }
-            if n == i32::MIN {
-                break;
-            }
-            tokens.resize(n.unsigned_abs() as usize, 0);
         }
         Err(GgmlError::Llama("failed to tokenise the text".into()))
     }

@@ -10,6 +10,7 @@ mod gguf;
 mod graph;
 mod llama;
 mod memory;
+mod process;
 mod product;
 mod quantize;
 mod system;
@@ -21,6 +22,9 @@ pub use gguf::{RawGguf, RawValue};
 pub use graph::{Computed, Graph, RopeParams, T};
 pub use llama::{BatchToken, Context, LlamaModel, Offload, Token, Vocab};
 pub use memory::{RunMemory, repacked_bytes, run_memory, taken_memory};
+pub use process::{
+    Allocator, exit_now, install_out_of_memory_handler, keeping_ignored, let_large_writes_fail,
+};
 pub use product::{operations, product_rate};
 pub use quantize::{FileType, quantize_file};
 pub use system::{
@@ -28,6 +32,8 @@ pub use system::{
     map_scratch, silence_logs,
 };
 pub use types::Type;
+
+use std::path::PathBuf;
 
 /// What can go wrong behind the fence.
 #[derive(Debug, thiserror::Error)]
@@ -63,7 +69,15 @@ pub enum GgmlError {
     /// The quantiser wrote something that does not decode to finite numbers.
     #[error("ggml produced invalid data while quantising to {0}")]
     Quantise(String),
-    /// libllama refused a model, a context or a batch.
+    /// libllama does not load a model.
+    #[error("{}: llama.cpp {}", path.display(), reason)]
+    Load {
+        /// The file.
+        path: PathBuf,
+        /// What it does not do, and why.
+        reason: String,
+    },
+    /// libllama refused a context or a batch.
     #[error("llama.cpp {0}")]
     Llama(String),
 }

@@ -7,7 +7,8 @@ use crate::ggml::{GgmlError, Type};
 use crate::gguf::GgufError;
 use crate::model::ModelError;
 use crate::pipeline::{NoRoom, PruneError, TargetError};
-use std::path::PathBuf;
+use crate::text::TextError;
+use std::path::{Path, PathBuf};
 
 /// Why a job failed. Nothing is left behind, and the source is as it was.
 #[derive(Debug, thiserror::Error)]
@@ -17,6 +18,8 @@ pub enum JobError {
     Model { path: PathBuf, source: ModelError },
     #[error("calibration: {0}")]
     Calibrate(#[from] CalibrateError),
+    #[error(transparent)]
+    Text(#[from] TextError),
     #[error("{}: {source}", path.display())]
     Evaluate { path: PathBuf, source: EvaluateError },
     #[error(transparent)]
@@ -46,8 +49,10 @@ pub enum JobError {
     Quantise(GgmlError),
     #[error("{} is the input itself; choose another name", .0.display())]
     SameFile(PathBuf),
-    #[error("{} is the output as well as --imatrix-out; choose another name for one", .0.display())]
+    #[error("{} is two outputs of this run; choose another name for one", .0.display())]
     SameOutput(PathBuf),
+    #[error("{} is read by this run, and would be written over; choose another name for the output", .0.display())]
+    AlsoRead(PathBuf),
     #[error("{} exists; --force replaces it", .0.display())]
     Exists(PathBuf),
     #[error("{} is there, and no package: --force replaces those only; choose another name", .0.display())]
@@ -65,7 +70,10 @@ pub enum JobError {
     #[error("{}: {source}", path.display())]
     Io { path: PathBuf, source: std::io::Error },
     #[error("the result does not load: {0}")]
-    DoesNotLoad(GgmlError),
+    DoesNotLoad(String),
+    /// libllama, on a file that it names.
+    #[error(transparent)]
+    Llama(GgmlError),
     #[error(
         "the result loads, but llama.cpp's perplexity on it is {file:.2} and ours of the pruned model {own:.2}; nothing was written"
     )]
@@ -78,6 +86,25 @@ pub enum JobError {
     Faults { path: PathBuf, n: usize },
     #[error("interrupted")]
     Interrupted,
+}
+
+impl JobError {
+    /// libllama does not load what was written, which has no name of its own yet.
+    pub(super) fn does_not_load(e: GgmlError) -> JobError {
+        JobError::DoesNotLoad(match e {
+            GgmlError::Load { reason, .. } => format!("llama.cpp {reason}"),
+            other => other.to_string(),
+        })
+    }
+
+    /// What `source` says of the file at `path`, which it may name itself.
+    pub(super) fn evaluating(path: &Path, source: EvaluateError) -> JobError {
+        match source {
+            EvaluateError::Llama(e @ GgmlError::Load { .. }) => JobError::Llama(e),
+            EvaluateError::Text(e) => JobError::Text(e),
+            source => JobError::Evaluate { path: path.into(), source },
+        }
+    }
 }
 
 impl From<PruneError> for JobError {

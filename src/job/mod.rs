@@ -1,5 +1,6 @@
 //! The whole way from a GGUF to a pruned and verified GGUF.
 
+mod announce;
 mod error;
 mod eval;
 mod inspect;
@@ -15,8 +16,10 @@ pub use error::JobError;
 pub use eval::{EvalJob, EvalOutcome, eval};
 pub use inspect::{Inspection, inspect};
 pub use limit::Limit;
-pub use output::remove_temporary;
-pub(crate) use output::temporary_folder;
+#[cfg(unix)]
+pub(crate) use output::usual_mode;
+pub use output::{check_distinct, check_output, remove_temporary, write_whole};
+pub(crate) use output::{resolved, temporary_folder};
 pub use prepared::calibration;
 pub use rivals::Rival;
 pub use verify::{Check, VerifyJob, verify};
@@ -29,6 +32,7 @@ use crate::ggml::{FileType, RunMemory, run_memory};
 use crate::gguf::GgufError;
 use crate::model::{BlockShape, Family, KvCache, Model, ModelError, Piece};
 use crate::pipeline::{self, Calibration, Forecast, HeldOut, Observer, Settings, Target};
+use announce::{announce_all, work_after};
 use output::{check_paths, folder_of};
 use prepared::{Memory, Prepared};
 use result::{copy_as_is, size_of};
@@ -185,6 +189,8 @@ pub struct Outcome {
 pub struct Running {
     /// With so many tokens of context.
     pub n_ctx: usize,
+    /// Tokens of context that they were trained for.
+    pub n_ctx_train: usize,
     /// The source.
     pub before: RunMemory,
     /// The result.
@@ -230,12 +236,15 @@ pub fn run(job: &Job, observer: &mut dyn Observer) -> Result<Outcome, JobError> 
         return copy_as_is(job, &source, start, observer.interrupted());
     }
     let job = &Job { settings: settings(job, &source)?, ..job.clone() };
+    announce_all(std::slice::from_ref(job), &source, observer);
     let mut p = Prepared::new(job, source, observer)?;
     let mut state = p.state.take();
+    // No result comes after this one.
+    let later = Some(0.0);
     let (settings, pruned) = match (job.limit, &mut state) {
         (Some(limit), _) => p.prune_within(job, limit, observer)?,
-        (None, Some(state)) => p.prune(job, state, observer)?,
-        (None, None) => p.prune(job, &mut (), observer)?,
+        (None, Some(state)) => p.prune(job, state, later, observer)?,
+        (None, None) => p.prune(job, &mut (), later, observer)?,
     };
     let outcome = p.write(&Job { settings, ..job.clone() }, pruned, start, observer)?;
     state.into_iter().for_each(State::remove);
@@ -281,10 +290,12 @@ pub fn run_nested(
         })
         .collect::<Result<_, JobError>>()?;
     let mut start = Instant::now();
+    announce_all(&jobs, &source, observer);
     let p = Prepared::new(&jobs[0], source, observer)?;
     let mut memory = Memory::new(&p, &jobs[0]);
-    for job in jobs {
-        let (settings, pruned) = p.prune(&job, &mut memory, observer)?;
+    let later = work_after(&jobs, p.model(), &Calibration::from(&p.windows));
+    for (job, later) in jobs.into_iter().zip(later) {
+        let (settings, pruned) = p.prune(&job, &mut memory, Some(later), observer)?;
         let job = Job { settings, ..job };
         let outcome = p.write(&job, pruned, start, observer)?;
         done(&job, &outcome)?;
@@ -389,8 +400,7 @@ fn run_ctx(job: &Job, source: &Model) -> usize {
 
 /// What llama.cpp takes to run the file at `path`.
 fn ask_memory(job: &Job, path: &Path, n_ctx: usize) -> Result<RunMemory, JobError> {
-    run_memory(path, n_ctx)
-        .map_err(|e| JobError::Evaluate { path: job.input.clone(), source: EvaluateError::Llama(e) })
+    run_memory(path, n_ctx).map_err(|e| JobError::evaluating(&job.input, EvaluateError::Llama(e)))
 }
 
 /// The settings with the sparsity that their target takes, if they have one.
@@ -426,6 +436,7 @@ fn open_model(path: &Path) -> Result<Model, JobError> {
         ModelError::Gguf(
             e @ (GgufError::Io { .. }
             | GgufError::Magic { .. }
+            | GgufError::LfsPointer(_)
             | GgufError::Header { .. }
             | GgufError::Truncated { .. }
             | GgufError::UnknownType { .. }),

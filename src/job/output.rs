@@ -1,26 +1,54 @@
 //! Where a job's results go: checked before the work, temporary during it, complete at its end.
 
 use super::{Job, JobError};
+use crate::calibrate::CalibrateError;
 use crate::ggml::LlamaModel;
 use crate::gguf::{GgufFile, part_suffix, write_parts};
+use crate::spill::without_path;
+use crate::text::TextFile;
+use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::sync::Mutex;
 
 /// Refuses what would harm a file or cannot be written, before anything costs time.
 pub(super) fn check_paths(job: &Job, source: &GgufFile) -> Result<(), JobError> {
-    outputs(job, source).iter().try_for_each(|output| check_output(job, source, output))?;
+    let files: Vec<PathBuf> = outputs(job, source).into_iter().chain(job.imatrix_out.clone()).collect();
+    let folder = job.state.as_ref().map(|keep| keep.folder.clone());
+    let all: Vec<PathBuf> = files.iter().cloned().chain(folder).collect();
+    let parts: Vec<PathBuf> = source.paths().map(Path::to_path_buf).collect();
+    check_distinct(&all, &parts, &job.recipe.files)?;
+    files.iter().try_for_each(|output| check_output(output, job.force))?;
+    // What a pipe holds can be read once only, and is looked at then.
+    let texts = job.recipe.files.iter().filter(|path| !path.exists() || path.is_file() || path.is_dir());
+    for path in texts {
+        TextFile::open(path, job.recipe.encoding).map_err(CalibrateError::from)?;
+    }
     if job.verify && job.output.to_str().is_none() {
         let problem = "is no UTF-8 path, which llama.cpp needs to verify it";
         let source = std::io::Error::new(std::io::ErrorKind::InvalidInput, problem);
         return Err(JobError::Io { path: job.output.clone(), source });
     }
-    let Some(imatrix) = &job.imatrix_out else {
-        return Ok(());
-    };
-    if std::path::absolute(imatrix).ok() == std::path::absolute(&job.output).ok() {
-        return Err(JobError::SameOutput(imatrix.clone()));
+    Ok(())
+}
+
+/// Refuses two outputs of one name, and outputs that are files of the `model` or one of the `texts` that are read.
+///
+/// # Errors
+/// [`JobError::SameFile`], [`JobError::SameOutput`] or [`JobError::AlsoRead`].
+pub fn check_distinct(outputs: &[PathBuf], model: &[PathBuf], texts: &[PathBuf]) -> Result<(), JobError> {
+    for (i, output) in outputs.iter().enumerate() {
+        let is_output = |other: &PathBuf| same_file(output, other);
+        if model.iter().any(is_output) {
+            return Err(JobError::SameFile(output.clone()));
+        }
+        if texts.iter().any(is_output) {
+            return Err(JobError::AlsoRead(output.clone()));
+        }
+        if outputs[..i].iter().any(is_output) {
+            return Err(JobError::SameOutput(output.clone()));
+        }
     }
-    check_output(job, source, imatrix)
+    Ok(())
 }
 
 /// The files that the result lies in: as many as the source does, if that shall stay so.
@@ -40,8 +68,11 @@ fn part_path(output: &Path, i: usize, n: usize) -> PathBuf {
     output.with_file_name(format!("{stem}{}", part_suffix(i, n)))
 }
 
-/// Refuses an output that is a folder, a file of the source, there already, or in a place where none can be made.
-fn check_output(job: &Job, source: &GgufFile, output: &Path) -> Result<(), JobError> {
+/// Refuses an output that is a folder or device, there already (but with `force`), or in a place where none can be made.
+///
+/// # Errors
+/// [`JobError::Exists`] or [`JobError::Io`].
+pub fn check_output(output: &Path, force: bool) -> Result<(), JobError> {
     let refused =
         |kind, text: &str| Err(JobError::Io { path: output.into(), source: std::io::Error::new(kind, text) });
     if output.is_dir()
@@ -50,22 +81,25 @@ fn check_output(job: &Job, source: &GgufFile, output: &Path) -> Result<(), JobEr
     {
         return refused(std::io::ErrorKind::IsADirectory, "is a folder; name a file for the output");
     }
-    let is_output = |part: &Path| match (part.canonicalize(), output.canonicalize()) {
-        (Ok(part), Ok(output)) => same_file(&part, &output),
-        _ => false,
-    };
-    if source.paths().any(is_output) {
-        return Err(JobError::SameFile(output.into()));
+    // Only files make way: a device, pipe or socket would be gone, for all programs.
+    if output.metadata().is_ok_and(|found| !found.is_file()) {
+        let text = "is a device, pipe or socket, which is not replaced; name a file for the output";
+        return refused(std::io::ErrorKind::InvalidInput, text);
     }
-    // A dangling link exists, too.
-    if output.symlink_metadata().is_ok() && !job.force {
-        return Err(JobError::Exists(output.into()));
+    match output.symlink_metadata() {
+        // A dangling link exists, too.
+        Ok(_) if !force => return Err(JobError::Exists(output.into())),
+        // The name is too long, or not to be looked at.
+        Err(source) if source.kind() != std::io::ErrorKind::NotFound => {
+            return Err(JobError::Io { path: output.into(), source });
+        }
+        _ => {}
     }
     // Can a file be made there at all? It is gone again at once.
     temporary(output).map(|t| unregister_temporary(t.path()))
 }
 
-/// Whether two existing paths are one file, hard links included.
+/// Whether two paths name one file, by links and hard links, or would.
 fn same_file(a: &Path, b: &Path) -> bool {
     #[cfg(unix)]
     {
@@ -74,7 +108,17 @@ fn same_file(a: &Path, b: &Path) -> bool {
             return (a.dev(), a.ino()) == (b.dev(), b.ino());
         }
     }
-    a == b
+    resolved(a) == resolved(b)
+}
+
+/// A path without links in as much of it as exists.
+pub(crate) fn resolved(path: &Path) -> PathBuf {
+    let path = std::path::absolute(path).unwrap_or_else(|_| path.into());
+    match (path.canonicalize(), path.parent(), path.file_name()) {
+        (Ok(real), ..) => real,
+        (Err(_), Some(parent), Some(name)) => resolved(parent).join(name),
+        _ => path,
+    }
 }
 
 /// The temporary files of the running job, for whoever must end the process without unwinding.
@@ -107,11 +151,13 @@ pub(super) fn folder_of(path: &Path) -> &Path {
 pub(super) fn temporary(output: &Path) -> Result<tempfile::NamedTempFile, JobError> {
     let folder = folder_of(output);
     let name = output.file_name().unwrap_or_default().to_string_lossy();
+    // File systems take names of 255 bytes, and something is added here.
+    let name = &name[..name.floor_char_boundary(200)];
     let temp = tempfile::Builder::new()
         .prefix(&format!(".{name}."))
         .suffix(".part")
         .tempfile_in(folder)
-        .map_err(|source| JobError::Io { path: folder.into(), source })?;
+        .map_err(|e| JobError::Io { path: output.into(), source: without_path(e) })?;
     if let Ok(mut paths) = TEMPORARY.lock() {
         // Those that went with their handle.
         paths.retain(|p| p.exists());
@@ -127,7 +173,7 @@ pub(crate) fn temporary_folder(path: &Path) -> Result<tempfile::TempDir, JobErro
         .prefix(".putri.")
         .suffix(".part")
         .tempdir_in(beside)
-        .map_err(|source| JobError::Io { path: beside.into(), source })?;
+        .map_err(|e| JobError::Io { path: path.into(), source: without_path(e) })?;
     if let Ok(mut paths) = TEMPORARY.lock() {
         paths.push(folder.path().to_path_buf());
     }
@@ -149,13 +195,13 @@ pub(super) fn finish_parts(
     write_parts(&whole, n, inside)?;
     drop((whole, temp));
     if job.verify {
-        LlamaModel::load_mapped(&inside(0)).map_err(JobError::DoesNotLoad)?;
+        LlamaModel::load_mapped(&inside(0)).map_err(JobError::does_not_load)?;
     }
     let mut bytes = 0;
     for (i, path) in paths.iter().enumerate() {
         let part = inside(i);
         bytes += part.metadata().map_err(io)?.len();
-        make_readable(job, &std::fs::File::open(&part).map_err(io)?);
+        make_usual(&std::fs::File::open(&part).map_err(io)?, folder_of(path), Some(&job.input));
         if !job.force && path.symlink_metadata().is_ok() {
             return Err(JobError::Exists(path.clone()));
         }
@@ -170,21 +216,52 @@ pub(super) fn finish(job: &Job, temp: tempfile::NamedTempFile, path: &Path) -> R
     let io = |source| JobError::Io { path: path.into(), source };
     temp.as_file().sync_all().map_err(io)?;
     let bytes = temp.as_file().metadata().map_err(io)?.len();
-    make_readable(job, temp.as_file());
-    let name = temp.path().to_path_buf();
-    let persisted = if job.force { temp.persist(path) } else { temp.persist_noclobber(path) };
-    unregister_temporary(&name);
-    persisted.map_err(|e| io(e.error))?;
+    make_usual(temp.as_file(), folder_of(path), Some(&job.input));
+    persist(temp, path, job.force)?;
     Ok(bytes)
 }
 
-/// Makes a temporary file, which is private, as readable as the source. Where the file system knows no such thing, it
-/// stays as it is.
-fn make_readable(job: &Job, file: &std::fs::File) {
-    #[cfg(unix)]
-    if let Ok(source) = job.input.metadata() {
-        use std::os::unix::fs::PermissionsExt;
-        let mode = source.permissions().mode() & 0o644 | 0o600;
-        let _ = file.set_permissions(std::fs::Permissions::from_mode(mode));
+/// Writes a whole file, or none.
+///
+/// # Errors
+/// [`JobError::Io`], or [`JobError::Exists`] without `force`.
+pub fn write_whole(path: &Path, bytes: &[u8], force: bool) -> Result<(), JobError> {
+    let io = |source| JobError::Io { path: path.into(), source };
+    let temp = temporary(path)?;
+    temp.as_file().write_all(bytes).map_err(io)?;
+    temp.as_file().sync_all().map_err(io)?;
+    make_usual(temp.as_file(), folder_of(path), None);
+    persist(temp, path, force)
+}
+
+/// Gives a temporary file its name.
+fn persist(temp: tempfile::NamedTempFile, path: &Path, force: bool) -> Result<(), JobError> {
+    let name = temp.path().to_path_buf();
+    let persisted = if force { temp.persist(path) } else { temp.persist_noclobber(path) };
+    unregister_temporary(&name);
+    match persisted {
+        Ok(_) => Ok(()),
+        Err(e) if e.error.kind() == std::io::ErrorKind::AlreadyExists => Err(JobError::Exists(path.into())),
+        Err(e) => Err(JobError::Io { path: path.into(), source: e.error }),
     }
+}
+
+/// Gives a temporary file, which is private, the permissions that a new file in `folder` has, without those that the file
+/// `source` does not have. Where the file system knows no such thing, it stays as it is.
+fn make_usual(file: &std::fs::File, folder: &Path, source: Option<&Path>) {
+    #[cfg(unix)]
+    if let Some(usual) = usual_mode(folder) {
+        use std::os::unix::fs::PermissionsExt;
+        let most = source.and_then(|path| path.metadata().ok()).map_or(0o666, |m| m.permissions().mode());
+        let _ = file.set_permissions(std::fs::Permissions::from_mode(usual & (most | 0o600)));
+    }
+}
+
+/// The permissions of a new file in `folder`: the process's umask leaves so many of 0666.
+#[cfg(unix)]
+pub(crate) fn usual_mode(folder: &Path) -> Option<u32> {
+    use std::os::unix::fs::PermissionsExt;
+    let all = std::fs::Permissions::from_mode(0o666);
+    let probe = tempfile::Builder::new().prefix(".putri.").permissions(all).tempfile_in(folder).ok()?;
+    Some(probe.as_file().metadata().ok()?.permissions().mode() & 0o777)
 }

@@ -3,11 +3,11 @@
 use super::output::{finish, finish_parts, outputs, temporary};
 use super::prepared::{Prepared, llama};
 use super::verify::{RECORDED, matches_record};
-use super::{Job, JobError, Outcome, Quality, Running, Samples, Size, ask_memory, forecast, run_ctx};
-use crate::assemble::{Provenance, assemble, write_imatrix, writes_exactly};
-use crate::calibrate::Windows;
+use super::{Job, JobError, Outcome, Quality, Running, Samples, Size, forecast, run_ctx};
+use crate::assemble::{Provenance, Written, assemble, write_imatrix, writes_exactly};
+use crate::calibrate::{Windows, oddities};
 use crate::evaluate::{self, Protocol};
-use crate::ggml::{GgmlError, LlamaModel};
+use crate::ggml::{GgmlError, LlamaModel, run_memory};
 use crate::gguf::{OutTensor, write_gguf};
 use crate::model::{BlockShape, Family, KvCache, Model};
 use crate::pipeline::{self, Calibration, Method, Observer, Plan, Target};
@@ -76,7 +76,9 @@ impl Prepared {
         observer.stage("write", 1);
         let temp = temporary(&job.output)?;
         let mut out = BufWriter::with_capacity(1 << 20, temp.as_file());
-        let carrier = assemble(model, &pruned.plan, &provenance, &mut out, &job.output)?;
+        let mix = job.quantise.map(|q| q.to);
+        let Written { carrier, fallbacks } =
+            assemble(model, &pruned.plan, &provenance, mix, &mut out, &job.output)?;
         out.flush().map_err(|source| JobError::Io { path: job.output.clone(), source })?;
         drop(out);
         observer.step(1, "");
@@ -89,18 +91,18 @@ impl Prepared {
         if job.verify {
             // What is only a carrier for us we write and do not read.
             if !carrier.traits().carrier_only {
-                matches_record(temp.path(), job.settings.n_threads)?;
+                matches_record(temp.path(), &job.output, job.settings.n_threads)?;
             }
             let held_out = windows.held_out();
             observer.stage("verify", held_out.len());
-            let written = llama(job, temp.path()).map_err(JobError::DoesNotLoad)?;
+            let written = llama(job, temp.path()).map_err(JobError::does_not_load)?;
             let told = |done, ppl| {
                 observer.step(done, &format!("perplexity {ppl:.4}"));
                 !observer.interrupted()
             };
             let n_threads = job.settings.n_threads;
             let file = evaluate::evaluate(&written, None, &held_out, Protocol::Hf, n_threads, told)
-                .map_err(|source| JobError::Evaluate { path: job.output.clone(), source })?
+                .map_err(|source| JobError::evaluating(&job.output, source))?
                 .ppl;
             if observer.interrupted() {
                 return Err(JobError::Interrupted);
@@ -115,7 +117,7 @@ impl Prepared {
             quality.file_ppl = Some(file);
         }
         let samples = if job.samples {
-            Some(self.samples(job, temp.path()).map_err(JobError::DoesNotLoad)?)
+            Some(self.samples(job, temp.path()).map_err(JobError::does_not_load)?)
         } else {
             None
         };
@@ -138,6 +140,9 @@ impl Prepared {
         let output = outputs[0].clone();
         // The result is there whatever comes of this.
         let mut warnings = pruned.warnings;
+        warnings.extend(fallbacks);
+        warnings.extend(self.notes.iter().cloned());
+        warnings.extend(oddities(windows, &pruned.dense_window_nll));
         let rivals = match job.compare_quant.then(|| self.rivals(job, &output, bytes, observer)) {
             None => Vec::new(),
             Some(Ok(rivals)) => rivals,
@@ -167,6 +172,12 @@ impl Prepared {
                 r.after.total() - ram
             ));
         }
+        let (trained, asked) = (source.hparams.n_ctx_train, run_ctx(job, source));
+        if asked > trained {
+            warnings.push(format!(
+                "it was trained for {trained} tokens of context; {asked} are more than it knows"
+            ));
+        }
         let deci_biases = carrier == Family::Deci && source.blocks.iter().any(|b| b.qkv_bias.is_some());
         warnings.extend(advice(sparsity, &quality, carrier, deci_biases));
         Ok(Outcome {
@@ -194,8 +205,9 @@ impl Prepared {
         let (n_ctx, h) = (run_ctx(job, &self.source), &self.source.hparams);
         Ok(Running {
             n_ctx,
+            n_ctx_train: h.n_ctx_train,
             before: self.to_run,
-            after: ask_memory(job, output, n_ctx)?,
+            after: run_memory(output, n_ctx).map_err(JobError::does_not_load)?,
             kv_caches: [&h.blocks, &plan.shapes(&self.source)].map(|shapes| KvCache::new(h, shapes)),
         })
     }
@@ -222,17 +234,22 @@ pub(super) fn copy_as_is(
     interrupted: bool,
 ) -> Result<Outcome, JobError> {
     let io = |source| JobError::Io { path: job.output.clone(), source };
-    let mut temp = temporary(&job.output)?;
+    let temp = temporary(&job.output)?;
     let parts: Vec<&[u8]> = model.file.bytes().collect();
     match parts[..] {
-        [bytes] => temp.write_all(bytes).map_err(io)?,
+        [bytes] => temp.as_file().write_all(bytes).map_err(io)?,
         _ => {
             let tensors = model.file.tensors().iter().map(|t| OutTensor::copy(&model.file, t));
-            write_gguf(&mut temp, &job.output, model.file.metadata(), &tensors.collect::<Vec<_>>())?;
+            write_gguf(
+                &mut temp.as_file(),
+                &job.output,
+                model.file.metadata(),
+                &tensors.collect::<Vec<_>>(),
+            )?;
         }
     }
     if job.verify {
-        LlamaModel::load(temp.path()).map_err(JobError::DoesNotLoad)?;
+        LlamaModel::load(temp.path()).map_err(JobError::does_not_load)?;
     }
     if interrupted {
         return Err(JobError::Interrupted);
@@ -312,7 +329,7 @@ fn advice(sparsity: f64, q: &Quality, carrier: Family, deci_biases: bool) -> Vec
     let since = match carrier {
         // With biases of Q, K and V: llama.cpp's pull request 21245.
         Family::Deci if deci_biases => Some("llama.cpp since April 2026 and Ollama since 0.30"),
-        Family::Deci | Family::OpenElm => Some("llama.cpp since 2025 and Ollama since 0.9.3"),
+        Family::Deci | Family::OpenElm => Some("llama.cpp since March 2025 and Ollama since 0.9.3"),
         Family::Step35 => Some("llama.cpp since February 2026 and Ollama since 0.30"),
         _ => None,
     };

@@ -1,5 +1,6 @@
 //! What `verify` prints.
 
+use super::plain;
 use crate::Check;
 use serde_json::{Value, json};
 use std::fmt::Write;
@@ -12,7 +13,7 @@ pub fn checks_table(checks: &[Check]) -> String {
             Ok(text) => ("ok", text),
             Err(text) => ("WRONG", text),
         };
-        let _ = writeln!(out, "{:<12} {mark:<6} {text}", c.name);
+        let _ = writeln!(out, "{:<12} {mark:<6} {}", c.name, plain(text));
     }
     out
 }

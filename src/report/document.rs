@@ -8,9 +8,9 @@ use serde_json::{Value, json};
 /// Number of the layout: it grows when a field changes its meaning or goes; new fields do not count.
 const SCHEMA: u32 = 1;
 
-/// Lengths of context around `n`, in powers of two.
-fn contexts(n: usize) -> impl Iterator<Item = usize> {
-    (0..5).map(move |i| (n.next_power_of_two() >> 2) << i).filter(|n| *n > 0)
+/// Lengths of context around `n`, in powers of two, up to what a model was trained for, `most`, or is to run with.
+fn contexts(n: usize, most: usize) -> impl Iterator<Item = usize> {
+    (0..5).map(move |i| (n.next_power_of_two() >> 2) << i).filter(move |&c| c > 0 && c <= most.max(n))
 }
 
 /// A report without what depends on when, where and how fast it was made.
@@ -73,7 +73,7 @@ pub fn report(job: &Job, o: &Outcome, output_sha256: &str) -> Value {
             "ctx_size": r.n_ctx,
             "before": memory(&r.before),
             "after": memory(&r.after),
-            "kv_caches": contexts(r.n_ctx).map(|n| {
+            "kv_caches": contexts(r.n_ctx, r.n_ctx_train).map(|n| {
                 json!({ "ctx_size": n, "before": before.bytes(n), "after": after.bytes(n) })
             }).collect::<Vec<_>>(),
         })

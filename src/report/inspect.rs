@@ -1,5 +1,6 @@
 //! What `inspect` prints.
 
+use super::plain;
 use super::table::{megabytes, millions};
 use crate::Inspection;
 use crate::model::BlockShape;
@@ -10,7 +11,7 @@ use std::fmt::Write;
 pub fn inspection_table(i: &Inspection) -> String {
     let mut out = String::new();
     let mut line = |label: &str, text: String| {
-        let _ = writeln!(out, "{label:<16} {text}");
+        let _ = writeln!(out, "{label:<16} {}", plain(&text));
     };
     let all = i.size.params;
     let share = |n: usize| format!("{} ({:.1} %)", millions(n), n as f64 / all as f64 * 100.0);

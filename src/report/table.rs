@@ -1,5 +1,6 @@
 //! The summary at the end.
 
+use super::plain;
 use crate::ggml::RunMemory;
 use crate::model::Piece;
 use crate::{Outcome, Size};
@@ -97,7 +98,7 @@ pub fn summary(o: &Outcome) -> String {
         o.time.as_secs_f64()
     );
     for w in &o.warnings {
-        let _ = writeln!(out, "note: {w}");
+        let _ = writeln!(out, "note: {}", plain(w));
     }
     out
 }
