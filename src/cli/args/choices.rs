@@ -1,0 +1,54 @@
+//! Options that take one of a few names.
+
+use clap::ValueEnum;
+
+/// Names of [`putri_gguf::pipeline::Method`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum MethodArg {
+    /// Greedy search for heads, widths per layer, refit towards the source, norms and biases tuned.
+    Putri,
+    /// The method of the Putri paper (arXiv 2605.18331) as its authors' code does it: slow, for comparison.
+    Paper,
+}
+
+/// Names of [`putri_gguf::model::Heads`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum HeadsArg {
+    /// A different number per layer, where the output architecture supports it; otherwise the same number.
+    Auto,
+    /// A different number per layer; models without an output architecture for that are refused.
+    PerLayer,
+    /// The same number in every layer, and one feed-forward width, for programs that read one number only.
+    Uniform,
+    /// No heads: only feed-forward neurons are removed.
+    None,
+}
+
+/// What is removed from the feed-forwards of mixtures of experts.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum MoeArg {
+    /// Whole experts: those that contribute least to the tokens routed to them (REAP, arXiv 2510.13999).
+    #[value(alias = "whole")]
+    Experts,
+    /// Neurons of every expert, the same number in each; every expert is refitted.
+    #[value(alias = "narrow")]
+    Width,
+}
+
+/// Names of [`putri_gguf::model::Arch`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum ArchArg {
+    /// The architecture that allows most heads and neurons to be removed.
+    Auto,
+    /// The source's own architecture.
+    Keep,
+}
+
+/// Names of [`putri_gguf::evaluate::Protocol`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum PplStyle {
+    /// As llama-perplexity: BOS at the start of each window where there is one; the second half is scored.
+    Llama,
+    /// As papers do: no BOS; all tokens of a window but the first are scored.
+    Hf,
+}
