@@ -7,8 +7,7 @@ use crate::gguf::{GgufFile, Value, sha256};
 #[cfg(unix)]
 use crate::job::usual_mode;
 use crate::job::{JobError, resolved, temporary_folder};
-use crate::report::{self, markdown, plain, shell_word};
-use serde_json::Value as Json;
+use crate::report::{Report, markdown, page, plain, shell_word};
 use std::fmt::Write;
 use std::path::Path;
 
@@ -23,7 +22,7 @@ pub struct Package<'a> {
     /// What [`crate::ollama::modelfile`] wrote for it.
     pub modelfile: &'a str,
     /// Its report.
-    pub report: &'a Json,
+    pub report: &'a Report,
     /// Texts of licences that came with the source.
     pub licenses: &'a [String],
 }
@@ -69,14 +68,14 @@ impl Package<'_> {
         std::fs::hard_link(self.model, &model)
             .or_else(|_| std::fs::copy(self.model, &model).map(drop))
             .map_err(io)?;
-        let report = report::portable(self.report);
+        let report = self.report.portable();
         let file = GgufFile::open(&model)?;
         let files = [
             ("Modelfile", self.modelfile.to_string()),
             ("NOTICE.txt", self.notice(&file, &name)),
             ("README.md", self.readme(&file, &name)),
-            ("report.html", report::page(&report)),
-            ("report.json", format!("{report:#}\n")),
+            ("report.html", page(&report)),
+            ("report.json", report.to_json()),
         ];
         let mut sums = vec![(name.to_string(), file.sha256())];
         for (name, text) in files {
@@ -106,7 +105,7 @@ impl Package<'_> {
     /// How to run it and what that takes.
     fn readme(&self, file: &GgufFile, name: &str) -> String {
         let r = self.report;
-        let mib = |bytes: &Json| format!("{:.1} MiB", bytes.as_f64().unwrap_or(0.0) / f64::from(1 << 20));
+        let mib = |bytes: u64| format!("{:.1} MiB", bytes as f64 / f64::from(1 << 20));
         let title = file.get("general.name").and_then(Value::as_text).filter(|title| !title.is_empty());
         let title = title.unwrap_or(name.into());
         let mut out = format!("# {}\n\n", markdown(&title));
@@ -115,12 +114,11 @@ impl Package<'_> {
             "{}, {}, made by putri-gguf {}: {:.1} % of the parameters in the source's blocks are gone. Where it comes \
              from and under which licence: `NOTICE.txt`. What it lost: `report.html`.\n",
             markdown(name),
-            mib(&r["after"]["bytes"]),
-            r["version"].as_str().unwrap_or("?"),
-            r["sparsity"].as_f64().unwrap_or(0.0) * 100.0
+            mib(r.after.bytes),
+            r.version,
+            r.sparsity * 100.0
         );
-        let running = &r["running"];
-        let context = running["ctx_size"].as_u64().map_or(String::new(), |n| format!(" -c {n}"));
+        let context = r.running.as_ref().map_or(String::new(), |running| format!(" -c {}", running.ctx_size));
         let tag = ollama_name(name);
         let _ = writeln!(
             out,
@@ -128,20 +126,21 @@ impl Package<'_> {
              sha256sum -c {SUMS}    # are the files whole?\n```",
             shell_word(&plain(name))
         );
-        if let (Some(caches), Some(n)) = (running["kv_caches"].as_array(), running["ctx_size"].as_u64()) {
-            let (before, after) = (&running["before"], &running["after"]);
+        if let Some(running) = &r.running {
+            let (before, after) = (&running.before, &running.after);
             let _ = writeln!(
                 out,
-                "\nWith {n} tokens of context llama.cpp takes {} on a CPU, vocabulary and program not counted: {} of weights, \
+                "\nWith {} tokens of context llama.cpp takes {} on a CPU, vocabulary and program not counted: {} of weights, \
                  {} of keys and values, {} to compute in. (The source: {}.)\n\n| Context | Keys and values | Of the source |\n|---|---|---|",
-                mib(&after["bytes"]),
-                mib(&after["weights"]),
-                mib(&after["kv_cache"]),
-                mib(&after["compute"]),
-                mib(&before["bytes"]),
+                running.ctx_size,
+                mib(after.bytes),
+                mib(after.weights),
+                mib(after.kv_cache),
+                mib(after.compute),
+                mib(before.bytes),
             );
-            for c in caches {
-                let _ = writeln!(out, "| {} | {} | {} |", c["ctx_size"], mib(&c["after"]), mib(&c["before"]));
+            for c in &running.kv_caches {
+                let _ = writeln!(out, "| {} | {} | {} |", c.ctx_size, mib(c.after), mib(c.before));
             }
         }
         out
@@ -154,9 +153,9 @@ impl Package<'_> {
             "{} is a changed version of another model (SHA-256 of its GGUF: {}).\n\
              putri-gguf {} removed {:.1} % of the parameters of its blocks, and gave new values to what makes up for them.\n\n",
             plain(name),
-            r["input"]["sha256"].as_str().unwrap_or("unknown"),
-            r["version"].as_str().unwrap_or("?"),
-            r["sparsity"].as_f64().unwrap_or(0.0) * 100.0
+            r.input.sha256.as_deref().unwrap_or("unknown"),
+            r.version,
+            r.sparsity * 100.0
         );
         let of_makers = file.metadata().iter().filter(|(key, _)| is_of_makers(key));
         let said = |(key, value): &(String, Value)| {

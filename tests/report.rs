@@ -1,9 +1,9 @@
-//! The report, for machines and as a page.
+//! Report, for machines and as a page.
 
 mod common;
 
 use common::cli::Cli;
-use common::small::Small;
+use common::test_model::TestModel;
 use putri_gguf::ggml::silence_logs;
 use putri_gguf::gguf::{GgufFile, Value};
 use putri_gguf::model::Model;
@@ -11,23 +11,28 @@ use serde_json::Value as Json;
 
 const QUICK: [&str; 7] = ["--ctx-size", "64", "--chunks", "8", "--threads", "1", "-q"];
 
-fn keys(v: &Json) -> Vec<&str> {
-    v.as_object().unwrap().keys().map(String::as_str).collect()
+/// Names of all fields of `v`, at any depth.
+fn fields(v: &Json) -> Vec<&str> {
+    match v {
+        Json::Object(o) => o.iter().flat_map(|(key, v)| [vec![key.as_str()], fields(v)].concat()).collect(),
+        Json::Array(list) => list.iter().flat_map(fields).collect(),
+        _ => Vec::new(),
+    }
 }
 
 #[test]
 fn it_says_what_the_files_say() {
     silence_logs();
     let cli = Cli::new();
-    let mixture = Small { experts: Some([8, 2, 0]), blocks: vec![(4, 2, 64); 3], ..Small::default() };
-    for small in [Small { blocks: vec![(4, 2, 256); 4], ..Small::default() }, mixture] {
+    let mixture = TestModel { experts: Some([8, 2, 0]), blocks: vec![(4, 2, 64); 3], ..TestModel::default() };
+    for small in [TestModel { blocks: vec![(4, 2, 256); 4], ..TestModel::default() }, mixture] {
         small.write(&cli.path("in.gguf"));
         let args =
             ["in.gguf", "out.gguf", "--sparsity", "0.5", "--report", "r.json", "--force", "--seed", "3"];
         cli.ok(&[&args[..], &QUICK].concat());
         let r: Json = serde_json::from_slice(&std::fs::read(cli.path("r.json")).unwrap()).unwrap();
         let [source, result] = ["in.gguf", "out.gguf"].map(|f| GgufFile::open(&cli.path(f)).unwrap());
-        assert_eq!(r["schema"], 1);
+        assert_eq!(r["schema"], 2);
         for (part, file) in [("input", &source), ("output", &result)] {
             assert_eq!(r[part]["sha256"], file.sha256(), "{part}");
         }
@@ -50,14 +55,21 @@ fn it_says_what_the_files_say() {
         assert!(ppl("kl_divergence") > 0.0 && (0.0..=1.0).contains(&ppl("top1")));
         assert!(r["samples"]["after"].is_string() && !r["samples"]["prompt"].as_str().unwrap().is_empty());
         assert_eq!((&r["options"]["seed"], &r["options"]["sparsity"]), (&Json::from(3), &Json::from(0.5)));
-        let by = Model::open(&cli.path("out.gguf")).unwrap().file.get("putri.neurons_by").cloned();
-        assert_eq!(r["neurons_by"].as_str().map(|by| Value::Str(by.into())), by);
+        let by = Model::open(&cli.path("out.gguf")).unwrap().file.get("putri.neuron_criterion").cloned();
+        assert_eq!(r["neuron_criterion"].as_str().map(|by| Value::Str(by.into())), by);
         assert_eq!(by.is_some(), small.experts.is_none());
+        // As on the command line.
+        for (option, value) in [("method", "putri"), ("heads", "auto"), ("arch", "auto"), ("moe", "experts")]
+        {
+            assert_eq!(r["options"][option], value, "{option}");
+        }
+        assert_eq!(r["ffn_unit"], if small.experts.is_some() { "experts" } else { "neurons" });
         // Every field is explained.
         let explained = include_str!("../docs/report.md");
-        for key in keys(&r).into_iter().chain(keys(q)).chain(keys(&r["blocks"][0])).chain(keys(&r["samples"]))
-        {
-            assert!(explained.contains(key), "docs/report.md says nothing of {key}");
+        for field in fields(&r) {
+            let names = [("`", "`"), (".", "`"), ("`", "."), ("`", "[]`")];
+            let told = names.iter().any(|(a, b)| explained.contains(&format!("{a}{field}{b}")));
+            assert!(told, "docs/report.md says nothing of {field}");
         }
     }
 }
@@ -66,16 +78,16 @@ fn it_says_what_the_files_say() {
 fn the_page_needs_nothing_else_and_shows_every_block() {
     silence_logs();
     let cli = Cli::new();
-    Small { blocks: vec![(4, 2, 256); 4], ..Small::default() }.write(&cli.path("a<b>&c.gguf"));
+    TestModel { blocks: vec![(4, 2, 256); 4], ..TestModel::default() }.write(&cli.path("a<b>&c.gguf"));
     cli.ok(&[&["a<b>&c.gguf", "out.gguf", "--sparsity", "0.4", "--report", "r.html"][..], &QUICK].concat());
     let page = std::fs::read_to_string(cli.path("r.html")).unwrap();
-    assert!(page.starts_with("<!doctype html>") && page.trim_end().ends_with("</html>"));
+    assert!(page.starts_with("<!DOCTYPE html>") && page.trim_end().ends_with("</html>"));
     for outside in ["http:", "https:", "<script", "src=", "href=", "@import", "url("] {
         assert!(!page.contains(outside), "{outside}");
     }
     assert!(page.contains("a&lt;b&gt;&amp;c.gguf") && !page.contains("a<b>"));
     for part in
-        ["prefers-color-scheme:dark", "width=device-width", "block 3:", "KL divergence", "SHA-256", "seed"]
+        ["prefers-color-scheme: dark", "width=device-width", "block 3:", "KL divergence", "SHA-256", "seed"]
     {
         assert!(page.contains(part), "no {part}");
     }
@@ -89,7 +101,7 @@ fn the_page_needs_nothing_else_and_shows_every_block() {
 #[test]
 fn a_report_that_cannot_be_is_refused_before_any_work() {
     let cli = Cli::new();
-    Small::default().write(&cli.path("in.gguf"));
+    TestModel::default().write(&cli.path("in.gguf"));
     std::fs::write(cli.path("r.html"), "mine").unwrap();
     let fails = |report: &str, code: i32, parts: &[&str]| {
         let args = ["in.gguf", "out.gguf", "--sparsity", "0.3", "--report", report];
@@ -101,13 +113,13 @@ fn a_report_that_cannot_be_is_refused_before_any_work() {
 }
 
 #[test]
-fn rivals_are_the_mixes_that_come_closest_in_size() {
+fn quant_baselines_are_the_mixes_that_come_closest_in_size() {
     silence_logs();
     let cli = Cli::new();
     // Wide enough for types in blocks of 256.
     let blocks = vec![(4, 2, 1024); 3];
     let ty = putri_gguf::ggml::Type::F16;
-    Small { ty, n_embd: 256, head_dim: 64, blocks, ..Small::default() }.write(&cli.path("in.gguf"));
+    TestModel { ty, n_embd: 256, head_dim: 64, blocks, ..TestModel::default() }.write(&cli.path("in.gguf"));
     let args = [
         "in.gguf",
         "out.gguf",
@@ -121,16 +133,16 @@ fn rivals_are_the_mixes_that_come_closest_in_size() {
     ];
     let text = cli.ok(&[&args[..], &QUICK].concat());
     let r: Json = serde_json::from_slice(&std::fs::read(cli.path("r.json")).unwrap()).unwrap();
-    let rivals = r["rivals"].as_array().unwrap();
-    let bytes = |i: usize| rivals[i]["bytes"].as_u64().unwrap();
+    let quant_baselines = r["quant_baselines"].as_array().unwrap();
+    let bytes = |i: usize| quant_baselines[i]["bytes"].as_u64().unwrap();
     assert_eq!(
-        (rivals.len(), &rivals[0]["name"], &r["after"]["bytes"]),
-        (3, &Json::from("pruned"), &rivals[0]["bytes"])
+        (quant_baselines.len(), &quant_baselines[0]["name"], &r["after"]["bytes"]),
+        (3, &Json::from("pruned"), &quant_baselines[0]["bytes"])
     );
-    assert!(bytes(1) <= bytes(0) && bytes(0) < bytes(2), "{rivals:?}");
-    for rival in rivals {
-        assert!(text.contains(rival["name"].as_str().unwrap()), "{text}");
-        assert!(rival["kl_divergence"].as_f64().unwrap() > 0.0 && rival["ppl"].as_f64().unwrap() > 1.0);
+    assert!(bytes(1) <= bytes(0) && bytes(0) < bytes(2), "{quant_baselines:?}");
+    for file in quant_baselines {
+        assert!(text.contains(file["name"].as_str().unwrap()), "{text}");
+        assert!(file["kl_divergence"].as_f64().unwrap() > 0.0 && file["ppl"].as_f64().unwrap() > 1.0);
     }
     // Nothing of them is left.
     let names: Vec<_> = cli.listing().into_iter().map(|(p, _)| p.file_name().unwrap().to_owned()).collect();
@@ -141,11 +153,13 @@ fn rivals_are_the_mixes_that_come_closest_in_size() {
 fn events_are_lines_for_a_machine() {
     silence_logs();
     let cli = Cli::new();
-    Small { blocks: vec![(4, 2, 256); 4], ..Small::default() }.write(&cli.path("in.gguf"));
-    let text = cli.ok(&[&["in.gguf", "out.gguf", "--sparsity", "0.4", "--json"][..], &QUICK].concat());
+    TestModel { blocks: vec![(4, 2, 256); 4], ..TestModel::default() }.write(&cli.path("in.gguf"));
+    let args = ["in.gguf", "out.gguf", "--sparsity", "0.4", "--heads", "per-layer", "--json"];
+    let text = cli.ok(&[&args[..], &QUICK].concat());
     let events: Vec<Json> = text.lines().map(|l| serde_json::from_str(l).unwrap()).collect();
     let (done, others) = events.split_last().unwrap();
-    assert_eq!((&done["event"], &done["report"]["schema"]), (&Json::from("done"), &Json::from(1)));
+    assert_eq!((&done["event"], &done["report"]["schema"]), (&Json::from("done"), &Json::from(2)));
+    assert_eq!(done["report"]["options"]["heads"], "per-layer");
     let mut stage = Json::Null;
     for e in others {
         match e["event"].as_str().unwrap() {

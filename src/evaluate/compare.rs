@@ -3,20 +3,9 @@
 use crate::forward::{Forward, ForwardError, Head};
 use crate::ggml::Token;
 use crate::model::Model;
-use crate::numeric::{RowComparison, compare_rows};
+use crate::numeric::{Metrics, RowComparison, compare_rows};
 use rayon::prelude::*;
 use std::ops::Range;
-
-/// How a model does on a text, and how far its predictions are from the dense model's.
-#[derive(Clone, Copy, Debug)]
-pub struct Comparison {
-    /// Perplexity over all positions but the last of each window.
-    pub ppl: f64,
-    /// Mean KL divergence of its predictions from the dense model's, in nats.
-    pub kl: f64,
-    /// Share of positions where both think the same token likeliest.
-    pub top1: f64,
-}
 
 /// A text that models are compared on, with what the dense model makes of it.
 pub struct Judge {
@@ -48,11 +37,12 @@ impl Judge {
         Ok(Judge { tokens, n_ctx, n_threads, forward, head, dense: stream })
     }
 
-    /// Compares `model`, which has the dense model's tokenizer, with the dense model.
+    /// Compares `model`, which has the dense model's tokenizer, with the dense model, over all positions but the last of
+    /// each window.
     ///
     /// # Errors
     /// [`ForwardError`] if the model cannot be read or the engine fails.
-    pub fn compare(&mut self, model: &Model) -> Result<Comparison, ForwardError> {
+    pub fn compare(&mut self, model: &Model) -> Result<Metrics, ForwardError> {
         let (mut forward, head, stream) = final_stream(model, &self.tokens, self.n_ctx, self.n_threads)?;
         self.score(|own, span| forward.logits(&head, &stream[span], |_, rows| own.extend_from_slice(rows)))
     }
@@ -61,7 +51,7 @@ impl Judge {
     ///
     /// # Errors
     /// [`ForwardError`] if the engine fails.
-    pub fn dense(&mut self) -> Result<Comparison, ForwardError> {
+    pub fn dense(&mut self) -> Result<Metrics, ForwardError> {
         self.score(|_, _| Ok(()))
     }
 
@@ -70,10 +60,9 @@ impl Judge {
     fn score(
         &mut self,
         mut own: impl FnMut(&mut Vec<f32>, Range<usize>) -> Result<(), ForwardError>,
-    ) -> Result<Comparison, ForwardError> {
+    ) -> Result<Metrics, ForwardError> {
         let n_embd = self.forward.n_embd();
-        let mut totals = [0.0f64; 3];
-        let mut scored = 0;
+        let mut compared: Vec<RowComparison> = Vec::with_capacity(self.tokens.len());
         // A window's logits of both models are in memory at a time.
         let (mut base, mut ours) = (Vec::new(), Vec::new());
         for (i, window) in self.tokens.chunks_exact(self.n_ctx).enumerate() {
@@ -85,19 +74,10 @@ impl Judge {
             own(&mut ours, span)?;
             let n_vocab = self.head.n_vocab();
             let rows = if ours.is_empty() { &base } else { &ours }.par_chunks(n_vocab);
-            let parts: Vec<RowComparison> = rows
-                .zip(base.par_chunks(n_vocab))
-                .zip(&window[1..])
-                .map(|((own, base), &next)| compare_rows(own, base, next as usize))
-                .collect();
-            for part in parts {
-                let part = [part.nll, part.kl, f64::from(u8::from(part.same_top))];
-                totals.iter_mut().zip(part).for_each(|(t, p)| *t += p);
-            }
-            scored += window.len() - 1;
+            let rows = rows.zip(base.par_chunks(n_vocab)).zip(&window[1..]);
+            compared.par_extend(rows.map(|((own, base), &next)| compare_rows(own, base, next as usize)));
         }
-        let [nll, kl, top1] = totals.map(|t| t / scored as f64);
-        Ok(Comparison { ppl: nll.exp(), kl, top1 })
+        Ok(Metrics::of(&compared))
     }
 }
 

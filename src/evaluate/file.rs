@@ -2,7 +2,7 @@
 
 use super::window::Window;
 use crate::ggml::{BatchToken, Context, GgmlError, LlamaModel, Token};
-use crate::numeric::{RowComparison, compare_rows, nll};
+use crate::numeric::{Metrics, RowComparison, compare_rows, nll};
 use crate::text::{PIECE, TextError, TextFile};
 use rayon::prelude::*;
 use std::time::Instant;
@@ -34,25 +34,8 @@ pub struct Evaluation {
     pub ppl_error: f64,
     /// Tokens that were scored.
     pub n_scored: usize,
-    /// How far its predictions are from another file's.
-    pub divergence: Option<Divergence>,
-}
-
-/// How far a model's predictions are from another's.
-#[derive(Clone, Copy, Debug)]
-pub struct Divergence {
-    /// Perplexity of the other.
-    pub base_ppl: f64,
-    /// Mean of the KL divergences, in nats.
-    pub mean: f64,
-    /// Their median.
-    pub median: f64,
-    /// What 99 of 100 are below.
-    pub p99: f64,
-    /// The largest.
-    pub max: f64,
-    /// Share of positions where both think the same token likeliest.
-    pub top1: f64,
+    /// Comparison with the base model, if there is one.
+    pub compared: Option<Metrics>,
 }
 
 /// Tokens per second.
@@ -74,7 +57,7 @@ pub enum EvaluateError {
     #[error(transparent)]
     Text(#[from] TextError),
     /// There is too little text.
-    #[error("the text has {found} tokens; one window takes {needed}")]
+    #[error("the text has {found} tokens; one window takes {needed}; give more text, or use shorter windows")]
     TooShort {
         /// Tokens that there are.
         found: usize,
@@ -85,7 +68,7 @@ pub enum EvaluateError {
     #[error("the files have {0} and {1} tokens in their vocabularies: they cannot be compared")]
     Vocabularies(usize, usize),
     /// Windows, or tasks, are longer than a model can read.
-    #[error("the model knows {most} positions, and {wanted} are asked for")]
+    #[error("the model knows {most} positions, and {wanted} are asked for; use shorter windows or tasks")]
     TooLong {
         /// What it can read.
         most: usize,
@@ -93,7 +76,9 @@ pub enum EvaluateError {
         wanted: usize,
     },
     /// There are no tasks.
-    #[error("holds no tasks: six lines each, a context, the number of the right ending, four endings")]
+    #[error(
+        "the file holds no tasks: six lines each, a context, the number of the right ending, four endings"
+    )]
     NoTasks,
     /// Tasks are not in the format of `llama-perplexity --hellaswag`.
     #[error("line {line}: {problem}")]
@@ -184,8 +169,7 @@ pub fn evaluate(
     }
     let mut own = Window::new(model, n_ctx, n_threads)?;
     let mut other = base.map(|b| Window::new(b, n_ctx, n_threads)).transpose()?;
-    let (mut losses, mut base_losses) = (Vec::<f64>::new(), Vec::<f64>::new());
-    let (mut divergences, mut same) = (Vec::<f64>::new(), 0usize);
+    let (mut losses, mut compared) = (Vec::<f64>::new(), Vec::<RowComparison>::new());
     let mut base_logits = Vec::new();
     let mean = |values: &[f64]| values.iter().sum::<f64>() / values.len() as f64;
     for (i, window) in windows.iter().map(AsRef::as_ref).enumerate() {
@@ -206,9 +190,7 @@ pub fn evaluate(
             let found: Vec<RowComparison> =
                 rows.map(|((own, base), &next)| compare_rows(own, base, next as usize)).collect();
             losses.extend(found.iter().map(|r| r.nll));
-            base_losses.extend(found.iter().map(|r| r.base_nll));
-            divergences.extend(found.iter().map(|r| r.kl));
-            same += found.iter().filter(|r| r.same_top).count();
+            compared.extend(found);
         })?;
         if !progress(i + 1, mean(&losses).exp()) {
             break;
@@ -217,20 +199,9 @@ pub fn evaluate(
     let n = losses.len() as f64;
     let ppl = mean(&losses).exp();
     let variance = losses.iter().map(|l| l * l).sum::<f64>() / n - mean(&losses).powi(2);
-    let divergence = (!divergences.is_empty()).then(|| {
-        divergences.sort_by(f64::total_cmp);
-        let quantile = |q: f64| divergences[((divergences.len() - 1) as f64 * q).round() as usize];
-        Divergence {
-            base_ppl: mean(&base_losses).exp(),
-            mean: mean(&divergences),
-            median: quantile(0.5),
-            p99: quantile(0.99),
-            max: quantile(1.0),
-            top1: same as f64 / n,
-        }
-    });
+    let compared = base.map(|_| Metrics::of(&compared));
     let ppl_error = ppl * (variance.max(0.0) / (n - 1.0).max(1.0)).sqrt();
-    Ok(Evaluation { ppl, ppl_error, n_scored: losses.len(), divergence })
+    Ok(Evaluation { ppl, ppl_error, n_scored: losses.len(), compared })
 }
 
 /// What `model` makes of a window: the negative log-likelihood of each token but the first, in nats.

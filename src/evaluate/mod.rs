@@ -5,8 +5,9 @@ mod compare;
 mod file;
 mod window;
 
-pub use compare::{Comparison, Judge, own_losses};
+pub use crate::numeric::{Kl, Metrics};
+pub use compare::{Judge, own_losses};
 pub use file::{
-    Divergence, EvaluateError, Evaluation, Protocol, Speed, Task, accuracy, continuation, evaluate,
-    llama_losses, speed, tasks, windows,
+    EvaluateError, Evaluation, Protocol, Speed, Task, accuracy, continuation, evaluate, llama_losses, speed,
+    tasks, windows,
 };

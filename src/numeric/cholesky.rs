@@ -1,4 +1,4 @@
-//! Cholesky factors, in as little memory as they can be had: those of wide layers take gigabytes.
+//! Cholesky factors in as little memory as possible: those of wide layers take gigabytes.
 
 use super::{Real, SymMatrix};
 use faer::dyn_stack::{MemBuffer, MemStack};
@@ -8,16 +8,18 @@ use faer::linalg::triangular_inverse::invert_lower_triangular;
 use faer::{Accum, MatMut, MatRef, Par};
 use rayon::prelude::*;
 
-/// L, lower triangular, with L Lᵀ = H + λI.
+/// Cholesky factor L `[n, n]`, lower triangular, with L Lᵀ = H + λI.
 pub struct Cholesky<T = f64> {
     n: usize,
-    /// By columns. A plain vector, since fresh memory then comes zeroed from the system and is first touched by all
-    /// threads, where it is filled.
+    /// Elements of L, column-major.
+    /// A plain vector: the system hands out fresh memory zeroed, and all threads touch it first where they
+    /// fill it.
     data: Vec<T>,
 }
 
 impl<T: Real> Cholesky<T> {
-    /// Of the rows and columns `keep` of `h`, in that order, or of all; `None` if H + λI is not positive definite.
+    /// Factors the rows and columns `keep` of `h`, in that order, or all of them.
+    /// Returns `None` if H + λI is not positive definite.
     ///
     /// # Panics
     /// If one of `keep` is not in `h`.
@@ -28,7 +30,7 @@ impl<T: Real> Cholesky<T> {
         }
         let mut data = vec![T::of(0.0); n * n];
         data.par_chunks_exact_mut(n).enumerate().for_each(|(j, column)| {
-            // Symmetric, so that rows are as good as columns.
+            // H is symmetric: its rows are its columns.
             match keep {
                 None => column[j..].iter_mut().zip(h.row(j)).for_each(|(v, h)| *v = T::of(*h)),
                 Some(keep) => {
@@ -42,17 +44,17 @@ impl<T: Real> Cholesky<T> {
         let stack = MemStack::new(&mut memory);
         let lower = MatMut::from_column_major_slice_mut(&mut data, n, n);
         factor::cholesky_in_place(lower, Default::default(), par, stack, params).ok()?;
-        // faer leaves something of its own there.
+        // faer leaves intermediate values above the diagonal.
         data.par_chunks_exact_mut(n).enumerate().for_each(|(j, column)| column[..j].fill(T::of(0.0)));
         Some(Cholesky { n, data })
     }
 
-    /// L.
+    /// Lower triangular factor L.
     pub fn lower(&self) -> MatRef<'_, T> {
         MatRef::from_column_major_slice(&self.data, self.n, self.n)
     }
 
-    /// Puts the solution X of (H + λI) X = `rhs` in its place.
+    /// Replaces `rhs` by the solution X of (H + λI) X = `rhs`.
     ///
     /// # Panics
     /// If `rhs` has another number of rows.
@@ -60,7 +62,7 @@ impl<T: Real> Cholesky<T> {
         solve::solve_in_place(self.lower(), rhs, Par::rayon(0), MemStack::new(&mut []));
     }
 
-    /// (H + λI)⁻¹ by columns, its lower triangle only; what is above is zero.
+    /// Computes (H + λI)⁻¹, column-major, lower triangle only; elements above the diagonal are zero.
     pub fn into_inverse(self) -> Vec<T> {
         let Cholesky { n, data: mut factor } = self;
         let par = Par::rayon(0);
@@ -68,7 +70,7 @@ impl<T: Real> Cholesky<T> {
         let lower = MatMut::from_column_major_slice_mut(&mut inverse, n, n);
         invert_lower_triangular(lower, MatRef::from_column_major_slice(&factor, n, n), par);
         let lower = MatRef::from_column_major_slice(&inverse, n, n);
-        // L⁻ᵀ L⁻¹, where the factor was.
+        // The product L⁻ᵀ L⁻¹ takes the place of the factor.
         matmul(
             MatMut::from_column_major_slice_mut(&mut factor, n, n),
             BlockStructure::TriangularLower,
@@ -91,7 +93,7 @@ mod tests {
     use rand::{RngExt, SeedableRng};
     use rand_chacha::ChaCha8Rng;
 
-    /// Xᵀ X of random rows, well conditioned.
+    /// Gram matrix Xᵀ X of random rows, well conditioned.
     fn gram(n: usize) -> SymMatrix {
         let mut rng = ChaCha8Rng::seed_from_u64(n as u64);
         let x = Mat::from_fn(2 * n + 3, n, |_, _| rng.random::<f64>() - 0.4);

@@ -1,16 +1,17 @@
-//! Tokens drawn from logits.
+//! Sampling of tokens from logits.
 
 use super::exp::exp_neg;
 
-/// The token at `at`, 0 ≤ at < 1, of softmax(logits / temperature) among those that surprise by `most` bits at most, the
-/// likeliest in any case; and how much it surprises among these, in bits.
+/// Samples a token from softmax(logits / temperature) at the quantile `at`, 0 ≤ at < 1.
+/// Only tokens with a surprise of at most `most` bits take part, and always the most likely one. Also
+/// returns the token's surprise among these, in bits.
 pub fn draw(logits: &[f32], temperature: f32, most: f32, at: f64) -> (usize, f32) {
     let max = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
     let mut weights: Vec<f32> = logits.iter().map(|v| exp_neg((v - max) / temperature)).collect();
     let sums_of = |weights: &[f32]| -> Vec<f64> {
         weights.chunks(256).map(|c| f64::from(c.iter().sum::<f32>())).collect()
     };
-    // The likeliest has a weight of 1.
+    // The most likely token has a weight of 1.
     let least = (sums_of(&weights).iter().sum::<f64>() * f64::from(-most).exp2()).min(1.0) as f32;
     weights.iter_mut().filter(|w| **w < least).for_each(|w| *w = 0.0);
     let sums = sums_of(&weights);
@@ -26,7 +27,7 @@ pub fn draw(logits: &[f32], temperature: f32, most: f32, at: f64) -> (usize, f32
         left -= f64::from(*w);
         left < 0.0
     });
-    // Rounding may leave a crumb behind the last token of the chunk.
+    // Rounding may leave a rest behind the last token of the chunk.
     let token = inside.map_or_else(|| argmax(logits), |i| from + i);
     (token, -(f64::from(weights[token]) / sum).log2() as f32)
 }

@@ -1,9 +1,9 @@
-//! Exponentials over whole rows of logits, fast enough to do for every position.
+//! Exponentials over whole rows of logits, fast enough to compute at every position.
 
-/// Numbers that are worked on side by side: one sum or maximum after the other would wait for each addition.
+/// Numbers that are processed side by side, so that no addition waits for the one before.
 const LANES: usize = 16;
 
-/// log Σ exp(row), computed in a way that the compiler turns into vector code.
+/// Log-sum-exp of a row, log Σ exp(row), in a form that the compiler vectorises.
 pub fn log_sum_exp(row: &[f32]) -> f64 {
     let (blocks, rest) = row.as_chunks::<LANES>();
     let mut max = [f32::NEG_INFINITY; LANES];
@@ -15,7 +15,7 @@ pub fn log_sum_exp(row: &[f32]) -> f64 {
         return f64::from(max);
     }
     let mut sum: f64 = rest.iter().map(|v| f64::from(exp_neg(v - max))).sum();
-    // Short runs, so that the lanes stay exact.
+    // Short runs keep the lanes exact.
     for run in blocks.chunks(16) {
         let mut lanes = [0.0f32; LANES];
         for block in run {
@@ -31,7 +31,7 @@ pub fn nll(row: &[f32], next: usize) -> f64 {
     log_sum_exp(row) - f64::from(row[next])
 }
 
-/// exp(x) for x ≤ 0 to about 2e-7 relative: 2^n · p(r) with a polynomial on |r| ≤ ln2/2.
+/// Exponential exp(x) for x ≤ 0 to about 2e-7 relative: 2^n · p(r) with a polynomial on |r| ≤ ln2/2.
 pub fn exp_neg(x: f32) -> f32 {
     const LOG2E: f32 = std::f32::consts::LOG2_E;
     // ln 2 in two parts, so that r keeps its low bits (Cody and Waite).

@@ -1,4 +1,5 @@
-//! Numbers that several rooms share: row-wise exponentials, draws and comparisons, second moments and their Cholesky factors.
+//! Shared numerics: row-wise exponentials, sampling and comparison of logits, second moments and their
+//! Cholesky factors.
 
 mod cholesky;
 mod compare;
@@ -8,7 +9,7 @@ mod moments;
 mod real;
 
 pub use cholesky::Cholesky;
-pub use compare::{RowComparison, compare_rows};
+pub use compare::{Kl, Metrics, RowComparison, compare_rows};
 pub use draw::draw;
 pub use exp::{log_sum_exp, nll};
 pub use moments::{Moments, SymMatrix};

@@ -2,27 +2,28 @@
 
 use rayon::prelude::*;
 
-/// Sums that a thread adds to at a time.
+/// Number of sums that one thread adds to at a time.
 const PART: usize = 1 << 16;
 
-/// Share of an input's square that its variance is told from rounding by: sums of products are in 32 bits.
+/// Smallest variance, as a share of an input's mean square, that is told apart from rounding: sums of
+/// products are in 32 bits.
 const VARIES: f64 = 1e-6;
 
-/// A symmetric matrix `[n, n]`, of which the upper triangle is stored.
+/// Symmetric matrix `[n, n]` that stores its upper triangle.
 #[derive(Clone, Debug, PartialEq)]
 pub struct SymMatrix {
     n: usize,
-    /// Row i from its diagonal element on, after the rows before it.
+    /// Elements row by row; row i starts at its diagonal element.
     upper: Vec<f64>,
 }
 
 impl SymMatrix {
-    /// Zero.
+    /// Zero matrix.
     pub fn zero(n: usize) -> SymMatrix {
         SymMatrix { n, upper: vec![0.0; n * (n + 1) / 2] }
     }
 
-    /// From its elements (i, j) with i ≤ j.
+    /// Builds a matrix from its elements (i, j) with i ≤ j.
     pub fn from_fn(n: usize, value: impl Fn(usize, usize) -> f64) -> SymMatrix {
         SymMatrix {
             n,
@@ -30,12 +31,12 @@ impl SymMatrix {
         }
     }
 
-    /// Rows and columns.
+    /// Number of rows and of columns.
     pub fn n(&self) -> usize {
         self.n
     }
 
-    /// Where row `i` begins.
+    /// Offset of row `i` in `upper`.
     fn start(&self, i: usize) -> usize {
         i * (2 * self.n + 1 - i) / 2
     }
@@ -45,54 +46,54 @@ impl SymMatrix {
         &self.upper[self.start(i)..][..self.n - i]
     }
 
-    /// All that [`SymMatrix::row`] gives, to be changed.
+    /// All rows as [`SymMatrix::row`] gives them, mutable.
     pub fn rows_mut(&mut self) -> Vec<&mut [f64]> {
         let mut rest = &mut self.upper[..];
         (0..self.n).map(|i| rest.split_off_mut(..self.n - i).expect("rows make up the whole")).collect()
     }
 
-    /// Element (i, j).
+    /// Element (i, j) of the matrix.
     pub fn get(&self, i: usize, j: usize) -> f64 {
         let (i, j) = (i.min(j), i.max(j));
         self.upper[self.start(i) + j - i]
     }
 
-    /// The diagonal.
+    /// Diagonal elements.
     pub fn diagonal(&self) -> Vec<f64> {
         (0..self.n).map(|i| self.get(i, i)).collect()
     }
 
-    /// The mean of the diagonal.
+    /// Mean of the diagonal.
     pub fn mean_diagonal(&self) -> f64 {
         self.diagonal().iter().sum::<f64>() / self.n as f64
     }
 
-    /// Rows and columns `keep`, in that order.
+    /// Selects the rows and columns `keep`, in that order.
     pub fn select(&self, keep: &[usize]) -> SymMatrix {
         SymMatrix::from_fn(keep.len(), |i, j| self.get(keep[i], keep[j]))
     }
 }
 
-/// Sums over tokens of what a linear map sees: inputs x `[n]`, residuals r `[m]`, each token with a weight
-/// of its own.
+/// Weighted sums over tokens for one linear map: inputs x `[n]` and residuals r `[m]`, each token with its
+/// own weight.
 #[derive(Clone, Debug)]
 pub struct Moments {
-    /// Σ x xᵀ `[n, n]`.
+    /// Gram matrix Σ x xᵀ `[n, n]`.
     pub gram: SymMatrix,
-    /// Σ x rᵀ `[m, n]`: row i belongs to output i.
+    /// Cross products Σ r xᵀ `[m, n]`, row-major: row i belongs to output i.
     pub cross: Vec<f64>,
-    /// Tokens summed over.
+    /// Number of tokens in the sums.
     pub n_tokens: usize,
-    /// Σ x `[n]`; their mean once [`Moments::centre`] was called.
+    /// Sum Σ x `[n]`; the mean after [`Moments::centre`].
     pub x: Vec<f64>,
-    /// Σ r `[m]`; their mean once [`Moments::centre`] was called.
+    /// Sum Σ r `[m]`; the mean after [`Moments::centre`].
     pub r: Vec<f64>,
-    /// Weight of all tokens.
+    /// Total weight of all tokens.
     pub weight: f64,
 }
 
 impl Moments {
-    /// No tokens yet.
+    /// Sums over no tokens.
     pub fn new(n: usize, m: usize) -> Moments {
         Moments {
             gram: SymMatrix::zero(n),
@@ -104,8 +105,8 @@ impl Moments {
         }
     }
 
-    /// Adds a panel of the Gram matrix: its rows from `start` on, from column `start` on. What lies before the
-    /// diagonal is not used.
+    /// Adds a panel of the Gram matrix: its rows from `start` on, from column `start` on, row-major.
+    /// Elements before the diagonal are unused.
     ///
     /// # Panics
     /// If the panel is not made of whole rows.
@@ -117,7 +118,7 @@ impl Moments {
         rows.enumerate().for_each(|(i, (sums, row))| add(sums, &row[i..]));
     }
 
-    /// Adds to the cross products.
+    /// Adds `values` `[m, n]` to the cross products.
     ///
     /// # Panics
     /// If `values` has another size.
@@ -127,19 +128,19 @@ impl Moments {
         parts.for_each(|(sums, values)| add(sums, values));
     }
 
-    /// Adds to the sums of the inputs and of the residuals, and to the weight.
+    /// Adds to the sums of the inputs `x` `[n]` and of the residuals `r` `[m]`, and to the weight.
     ///
     /// # Panics
-    /// If there are not as many as inputs or residuals.
+    /// If `x` or `r` has another length.
     pub fn add_sums(&mut self, x: &[f32], r: &[f32], weight: f64) {
         add(&mut self.x, x);
         add(&mut self.r, r);
         self.weight += weight;
     }
 
-    /// From moments about zero to moments about the mean: what is left for a linear map to explain
-    /// once its bias takes care of the means. Of an input that does not vary only rounding would be left; it is nothing
-    /// then.
+    /// Turns moments about zero into moments about the mean.
+    /// These are left for a linear map to explain after its bias accounts for the means. An input that does
+    /// not vary would keep only rounding errors; its moments become zero.
     pub fn centre(&mut self) {
         let before = self.gram.diagonal();
         let weight = self.weight.max(f64::MIN_POSITIVE);

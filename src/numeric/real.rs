@@ -1,10 +1,10 @@
-//! The floats that algebra is done in.
+//! Floating-point types of the algebra.
 
 use faer::traits::RealField;
 
-/// 32 bits, which take half the time and memory, or 64.
+/// Floating-point type: 32 bits, which take half the time and memory, or 64.
 pub trait Real: RealField + Copy + Into<f64> {
-    /// The nearest to `x`.
+    /// Nearest value to `x`.
     fn of(x: f64) -> Self;
 }
 

@@ -2,7 +2,7 @@
 
 use super::table::megabytes;
 use crate::EvalOutcome;
-use crate::evaluate::Protocol;
+use crate::evaluate::{Metrics, Protocol};
 use serde_json::{Value, json};
 use std::fmt::Write;
 
@@ -18,15 +18,15 @@ pub fn eval_table(o: &EvalOutcome, protocol: Protocol) -> String {
     }
     line("size", megabytes(o.bytes.0), o.bytes.1.map(megabytes));
     if let Some(e) = &o.evaluation {
-        let base = e.divergence.map(|d| format!("{:.4}", d.base_ppl));
+        let base = e.compared.map(|m| format!("{:.4}", m.base_ppl));
         line("perplexity", format!("{:.4} +/- {:.5}", e.ppl, e.ppl_error), base);
-        if let Some(d) = &e.divergence {
-            line("  ratio", format!("{:.4}", e.ppl / d.base_ppl), None);
-            line("KL divergence, mean", format!("{:.6}", d.mean), None);
-            line("  median", format!("{:.6}", d.median), None);
-            line("  99 %", format!("{:.6}", d.p99), None);
-            line("  largest", format!("{:.6}", d.max), None);
-            line("same top token", format!("{:.3} %", d.top1 * 100.0), None);
+        if let Some(m) = &e.compared {
+            line("  ratio", format!("{:.4}", e.ppl / m.base_ppl), None);
+            line("KL divergence, mean", format!("{:.6}", m.kl.mean), None);
+            line("  median", format!("{:.6}", m.kl.median), None);
+            line("  99 %", format!("{:.6}", m.kl.p99), None);
+            line("  largest", format!("{:.6}", m.kl.max), None);
+            line("same top token", format!("{:.3} %", m.top1 * 100.0), None);
         }
     }
     if let Some((own, base, _)) = o.accuracy {
@@ -56,15 +56,15 @@ pub fn eval_table(o: &EvalOutcome, protocol: Protocol) -> String {
 /// An outcome as a JSON object.
 pub fn eval_json(o: &EvalOutcome, protocol: Protocol) -> String {
     let evaluation = o.evaluation.map(|e| {
-        let divergence = e.divergence.map(
-            |d| json!({ "mean": d.mean, "median": d.median, "p99": d.p99, "max": d.max, "top1": d.top1 }),
-        );
+        let divergence = e.compared.map(|Metrics { kl, top1, .. }| {
+            json!({ "mean": kl.mean, "median": kl.median, "p99": kl.p99, "max": kl.max, "top1": top1 })
+        });
         json!({
             "ppl_style": if protocol == Protocol::Llama { "llama" } else { "hf" },
             "ppl": e.ppl,
             "ppl_error": e.ppl_error,
             "tokens": e.n_scored,
-            "base_ppl": e.divergence.map(|d| d.base_ppl),
+            "base_ppl": e.compared.map(|m| m.base_ppl),
             "kl_divergence": divergence,
         })
     });

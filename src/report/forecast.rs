@@ -14,8 +14,8 @@ const WRITING: f64 = 0.14;
 pub fn dry_run_table(d: &DryRun, rate: Option<f64>) -> String {
     let f = &d.forecast;
     let groups: usize = d.before.blocks.iter().map(|b| b.n_head_kv).sum();
-    let pieces: usize = d.before.blocks.iter().map(|b| b.n_pieces(d.piece)).sum();
-    let width = pieces as f64 / d.before.blocks.len() as f64;
+    let units: usize = d.before.blocks.iter().map(|b| b.n_units(d.ffn_unit)).sum();
+    let width = units as f64 / d.before.blocks.len() as f64;
     let mut out = format!("{:<22} {:>14} {:>14}\n", "", "before", "after");
     let mut line = |label: &str, before: String, after: String, change: String| {
         let _ = writeln!(out, "{label:<22} {before:>14} {after:>14}   {change}");
@@ -32,12 +32,12 @@ pub fn dry_run_table(d: &DryRun, rate: Option<f64>) -> String {
     let label = format!("KV cache, {} tokens", d.run_ctx);
     line(&label, megabytes(before), megabytes(after), percent(before as f64, after as f64));
     line(
-        &format!("{} a block", d.piece.plural()),
+        &format!("{} a block", d.ffn_unit.plural()),
         format!("{width:.0}"),
         format!("{:.0}", f.mean_width),
         percent(width, f.mean_width),
     );
-    let (share, arch) = (f.sparsity * 100.0, f.carrier.name());
+    let (share, arch) = (f.sparsity * 100.0, f.output_arch.name());
     let _ = writeln!(out, "\nSparsity {share:.1} % of the blocks, architecture {arch}. New values have:");
     for n in &f.new_matrices {
         let blocks = format!("{:<12} of {:>3} blocks, in {}", n.role, n.n_blocks, n.written);
@@ -79,7 +79,7 @@ pub fn dry_run_table(d: &DryRun, rate: Option<f64>) -> String {
         shown(total),
         format!("{:.2} GiB", f.memory() / f64::from(1 << 30))
     );
-    let (spills, devices) = (!d.settings.shelf.is_memory(), !d.settings.devices.is_empty());
+    let (spills, devices) = (!d.settings.spill.is_memory(), !d.settings.devices.is_empty());
     if spills || devices {
         let files = if spills { "Streams are kept in files beside the output. " } else { "" };
         let there = format!("Devices take up to {:.2} GiB of theirs. ", f.on_devices() / f64::from(1 << 30));
@@ -87,7 +87,7 @@ pub fn dry_run_table(d: &DryRun, rate: Option<f64>) -> String {
         let _ = writeln!(out, "\n{files}{there}{} tokens pass through a block at a time.", d.chunk_tokens);
     }
     if d.quantises {
-        out += "\nSizes are those in the source's types, not in those of --type.\n";
+        out += "\nSizes are those in the source's types, not in the type that the result is written in.\n";
     }
     let _ = writeln!(
         out,

@@ -35,7 +35,7 @@ pub fn inspection_table(i: &Inspection) -> String {
     line("context", i.n_ctx_train.to_string());
     let types = i.types.iter().map(|(ty, n, bytes)| format!("{ty} ({n} tensors, {})", megabytes(*bytes)));
     line("types", types.collect::<Vec<_>>().join(", "));
-    line("pruned file", format!("architecture {}: {}", i.carrier.name(), i.why));
+    line("pruned file", format!("architecture {}: {}", i.output_arch.name(), i.why));
     line("sparsity", format!("up to about {:.2} of the blocks, {}", i.reachable, sizes(i)));
     out
 }
@@ -70,7 +70,7 @@ pub fn inspection_json(i: &Inspection) -> String {
         "n_vocab": i.n_vocab,
         "n_ctx_train": i.n_ctx_train,
         "types": types,
-        "carrier": { "architecture": i.carrier.name(), "why": i.why, "per_block": i.per_block },
+        "output_arch": { "architecture": i.output_arch.name(), "why": i.why, "per_block": i.per_block },
         "reachable_sparsity": i.reachable,
     });
     format!("{object:#}")

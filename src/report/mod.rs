@@ -2,7 +2,7 @@
 
 mod checks;
 mod devices;
-mod document;
+pub mod document;
 mod eval;
 mod forecast;
 mod inspect;
@@ -15,7 +15,7 @@ mod timings;
 
 pub use checks::{checks_json, checks_table};
 pub use devices::devices_table;
-pub use document::{portable, report};
+pub use document::Report;
 pub use eval::{eval_json, eval_table};
 pub use forecast::dry_run_table;
 pub use inspect::{inspection_json, inspection_table};

@@ -2,7 +2,7 @@
 
 use super::plain;
 use crate::ggml::RunMemory;
-use crate::model::Piece;
+use crate::model::FfnUnit;
 use crate::{Outcome, Size};
 use std::fmt::Write;
 
@@ -32,11 +32,11 @@ pub fn summary(o: &Outcome) -> String {
         count(&o.after),
         percent(groups(&o.before) as f64, groups(&o.after) as f64),
     );
-    let pieces = |s: &Size| s.blocks.iter().map(|b| b.n_pieces(o.piece)).sum::<usize>();
-    let (p, q) = (pieces(&o.before), pieces(&o.after));
+    let units = |s: &Size| s.blocks.iter().map(|b| b.n_units(o.ffn_unit)).sum::<usize>();
+    let (p, q) = (units(&o.before), units(&o.after));
     let of_each =
-        if o.piece == Piece::Neuron && o.after.blocks[0].n_expert > 0 { " of an expert" } else { "" };
-    let label = format!("{}{of_each}", o.piece.plural());
+        if o.ffn_unit == FfnUnit::Neuron && o.after.blocks[0].n_expert > 0 { " of an expert" } else { "" };
+    let label = format!("{}{of_each}", o.ffn_unit.plural());
     line(&label, p.to_string(), q.to_string(), percent(p as f64, q as f64));
     if let Some(r) = &o.running {
         let mut memory = |label: &str, part: fn(&RunMemory) -> u64| {
@@ -48,14 +48,14 @@ pub fn summary(o: &Outcome) -> String {
     }
     if let Some(q) = &o.quality {
         let h = &q.held_out;
-        let after = q.file_ppl.unwrap_or(h.pruned_ppl);
-        let times = format!("x {:.2}", after / h.dense_ppl);
-        line("perplexity", format!("{:.2}", h.dense_ppl), format!("{after:.2}"), times);
-        line("KL divergence", String::new(), format!("{:.4}", h.kl), "nats".into());
+        let after = q.file_ppl.unwrap_or(h.ppl);
+        let times = format!("x {:.2}", after / h.base_ppl);
+        line("perplexity", format!("{:.2}", h.base_ppl), format!("{after:.2}"), times);
+        line("KL divergence", String::new(), format!("{:.4}", h.kl.mean), "nats".into());
         line("same top token", String::new(), format!("{:.1} %", h.top1 * 100.0), String::new());
         let judge = match q.file_ppl {
             Some(_) => {
-                format!("the written file in llama.cpp; our own forward of it says {:.2}", h.pruned_ppl)
+                format!("the written file in llama.cpp; our own forward of it says {:.2}", h.ppl)
             }
             None => "our own forward; the file was not verified".into(),
         };
@@ -67,7 +67,7 @@ pub fn summary(o: &Outcome) -> String {
         );
         blocks(&mut out, o);
     }
-    if !o.rivals.is_empty() {
+    if !o.quant_baselines.is_empty() {
         let _ = writeln!(
             out,
             "\nAs many bytes by quantisation alone, with the calibration's importance matrix (in llama.cpp, on the held-out windows):"
@@ -77,15 +77,15 @@ pub fn summary(o: &Outcome) -> String {
             "{:<10} {:>12} {:>12} {:>14} {:>15}",
             "", "file", "perplexity", "KL divergence", "same top token"
         );
-        for r in &o.rivals {
+        for r in &o.quant_baselines {
             let _ = writeln!(
                 out,
                 "{:<10} {:>12} {:>12.2} {:>14.4} {:>13.1} %",
                 r.name,
                 megabytes(r.bytes),
-                r.ppl,
-                r.kl,
-                r.top1 * 100.0
+                r.metrics.ppl,
+                r.metrics.kl.mean,
+                r.metrics.top1 * 100.0
             );
         }
     }
@@ -94,7 +94,7 @@ pub fn summary(o: &Outcome) -> String {
         out,
         "\nSparsity {:.1} % of the blocks, architecture {}, {:.0} s{memory}.",
         o.sparsity * 100.0,
-        o.carrier.name(),
+        o.output_arch.name(),
         o.time.as_secs_f64()
     );
     for w in &o.warnings {
@@ -105,10 +105,10 @@ pub fn summary(o: &Outcome) -> String {
 
 /// KV heads and widths per block, ten blocks to a line.
 fn blocks(out: &mut String, o: &Outcome) {
-    let _ = writeln!(out, "\nKV heads and {} per block:", o.piece.plural());
+    let _ = writeln!(out, "\nKV heads and {} per block:", o.ffn_unit.plural());
     for (i, chunk) in o.after.blocks.chunks(10).enumerate() {
         let cells: Vec<String> =
-            chunk.iter().map(|b| format!("{:>2}·{:<5}", b.n_head_kv, b.n_pieces(o.piece))).collect();
+            chunk.iter().map(|b| format!("{:>2}·{:<5}", b.n_head_kv, b.n_units(o.ffn_unit))).collect();
         let _ = writeln!(out, "{:>4}  {}", i * 10, cells.join(" ").trim_end());
     }
 }
