@@ -1,8 +1,10 @@
-//! A model pruned on the CPU, and on devices: what each stage takes, and whether the same comes of it.
+//! Comparison of a model pruned on the CPU and on devices: the time of each stage, and whether the results
+//! agree.
 //!
 //!     cargo bench --features cuda --bench devices -- MODEL.gguf --device CUDA0
 //!
-//! Prints Markdown to be pasted into an issue. Both runs are calibrated on the same text, which the model writes once.
+//! Prints Markdown to be pasted into an issue. Both runs are calibrated on the same text, which the model
+//! writes once.
 
 use clap::Parser;
 use putri_gguf::calibrate::Recipe;
@@ -96,7 +98,7 @@ fn main() {
     }
     let seconds = [cpu, device].map(|o| o.time.as_secs_f64());
     row("in all, s", seconds, seconds[0] / seconds[1]);
-    let ppl = [cpu, device].map(|o| o.quality.as_ref().map_or(f64::NAN, |q| q.held_out.pruned_ppl));
+    let ppl = [cpu, device].map(|o| o.quality.as_ref().map_or(f64::NAN, |q| q.held_out.ppl));
     row("perplexity", ppl, ppl[1] / ppl[0]);
     let prompt = [&speeds[0], &speeds[1]].map(|s| s.prompt);
     row("llama.cpp reads, tokens/s", prompt, prompt[1] / prompt[0]);

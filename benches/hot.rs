@@ -1,23 +1,24 @@
-//! The parts that most of a run's time goes into, one by one, on random numbers.
+//! Benchmarks of the parts that take most of a run's time, one by one, on random numbers.
 //!
 //!     cargo bench --bench hot                    # all, at several sizes
 //!     cargo bench --bench hot -- 'select.*2048'  # some
 //!
-//! Throughput is in floating-point operations where they can be counted ("elem/s"), those of `forecast.rs`.
+//! Throughput is in floating-point operations if they can be counted ("elem/s"), with the counts of
+//! `forecast.rs`.
 
-#[path = "../tests/common/small.rs"]
+#[path = "../tests/common/test_model.rs"]
 #[allow(dead_code)]
-mod small;
+mod test_model;
 
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
-use putri_gguf::forward::{BlockGradient, Collect, Forward, OnTheWay, Wanted};
+use putri_gguf::forward::{BlockGradient, BlockOutputs, Collect, Forward, OnTheWay};
 use putri_gguf::ggml::{Type, operations};
 use putri_gguf::model::{Matrix, Model};
 use putri_gguf::numeric::{Cholesky, Moments, SymMatrix};
-use putri_gguf::prune::{Choice, Inverse, InverseIn, Metric, greedy, refit};
+use putri_gguf::prune::{Inverse, InverseIn, Metric, NeuronCriterion, greedy, refit};
 use putri_gguf::requant::quantise_with_feedback;
-use small::{Rng, Small};
 use std::hint::black_box;
+use test_model::{Rng, TestModel};
 
 /// Neurons of a feed-forward; outputs are three eighths as many, as in SmolLM2.
 const WIDTHS: [usize; 3] = [512, 1536, 4096];
@@ -63,7 +64,7 @@ fn algebra(c: &mut Criterion) {
         g.throughput(Throughput::Elements(cube * 31 / 24 + (n * n * m * 3 / 4) as u64));
         g.bench_function(BenchmarkId::new("select half", n), |b| {
             b.iter(|| {
-                greedy(&w, None, Inverse::new(&h, 1e-3).expect("regular"), n / 2, Choice::Loss)
+                greedy(&w, None, Inverse::new(&h, 1e-3).expect("regular"), n / 2, NeuronCriterion::Obs)
                     .expect("regular")
             });
         });
@@ -85,13 +86,13 @@ fn block(c: &mut Criterion) {
     g.sample_size(20);
     let folder = tempfile::tempdir().expect("temporary folder");
     let path = folder.path().join("in.gguf");
-    Small {
+    TestModel {
         n_embd: 576,
         head_dim: 64,
         blocks: vec![(9, 3, 1536)],
         n_ctx_train: TOKENS,
         ty: Type::Q8_0,
-        ..Small::default()
+        ..TestModel::default()
     }
     .write(&path);
     let model = Model::open(&path).expect("our own model");
@@ -103,7 +104,7 @@ fn block(c: &mut Criterion) {
         let n_embd = forward.n_embd();
         let x = Rng(2).vec(TOKENS * n_embd, 1.0);
         let (mut out, scales) = (vec![0.0; x.len()], vec![1.0; TOKENS]);
-        let heads = forward.heads(&block, &x, None).expect("engine");
+        let heads = forward.attn_out_input(&block, &x, None).expect("engine");
         let (n_in, n_out) = (w.ffn_down.n_in, w.ffn_down.n_out);
         let mut moments = forward.gathering(&block, n_in, n_out).expect("engine");
 
@@ -116,8 +117,8 @@ fn block(c: &mut Criterion) {
 
         let mut collect = || {
             let collect = Collect { target: Some(&x), scales: &scales, into: &mut moments };
-            let wanted = Wanted { moments: Some(collect), ..Wanted::default() };
-            forward.from_heads(&block, &x, &heads, wanted).expect("engine");
+            let wanted = BlockOutputs { moments: Some(collect), ..BlockOutputs::default() };
+            forward.from_attn_out_input(&block, &x, &heads, wanted).expect("engine");
         };
         let before = operations();
         collect();

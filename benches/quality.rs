@@ -1,18 +1,18 @@
-//! The yardstick: what pruning costs, on text that it was not calibrated on.
+//! Quality loss of pruning on text that it is not calibrated on.
 //!
 //!     cargo bench --bench quality -- --model M.gguf --calibrate C.txt --judge A.txt --judge B.txt
 //!
-//! Prints a row per method and sparsity: perplexity, KL divergence from the dense model and top-1
-//! agreement on every judging text. Judges are cut into windows of `--judge-ctx` tokens. All rows are
-//! calibrated on the same tokens, and with `--windows FILE` so are all runs that name that file.
+//! Prints a row per method and sparsity: perplexity, KL divergence from the dense model and top-1 agreement
+//! on every judging text. Judging texts are cut into windows of `--judge-ctx` tokens. All rows are
+//! calibrated on the same tokens. With `--windows FILE`, so are all runs that name that file.
 
 use clap::Parser;
 use putri_gguf::calibrate::{Recipe, Windows, file_windows};
-use putri_gguf::evaluate::{Comparison, Judge};
+use putri_gguf::evaluate::{Judge, Metrics};
 use putri_gguf::ggml::{LlamaModel, Token, Type, silence_logs};
 use putri_gguf::model::Model;
 use putri_gguf::pipeline::{Loss, Method, Observer, Settings};
-use putri_gguf::prune::Choice;
+use putri_gguf::prune::NeuronCriterion;
 use putri_gguf::{Job, calibration, run};
 use std::path::{Path, PathBuf};
 use std::time::Instant;
@@ -103,7 +103,7 @@ fn settings(row: &str, sparsity: f64, n_threads: usize) -> Settings {
         let (key, value) = change.split_once('=').unwrap_or((change, ""));
         let number = || value.parse::<f64>().unwrap_or_else(|_| panic!("{change}: not a number"));
         match key {
-            "mixture" => s.mixture = number(),
+            "dense_target_weight" => s.dense_target_weight = number(),
             "token_weight" => s.token_weight = number(),
             "rescored" => s.rescored = Some(number() as usize),
             "ridge_stream" => s.ridge_stream = number(),
@@ -118,16 +118,16 @@ fn settings(row: &str, sparsity: f64, n_threads: usize) -> Settings {
             "attn_output" => s.types.attn_output = Some(Type::from_name(value).expect("type")),
             "ffn_down" => s.types.ffn_down = Some(Type::from_name(value).expect("type")),
             "sensitivity_tokens" => s.sensitivity_tokens = number() as usize,
-            "twins" => s.twins = number() as usize,
-            "twins_drawn" => s.twins_drawn = number(),
+            "resample_copies" => s.resample_copies = number() as usize,
+            "resample_share" => s.resample_share = number(),
             "tune" => s.tune = number() as usize,
             "tune_rate" => s.tune_rate = number(),
             "tune_limit" => s.tune_limit = number() as usize,
             "tune_tokens" => s.tune_tokens = number() as usize,
-            "tune_drawn" => s.tune_drawn = number(),
+            "tune_resample_share" => s.tune_resample_share = number(),
             "least_width" => s.least_width = number(),
             "nobias" => s.biases = false,
-            "choice" => s.choice = Choice::named(value),
+            "criterion" => s.criterion = NeuronCriterion::named(value),
             "uniform" => s.per_block_widths = false,
             other => panic!("no setting {other}"),
         }
@@ -196,14 +196,14 @@ fn main() {
     let columns: Vec<_> = args.judge.iter().map(columns).collect();
     println!("| method | sparsity | reached | bytes | seconds | {} |", columns.join(" | "));
     println!("|---|---|---|---|---|{}", "---|---|---|".repeat(judges.len()));
-    let cells = |results: Vec<Comparison>| {
-        let cell = |r: &Comparison| format!("{:.2} | {:.4} | {:.1} %", r.ppl, r.kl, r.top1 * 100.0);
+    let cells = |results: Vec<Metrics>| {
+        let cell = |r: &Metrics| format!("{:.2} | {:.4} | {:.1} %", r.ppl, r.kl.mean, r.top1 * 100.0);
         results.iter().map(cell).collect::<Vec<_>>().join(" | ")
     };
     let bytes = dense.file.n_bytes();
     let figures = judges.iter_mut().map(|j| j.dense().expect("evaluation")).collect();
     println!("| dense | 0 | 0 | {bytes} | | {} |", cells(figures));
-    let mut compare = |model: &Model| -> Vec<Comparison> {
+    let mut compare = |model: &Model| -> Vec<Metrics> {
         judges.iter_mut().map(|j| j.compare(model).expect("evaluation")).collect()
     };
     for &sparsity in &args.sparsity {
@@ -223,7 +223,7 @@ fn main() {
             let outcome = match outcome {
                 Ok(outcome) => outcome,
                 Err(e) => {
-                    println!("| {row} | {sparsity} | {e} |");
+                    println!("| {row} | {sparsity} | {} |", putri_gguf::with_causes(&e));
                     continue;
                 }
             };

@@ -1,19 +1,19 @@
-//! What rounding ffn_down costs per type, plainly and with error feedback.
+//! Loss from rounding ffn_down, per type, plainly and with error feedback.
 //!
 //!     cargo bench --bench requant -- --model M.gguf --text T.txt
 //!
-//! The activations are the dense model's; the weights are those of the best neurons, two thirds of them,
-//! refitted to its outputs: the source's own lie on the grid of the type that they were quantised to.
-//! Refit, importance and feedback come from the windows that are fitted on; the loss is that of the
-//! outputs on windows that are not, relative to the outputs' variance and averaged over the blocks.
+//! The activations are the dense model's. The weights are those of the best two thirds of the neurons,
+//! refitted to its outputs, because the source's own lie on the grid of their quantised type. Refit,
+//! importance and feedback come from the fitted windows. The loss is that of the outputs on held-out
+//! windows, relative to the outputs' variance and averaged over the blocks.
 
 use clap::Parser;
 use putri_gguf::calibrate::file_windows;
-use putri_gguf::forward::{Collect, Forward, Gathering, Wanted};
+use putri_gguf::forward::{BlockOutputs, Collect, Forward, Gathering};
 use putri_gguf::ggml::{LlamaModel, Type, silence_logs};
 use putri_gguf::model::{Matrix, Model};
 use putri_gguf::numeric::{Moments, SymMatrix};
-use putri_gguf::prune::{Choice, Inverse, greedy};
+use putri_gguf::prune::{Inverse, NeuronCriterion, greedy};
 use putri_gguf::requant::{Quantised, quantise, quantise_with_feedback};
 use std::path::PathBuf;
 
@@ -81,14 +81,14 @@ fn main() {
         let block = forward.upload(&w).expect("engine");
         let mut moments = [(); 2].map(|()| forward.gathering(&block, w.ffn_down.n_in, 0).expect("engine"));
         for (i, x) in stream.chunks_exact_mut(args.ctx * forward.n_embd()).enumerate() {
-            let heads = forward.heads(&block, x, None).expect("engine");
+            let heads = forward.attn_out_input(&block, x, None).expect("engine");
             let mut out = vec![0.0; x.len()];
             let scales = vec![1.0; args.ctx];
             let collect =
                 Collect { target: None, scales: &scales, into: &mut moments[usize::from(judges(i))] };
             let moments = (il % args.every == 0).then_some(collect);
-            let wanted = Wanted { out: Some(&mut out), moments, mid: None };
-            forward.from_heads(&block, x, &heads, wanted).expect("engine");
+            let wanted = BlockOutputs { out: Some(&mut out), moments, mid: None };
+            forward.from_attn_out_input(&block, x, &heads, wanted).expect("engine");
             x.copy_from_slice(&out);
         }
         if il % args.every != 0 {
@@ -100,7 +100,7 @@ fn main() {
         let width = (w.ffn_down.n_in * 2 / 3).next_multiple_of(256).min(w.ffn_down.n_in);
         let inverse = Inverse::new(&fit.gram, 1e-3).expect("a regular Gram matrix");
         let (keep, refitted) =
-            greedy(&w.ffn_down, None, inverse, width, Choice::Loss).expect("a regular Gram matrix");
+            greedy(&w.ffn_down, None, inverse, width, NeuronCriterion::Obs).expect("a regular Gram matrix");
         let refitted = refitted.weights;
         let (fit_gram, judge_gram) = (fit.gram.select(&keep), judge.gram.select(&keep));
         let importance: Vec<f32> =

@@ -1,16 +1,16 @@
-//! What a block of a large model costs: time, memory, and what its matrix products reach.
+//! Cost of one block of a large model: time, memory, and the rate of its matrix products.
 //!
 //!     cargo bench --bench scale -- --shape 1b --shape 8b --blocks 2
 //!     cargo bench --bench scale -- --shape 8b --shape 70b --whole
 //!
-//! Models of a few blocks with random weights in the shapes of Llama 3, pruned on random tokens. Prints a row per
-//! stage: time and operations of a block, memory at the stage's peak (without mapped files), and what shapes said
-//! beforehand. How many neurons go, and what the search for heads looks at, does depend on the weights; what a block
-//! costs hardly does.
+//! The models have a few blocks with random weights in the shapes of Llama 3, and are pruned on random
+//! tokens. Prints a row per stage: time and operations of a block, memory at the stage's peak (without
+//! mapped files), and the forecast from the shapes. The weights influence the number of removed neurons and
+//! the steps of the head search, but hardly the cost of a block.
 
-#[path = "../tests/common/small.rs"]
+#[path = "../tests/common/test_model.rs"]
 #[allow(dead_code)]
-mod small;
+mod test_model;
 
 use clap::{Parser, ValueEnum};
 use putri_gguf::calibrate::{Recipe, Windows};
@@ -18,11 +18,11 @@ use putri_gguf::ggml::{RawGguf, Token, Type, devices, product_rate, silence_logs
 use putri_gguf::pipeline::{Observer, Settings};
 use putri_gguf::report::{Timings, dry_run_table};
 use putri_gguf::{Job, dry_run, run};
-use small::{Rng, Small};
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
+use test_model::{Rng, TestModel};
 
 #[derive(Clone, Copy, Debug, ValueEnum, PartialEq, Eq, PartialOrd, Ord)]
 enum Shape {
@@ -138,7 +138,7 @@ fn expect(shape: Shape, args: &Args, rate: f64) {
     let (n_layer, n_vocab) = shape.whole();
     let folder = tempfile::tempdir().expect("temporary folder");
     let input = folder.path().join("in.gguf");
-    let model = Small {
+    let model = TestModel {
         n_embd,
         head_dim,
         n_vocab,
@@ -146,7 +146,7 @@ fn expect(shape: Shape, args: &Args, rate: f64) {
         n_ctx_train: args.ctx,
         ty: Type::Q8_0,
         tied: false,
-        ..Small::default()
+        ..TestModel::default()
     };
     let mut header = RawGguf::empty();
     model.metadata().iter().for_each(|(key, value)| header.set(key, value));
@@ -166,7 +166,7 @@ fn expect(shape: Shape, args: &Args, rate: f64) {
     };
     let found = match dry_run(&job) {
         Ok(found) => found,
-        Err(e) => return println!("{shape:?}: {e}\n"),
+        Err(e) => return println!("{shape:?}: {}\n", putri_gguf::with_causes(&e)),
     };
     println!("{shape:?}, {n_layer} blocks, {} windows of {} tokens from a file:\n", args.chunks, args.ctx);
     println!("{}", dry_run_table(&found, Some(rate)));
@@ -198,13 +198,13 @@ fn measure(shape: Shape, args: &Args, rate: f64) {
     let (n_embd, head_dim, block) = shape.sizes();
     let folder = tempfile::tempdir().expect("temporary folder");
     let [input, output] = ["in.gguf", "out.gguf"].map(|name| folder.path().join(name));
-    let model = Small {
+    let model = TestModel {
         n_embd,
         head_dim,
         blocks: vec![block; args.blocks],
         n_ctx_train: args.ctx,
         ty: Type::Q8_0,
-        ..Small::default()
+        ..TestModel::default()
     };
     model.write(&input);
     let n_held_out = (args.chunks / 8).max(1);

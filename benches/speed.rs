@@ -1,11 +1,13 @@
-//! What pruning gains in llama.cpp: tokens per second of a model and of what it becomes at several sparsities.
+//! Speed gain of pruning in llama.cpp: tokens per second of a model and of its pruned versions at several
+//! sparsities.
 //!
 //!     cargo bench --bench speed -- MODEL.gguf --sparsity 0.1,0.25,0.5 --threads 1,2
 //!
-//! Files are measured in turn, several times over, and the best of each counts: a machine that is slower for a while is so
-//! for all of them. "Ideal" is what would come of it if time went with the weights that a token passes through: for
-//! reading, those of the blocks, for a prompt needs logits for its last token only; for writing, the bytes of all
-//! matrices, the output head's with them.
+//! Files are measured in turn, several times over, and the best of each counts, so that a slow phase of the
+//! machine affects all of them. "Ideal" is the speed if time were proportional to the weights that a token
+//! passes through. For processing (pp), these are the weights of the blocks, since a prompt needs logits
+//! for its last token only. For generation (tg), they are the bytes of all matrices, including the output
+//! head's.
 
 use clap::Parser;
 use putri_gguf::calibrate::Recipe;
@@ -127,7 +129,7 @@ fn candidates(args: &Args, folder: &Path) -> Vec<Candidate> {
         head_ctx: 64,
         curve_tokens: 256,
         sensitivity_tokens: 64,
-        twins: 0,
+        resample_copies: 0,
         tune: 0,
         n_threads: recipe.n_threads,
         ..Settings::default()

@@ -35,7 +35,7 @@ fn main() -> Result<(), JobError> {
     let outcome = run(&job, &mut Stages)?;
     println!("{}: {} bytes, {} before", outcome.output.display(), outcome.after.bytes, outcome.before.bytes);
     if let Some(q) = outcome.quality {
-        println!("perplexity {:.2}, {:.2} before", q.held_out.pruned_ppl, q.held_out.dense_ppl);
+        println!("perplexity {:.2}, {:.2} before", q.held_out.ppl, q.held_out.base_ppl);
     }
     Ok(())
 }

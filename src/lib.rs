@@ -1,8 +1,8 @@
 //! Structured pruning of GGUF language models: [`Job`] in, [`Outcome`] out.
 //!
-//! The rooms, in the order in which data flows through them: [`gguf`], [`model`], [`calibrate`],
-//! [`forward`] and [`prune`] under the hand of [`pipeline`], [`requant`], [`assemble`],
-//! [`evaluate`], [`report`]. [`ggml`] is the fence around the engine.
+//! The modules, in the order in which data flows through them: [`gguf`], [`model`], [`calibrate`],
+//! [`forward`] and [`prune`] under the control of [`pipeline`], [`requant`], [`assemble`], [`evaluate`],
+//! [`report`]. [`ggml`] is the safe interface to the engine.
 #![warn(missing_docs)]
 #![deny(unsafe_code)]
 
@@ -26,7 +26,8 @@ pub mod spill;
 pub mod text;
 
 pub use job::{
-    Check, DryRun, EvalJob, EvalOutcome, Inspection, Job, JobError, KeepState, Limit, Nested, Outcome,
-    Quality, Quantise, RUN_CTX, Rival, Running, Samples, Size, VerifyJob, calibration, check_distinct,
-    check_output, dry_run, eval, inspect, remove_temporary, run, run_nested, verify, write_whole,
+    Check, DryRun, EvalJob, EvalOutcome, ImatrixUse, Inspection, Job, JobError, KeepState, Nested, Outcome,
+    Quality, QualityLimit, QuantBaseline, Quantise, RUN_CTX, Running, Samples, Size, VerifyJob, calibration,
+    check_distinct, check_output, dry_run, eval, inspect, remove_temporary, run, run_nested, verify,
+    with_causes, write_whole,
 };

@@ -1,5 +1,5 @@
-//! Where large arrays live: in memory or, where that is short, in temporary files that the system keeps in memory as
-//! far as there is room.
+//! Storage of large arrays: in memory or, where memory is short, in temporary files.
+//! The system caches those files in memory as far as there is room.
 
 use crate::ggml::map_scratch;
 use bytemuck::Pod;
@@ -7,16 +7,16 @@ use memmap2::MmapMut;
 use std::ops::{Deref, DerefMut};
 use std::path::PathBuf;
 
-/// Makes arrays.
+/// Factory of arrays in memory or in temporary files.
 #[derive(Clone, Debug, Default)]
-pub struct Shelf {
-    /// Where arrays are put into files; without it they stay in memory.
+pub struct SpillStore {
+    /// Folder of the files; without it arrays stay in memory.
     folder: Option<PathBuf>,
 }
 
-/// Numbers in memory or in a file.
+/// Array in memory or in a file.
 #[derive(Debug)]
-pub struct Array<T>(Place<T>);
+pub struct SpillVec<T>(Place<T>);
 
 #[derive(Debug)]
 enum Place<T> {
@@ -24,10 +24,10 @@ enum Place<T> {
     File(MmapMut),
 }
 
-impl Shelf {
-    /// Arrays in files of `folder`, which have no names and are gone when the arrays are.
-    pub fn in_files(folder: PathBuf) -> Shelf {
-        Shelf { folder: Some(folder) }
+impl SpillStore {
+    /// Creates a store whose arrays are nameless files in `folder`, which vanish with the arrays.
+    pub fn in_files(folder: PathBuf) -> SpillStore {
+        SpillStore { folder: Some(folder) }
     }
 
     /// Whether arrays stay in memory.
@@ -35,25 +35,25 @@ impl Shelf {
         self.folder.is_none()
     }
 
-    /// `len` zeros.
+    /// Array of `len` zeros.
     ///
     /// # Errors
-    /// What the system says if no file can be made there, or the disk is full.
-    pub fn zeros<T: Pod>(&self, len: usize) -> std::io::Result<Array<T>> {
+    /// Returns the system's error if no file can be made there, or the disk is full.
+    pub fn zeros<T: Pod>(&self, len: usize) -> std::io::Result<SpillVec<T>> {
         let place = match &self.folder {
             Some(folder) if len > 0 => Place::File(map_scratch(folder, len * size_of::<T>())?),
             _ => Place::Memory(vec![T::zeroed(); len]),
         };
-        Ok(Array(place))
+        Ok(SpillVec(place))
     }
 
-    /// `values` themselves.
+    /// Array that holds `values`.
     ///
     /// # Errors
-    /// As [`Shelf::zeros`].
-    pub fn put<T: Pod>(&self, values: Vec<T>) -> std::io::Result<Array<T>> {
+    /// As [`SpillStore::zeros`].
+    pub fn put<T: Pod>(&self, values: Vec<T>) -> std::io::Result<SpillVec<T>> {
         if self.folder.is_none() {
-            return Ok(Array(Place::Memory(values)));
+            return Ok(SpillVec(Place::Memory(values)));
         }
         let mut array = self.zeros(values.len())?;
         array.copy_from_slice(&values);
@@ -61,13 +61,13 @@ impl Shelf {
     }
 }
 
-impl<T: Pod> From<Vec<T>> for Array<T> {
-    fn from(values: Vec<T>) -> Array<T> {
-        Array(Place::Memory(values))
+impl<T: Pod> From<Vec<T>> for SpillVec<T> {
+    fn from(values: Vec<T>) -> SpillVec<T> {
+        SpillVec(Place::Memory(values))
     }
 }
 
-impl<T: Pod> Deref for Array<T> {
+impl<T: Pod> Deref for SpillVec<T> {
     type Target = [T];
 
     fn deref(&self) -> &[T] {
@@ -78,12 +78,22 @@ impl<T: Pod> Deref for Array<T> {
     }
 }
 
-impl<T: Pod> DerefMut for Array<T> {
+impl<T: Pod> DerefMut for SpillVec<T> {
     fn deref_mut(&mut self) -> &mut [T] {
         match &mut self.0 {
             Place::Memory(values) => values,
             Place::File(map) => bytemuck::cast_slice_mut(map),
         }
+    }
+}
+
+/// The system's error about a temporary file, without the file's name: tempfile adds the name, and nobody
+/// knows it.
+pub(crate) fn without_path(e: std::io::Error) -> std::io::Error {
+    let text = e.to_string();
+    match text.rsplit_once(" at path ") {
+        Some((said, _)) if e.raw_os_error().is_none() => std::io::Error::new(e.kind(), said),
+        _ => e,
     }
 }
 
@@ -94,24 +104,15 @@ mod tests {
     #[test]
     fn arrays_in_files_are_like_those_in_memory() {
         let folder = tempfile::tempdir().unwrap();
-        let shelf = Shelf::in_files(folder.path().into());
+        let spill = SpillStore::in_files(folder.path().into());
         let values: Vec<f32> = (0..1_000_003).map(|i| i as f32).collect();
-        let mut kept = shelf.put(values.clone()).unwrap();
+        let mut kept = spill.put(values.clone()).unwrap();
         assert_eq!(*kept, values[..]);
         kept[77] = -1.0;
         assert_eq!((kept[76], kept[77]), (76.0, -1.0));
-        assert!(shelf.zeros::<u16>(70_000).unwrap().iter().all(|v| *v == 0));
-        assert!(shelf.zeros::<f32>(0).unwrap().is_empty());
+        assert!(spill.zeros::<u16>(70_000).unwrap().iter().all(|v| *v == 0));
+        assert!(spill.zeros::<f32>(0).unwrap().is_empty());
         assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 0, "files without names");
-        assert!(Shelf::in_files(folder.path().join("nowhere")).zeros::<f32>(1).is_err());
-    }
-}
-
-/// What the system said of a temporary file, without its name, which tempfile adds and nobody knows.
-pub(crate) fn without_path(e: std::io::Error) -> std::io::Error {
-    let text = e.to_string();
-    match text.rsplit_once(" at path ") {
-        Some((said, _)) if e.raw_os_error().is_none() => std::io::Error::new(e.kind(), said),
-        _ => e,
+        assert!(SpillStore::in_files(folder.path().join("nowhere")).zeros::<f32>(1).is_err());
     }
 }

@@ -1,16 +1,16 @@
-//! Bad input gets one clear line and leaves nothing behind.
+//! Bad input gives one clear line and leaves no files behind.
 
 mod common;
 
 use common::cli::Cli;
-use common::small::Small;
+use common::test_model::TestModel;
 use putri_gguf::gguf::{Value, write_gguf};
 
 const IN: &str = "in.gguf";
 
 fn with_model() -> Cli {
     let cli = Cli::new();
-    Small::default().write(&cli.path(IN));
+    TestModel::default().write(&cli.path(IN));
     cli
 }
 
@@ -52,7 +52,7 @@ fn cut_short() {
 #[test]
 fn unsupported_architecture() {
     let cli = Cli::new();
-    Small { arch: "mamba", ..Small::default() }.write(&cli.path(IN));
+    TestModel { arch: "mamba", ..TestModel::default() }.write(&cli.path(IN));
     prune(&cli, &[], 1, &["mamba", "llama", "deci"]);
 }
 
@@ -72,22 +72,22 @@ fn what_goes_with_a_model_and_is_none() {
     }
     let heads = vec![("nextn_predict_layers", Value::U32(1))];
     let cli = Cli::new();
-    Small { arch: "glm4", extra: heads, ..Small::default() }.write(&cli.path(IN));
+    TestModel { arch: "glm4", extra: heads, ..TestModel::default() }.write(&cli.path(IN));
     prune(&cli, &[], 1, &[IN, "multi-token prediction"]);
 }
 
 #[test]
 fn experts_that_cannot_be() {
     let cli = Cli::new();
-    let with = |extra: Vec<(&'static str, Value)>, small: Small| {
-        Small { extra, ..small }.write(&cli.path(IN));
+    let with = |extra: Vec<(&'static str, Value)>, small: TestModel| {
+        TestModel { extra, ..small }.write(&cli.path(IN));
     };
     let of = |n: u32| ("expert_count", Value::U32(n));
-    with(vec![of(8)], Small { arch: "gemma3", ..Small::default() });
+    with(vec![of(8)], TestModel { arch: "gemma3", ..TestModel::default() });
     prune(&cli, &[], 1, &["8 experts", "gemma3"]);
-    with(vec![of(8)], Small::default());
+    with(vec![of(8)], TestModel::default());
     prune(&cli, &[], 1, &["expert_used_count", "0 of 8"]);
-    let mixture = Small { experts: Some([8, 2, 0]), ..Small::default() };
+    let mixture = TestModel { experts: Some([8, 2, 0]), ..TestModel::default() };
     with(vec![("expert_used_count", Value::U32(9))], mixture.clone());
     prune(&cli, &[], 1, &["expert_used_count", "9 of 8"]);
     with(vec![("expert_group_count", Value::U32(2))], mixture.clone());
@@ -111,14 +111,14 @@ fn keys_that_cannot_be() {
         ("nextn_predict_layers", Value::U32(1), "multi-token"),
     ] {
         let cli = Cli::new();
-        Small { extra: vec![(key, value)], ..Small::default() }.write(&cli.path(IN));
+        TestModel { extra: vec![(key, value)], ..TestModel::default() }.write(&cli.path(IN));
         prune(&cli, &[], 1, &[IN, part]);
     }
 }
 
 #[test]
 fn gemma3_that_cannot_be() {
-    let gemma = Small::gemma3();
+    let gemma = TestModel::gemma3();
     for (key, value, part) in [
         ("attention.sliding_window_pattern", Value::u32_array(&[1, 0]), "2 elements for 7 blocks"),
         ("attention.key_length_swa", Value::U32(32), "attention.key_length_swa"),
@@ -127,12 +127,12 @@ fn gemma3_that_cannot_be() {
     ] {
         let cli = Cli::new();
         let extra = [gemma.extra.clone(), vec![(key, value)]].concat();
-        Small { extra, ..gemma.clone() }.write(&cli.path(IN));
+        TestModel { extra, ..gemma.clone() }.write(&cli.path(IN));
         prune(&cli, &[], 1, &[IN, part]);
     }
     // Its graph has no frequency factors, so its loader refuses them.
     let cli = Cli::new();
-    Small { rope_freqs: true, ..gemma }.write(&cli.path(IN));
+    TestModel { rope_freqs: true, ..gemma }.write(&cli.path(IN));
     prune(&cli, &[], 1, &["rope_freqs.weight", "not known in architecture gemma3"]);
 }
 
@@ -140,19 +140,29 @@ fn gemma3_that_cannot_be() {
 fn tensors_that_do_not_fit() {
     let cli = Cli::new();
     // The metadata promises wider blocks than there are.
-    Small { extra: vec![("feed_forward_length", Value::U32(128))], ..Small::default() }.write(&cli.path(IN));
+    TestModel { extra: vec![("feed_forward_length", Value::U32(128))], ..TestModel::default() }
+        .write(&cli.path(IN));
     prune(&cli, &[], 1, &["blk.0.ffn_gate.weight", "[64, 96]", "[64, 128]"]);
-    Small { extra: vec![("block_count", Value::U32(4))], ..Small::default() }.write(&cli.path(IN));
+    TestModel { extra: vec![("block_count", Value::U32(4))], ..TestModel::default() }.write(&cli.path(IN));
     prune(&cli, &[], 1, &["blk.3."]);
-    Small { extra: vec![("block_count", Value::U32(2))], ..Small::default() }.write(&cli.path(IN));
+    TestModel { extra: vec![("block_count", Value::U32(2))], ..TestModel::default() }.write(&cli.path(IN));
     prune(&cli, &[], 1, &["blk.2.", "not known"]);
 }
 
 #[test]
 fn twins_where_there_are_none() {
-    prune(&with_model(), &["--method", "paper", "--twins", "1"], 2, &["--twins", "--method putri"]);
-    prune(&with_model(), &["--twins", "101"], 2, &["101"]);
-    with_model().fails(&[IN, "out.gguf", "--sparsity", "0", "--twins", "1"], 2, &["--twins", "only copies"]);
+    prune(
+        &with_model(),
+        &["--method", "paper", "--resample-copies", "1"],
+        2,
+        &["--resample-copies", "--method putri"],
+    );
+    prune(&with_model(), &["--resample-copies", "101"], 2, &["101"]);
+    with_model().fails(
+        &[IN, "out.gguf", "--sparsity", "0", "--resample-copies", "1"],
+        2,
+        &["--resample-copies", "only copies"],
+    );
 }
 
 #[test]
@@ -248,7 +258,7 @@ fn outputs_have_the_permissions_of_new_files() {
     {
         private(source);
         let line = format!(
-            "umask {umask}; $P {IN} out.gguf --sparsity 0.25 -c 64 --chunks 4 --twins 0 -t 1 -q --force --report r.json --package p"
+            "umask {umask}; $P {IN} out.gguf --sparsity 0.25 -c 64 --chunks 4 --resample-copies 0 -t 1 -q --force --report r.json --package p"
         );
         let status = std::process::Command::new("bash")
             .current_dir(cli.dir.path())
@@ -281,7 +291,7 @@ fn alignments_that_llama_cpp_stops_on() {
     let refused = (0..4).filter(|i| {
         let word = "w".repeat(8 * i + 1);
         let extra = vec![("word", Value::Str(word.into()))];
-        Small { extra, ..Small::default() }.write(&cli.path(IN));
+        TestModel { extra, ..TestModel::default() }.write(&cli.path(IN));
         let mut bytes = std::fs::read(cli.path(IN)).unwrap();
         let key = b"general.alignment";
         // Behind the key stands the number of its type, in 32 bits.
@@ -339,7 +349,7 @@ fn no_space() {
 
 #[test]
 fn windows_longer_than_the_model_knows() {
-    prune(&with_model(), &["--ctx-size", "512"], 1, &["256 tokens", "--ctx-size 512"]);
+    prune(&with_model(), &["--ctx-size", "512"], 1, &["256 tokens", "windows of 512", "--ctx-size 256"]);
 }
 
 #[test]

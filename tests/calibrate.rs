@@ -1,8 +1,8 @@
-//! Calibration windows: reproducible, of the right length, and from where they should be.
+//! Calibration windows are reproducible, have the right length and the right origin.
 
 mod common;
 
-use common::small::Small;
+use common::test_model::TestModel;
 use common::{TEXT, smollm2};
 use putri_gguf::calibrate::{CalibrateError, Origin, Recipe, Schedule, Windows, collect, generate};
 use putri_gguf::evaluate::{Protocol, evaluate};
@@ -65,7 +65,7 @@ fn chats_follow_the_models_template() {
     }
     // A model without a template cannot.
     let dir = tempfile::tempdir().unwrap();
-    Small::default().write(&dir.path().join("m.gguf"));
+    TestModel::default().write(&dir.path().join("m.gguf"));
     let plain = LlamaModel::load(&dir.path().join("m.gguf")).unwrap();
     let refused = generate(&plain, &schedule, 1, &mut |_, _| true);
     assert!(matches!(refused, Err(CalibrateError::NoTemplate)));
@@ -94,7 +94,7 @@ fn windows_come_from_text_and_model_by_share() {
     silence_logs();
     let dir = tempfile::tempdir().unwrap();
     let (path, text) = (dir.path().join("m.gguf"), dir.path().join("t.txt"));
-    Small::default().write(&path);
+    TestModel::default().write(&path);
     std::fs::write(&text, TEXT.repeat(3)).unwrap();
     let model = LlamaModel::load(&path).unwrap();
     for (share, n_self) in [(0.0, 0), (0.5, 4), (1.0, 8)] {
@@ -116,7 +116,7 @@ fn little_text_gives_fewer_windows_and_none_an_error() {
     silence_logs();
     let dir = tempfile::tempdir().unwrap();
     let (path, text) = (dir.path().join("m.gguf"), dir.path().join("t.txt"));
-    Small::default().write(&path);
+    TestModel::default().write(&path);
     let model = LlamaModel::load(&path).unwrap();
     let with = |n: usize| {
         std::fs::write(&text, "a".repeat(n)).unwrap();
@@ -140,7 +140,7 @@ fn generation_can_be_stopped() {
     silence_logs();
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("m.gguf");
-    Small::default().write(&path);
+    TestModel::default().write(&path);
     let model = LlamaModel::load(&path).unwrap();
     let stopped = collect(&model, &recipe(32, 4, 1.0), &mut Vec::new(), |_, done, _| done < 20);
     assert!(matches!(stopped, Err(CalibrateError::Interrupted)));
@@ -151,7 +151,7 @@ fn reading_a_text_can_be_stopped_and_is_told() {
     silence_logs();
     let dir = tempfile::tempdir().unwrap();
     let (path, text) = (dir.path().join("m.gguf"), dir.path().join("t.txt"));
-    Small::default().write(&path);
+    TestModel::default().write(&path);
     // Of more than is tokenised as a whole.
     std::fs::write(&text, (TEXT.to_owned() + "\n").repeat(4000)).unwrap();
     let model = LlamaModel::load(&path).unwrap();
@@ -176,7 +176,7 @@ fn own_text_begins_with_the_token_that_is_given() {
     silence_logs();
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("m.gguf");
-    Small::default().write(&path);
+    TestModel::default().write(&path);
     let model = LlamaModel::load(&path).unwrap();
     for (start, first) in [(None, 1), (Some(2), 2)] {
         let r = Recipe { start, ..recipe(32, 2, 1.0) };

@@ -1,16 +1,18 @@
-//! Numbers that go wrong: activations without variance, too few tokens, weights out of range. The result is finite and
-//! does in llama.cpp what we say, or there is none and a line says why.
+//! Degenerate numbers: activations without variance, too few tokens, weights out of range.
+//!
+//! The result is finite and behaves in llama.cpp as our forward pass predicts, or there is no result and
+//! one line gives the reason.
 
 mod common;
 
 use common::cli::Cli;
-use common::small::Small;
+use common::test_model::TestModel;
 use putri_gguf::ggml::{Type, silence_logs};
 use putri_gguf::gguf::{GgufFile, OutTensor, write_gguf};
 use std::borrow::Cow;
 
 /// Writes `small` with values that `change` has changed, in place, by tensor.
-fn write(cli: &Cli, small: &Small, change: impl Fn(&str, &[usize], &mut Vec<f32>)) {
+fn write(cli: &Cli, small: &TestModel, change: impl Fn(&str, &[usize], &mut Vec<f32>)) {
     let tensors = small.tensors().into_iter().map(|(name, ty, ne, mut values)| {
         change(&name, &ne, &mut values);
         let bytes = ty.quantize(&values, ne[0], None).unwrap();
@@ -41,7 +43,7 @@ const SHORT: [&str; 4] = ["-c", "64", "--chunks", "8"];
 fn neurons_that_never_fire() {
     silence_logs();
     let cli = Cli::new();
-    let small = Small { blocks: vec![(4, 2, 256); 3], ..Small::default() };
+    let small = TestModel { blocks: vec![(4, 2, 256); 3], ..TestModel::default() };
     // Some neurons, all of a block, and all of all blocks.
     let dead = |share: usize, block: &'static str| {
         move |name: &str, ne: &[usize], values: &mut Vec<f32>| {
@@ -63,7 +65,7 @@ fn neurons_that_never_fire() {
 fn heads_that_say_nothing() {
     silence_logs();
     let cli = Cli::new();
-    let small = Small { blocks: vec![(4, 2, 256); 3], ..Small::default() };
+    let small = TestModel { blocks: vec![(4, 2, 256); 3], ..TestModel::default() };
     for part in ["attn_v", "attn_output", "attn_q"] {
         write(&cli, &small, |name, _, values| {
             if name.contains(part) {
@@ -78,7 +80,7 @@ fn heads_that_say_nothing() {
 fn activations_that_do_not_vary() {
     silence_logs();
     let cli = Cli::new();
-    let small = Small { blocks: vec![(4, 2, 256); 3], tied: false, ..Small::default() };
+    let small = TestModel { blocks: vec![(4, 2, 256); 3], tied: false, ..TestModel::default() };
     // All tokens are the same to the model; the stream is the same everywhere.
     write(&cli, &small, |name, ne, values| {
         if name.contains("token_embd") {
@@ -106,7 +108,7 @@ fn activations_that_do_not_vary() {
 fn fewer_tokens_than_neurons() {
     silence_logs();
     let cli = Cli::new();
-    Small { blocks: vec![(4, 2, 512); 3], ..Small::default() }.write(&cli.path("in.gguf"));
+    TestModel { blocks: vec![(4, 2, 512); 3], ..TestModel::default() }.write(&cli.path("in.gguf"));
     for (name, args) in [
         ("16 tokens", ["-c", "16", "--chunks", "1"]),
         ("64 tokens", ["-c", "32", "--chunks", "2"]),
@@ -121,7 +123,7 @@ fn fewer_tokens_than_neurons() {
 fn weights_at_the_ends_of_their_range() {
     silence_logs();
     let cli = Cli::new();
-    let small = Small { ty: Type::F16, blocks: vec![(4, 2, 256); 3], ..Small::default() };
+    let small = TestModel { ty: Type::F16, blocks: vec![(4, 2, 256); 3], ..TestModel::default() };
     // Scales that half precision just holds, and others that it does not tell from nothing.
     for (name, factor) in [("large", 2e3f32), ("tiny", 1e-7)] {
         write(&cli, &small, |tensor, _, values| {
@@ -154,7 +156,7 @@ fn weights_at_the_ends_of_their_range() {
 fn a_bad_result_says_so() {
     silence_logs();
     let cli = Cli::new();
-    Small { blocks: vec![(4, 2, 256); 3], ..Small::default() }.write(&cli.path("in.gguf"));
+    TestModel { blocks: vec![(4, 2, 256); 3], ..TestModel::default() }.write(&cli.path("in.gguf"));
     let args = ["in.gguf", "out.gguf", "--sparsity", "0.8", "-c", "64", "--chunks", "8", "-t", "1", "-q"];
     let said = cli.ok(&args);
     assert!(said.contains("note: 80 % pruned without training afterwards"), "{said}");

@@ -1,16 +1,16 @@
-//! Graphs on devices, against the same on the CPU.
+//! Graphs on devices, compared with the same graphs on the CPU.
 //!
-//! By default the devices are two RPC servers of this very process on the loopback interface: real backends with memory of
-//! their own, behind a socket. PUTRI_TEST_DEVICE names another, as in Vulkan0.
+//! By default the devices are two RPC servers of this very process on the loopback interface: real backends
+//! with their own memory, behind a socket. PUTRI_TEST_DEVICE names another device, such as Vulkan0.
 
 mod common;
 
 use common::cli::Cli;
-use common::small::{Rng, Small};
+use common::test_model::{Rng, TestModel};
 use common::{TEXT, compare_logits, logits};
 use putri_gguf::evaluate::{llama_losses, own_losses};
 use putri_gguf::forward::{
-    Block, BlockGradient, CHUNK_TOKENS, Collect, Forward, InputSquares, OnTheWay, Wanted,
+    Block, BlockGradient, BlockOutputs, CHUNK_TOKENS, Collect, Forward, InputSquares, OnTheWay,
 };
 use putri_gguf::ggml::{
     Compute, Device, LlamaModel, Offload, Type, add_server, devices, serve, silence_logs,
@@ -89,13 +89,13 @@ impl Devices {
     }
 }
 
-fn families() -> Vec<(&'static str, Small)> {
+fn families() -> Vec<(&'static str, TestModel)> {
     let mut all = vec![
-        ("llama", Small { blocks: vec![(6, 2, 160); 3], n_embd: 96, ..Small::default() }),
-        ("gemma3", Small::gemma3()),
+        ("llama", TestModel { blocks: vec![(6, 2, 160); 3], n_embd: 96, ..TestModel::default() }),
+        ("gemma3", TestModel::gemma3()),
     ];
-    all.extend(Small::rows());
-    all.extend(Small::mixtures());
+    all.extend(TestModel::variants());
+    all.extend(TestModel::mixtures());
     all
 }
 
@@ -135,16 +135,24 @@ fn collected(forward: &mut Forward, block: &Block, x: &[f32], n_ff: usize) -> Ve
         let gram = (0..m.gram.n()).flat_map(|i| m.gram.row(i).to_vec()).collect();
         found.extend(what.into_iter().zip([gram, m.cross.clone(), m.x.clone()]));
     };
-    let width = forward.heads(block, x, None).unwrap().len() / scales.len();
+    let width = forward.attn_out_input(block, x, None).unwrap().len() / scales.len();
     let [mut at_heads, mut at_neurons] = [width, n_ff].map(|n| forward.gathering(block, n, n_embd).unwrap());
     // In parts of two windows that add up, more than are added up there at a time.
     let two = 2 * forward.n_ctx() * n_embd;
     for part in (0..x.len()).step_by(two).map(|start| start..start + two) {
         let scales = &scales[part.start / n_embd..part.end / n_embd];
         let (x, target) = (&x[part.clone()], Some(&target[part]));
-        let heads = forward.heads(block, x, Some(Collect { target, scales, into: &mut at_heads })).unwrap();
+        let attn_out_input =
+            forward.attn_out_input(block, x, Some(Collect { target, scales, into: &mut at_heads })).unwrap();
         let moments = Some(Collect { target, scales, into: &mut at_neurons });
-        forward.from_heads(block, x, &heads, Wanted { moments, ..Wanted::default() }).unwrap();
+        forward
+            .from_attn_out_input(
+                block,
+                x,
+                &attn_out_input,
+                BlockOutputs { moments, ..BlockOutputs::default() },
+            )
+            .unwrap();
     }
     add(["Gram of heads", "cross of heads", "sums of heads"], &at_heads.finish());
     add(["Gram of neurons", "cross of neurons", "sums of neurons"], &at_neurons.finish());
@@ -169,7 +177,7 @@ fn sums_for_the_algebra_are_those_of_the_cpu() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("m.gguf");
     for (n_embd, n_ff) in [(64, 96), (96, 352), (128, 512)] {
-        Small { n_embd, blocks: vec![(4, 2, n_ff); 2], ..Small::default() }.write(&path);
+        TestModel { n_embd, blocks: vec![(4, 2, n_ff); 2], ..TestModel::default() }.write(&path);
         let model = Model::open(&path).unwrap();
         let w = model.block(1).unwrap();
         let x = Rng(5).vec(20 * N_CTX * n_embd, 1.0);
@@ -195,7 +203,8 @@ fn llama_cpp_predicts_the_same_there() {
     let there = under_test();
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("m.gguf");
-    Small { ty: Type::Q8_0, n_embd: 96, blocks: vec![(6, 2, 160); 3], ..Small::default() }.write(&path);
+    TestModel { ty: Type::Q8_0, n_embd: 96, blocks: vec![(6, 2, 160); 3], ..TestModel::default() }
+        .write(&path);
     let offload = Offload { devices: there.all.clone(), n_layers: usize::MAX };
     let tokens: Vec<i32> = (0..60).map(|i| 3 + i * 11 % 200).collect();
     let losses = |m: LlamaModel| llama_losses(&m, &tokens, 1).unwrap();
@@ -208,7 +217,7 @@ fn llama_cpp_predicts_the_same_there() {
 fn what_the_command_makes_there_is_as_good() {
     let devices = under_test();
     let cli = Cli::new();
-    Small { ty: Type::Q8_0, n_embd: 96, blocks: vec![(6, 3, 256); 4], ..Small::default() }
+    TestModel { ty: Type::Q8_0, n_embd: 96, blocks: vec![(6, 3, 256); 4], ..TestModel::default() }
         .write(&cli.path("in.gguf"));
     std::fs::write(cli.path("text.txt"), TEXT.repeat(12)).unwrap();
     let quick =
@@ -252,7 +261,8 @@ fn memory_there_is_foreseen_and_kept_within() {
     let devices = under_test();
     let cli = Cli::new();
     let path = cli.path("in.gguf");
-    Small { n_embd: 128, blocks: vec![(8, 4, 512); 3], n_vocab: 600, ..Small::default() }.write(&path);
+    TestModel { n_embd: 128, blocks: vec![(8, 4, 512); 3], n_vocab: 600, ..TestModel::default() }
+        .write(&path);
     std::fs::write(cli.path("text.txt"), TEXT.repeat(60)).unwrap();
     let model = Model::open(&path).unwrap();
     let args: Vec<&str> = devices.args.iter().map(String::as_str).collect();
@@ -280,7 +290,12 @@ fn memory_there_is_foreseen_and_kept_within() {
     cli.fails(
         &[&prune[..], &["--max-device-memory", "1M"]].concat(),
         1,
-        &["--device: 0.00 GiB of memory on a device are not enough", "with one window at a time"],
+        &[
+            "a device has too little memory: 0.00 GiB of memory on a device are not enough",
+            "with one window at a time",
+            "raise --max-device-memory",
+            "--device",
+        ],
     );
     cli.fails(
         &["in.gguf", "x.gguf", "--sparsity", "0.2", "--max-device-memory", "1G", "-q"],
@@ -293,7 +308,7 @@ fn memory_there_is_foreseen_and_kept_within() {
 fn devices_are_listed_and_what_is_none_is_refused() {
     let there = under_test();
     let cli = Cli::new();
-    Small::default().write(&cli.path("in.gguf"));
+    TestModel::default().write(&cli.path("in.gguf"));
     let args: Vec<&str> = there.args.iter().map(String::as_str).collect();
     let prune = ["in.gguf", "out.gguf", "--sparsity", "0.2", "-q"];
     cli.fails(&[&prune[..], &["--device", "CUDA9"]].concat(), 2, &["--device CUDA9", "not a device here"]);

@@ -1,24 +1,24 @@
-//! What `eval` measures, against sums over our own forward's logits.
+//! Results of `eval`, compared with sums over the logits of our own forward pass.
 
 mod common;
 
 use common::cli::Cli;
-use common::small::Small;
+use common::test_model::TestModel;
 use common::{TEXT, our_logits};
 use putri_gguf::ggml::{LlamaModel, silence_logs};
 use serde_json::Value as Json;
 
 const N_CTX: usize = 64;
 
-fn small() -> Small {
-    Small { blocks: vec![(4, 2, 96); 3], ..Small::default() }
+fn small() -> TestModel {
+    TestModel { blocks: vec![(4, 2, 96); 3], ..TestModel::default() }
 }
 
 fn cli() -> Cli {
     silence_logs();
     let cli = Cli::new();
     small().write(&cli.path("a.gguf"));
-    Small { seed: 2, ..small() }.write(&cli.path("b.gguf"));
+    TestModel { seed: 2, ..small() }.write(&cli.path("b.gguf"));
     std::fs::write(cli.path("t.txt"), TEXT.to_owned() + "\n").unwrap();
     cli
 }
@@ -163,7 +163,7 @@ fn speed_is_measured_and_tables_name_everything() {
 #[test]
 fn a_model_of_few_positions_is_measured_within_them() {
     let cli = cli();
-    let gpt2 = Small {
+    let gpt2 = TestModel {
         arch: "gpt2",
         biases: true,
         fused_qkv: true,
@@ -198,7 +198,7 @@ fn what_cannot_be_measured_is_refused() {
     }
     std::fs::write(cli.path("bad.txt"), "a\n9\nb\nc\nd\ne\n").unwrap();
     cli.fails(&["eval", "a.gguf", "--hellaswag", "bad.txt"], 1, &["bad.txt", "line 2"]);
-    Small { n_vocab: 300, ..small() }.write(&cli.path("c.gguf"));
+    TestModel { n_vocab: 300, ..small() }.write(&cli.path("c.gguf"));
     let args = ["eval", "a.gguf", "--base", "c.gguf", "-f", "t.txt", "-c", "64", "-q"];
     cli.fails(&args, 1, &["288 and 300", "cannot be compared"]);
 }

@@ -1,11 +1,11 @@
-//! Experts against their definition.
+//! Experts, compared with their definition.
 
 mod common;
 
-use common::small::{Rng, Small};
+use common::test_model::{Rng, TestModel};
 use putri_gguf::forward::{Block, ExpertUse, Forward};
 use putri_gguf::model::{BlockWeights, Matrix, Model};
-use putri_gguf::prune::{busiest, heaviest};
+use putri_gguf::prune::{top_by_router_weighted_norm, top_by_weight_norm};
 
 fn product(m: &Matrix, x: &[f64]) -> Vec<f64> {
     let dot = |row: &[f32]| row.iter().zip(x).map(|(w, x)| f64::from(*w) * x).sum();
@@ -79,7 +79,7 @@ fn the_heaviest_neurons_have_the_largest_weights() {
             norm(&gate.select_rows(&[j])) * norm(&up.select_rows(&[j])) * norm(&down.select_cols(&[j]))
         };
         for n in [1, n_ff / 2, n_ff] {
-            let kept = heaviest(&gate, &up, &down, n);
+            let kept = top_by_weight_norm(&gate, &up, &down, n);
             let least = kept.iter().map(|&j| size(j)).fold(f64::INFINITY, f64::min);
             assert!(kept.len() == n && kept.is_sorted());
             assert!((0..n_ff).filter(|j| !kept.contains(j)).all(|j| size(j) <= least));
@@ -90,7 +90,7 @@ fn the_heaviest_neurons_have_the_largest_weights() {
 #[test]
 fn each_token_goes_through_those_it_chooses() {
     const N_CTX: usize = 40;
-    for (name, small) in Small::mixtures() {
+    for (name, small) in TestModel::mixtures() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("small.gguf");
         small.write(&path);
@@ -146,7 +146,7 @@ fn each_token_goes_through_those_it_chooses() {
         moments_are_those_of_its_tokens(&mut forward, &block, &w, &mid, name);
         for n in [1, n_expert / 2, n_expert] {
             let mean = |i: usize| expected.energy[i] / expected.n_tokens[i].max(1) as f64;
-            let kept = busiest(&used.energy, &used.n_tokens, n);
+            let kept = top_by_router_weighted_norm(&used.energy, &used.n_tokens, n);
             let least = kept.iter().map(|&i| mean(i)).fold(f64::INFINITY, f64::min);
             let others = (0..n_expert).filter(|i| !kept.contains(i));
             assert!(kept.len() == n && kept.is_sorted());

@@ -1,76 +1,87 @@
-//! What a run is said to need beforehand, against what it then took.
+//! Forecast of a run's needs, compared with its actual needs.
 
 mod common;
 
 use common::cli::Cli;
-use common::small::Small;
+use common::test_model::TestModel;
 use putri_gguf::calibrate::Windows;
 use putri_gguf::ggml::{Token, silence_logs};
 use putri_gguf::gguf::GgufFile;
-use putri_gguf::model::{Model, Piece};
+use putri_gguf::model::{FfnUnit, Model};
 use putri_gguf::pipeline::{Calibration, NoRoom, Observer, Settings, forecast, run, within_memory};
-use putri_gguf::prune::Choice;
+use putri_gguf::prune::NeuronCriterion;
 use putri_gguf::report::Timings;
-use putri_gguf::spill::Shelf;
+use putri_gguf::spill::SpillStore;
 
-fn models() -> Vec<(&'static str, Small, usize, Piece)> {
-    let mixture = Small {
+fn models() -> Vec<(&'static str, TestModel, usize, FfnUnit)> {
+    let mixture = TestModel {
         arch: "qwen2moe",
         tied: false,
         experts: Some([8, 2, 64]),
         blocks: vec![(4, 2, 128); 4],
         n_embd: 128,
         head_dim: 32,
-        ..Small::default()
+        ..TestModel::default()
     };
     let dense = [
-        ("short windows", Small { blocks: vec![(8, 4, 512); 4], n_embd: 256, ..Small::default() }, 256),
+        (
+            "short windows",
+            TestModel { blocks: vec![(8, 4, 512); 4], n_embd: 256, ..TestModel::default() },
+            256,
+        ),
         (
             "long windows",
-            Small { blocks: vec![(4, 2, 384); 3], n_embd: 128, n_ctx_train: 1024, ..Small::default() },
+            TestModel {
+                blocks: vec![(4, 2, 384); 3],
+                n_embd: 128,
+                n_ctx_train: 1024,
+                ..TestModel::default()
+            },
             1024,
         ),
         (
             "gemma3",
-            Small { arch: "gemma3", blocks: vec![(4, 1, 512); 7], n_embd: 128, ..Small::default() },
+            TestModel { arch: "gemma3", blocks: vec![(4, 1, 512); 7], n_embd: 128, ..TestModel::default() },
             256,
         ),
         (
             "deep",
-            Small { arch: "gemma3", blocks: vec![(4, 1, 512); 20], n_embd: 128, ..Small::default() },
+            TestModel { arch: "gemma3", blocks: vec![(4, 1, 512); 20], n_embd: 128, ..TestModel::default() },
             256,
         ),
         (
             "deep, every block as wide as it should be",
-            Small { blocks: vec![(4, 2, 256); 18], n_embd: 128, head_dim: 32, ..Small::default() },
+            TestModel { blocks: vec![(4, 2, 256); 18], n_embd: 128, head_dim: 32, ..TestModel::default() },
             256,
         ),
         (
             "no gate",
-            Small {
+            TestModel {
                 arch: "arcee",
                 head_dim: 32,
                 blocks: vec![(4, 2, 512); 4],
                 n_embd: 128,
-                ..Small::default()
+                ..TestModel::default()
             },
             256,
         ),
         (
             "fused gate, written as deci",
-            Small {
+            TestModel {
                 arch: "phi3",
                 head_dim: 32,
                 blocks: vec![(4, 2, 512); 4],
                 n_embd: 128,
-                ..Small::default()
+                ..TestModel::default()
             },
             256,
         ),
     ];
-    let dense = dense.into_iter().map(|(name, small, n_ctx)| (name, small, n_ctx, Piece::Neuron));
-    let mixtures =
-        [("experts", mixture.clone(), 256, Piece::Expert), ("narrow experts", mixture, 256, Piece::Neuron)];
+    let dense = dense.into_iter().map(|(name, small, n_ctx)| (name, small, n_ctx, FfnUnit::Neuron));
+    let mixtures = [
+        ("experts", mixture.clone(), 256, FfnUnit::Expert),
+        ("narrow experts", mixture, 256, FfnUnit::Neuron),
+    ];
     dense.chain(mixtures).collect()
 }
 
@@ -93,7 +104,7 @@ impl Observer for Steps {
 fn operations_are_those_that_graphs_count() {
     silence_logs();
     let cli = Cli::new();
-    for (name, small, n_ctx, of_mixtures) in models() {
+    for (name, small, n_ctx, moe_unit) in models() {
         small.write(&cli.path("in.gguf"));
         let model = Model::open(&cli.path("in.gguf")).unwrap();
         let c = Calibration { n_ctx, n_fit: 6, n_held_out: 2 };
@@ -105,9 +116,9 @@ fn operations_are_those_that_graphs_count() {
         let settings = Settings {
             sparsity: 0.4,
             groups,
-            twins: 2,
+            resample_copies: 2,
             tune_limit: 1024,
-            of_mixtures,
+            moe_unit,
             ..Settings::default()
         };
         let said = forecast(&model, &c, &settings).unwrap();
@@ -143,15 +154,15 @@ fn operations_are_those_that_graphs_count() {
 #[test]
 fn what_was_told_takes_no_time() {
     let cli = Cli::new();
-    Small { blocks: vec![(4, 2, 512); 4], ..Small::default() }.write(&cli.path("in.gguf"));
+    TestModel { blocks: vec![(4, 2, 512); 4], ..TestModel::default() }.write(&cli.path("in.gguf"));
     let model = Model::open(&cli.path("in.gguf")).unwrap();
     let c = Calibration { n_ctx: 256, n_fit: 6, n_held_out: 2 };
-    let stages = |per_block_widths: bool, choice: Option<Choice>| {
-        let settings = Settings { per_block_widths, choice, ..Settings::default() };
+    let stages = |per_block_widths: bool, criterion: Option<NeuronCriterion>| {
+        let settings = Settings { per_block_widths, criterion, ..Settings::default() };
         let stages = forecast(&model, &c, &settings).unwrap().stages;
-        ["widths", "choice"].map(|name| stages.iter().any(|s| s.name == name))
+        ["widths", "neuron criterion"].map(|name| stages.iter().any(|s| s.name == name))
     };
-    let told = Some(Choice::Loss);
+    let told = Some(NeuronCriterion::Obs);
     assert_eq!([stages(true, None), stages(true, told)], [[true, true], [true, false]]);
     assert_eq!([stages(false, None), stages(false, told)], [[false, true], [false, false]]);
 }
@@ -159,9 +170,9 @@ fn what_was_told_takes_no_time() {
 #[test]
 fn a_dry_run_says_how_large_the_file_will_be_and_writes_nothing() {
     let cli = Cli::new();
-    for (name, small, _, of_mixtures) in models() {
+    for (name, small, _, moe_unit) in models() {
         small.write(&cli.path("in.gguf"));
-        let experts = if of_mixtures == Piece::Neuron { "narrow" } else { "whole" };
+        let experts = if moe_unit == FfnUnit::Neuron { "narrow" } else { "whole" };
         let common =
             ["--sparsity", "0.4", "--experts", experts, "-c", "64", "--chunks", "8", "-t", "1", "-q"];
         let before = cli.listing();
@@ -169,7 +180,7 @@ fn a_dry_run_says_how_large_the_file_will_be_and_writes_nothing() {
         assert_eq!(cli.listing(), before);
         assert!(text.contains("blocks") && text.contains("GiB") && text.contains("in f32"), "{text}");
         let model = Model::open(&cli.path("in.gguf")).unwrap();
-        let settings = Settings { sparsity: 0.4, of_mixtures, ..Settings::default() };
+        let settings = Settings { sparsity: 0.4, moe_unit, ..Settings::default() };
         let c = Calibration { n_ctx: 64, n_fit: 8, n_held_out: 1 };
         let said = forecast(&model, &c, &settings).unwrap();
         cli.ok(&[&["in.gguf", "out.gguf", "--force"][..], &common].concat());
@@ -185,15 +196,15 @@ fn a_dry_run_says_how_large_the_file_will_be_and_writes_nothing() {
 fn streams_go_into_files_where_memory_is_short() {
     silence_logs();
     let cli = Cli::new();
-    Small { blocks: vec![(4, 2, 256); 4], ..Small::default() }.write(&cli.path("in.gguf"));
+    TestModel { blocks: vec![(4, 2, 256); 4], ..TestModel::default() }.write(&cli.path("in.gguf"));
     let model = Model::open(&cli.path("in.gguf")).unwrap();
     let settings = Settings { sparsity: 0.4, ..Settings::default() };
     let c = Calibration { n_ctx: 64, n_fit: 4096, n_held_out: 8 };
     let whole = forecast(&model, &c, &settings).unwrap().memory() as u64;
     let within = |limit| within_memory(&model, &c, &settings, limit, cli.dir.path());
-    assert!(within(whole + 1).unwrap().shelf.is_memory());
+    assert!(within(whole + 1).unwrap().spill.is_memory());
     let spilling = within(whole - 1).unwrap();
-    assert!(!spilling.shelf.is_memory());
+    assert!(!spilling.spill.is_memory());
     assert!(forecast(&model, &c, &spilling).unwrap().memory() < whole as f64);
     let Err(NoRoom::Memory { least, .. }) = within(1 << 20) else { panic!("a megabyte is not enough") };
     assert!(within(least).is_ok(), "what is said to be needed is enough");
@@ -210,7 +221,7 @@ fn streams_go_into_files_where_memory_is_short() {
     let [a, b] = ["memory.gguf", "files.gguf"].map(|f| std::fs::read(cli.path(f)).unwrap());
     assert!(a == b);
     // Nor does a window at a time, but for the order of sums.
-    let little = Settings { chunk_tokens: 1, shelf: Shelf::in_files(cli.dir.path().into()), ..settings };
+    let little = Settings { chunk_tokens: 1, spill: SpillStore::in_files(cli.dir.path().into()), ..settings };
     let limit = (forecast(&model, &c, &little).unwrap().memory() as u64 + 1).to_string();
     let args = [&["in.gguf", "little.gguf", "--max-memory", &limit][..], &common].concat();
     let said = cli.ok(&[&args[..], &["--dry-run"]].concat());
@@ -233,7 +244,7 @@ fn a_dry_run_names_types_and_why_they_change() {
     let cli = Cli::new();
     // A group of 4 query heads is 64 columns: three of four groups are no whole blocks of 256, all of them are.
     let ty = putri_gguf::ggml::Type::from_name("q4_K").unwrap();
-    let small = Small { ty, n_embd: 256, blocks: vec![(16, 4, 1024); 4], ..Small::default() };
+    let small = TestModel { ty, n_embd: 256, blocks: vec![(16, 4, 1024); 4], ..TestModel::default() };
     small.write(&cli.path("in.gguf"));
     let dry =
         |sparsity| cli.ok(&["in.gguf", "out.gguf", "--dry-run", "-c", "64", "-q", "--sparsity", sparsity]);

@@ -1,25 +1,25 @@
-//! Our forward pass against libllama's on the same file.
+//! Our forward pass, compared with libllama's on the same file.
 
 mod common;
 
-use common::small::Small;
+use common::test_model::TestModel;
 use common::{TEXT, compare_logits, last_stream, libllama_logits, our_logits, smollm2};
 use putri_gguf::forward::{Forward, Head};
 use putri_gguf::ggml::{LlamaModel, Type, silence_logs};
 use putri_gguf::gguf::{GgufFile, Value};
 use putri_gguf::model::Model;
 
-fn check_small(name: &str, small: &Small) {
+fn check_small(name: &str, small: &TestModel) {
     check_window(name, small, 200);
 }
 
-fn check_window(name: &str, small: &Small, n_tokens: i32) {
+fn check_window(name: &str, small: &TestModel, n_tokens: i32) {
     let (max, kl) = compare_window(name, small, n_tokens);
     // libllama keeps K and V in halves; with that the logits (of size about 5) differ in the third digit.
     assert!(max < 0.06 && kl < 2e-5, "{name}: largest difference {max}, KL divergence {kl}");
 }
 
-fn compare_window(name: &str, small: &Small, n_tokens: i32) -> (f32, f64) {
+fn compare_window(name: &str, small: &TestModel, n_tokens: i32) -> (f32, f64) {
     silence_logs();
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("small.gguf");
@@ -34,21 +34,21 @@ fn compare_window(name: &str, small: &Small, n_tokens: i32) -> (f32, f64) {
 
 #[test]
 fn small_models_agree_with_libllama() {
-    check_small("plain", &Small::default());
-    check_small("biases", &Small { biases: true, ..Small::default() });
-    check_small("untied", &Small { tied: false, ..Small::default() });
-    check_small("rope_freqs", &Small { rope_freqs: true, ..Small::default() });
-    check_small("mha", &Small { blocks: vec![(4, 4, 128); 2], ..Small::default() });
-    check_small("gqa 6:1", &Small { blocks: vec![(6, 1, 64); 2], ..Small::default() });
-    check_small("fused", &Small { fused_qkv: true, biases: true, ..Small::default() });
-    check_small("head_dim", &Small { head_dim: 32, ..Small::default() });
+    check_small("plain", &TestModel::default());
+    check_small("biases", &TestModel { biases: true, ..TestModel::default() });
+    check_small("untied", &TestModel { tied: false, ..TestModel::default() });
+    check_small("rope_freqs", &TestModel { rope_freqs: true, ..TestModel::default() });
+    check_small("mha", &TestModel { blocks: vec![(4, 4, 128); 2], ..TestModel::default() });
+    check_small("gqa 6:1", &TestModel { blocks: vec![(6, 1, 64); 2], ..TestModel::default() });
+    check_small("fused", &TestModel { fused_qkv: true, biases: true, ..TestModel::default() });
+    check_small("head_dim", &TestModel { head_dim: 32, ..TestModel::default() });
 }
 
 #[test]
 fn rope_scaling_agrees_with_libllama() {
-    let with = |ty: &str, more: Vec<(&'static str, Value)>| Small {
+    let with = |ty: &str, more: Vec<(&'static str, Value)>| TestModel {
         extra: [vec![("rope.scaling.type", Value::Str(ty.into()))], more].concat(),
-        ..Small::default()
+        ..TestModel::default()
     };
     let factor = ("rope.scaling.factor", Value::F32(4.0));
     check_small("linear", &with("linear", vec![factor.clone()]));
@@ -62,27 +62,27 @@ fn rope_scaling_agrees_with_libllama() {
 #[test]
 fn blocks_of_different_shapes_agree_with_libllama() {
     let blocks = vec![(4, 2, 96), (2, 1, 64), (0, 0, 32), (6, 3, 160), (0, 0, 64)];
-    check_small("deci", &Small { arch: "deci", blocks, ..Small::default() });
+    check_small("deci", &TestModel { arch: "deci", blocks, ..TestModel::default() });
     let blocks = vec![(4, 2, 96), (2, 1, 64), (6, 3, 160)];
-    check_small("openelm", &Small { arch: "openelm", fused_qkv: true, blocks, ..Small::default() });
+    check_small("openelm", &TestModel { arch: "openelm", fused_qkv: true, blocks, ..TestModel::default() });
 }
 
 #[test]
 fn gemma3_agrees_with_libllama() {
-    let gemma = Small::gemma3();
-    let with = |change: Vec<(&'static str, Value)>| Small {
+    let gemma = TestModel::gemma3();
+    let with = |change: Vec<(&'static str, Value)>| TestModel {
         extra: [gemma.extra.clone(), change].concat(),
         ..gemma.clone()
     };
     check_small("gemma3", &gemma);
     // Longer than a slice of queries, with keys that no query of the last slice sees.
     check_window("long", &gemma, 700);
-    check_small("untied", &Small { tied: false, ..gemma.clone() });
-    check_small("no window, no cap", &Small { extra: Vec::new(), ..gemma.clone() });
-    check_small("biases", &Small { biases: true, ..gemma.clone() });
+    check_small("untied", &TestModel { tied: false, ..gemma.clone() });
+    check_small("no window, no cap", &TestModel { extra: Vec::new(), ..gemma.clone() });
+    check_small("biases", &TestModel { biases: true, ..gemma.clone() });
     check_small(
         "head_dim",
-        &Small { head_dim: 32, n_embd: 64, blocks: vec![(3, 1, 64); 7], ..gemma.clone() },
+        &TestModel { head_dim: 32, n_embd: 64, blocks: vec![(3, 1, 64); 7], ..gemma.clone() },
     );
     let pattern = "attention.sliding_window_pattern";
     check_small(
@@ -98,29 +98,29 @@ fn gemma3_agrees_with_libllama() {
     check_small("stretched where it does not slide", &with(stretched.to_vec()));
     let yarn = [("rope.scaling.type", Value::Str("yarn".into())), ("rope.scaling.factor", Value::F32(4.0))];
     check_small("yarn", &with(yarn.to_vec()));
-    check_small("scale by width", &Small { n_embd: 32, blocks: vec![(4, 2, 32); 62], ..gemma.clone() });
+    check_small("scale by width", &TestModel { n_embd: 32, blocks: vec![(4, 2, 32); 62], ..gemma.clone() });
 }
 
 #[test]
 fn families_of_one_row_agree_with_libllama() {
-    for (name, small) in Small::rows() {
+    for (name, small) in TestModel::variants() {
         check_small(name, &small);
     }
     // What only models of a certain depth have: a scale by width, and a window.
     check_small(
         "gemma2 27B",
-        &Small { arch: "gemma2", blocks: vec![(4, 2, 32); 46], n_embd: 32, ..Small::default() },
+        &TestModel { arch: "gemma2", blocks: vec![(4, 2, 32); 46], n_embd: 32, ..TestModel::default() },
     );
     let extra = vec![("attention.sliding_window", Value::U32(24))];
     check_small(
         "exaone4 32B",
-        &Small { arch: "exaone4", blocks: vec![(4, 2, 32); 64], extra, ..Small::default() },
+        &TestModel { arch: "exaone4", blocks: vec![(4, 2, 32); 64], extra, ..TestModel::default() },
     );
 }
 
 #[test]
 fn mixtures_of_experts_agree_with_libllama() {
-    for (name, small) in Small::mixtures() {
+    for (name, small) in TestModel::mixtures() {
         // A token on the border between two experts may choose the other, so single logits say nothing.
         let (_, kl) = compare_window(name, &small, 200);
         assert!(kl < 2e-5, "{name}: KL divergence {kl}");
@@ -132,7 +132,7 @@ fn quantised_weights_agree_with_libllama() {
     for ty in [Type::Q8_0, Type::F16, Type::BF16] {
         // libllama also rounds the activations for quantised kernels: a wider bound.
         silence_logs();
-        let small = Small { ty, ..Small::default() };
+        let small = TestModel { ty, ..TestModel::default() };
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("small.gguf");
         small.write(&path);
@@ -182,7 +182,7 @@ fn tokens_are_drawn_as_often_as_libllama_says() {
     silence_logs();
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("small.gguf");
-    Small::default().write(&path);
+    TestModel::default().write(&path);
     let tokens: Vec<i32> = (0..20).map(|i| 3 + (i * 7919) % 250).collect();
     let model = Model::open(&path).unwrap();
     let (mut forward, x) = last_stream(&model, &tokens, 1, |il| model.block(il).unwrap());
@@ -202,12 +202,14 @@ fn tokens_are_drawn_as_often_as_libllama_says() {
 
 #[test]
 fn a_head_of_some_tokens_has_their_logits() {
-    for small in [Small::default(), Small { tied: false, ..Small::default() }, Small::gemma3()] {
+    for small in
+        [TestModel::default(), TestModel { tied: false, ..TestModel::default() }, TestModel::gemma3()]
+    {
         check_head_of_some(&small);
     }
 }
 
-fn check_head_of_some(small: &Small) {
+fn check_head_of_some(small: &TestModel) {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("small.gguf");
     small.write(&path);

@@ -1,9 +1,9 @@
-//! Gradients against finite differences of the forward pass.
+//! Gradients, compared with finite differences of the forward pass.
 
 mod common;
 
-use common::small::{Rng, Small};
-use putri_gguf::forward::{BlockGradient, Forward, Head, OnTheWay, Wanted};
+use common::test_model::{Rng, TestModel};
+use putri_gguf::forward::{BlockGradient, BlockOutputs, Forward, Head, OnTheWay};
 use putri_gguf::ggml::Token;
 use putri_gguf::model::{BlockVector, BlockWeights, Model};
 use std::sync::Arc;
@@ -24,7 +24,7 @@ struct Setting {
 }
 
 impl Setting {
-    fn new(small: &Small) -> Setting {
+    fn new(small: &TestModel) -> Setting {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("small.gguf");
         small.write(&path);
@@ -105,7 +105,7 @@ fn kl(p: &[f64], q: &[f64]) -> f64 {
     p.iter().zip(q).map(|(p, q)| p.exp() * (p - q)).sum()
 }
 
-fn check(name: &str, small: &Small) {
+fn check(name: &str, small: &TestModel) {
     check_setting(name, Setting::new(small));
 }
 
@@ -148,7 +148,7 @@ fn check_setting(name: &str, mut s: Setting) {
 
 /// What groups are worth, against blocks that leave them out. Their feed-forwards say nothing, so that what comes back
 /// to attention is what is behind the block.
-fn check_groups(name: &str, small: &Small) {
+fn check_groups(name: &str, small: &TestModel) {
     let mut s = Setting::new(small);
     let n_embd = small.n_embd;
     let streams = s.streams();
@@ -162,12 +162,12 @@ fn check_groups(name: &str, small: &Small) {
 
         let n_kv = w.shape.n_head_kv;
         assert_eq!(groups.len(), s.tokens.len() * n_kv, "{name}, block {il}");
-        let heads = s.forward.heads(&block, x, None).unwrap();
+        let heads = s.forward.attn_out_input(&block, x, None).unwrap();
         let row = heads.len() / s.tokens.len();
         let mut out_of = |heads: &[f32]| {
             let mut out = vec![0.0; x.len()];
-            let wanted = Wanted { out: Some(&mut out), ..Wanted::default() };
-            s.forward.from_heads(&block, x, heads, wanted).unwrap();
+            let wanted = BlockOutputs { out: Some(&mut out), ..BlockOutputs::default() };
+            s.forward.from_attn_out_input(&block, x, heads, wanted).unwrap();
             out
         };
         let whole = if n_kv > 0 { out_of(&heads) } else { Vec::new() };
@@ -194,39 +194,42 @@ fn check_groups(name: &str, small: &Small) {
 #[test]
 fn groups_are_worth_what_is_missing_without_them() {
     let blocks = vec![(4, 2, 96), (2, 1, 64), (0, 0, 32), (6, 3, 160)];
-    check_groups("deci", &Small { arch: "deci", blocks, ..Small::default() });
-    check_groups("gemma3", &Small::gemma3());
-    let many = Small { arch: "gemma2", head_dim: 8, blocks: vec![(120, 120, 64)], ..Small::default() };
+    check_groups("deci", &TestModel { arch: "deci", blocks, ..TestModel::default() });
+    check_groups("gemma3", &TestModel::gemma3());
+    let many =
+        TestModel { arch: "gemma2", head_dim: 8, blocks: vec![(120, 120, 64)], ..TestModel::default() };
     check_groups("many groups", &many);
-    for (name, small) in Small::rows() {
+    for (name, small) in TestModel::variants() {
         check_groups(name, &small);
     }
 }
 
 #[test]
 fn llama_blocks() {
-    check("plain", &Small::default());
-    check("biases, untied", &Small { biases: true, tied: false, ..Small::default() });
-    check("rope_freqs", &Small { rope_freqs: true, ..Small::default() });
-    check("gqa 6:1", &Small { blocks: vec![(6, 1, 64); 2], ..Small::default() });
+    check("plain", &TestModel::default());
+    check("biases, untied", &TestModel { biases: true, tied: false, ..TestModel::default() });
+    check("rope_freqs", &TestModel { rope_freqs: true, ..TestModel::default() });
+    check("gqa 6:1", &TestModel { blocks: vec![(6, 1, 64); 2], ..TestModel::default() });
 }
 
 #[test]
 fn uneven_blocks() {
     let blocks = vec![(4, 2, 96), (2, 1, 64), (0, 0, 32), (6, 3, 160)];
-    check("deci", &Small { arch: "deci", blocks, ..Small::default() });
+    check("deci", &TestModel { arch: "deci", blocks, ..TestModel::default() });
 }
 
 #[test]
 fn families_of_one_row() {
-    for (name, small) in Small::rows() {
+    for (name, small) in TestModel::variants() {
         check(name, &small);
     }
 }
 
 #[test]
 fn losses_among_some_tokens() {
-    for small in [Small::default(), Small { tied: false, ..Small::default() }, Small::gemma3()] {
+    for small in
+        [TestModel::default(), TestModel { tied: false, ..TestModel::default() }, TestModel::gemma3()]
+    {
         let s = Setting::new(&small);
         check_setting(small.arch, Setting { among: Some(vec![3, 200, 17, 90, 91]), ..s });
     }
@@ -234,14 +237,16 @@ fn losses_among_some_tokens() {
 
 #[test]
 fn gemma3_blocks() {
-    check("gemma3", &Small::gemma3());
+    check("gemma3", &TestModel::gemma3());
 }
 
 /// KL(p(x) ‖ p(x + h d)) = ½ h² dᵀ F d for a small step h, with F what samples of the curvature are made of.
 #[test]
 fn curvature_samples_are_the_curvature_of_the_divergence() {
     const SAMPLES: usize = 6000;
-    for small in [Small::default(), Small { tied: false, ..Small::default() }, Small::gemma3()] {
+    for small in
+        [TestModel::default(), TestModel { tied: false, ..TestModel::default() }, TestModel::gemma3()]
+    {
         let mut s = Setting::new(&small);
         let n_embd = small.n_embd;
         let last = s.streams().pop().unwrap();

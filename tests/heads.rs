@@ -1,8 +1,8 @@
-//! Which attention groups go, against trying them all.
+//! Search for attention groups to remove, compared with an exhaustive search.
 
 mod common;
 
-use common::small::{Rng, Small};
+use common::test_model::{Rng, TestModel};
 use common::{Silent, compare_logits, logits};
 use putri_gguf::calibrate::Windows;
 use putri_gguf::ggml::{Token, silence_logs};
@@ -63,7 +63,7 @@ fn those_go_that_the_predictions_mind_least() {
     let path = dir.path().join("small.gguf");
     for (arch, seed) in [("llama", 3), ("llama", 4), ("qwen2", 5)] {
         let blocks = vec![(4, 4, 64); 6];
-        Small { arch, seed, blocks, biases: arch == "qwen2", ..Small::default() }.write(&path);
+        TestModel { arch, seed, blocks, biases: arch == "qwen2", ..TestModel::default() }.write(&path);
         let model = Model::open(&path).unwrap();
         let n_vocab = model.hparams.n_vocab;
         let tokens = (0..6 * N_CTX).map(|i| 3 + ((i * i * 31 + i * 7919) % 250) as Token).collect();
@@ -109,7 +109,7 @@ fn those_go_that_the_predictions_mind_least() {
 fn heads_go_where_feed_forwards_cannot_give_enough() {
     let cli = common::cli::Cli::new();
     for (n_kv, heads) in [(2, "uniform"), (4, "uniform"), (8, "auto")] {
-        Small { blocks: vec![(8, n_kv, 64); 4], ..Small::default() }.write(&cli.path("in.gguf"));
+        TestModel { blocks: vec![(8, n_kv, 64); 4], ..TestModel::default() }.write(&cli.path("in.gguf"));
         let args = ["in.gguf", "out.gguf", "--sparsity", "0.25", "--heads", heads, "--force", "--json", "-q"];
         let said = cli.ok(&[&args[..], &["-c", "64", "--chunks", "4", "-t", "2"]].concat());
         let done: serde_json::Value = serde_json::from_str(said.lines().last().unwrap()).unwrap();

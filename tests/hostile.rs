@@ -1,13 +1,13 @@
-//! Damaged and malicious files: one line that says what is wrong, or a model that can be worked on; no panic, no abort,
-//! no memory beyond what the file has.
+//! Damaged and malicious files give one line that names the fault, or a usable model; no panic, no abort,
+//! no memory beyond the size of the file.
 //!
-//! `PUTRI_MUTATIONS=100000 cargo test --release --test hostile -- --nocapture` is the long run; with `PUTRI_CORPUS=DIR` it
-//! leaves the sound files there, for the fuzzer in `fuzz/`.
+//! `PUTRI_MUTATIONS=100000 cargo test --release --test hostile -- --nocapture` is the long run. With
+//! `PUTRI_CORPUS=DIR` it leaves the sound files there, for the fuzzer in `fuzz/`.
 
 mod common;
 
 use common::cli::Cli;
-use common::small::{Rng, Small};
+use common::test_model::{Rng, TestModel};
 use putri_gguf::forward::Forward;
 use putri_gguf::ggml::{RawGguf, install_abort_handler, silence_logs};
 use putri_gguf::gguf::{GgufFile, OutTensor, Value, write_gguf};
@@ -30,21 +30,21 @@ const MEMORY: u64 = 64 << 20;
 static AT: AtomicUsize = AtomicUsize::new(0);
 
 /// Tiny models of several families, so that a damaged file is about as long as its header.
-fn models() -> Vec<Small> {
-    let tiny = Small { n_embd: 32, blocks: vec![(2, 1, 32); 2], n_vocab: 264, ..Small::default() };
-    let of = |arch| Small { arch, ..tiny.clone() };
+fn models() -> Vec<TestModel> {
+    let tiny = TestModel { n_embd: 32, blocks: vec![(2, 1, 32); 2], n_vocab: 264, ..TestModel::default() };
+    let of = |arch| TestModel { arch, ..tiny.clone() };
     vec![
         tiny.clone(),
-        Small { biases: true, rope_freqs: true, tied: false, ..tiny.clone() },
-        Small { arch: "deci", blocks: vec![(2, 1, 32), (0, 0, 64), (4, 2, 32)], ..tiny.clone() },
-        Small {
+        TestModel { biases: true, rope_freqs: true, tied: false, ..tiny.clone() },
+        TestModel { arch: "deci", blocks: vec![(2, 1, 32), (0, 0, 64), (4, 2, 32)], ..tiny.clone() },
+        TestModel {
             extra: vec![("attention.sliding_window", Value::U32(8))],
             blocks: vec![(2, 1, 32); 7],
             ..of("gemma3")
         },
-        Small { fused_qkv: true, ..of("phi3") },
-        Small { experts: Some([4, 2, 32]), tied: false, ..of("qwen2moe") },
-        Small { biases: true, fused_qkv: true, blocks: vec![(2, 2, 32); 2], ..of("gpt2") },
+        TestModel { fused_qkv: true, ..of("phi3") },
+        TestModel { experts: Some([4, 2, 32]), tied: false, ..of("qwen2moe") },
+        TestModel { biases: true, fused_qkv: true, blocks: vec![(2, 2, 32); 2], ..of("gpt2") },
     ]
 }
 
@@ -395,7 +395,7 @@ fn strings_of_any_bytes_are_carried_over() {
         ("latin", Value::Str(b"M\xfcller".to_vec())),
         ("behind", Value::U32(7)),
     ];
-    Small { extra: extra.clone(), blocks: vec![(4, 2, 256); 3], ..Small::default() }
+    TestModel { extra: extra.clone(), blocks: vec![(4, 2, 256); 3], ..TestModel::default() }
         .write(&cli.path("in.gguf"));
     let source = GgufFile::open(&cli.path("in.gguf")).unwrap();
     let read = |file: &GgufFile, key: &str| file.get(key).cloned();
@@ -415,7 +415,7 @@ fn strings_of_any_bytes_are_carried_over() {
 #[test]
 fn names_move_no_cursor_and_are_no_markup() {
     let cli = Cli::new();
-    let small = Small { blocks: vec![(4, 2, 256); 3], ..Small::default() };
+    let small = TestModel { blocks: vec![(4, 2, 256); 3], ..TestModel::default() };
     small.write(&cli.path("plain.gguf"));
     let file = GgufFile::open(&cli.path("plain.gguf")).unwrap();
     let name = "\u{1b}]0;PWNED\u{7}\u{1b}[31mRed\n<script>x</script> `y` | \u{202e}z";
@@ -450,7 +450,7 @@ fn names_move_no_cursor_and_are_no_markup() {
 #[test]
 fn weights_that_are_no_numbers() {
     let cli = Cli::new();
-    let small = Small { tied: false, ..Small::default() };
+    let small = TestModel { tied: false, ..TestModel::default() };
     for (tensor, value) in [
         ("blk.1.ffn_up.weight", f32::NAN),
         ("blk.0.attn_q.weight", f32::INFINITY),
@@ -500,7 +500,8 @@ fn disturbed(cli: &Cli, stage: &str, at: impl Fn(&Path)) -> (Option<i32>, Vec<St
 #[cfg(unix)]
 fn a_file_that_shrinks_while_it_is_read() {
     let cli = Cli::new();
-    Small { n_embd: 256, blocks: vec![(8, 4, 1024); 12], ..Small::default() }.write(&cli.path("in.gguf"));
+    TestModel { n_embd: 256, blocks: vec![(8, 4, 1024); 12], ..TestModel::default() }
+        .write(&cli.path("in.gguf"));
     for stage in ["widths", "sensitivity", "blocks"] {
         let whole = std::fs::read(cli.path("in.gguf")).unwrap();
         // No page of it is left, not even those that are in memory.
@@ -519,7 +520,8 @@ fn a_file_that_shrinks_while_it_is_read() {
 #[cfg(unix)]
 fn a_file_that_vanishes_while_it_is_read() {
     let cli = Cli::new();
-    Small { n_embd: 128, blocks: vec![(8, 4, 512); 6], ..Small::default() }.write(&cli.path("in.gguf"));
+    TestModel { n_embd: 128, blocks: vec![(8, 4, 512); 6], ..TestModel::default() }
+        .write(&cli.path("in.gguf"));
     let whole = std::fs::read(cli.path("in.gguf")).unwrap();
     let (code, said) = disturbed(&cli, "", |_| {});
     assert_eq!(code, Some(0), "{said:?}");

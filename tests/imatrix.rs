@@ -1,12 +1,12 @@
-//! The importance matrix that goes with a pruned model.
+//! Importance matrix of a pruned model.
 
 mod common;
 
 use common::Silent;
 use common::cli::Cli;
-use common::small::{Rng, Small};
+use common::test_model::{Rng, TestModel};
 use putri_gguf::calibrate::Windows;
-use putri_gguf::forward::{Collect, Forward, Wanted};
+use putri_gguf::forward::{BlockOutputs, Collect, Forward};
 use putri_gguf::ggml::{Type, silence_logs};
 use putri_gguf::gguf::{GgufFile, Value};
 use putri_gguf::model::Model;
@@ -36,7 +36,7 @@ fn squares_are_those_of_the_inputs() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("a.gguf");
     let blocks = vec![(4, 2, 96), (0, 0, 64), (2, 1, 64)];
-    Small { arch: "deci", blocks, biases: true, ..Small::default() }.write(&path);
+    TestModel { arch: "deci", blocks, biases: true, ..TestModel::default() }.write(&path);
     let model = Model::open(&path).unwrap();
     let mut rng = Rng(5);
     let (n_ctx, n_fit) = (24, 3);
@@ -57,11 +57,11 @@ fn squares_are_those_of_the_inputs() {
         let [mut at_heads, mut at_neurons] =
             [w.attn_output.n_in, w.ffn_down.n_in].map(|n| forward.gathering(&block, n, 0).unwrap());
         let collect = Collect { target: None, scales: &scales, into: &mut at_heads };
-        let heads = forward.heads(&block, &x, Some(collect)).unwrap();
+        let heads = forward.attn_out_input(&block, &x, Some(collect)).unwrap();
         let (mut mid, mut out) = (vec![0.0; x.len()], vec![0.0; x.len()]);
         let collect = Collect { target: None, scales: &scales, into: &mut at_neurons };
-        let wanted = Wanted { mid: Some(&mut mid), out: Some(&mut out), moments: Some(collect) };
-        forward.from_heads(&block, &x, &heads, wanted).unwrap();
+        let wanted = BlockOutputs { mid: Some(&mut mid), out: Some(&mut out), moments: Some(collect) };
+        forward.from_attn_out_input(&block, &x, &heads, wanted).unwrap();
         close(&got.attn_output, &at_heads.finish().gram.diagonal());
         close(&got.ffn, &normed_squares(&mid, w.ffn_norm.as_ref().unwrap(), eps));
         close(&got.ffn_down, &at_neurons.finish().gram.diagonal());
@@ -74,8 +74,13 @@ fn it_is_written_beside_the_model_in_its_shapes() {
     silence_logs();
     let cli = Cli::new();
     for (arch, fused_qkv) in [("llama", false), ("llama", true), ("qwen3", false)] {
-        let small =
-            Small { arch, ty: Type::Q4_0, blocks: vec![(4, 2, 256); 3], fused_qkv, ..Small::default() };
+        let small = TestModel {
+            arch,
+            ty: Type::Q4_0,
+            blocks: vec![(4, 2, 256); 3],
+            fused_qkv,
+            ..TestModel::default()
+        };
         small.write(&cli.path("in.gguf"));
         let args = ["in.gguf", "out.gguf", "--sparsity", "0.4", "--imatrix-out", "imatrix.gguf", "--force"];
         cli.ok(&[&args[..], &["--ctx-size", "64", "--chunks", "8", "--threads", "1"]].concat());
@@ -103,7 +108,7 @@ fn it_is_written_beside_the_model_in_its_shapes() {
 #[test]
 fn its_name_is_checked_before_anything_costs_time() {
     let cli = Cli::new();
-    Small::default().write(&cli.path("in.gguf"));
+    TestModel::default().write(&cli.path("in.gguf"));
     std::fs::write(cli.path("there.gguf"), "x").unwrap();
     let try_name = |name: &str, parts: &[&str]| {
         let before = cli.listing();

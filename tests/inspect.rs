@@ -1,9 +1,9 @@
-//! What `inspect` says of a model.
+//! Output of `inspect` for a model.
 
 mod common;
 
 use common::cli::Cli;
-use common::small::Small;
+use common::test_model::TestModel;
 use putri_gguf::gguf::Value;
 use putri_gguf::model::{Heads, Model};
 use putri_gguf::pipeline::{Settings, check_budget};
@@ -17,16 +17,20 @@ fn inspect(cli: &Cli) -> Json {
 fn it_counts_what_is_there_and_names_the_carrier() {
     let cli = Cli::new();
     let variants = [
-        (Small::default(), "deci", true),
-        (Small { arch: "qwen2", biases: true, ..Small::default() }, "deci", true),
-        (Small { arch: "qwen3", ..Small::default() }, "openelm", true),
-        (Small { arch: "qwen3", tied: false, ..Small::default() }, "qwen3", false),
-        (Small { arch: "deci", blocks: vec![(4, 2, 96), (0, 0, 64)], ..Small::default() }, "deci", true),
-        (Small::gemma3(), "gemma3", false),
-        (Small { arch: "starcoder2", ..Small::default() }, "starcoder2", false),
-        (Small { arch: "qwen3moe", experts: Some([8, 2, 0]), ..Small::default() }, "qwen3moe", false),
+        (TestModel::default(), "deci", true),
+        (TestModel { arch: "qwen2", biases: true, ..TestModel::default() }, "deci", true),
+        (TestModel { arch: "qwen3", ..TestModel::default() }, "openelm", true),
+        (TestModel { arch: "qwen3", tied: false, ..TestModel::default() }, "qwen3", false),
+        (
+            TestModel { arch: "deci", blocks: vec![(4, 2, 96), (0, 0, 64)], ..TestModel::default() },
+            "deci",
+            true,
+        ),
+        (TestModel::gemma3(), "gemma3", false),
+        (TestModel { arch: "starcoder2", ..TestModel::default() }, "starcoder2", false),
+        (TestModel { arch: "qwen3moe", experts: Some([8, 2, 0]), ..TestModel::default() }, "qwen3moe", false),
     ];
-    for (small, carrier, per_block) in variants {
+    for (small, output_arch, per_block) in variants {
         small.write(&cli.path("in.gguf"));
         let found = inspect(&cli);
         let count = |part: &str| -> usize {
@@ -45,18 +49,18 @@ fn it_counts_what_is_there_and_names_the_carrier() {
         assert_eq!(found["bytes"], std::fs::metadata(cli.path("in.gguf")).unwrap().len());
         let heads: Vec<usize> = small.blocks.iter().map(|b| b.0).collect();
         assert_eq!(found["n_head"], Json::from(heads));
-        assert_eq!(found["carrier"]["architecture"], carrier);
-        assert_eq!(found["carrier"]["per_block"], per_block);
+        assert_eq!(found["output_arch"]["architecture"], output_arch);
+        assert_eq!(found["output_arch"]["per_block"], per_block);
         let text = cli.ok(&["inspect", "in.gguf"]);
-        assert!(text.contains(found["carrier"]["why"].as_str().unwrap()), "{text}");
+        assert!(text.contains(found["output_arch"]["why"].as_str().unwrap()), "{text}");
     }
 }
 
 #[test]
 fn the_sparsity_that_it_calls_reachable_is_and_more_is_not() {
     let cli = Cli::new();
-    let mixture = Small { experts: Some([8, 2, 0]), ..Small::default() };
-    for small in [Small::default(), Small::gemma3(), mixture] {
+    let mixture = TestModel { experts: Some([8, 2, 0]), ..TestModel::default() };
+    for small in [TestModel::default(), TestModel::gemma3(), mixture] {
         small.write(&cli.path("in.gguf"));
         let reachable = inspect(&cli)["reachable_sparsity"].as_f64().unwrap();
         assert!(reachable > 0.3 && reachable < 1.0, "{reachable}");
@@ -72,12 +76,12 @@ fn the_sparsity_that_it_calls_reachable_is_and_more_is_not() {
 fn every_sparsity_up_to_the_largest_can_be_had() {
     let cli = Cli::new();
     // A step of 32 in 64 neurons: feed-forwards give at most half, and heads the rest.
-    let narrow = |n_kv| Small { blocks: vec![(8, n_kv, 64); 4], ..Small::default() };
-    let mixtures = Small::mixtures().into_iter().map(|(_, small)| small);
-    for small in [narrow(2), narrow(4), narrow(8), Small::gemma3()].into_iter().chain(mixtures) {
+    let narrow = |n_kv| TestModel { blocks: vec![(8, n_kv, 64); 4], ..TestModel::default() };
+    let mixtures = TestModel::mixtures().into_iter().map(|(_, small)| small);
+    for small in [narrow(2), narrow(4), narrow(8), TestModel::gemma3()].into_iter().chain(mixtures) {
         small.write(&cli.path("in.gguf"));
         let model = Model::open(&cli.path("in.gguf")).unwrap();
-        for heads in [Heads::Auto, Heads::Equal, Heads::Keep] {
+        for heads in [Heads::Auto, Heads::Uniform, Heads::None] {
             let can = |percent: &u32| {
                 let settings =
                     Settings { sparsity: f64::from(*percent) / 100.0, heads, ..Settings::default() };
@@ -95,6 +99,6 @@ fn what_cannot_be_pruned_is_said_in_a_line() {
     let cli = Cli::new();
     cli.fails(&["inspect", "nowhere.gguf"], 1, &["nowhere.gguf"]);
     let extra = vec![("expert_count", Value::U32(8))];
-    Small { arch: "qwen2", extra, ..Small::default() }.write(&cli.path("in.gguf"));
+    TestModel { arch: "qwen2", extra, ..TestModel::default() }.write(&cli.path("in.gguf"));
     cli.fails(&["inspect", "in.gguf"], 1, &["in.gguf", "8 experts"]);
 }

@@ -1,9 +1,9 @@
-//! The whole way, on small models and on SmolLM2.
+//! Whole jobs, on small models and on SmolLM2.
 
 mod common;
 
 use common::cli::{Cli, arg};
-use common::small::Small;
+use common::test_model::TestModel;
 use common::{Silent, TEXT, smollm2};
 use putri_gguf::Job;
 use putri_gguf::calibrate::Recipe;
@@ -35,14 +35,18 @@ fn small_models_are_pruned_and_run() {
     silence_logs();
     let cli = Cli::new();
     let variants = [
-        ("plain", Small { blocks: vec![(4, 2, 256); 4], ..Small::default() }),
-        ("biases", Small { biases: true, blocks: vec![(4, 4, 256); 3], ..Small::default() }),
-        ("untied", Small { tied: false, ty: Type::Q4_0, head_dim: 32, ..Small::default() }),
-        ("fused", Small { fused_qkv: true, biases: true, rope_freqs: true, ..Small::default() }),
-        ("odd width", Small { blocks: vec![(2, 1, 200); 3], ..Small::default() }),
+        ("plain", TestModel { blocks: vec![(4, 2, 256); 4], ..TestModel::default() }),
+        ("biases", TestModel { biases: true, blocks: vec![(4, 4, 256); 3], ..TestModel::default() }),
+        ("untied", TestModel { tied: false, ty: Type::Q4_0, head_dim: 32, ..TestModel::default() }),
+        ("fused", TestModel { fused_qkv: true, biases: true, rope_freqs: true, ..TestModel::default() }),
+        ("odd width", TestModel { blocks: vec![(2, 1, 200); 3], ..TestModel::default() }),
         (
             "deci",
-            Small { arch: "deci", blocks: vec![(4, 2, 256), (0, 0, 128), (2, 1, 192)], ..Small::default() },
+            TestModel {
+                arch: "deci",
+                blocks: vec![(4, 2, 256), (0, 0, 128), (2, 1, 192)],
+                ..TestModel::default()
+            },
         ),
     ];
     let mut n_tuned = 0;
@@ -51,7 +55,7 @@ fn small_models_are_pruned_and_run() {
         let source = GgufFile::open(&cli.path("in.gguf")).unwrap();
         for sparsity in ["0.25", "0.5"] {
             let out = format!("{name}-{sparsity}.gguf");
-            let more = ["--twins", "2", "--tune", "2", "--quiet"];
+            let more = ["--resample-copies", "2", "--tune", "2", "--quiet"];
             let args = [&["in.gguf", &out, "--sparsity", sparsity][..], &more, &QUICK].concat();
             let text = cli.ok(&args);
             assert!(text.contains("perplexity") && text.contains("written file in llama.cpp"), "{text}");
@@ -63,7 +67,7 @@ fn small_models_are_pruned_and_run() {
             };
             let asked: f32 = sparsity.parse().unwrap();
             assert!(*reached >= asked - 1e-6 && *reached < asked + 0.1, "{name}: {reached} for {asked}");
-            assert_eq!(model.file.get("putri.twins"), Some(&Value::U32(2)), "{name}");
+            assert_eq!(model.file.get("putri.resample_copies"), Some(&Value::U32(2)), "{name}");
             let norm = |f: &GgufFile| f.data(f.find("blk.0.ffn_norm.weight").unwrap()).to_vec();
             let tuned = model.file.get("putri.tune") == Some(&Value::U32(2));
             assert_eq!(norm(&source) != norm(&model.file), tuned, "{name}");
@@ -89,21 +93,25 @@ fn the_other_half_of_them_too() {
 fn families_are_pruned_and_run(which: impl Fn(&usize) -> bool) {
     silence_logs();
     let cli = Cli::new();
-    for (_, (name, small)) in Small::rows().into_iter().enumerate().filter(|(i, _)| which(i)) {
-        Small { ty: Type::Q8_0, blocks: vec![(4, 2, 256); 5], ..small.clone() }.write(&cli.path("in.gguf"));
+    for (_, (name, small)) in TestModel::variants().into_iter().enumerate().filter(|(i, _)| which(i)) {
+        TestModel { ty: Type::Q8_0, blocks: vec![(4, 2, 256); 5], ..small.clone() }
+            .write(&cli.path("in.gguf"));
         for sparsity in ["0.25", "0.5"] {
             let args = ["in.gguf", "out.gguf", "--force", "--quiet", "--sparsity", sparsity];
             // The command itself compares llama.cpp's perplexity of the file with that of our own forward.
             cli.ok(&[&args[..], &QUICK].concat());
             let model = Model::open(&cli.path("out.gguf")).unwrap();
-            let carriers = Settings::default().carriers(&Model::open(&cli.path("in.gguf")).unwrap());
-            opens_everywhere(&cli.path("out.gguf"), carriers.per_block.unwrap_or(carriers.equal).name());
+            let output_archs = Settings::default().output_archs(&Model::open(&cli.path("in.gguf")).unwrap());
+            opens_everywhere(
+                &cli.path("out.gguf"),
+                output_archs.per_block.unwrap_or(output_archs.equal).name(),
+            );
             let groups: usize = model.hparams.blocks.iter().map(|b| b.n_head_kv).sum();
             assert!(
-                sparsity == "0.25" || carriers.per_block.is_none() || groups < 10,
+                sparsity == "0.25" || output_archs.per_block.is_none() || groups < 10,
                 "{name}: no heads went"
             );
-            if !carriers.fewer_heads {
+            if !output_archs.fewer_heads {
                 assert_eq!(groups, 10, "{name}");
             }
         }
@@ -114,8 +122,8 @@ fn families_are_pruned_and_run(which: impl Fn(&usize) -> bool) {
 fn mixtures_lose_whole_experts() {
     silence_logs();
     let cli = Cli::new();
-    for (name, small) in Small::mixtures() {
-        let small = Small { ty: Type::Q8_0, ..small };
+    for (name, small) in TestModel::mixtures() {
+        let small = TestModel { ty: Type::Q8_0, ..small };
         small.write(&cli.path("in.gguf"));
         let source = GgufFile::open(&cli.path("in.gguf")).unwrap();
         let [n_expert, n_used, _] = small.experts.unwrap();
@@ -167,8 +175,8 @@ fn mixtures_lose_whole_experts() {
 fn mixtures_lose_neurons_of_each_expert() {
     silence_logs();
     let cli = Cli::new();
-    for (name, small) in Small::mixtures() {
-        Small { ty: Type::Q8_0, ..small.clone() }.write(&cli.path("in.gguf"));
+    for (name, small) in TestModel::mixtures() {
+        TestModel { ty: Type::Q8_0, ..small.clone() }.write(&cli.path("in.gguf"));
         let source = GgufFile::open(&cli.path("in.gguf")).unwrap();
         let [n_expert, n_used, _] = small.experts.unwrap();
         for (sparsity, width) in [("0.25", 64), ("0.5", 32)] {
@@ -245,9 +253,9 @@ fn mixture_refusals(cli: &Cli) {
 fn heads_and_architecture_are_what_was_asked_for() {
     silence_logs();
     let cli = Cli::new();
-    let of = |arch| Small { arch, blocks: vec![(4, 4, 256); 4], head_dim: 16, ..Small::default() };
+    let of = |arch| TestModel { arch, blocks: vec![(4, 4, 256); 4], head_dim: 16, ..TestModel::default() };
     // Its architecture, heads in all, and whether blocks are alike.
-    let prune = |small: &Small, args: &[&str]| {
+    let prune = |small: &TestModel, args: &[&str]| {
         small.write(&cli.path("in.gguf"));
         cli.ok(&[&["in.gguf", "out.gguf", "--force", "-q", "--sparsity", "0.5"][..], args, &QUICK].concat());
         let h = Model::open(&cli.path("out.gguf")).unwrap().hparams;
@@ -257,11 +265,13 @@ fn heads_and_architecture_are_what_was_asked_for() {
     };
     let (arch, n_head, _) = prune(&of("llama"), &["--heads", "per-layer"]);
     assert!(arch == "deci" && n_head < 16, "{arch} {n_head}");
-    for (source, carrier) in [("llama", "llama"), ("qwen2", "llama"), ("qwen3", "qwen3"), ("phi3", "llama")] {
+    for (source, output_arch) in
+        [("llama", "llama"), ("qwen2", "llama"), ("qwen3", "qwen3"), ("phi3", "llama")]
+    {
         let (arch, n_head, alike) = prune(&of(source), &["--heads", "uniform"]);
-        assert!(arch == carrier && n_head < 16 && alike, "{source}: {arch} {n_head}");
+        assert!(arch == output_arch && n_head < 16 && alike, "{source}: {arch} {n_head}");
     }
-    let untied = Small { tied: false, ..of("qwen3") };
+    let untied = TestModel { tied: false, ..of("qwen3") };
     let (arch, n_head) = {
         untied.write(&cli.path("in.gguf"));
         let args = ["in.gguf", "out.gguf", "--force", "-q", "--sparsity", "0.5", "--heads", "per-layer"];
@@ -279,12 +289,12 @@ fn heads_and_architecture_are_what_was_asked_for() {
     let (arch, n_head, _) = prune(&of("deci"), &["--arch", "keep", "--heads", "per-layer"]);
     assert!(arch == "deci" && n_head < 16, "{arch} {n_head}");
 
-    let refused = |small: &Small, args: &[&str], parts: &[&str]| {
+    let refused = |small: &TestModel, args: &[&str], parts: &[&str]| {
         small.write(&cli.path("in.gguf"));
         let common = ["in.gguf", "x.gguf", "--sparsity", "0.3", "--heads", "per-layer"];
         cli.fails(&[&common[..], args, &QUICK].concat(), 1, parts);
     };
-    refused(&Small::gemma3(), &[], &["--heads per-layer", "gemma3"]);
+    refused(&TestModel::gemma3(), &[], &["--heads per-layer", "gemma3"]);
     refused(&of("llama"), &["--arch", "keep"], &["--heads per-layer", "llama"]);
 }
 
@@ -292,10 +302,10 @@ fn heads_and_architecture_are_what_was_asked_for() {
 fn gemma3_is_pruned_to_equal_blocks() {
     silence_logs();
     let cli = Cli::new();
-    let gemma = Small { blocks: vec![(4, 2, 256); 7], ..Small::gemma3() };
+    let gemma = TestModel { blocks: vec![(4, 2, 256); 7], ..TestModel::gemma3() };
     let variants = [
         ("f32", gemma.clone()),
-        ("q4_0", Small { ty: Type::Q4_0, n_embd: 64, tied: false, biases: true, ..gemma }),
+        ("q4_0", TestModel { ty: Type::Q4_0, n_embd: 64, tied: false, biases: true, ..gemma }),
     ];
     for (name, small) in variants {
         small.write(&cli.path("in.gguf"));
@@ -326,14 +336,14 @@ fn gemma3_is_pruned_to_equal_blocks() {
 fn timings_name_the_stages_and_what_they_reached() {
     silence_logs();
     let cli = Cli::new();
-    Small { blocks: vec![(4, 2, 256); 4], ..Small::default() }.write(&cli.path("in.gguf"));
+    TestModel { blocks: vec![(4, 2, 256); 4], ..TestModel::default() }.write(&cli.path("in.gguf"));
     let text = cli.ok(&[&["in.gguf", "out.gguf", "--sparsity", "0.3", "--timings"][..], &QUICK].concat());
     for stage in [
         "heads",
         "widths",
         "sensitivity",
-        "choice",
-        "twins",
+        "neuron criterion",
+        "resample",
         "blocks",
         "tune",
         "write",
@@ -352,7 +362,7 @@ fn timings_name_the_stages_and_what_they_reached() {
 fn the_papers_method_gives_equal_widths() {
     silence_logs();
     let cli = Cli::new();
-    Small { blocks: vec![(4, 2, 256); 4], ..Small::default() }.write(&cli.path("in.gguf"));
+    TestModel { blocks: vec![(4, 2, 256); 4], ..TestModel::default() }.write(&cli.path("in.gguf"));
     cli.ok(&[&["in.gguf", "out.gguf", "--sparsity", "0.5", "--method", "paper"][..], &QUICK].concat());
     let model = Model::open(&cli.path("out.gguf")).unwrap();
     let widths: Vec<usize> = model.hparams.blocks.iter().map(|b| b.n_ff).collect();
@@ -364,7 +374,7 @@ fn the_papers_method_gives_equal_widths() {
 fn the_two_stage_baseline_takes_whole_attentions_and_equal_widths() {
     silence_logs();
     let cli = Cli::new();
-    Small { blocks: vec![(4, 2, 256); 6], ..Small::default() }.write(&cli.path("in.gguf"));
+    TestModel { blocks: vec![(4, 2, 256); 6], ..TestModel::default() }.write(&cli.path("in.gguf"));
     let job = Job {
         recipe: Recipe { n_ctx: 64, n_windows: 8, n_threads: 1, n_parallel: 8, ..Recipe::default() },
         settings: Settings { sparsity: 0.6, method: Method::TwoStage, ..Settings::default() },
@@ -384,7 +394,7 @@ fn the_two_stage_baseline_takes_whole_attentions_and_equal_widths() {
 fn a_pruned_model_can_be_pruned_again() {
     silence_logs();
     let cli = Cli::new();
-    Small { blocks: vec![(4, 2, 256); 4], ..Small::default() }.write(&cli.path("a.gguf"));
+    TestModel { blocks: vec![(4, 2, 256); 4], ..TestModel::default() }.write(&cli.path("a.gguf"));
     cli.ok(&[&["a.gguf", "b.gguf", "--sparsity", "0.3"][..], &QUICK].concat());
     cli.ok(&[&["b.gguf", "c.gguf", "--sparsity", "0.3"][..], &QUICK].concat());
     let c = GgufFile::open(&cli.path("c.gguf")).unwrap();
@@ -396,7 +406,8 @@ fn a_pruned_model_can_be_pruned_again() {
 fn changed_tensors_get_the_type_that_was_asked_for() {
     silence_logs();
     let cli = Cli::new();
-    Small { ty: Type::Q4_0, blocks: vec![(4, 2, 256); 3], ..Small::default() }.write(&cli.path("in.gguf"));
+    TestModel { ty: Type::Q4_0, blocks: vec![(4, 2, 256); 3], ..TestModel::default() }
+        .write(&cli.path("in.gguf"));
     let args = ["in.gguf", "out.gguf", "--sparsity", "0.3", "--tensor-type", "ffn_down=q8_0"];
     cli.ok(&[&args[..], &QUICK].concat());
     let out = GgufFile::open(&cli.path("out.gguf")).unwrap();
@@ -409,7 +420,7 @@ fn changed_tensors_get_the_type_that_was_asked_for() {
 #[test]
 fn sparsity_zero_is_the_same_bytes() {
     let cli = Cli::new();
-    Small { ty: Type::Q8_0, biases: true, ..Small::default() }.write(&cli.path("in.gguf"));
+    TestModel { ty: Type::Q8_0, biases: true, ..TestModel::default() }.write(&cli.path("in.gguf"));
     cli.ok(&["in.gguf", "out.gguf", "--sparsity", "0"]);
     let read = |n: &str| std::fs::read(cli.path(n)).unwrap();
     assert!(read("in.gguf") == read("out.gguf"));
@@ -420,11 +431,11 @@ fn the_same_job_gives_the_same_bytes_whatever_the_threads() {
     silence_logs();
     let cli = Cli::new();
     std::fs::write(cli.path("text.txt"), TEXT).unwrap();
-    let wide = Small { ty: Type::Q4_0, blocks: vec![(4, 2, 384); 3], ..Small::default() };
-    let mixture = Small { experts: Some([8, 2, 0]), blocks: vec![(4, 2, 96); 3], ..Small::default() };
+    let wide = TestModel { ty: Type::Q4_0, blocks: vec![(4, 2, 384); 3], ..TestModel::default() };
+    let mixture = TestModel { experts: Some([8, 2, 0]), blocks: vec![(4, 2, 96); 3], ..TestModel::default() };
     for (small, more) in [
         (wide.clone(), &[][..]),
-        (Small { arch: "gemma3", ..wide }, &[]),
+        (TestModel { arch: "gemma3", ..wide }, &[]),
         (mixture.clone(), &[]),
         (mixture, &["--experts", "narrow"]),
     ] {

@@ -1,9 +1,9 @@
-//! Sparsities that a limit sets, and several on one calibration.
+//! Sparsities that follow from a quality limit, and several sparsities on one calibration.
 
 mod common;
 
 use common::cli::Cli;
-use common::small::Small;
+use common::test_model::TestModel;
 use putri_gguf::ggml::silence_logs;
 use putri_gguf::gguf::{GgufFile, Value};
 use serde_json::Value as Json;
@@ -28,8 +28,8 @@ fn the_largest_sparsity_within_a_limit_is_found() {
     silence_logs();
     let cli = Cli::new();
     for small in [
-        Small { blocks: vec![(4, 2, 512); 4], ..Small::default() },
-        Small { blocks: vec![(4, 2, 256); 7], ..Small::gemma3() },
+        TestModel { blocks: vec![(4, 2, 512); 4], ..TestModel::default() },
+        TestModel { blocks: vec![(4, 2, 256); 7], ..TestModel::gemma3() },
     ] {
         small.write(&cli.path("in.gguf"));
         let at = |s: f64| {
@@ -63,7 +63,7 @@ fn the_largest_sparsity_within_a_limit_is_found() {
 fn nested_outputs_are_those_of_single_runs() {
     silence_logs();
     let cli = Cli::new();
-    Small { blocks: vec![(4, 2, 256); 4], ..Small::default() }.write(&cli.path("in.gguf"));
+    TestModel { blocks: vec![(4, 2, 256); 4], ..TestModel::default() }.write(&cli.path("in.gguf"));
     let more = ["--report", "r.json", "--imatrix-out", "i.gguf"];
     let nested = [&["in.gguf", "out.gguf", "--nested", "0.3,0.45,0.6"][..], &more].concat();
     let said = cli.ok(&[&nested[..], &QUICK].concat());

@@ -1,10 +1,10 @@
-//! What llama.cpp takes to run a model, before and after: foreseen, asked for, and taken.
+//! Memory that llama.cpp needs to run a model, before and after pruning: predicted, reported, and measured.
 
 mod common;
 
 use common::cli::Cli;
-use common::small::Small;
 use common::smollm2;
+use common::test_model::TestModel;
 use putri_gguf::ggml::{RunMemory, Type, repacked_bytes, run_memory, silence_logs, taken_memory};
 use putri_gguf::gguf::GgufFile;
 use putri_gguf::model::{KvCache, Model};
@@ -44,8 +44,8 @@ fn caches_are_foreseen_in_every_family() {
     silence_logs();
     let cli = Cli::new();
     let path = cli.path("in.gguf");
-    let mut found = vec![("llama", Small::default()), ("gemma3", Small::gemma3())];
-    found.extend(Small::rows());
+    let mut found = vec![("llama", TestModel::default()), ("gemma3", TestModel::gemma3())];
+    found.extend(TestModel::variants());
     for (name, small) in found {
         small.write(&path);
         for n_ctx in [200, 4096] {
@@ -61,7 +61,7 @@ fn what_the_result_takes_to_run_is_within_what_was_asked_for() {
     silence_logs();
     let cli = Cli::new();
     let blocks = vec![(4, 2, 512); 4];
-    let small = Small { ty: Type::Q8_0, blocks, ..Small::default() };
+    let small = TestModel { ty: Type::Q8_0, blocks, ..TestModel::default() };
     small.write(&cli.path("in.gguf"));
     for n_ctx in [256, 4096] {
         let before = run_memory(&cli.path("in.gguf"), n_ctx).unwrap();
@@ -108,7 +108,7 @@ fn what_is_left_still_goes_through_the_faster_kernels() {
     silence_logs();
     let cli = Cli::new();
     let blocks = vec![(4, 2, 1024); 4];
-    Small { ty: Type::Q4_0, n_embd: 256, blocks, ..Small::default() }.write(&cli.path("in.gguf"));
+    TestModel { ty: Type::Q4_0, n_embd: 256, blocks, ..TestModel::default() }.write(&cli.path("in.gguf"));
     for share in ["0.2", "0.45"] {
         let args = ["in.gguf", "out.gguf", "--force", "--sparsity", share];
         cli.ok(&[&args[..], &QUICK].concat());

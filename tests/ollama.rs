@@ -1,10 +1,11 @@
-//! Models of a local Ollama: found by name and digest, refused with a reason, and carried over into a Modelfile. The store
-//! is laid out as Ollama lays it out.
+//! Models of a local Ollama: found by name and digest, refused with a reason, and carried over into a
+//! Modelfile.
+//! The store has Ollama's layout.
 
 mod common;
 
 use common::cli::Cli;
-use common::small::Small;
+use common::test_model::TestModel;
 use putri_gguf::gguf::GgufFile;
 use putri_gguf::ollama::{self, OllamaError, Stored, find};
 use serde_json::{Value, json};
@@ -68,7 +69,7 @@ const QUICK: [&str; 9] = ["--sparsity", "0.3", "-c", "64", "--chunks", "8", "-t"
 #[test]
 fn a_model_of_the_store_is_pruned_and_its_words_carried_over() {
     let cli = Cli::new();
-    Small { blocks: vec![(4, 2, 256); 3], ..Small::default() }.write(&cli.path("plain.gguf"));
+    TestModel { blocks: vec![(4, 2, 256); 3], ..TestModel::default() }.write(&cli.path("plain.gguf"));
     let gguf = std::fs::read(cli.path("plain.gguf")).unwrap();
     let template = "{{ if .System }}<|system|>\n{{ .System }}{{ end }}\n{{ .Prompt }}";
     put(
@@ -126,7 +127,7 @@ fn a_model_of_the_store_is_pruned_and_its_words_carried_over() {
 #[test]
 fn names_are_those_of_ollama() {
     let cli = Cli::new();
-    Small::default().write(&cli.path("plain.gguf"));
+    TestModel::default().write(&cli.path("plain.gguf"));
     let gguf = std::fs::read(cli.path("plain.gguf")).unwrap();
     for place in
         ["registry.example/library/a/latest", "registry.example/user/b/q4", "hub.example/user/repo/Q4_K_M"]
@@ -206,7 +207,7 @@ echo "success"
 #[test]
 fn a_model_is_made_in_ollama() {
     let cli = Cli::new();
-    Small { blocks: vec![(4, 2, 256); 3], ..Small::default() }.write(&cli.path("plain.gguf"));
+    TestModel { blocks: vec![(4, 2, 256); 3], ..TestModel::default() }.write(&cli.path("plain.gguf"));
     let gguf = std::fs::read(cli.path("plain.gguf")).unwrap();
     add(&cli, "registry.example/library/small/latest", &[("model", &gguf), ("system", b"You are terse.")]);
     install(&cli, CREATES);
@@ -228,7 +229,7 @@ fn a_model_is_made_in_ollama() {
 #[test]
 fn what_ollama_cannot_do_is_said() {
     let cli = Cli::new();
-    Small { blocks: vec![(4, 2, 256); 3], ..Small::default() }.write(&cli.path("in.gguf"));
+    TestModel { blocks: vec![(4, 2, 256); 3], ..TestModel::default() }.write(&cli.path("in.gguf"));
     let refused_with = |expected: i32, input: &str, name: &str, part: &str| {
         let (code, _, stderr) =
             run(&cli, &[&[input, "out.gguf", "--ollama-create", name][..], &QUICK].concat());

@@ -1,9 +1,9 @@
-//! Folders for a device.
+//! Packages: folders for a device.
 
 mod common;
 
 use common::cli::Cli;
-use common::small::Small;
+use common::test_model::TestModel;
 use putri_gguf::ggml::Type;
 use putri_gguf::gguf::{GgufFile, OutTensor, Value, write_gguf};
 
@@ -11,7 +11,7 @@ const QUICK: [&str; 9] = ["--sparsity", "0.3", "--ctx-size", "64", "--chunks", "
 
 /// A model whose makers say on what terms it may be passed on.
 fn licensed(cli: &Cli) {
-    let small = Small { ty: Type::Q8_0, blocks: vec![(4, 2, 256); 3], ..Small::default() };
+    let small = TestModel { ty: Type::Q8_0, blocks: vec![(4, 2, 256); 3], ..TestModel::default() };
     small.write(&cli.path("plain.gguf"));
     let file = GgufFile::open(&cli.path("plain.gguf")).unwrap();
     let mut metadata = file.metadata().to_vec();

@@ -1,9 +1,9 @@
-//! Moments where a norm lies between a map and the residual stream.
+//! Moments of a map with a norm between it and the residual stream.
 
 mod common;
 
-use common::small::{Rng, Small};
-use putri_gguf::forward::{Collect, Forward, Wanted};
+use common::test_model::{Rng, TestModel};
+use putri_gguf::forward::{BlockOutputs, Collect, Forward};
 use putri_gguf::model::{BlockWeights, Matrix, Model};
 use putri_gguf::numeric::Moments;
 use putri_gguf::prune::refit;
@@ -23,7 +23,7 @@ impl Setting {
     fn new() -> Setting {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("small.gguf");
-        Small::gemma3().write(&path);
+        TestModel::gemma3().write(&path);
         let model = Model::open(&path).unwrap();
         let forward = Forward::new(&model, N_CTX, 1).unwrap();
         let tokens: Vec<i32> = (0..N_WINDOWS * N_CTX).map(|i| 3 + (i * i * 7919 % 250) as i32).collect();
@@ -60,7 +60,7 @@ fn moments_are_those_of_the_map() {
     let target: Vec<f32> = s.x.iter().enumerate().map(|(i, v)| v + (i % 7) as f32 / 3.0).collect();
     let mut found = s.forward.gathering(&block, map.n_in, map.n_out).unwrap();
     let collect = Collect { target: Some(&target), scales: &s.scales, into: &mut found };
-    let a = s.forward.heads(&block, &s.x, Some(collect)).unwrap();
+    let a = s.forward.attn_out_input(&block, &s.x, Some(collect)).unwrap();
     let found = found.finish();
 
     let w = s.w.clone();
@@ -111,7 +111,7 @@ fn refitting_brings_the_stream_to_its_target() {
     let block = s.forward.upload(&w).unwrap();
     let mut moments = s.forward.gathering(&block, w.attn_output.n_in, w.attn_output.n_out).unwrap();
     let collect = Collect { target: Some(&target), scales: &s.scales, into: &mut moments };
-    s.forward.heads(&block, &s.x, Some(collect)).unwrap();
+    s.forward.attn_out_input(&block, &s.x, Some(collect)).unwrap();
     let new = refit(&w.attn_output, &moments.finish(), 1.0, &all(&w.attn_output), 1e-6).unwrap().weights;
     let [after, _] = s.run(&BlockWeights { attn_output: new, ..w.clone() });
     let left = distance(&after, &target) / distance(&before, &target);
@@ -121,10 +121,10 @@ fn refitting_brings_the_stream_to_its_target() {
     let moved = BlockWeights { ffn_down: perturbed(&w.ffn_down, 0.05), ..w.clone() };
     let ([_, before], [_, target]) = (s.run(&w), s.run(&moved));
     let mut moments = s.forward.gathering(&block, w.ffn_down.n_in, w.ffn_down.n_out).unwrap();
-    let heads = s.forward.heads(&block, &s.x, None).unwrap();
+    let heads = s.forward.attn_out_input(&block, &s.x, None).unwrap();
     let collect = Collect { target: Some(&target), scales: &s.scales, into: &mut moments };
-    let wanted = Wanted { moments: Some(collect), ..Wanted::default() };
-    s.forward.from_heads(&block, &s.x, &heads, wanted).unwrap();
+    let wanted = BlockOutputs { moments: Some(collect), ..BlockOutputs::default() };
+    s.forward.from_attn_out_input(&block, &s.x, &heads, wanted).unwrap();
     let new = refit(&w.ffn_down, &moments.finish(), 1.0, &all(&w.ffn_down), 1e-6).unwrap().weights;
     let [_, after] = s.run(&BlockWeights { ffn_down: new, ..w });
     let left = distance(&after, &target) / distance(&before, &target);

@@ -1,9 +1,9 @@
-//! What is said while a run goes on, and that it may be lost.
+//! Progress messages during a run; losing them does no harm.
 
 mod common;
 
 use common::cli::Cli;
-use common::small::Small;
+use common::test_model::TestModel;
 use putri_gguf::ggml::silence_logs;
 use serde_json::Value as Json;
 use std::process::{Command, Stdio};
@@ -14,7 +14,7 @@ const PRUNE: [&str; 4] = ["in.gguf", "out.gguf", "--sparsity", "0.4"];
 fn cli() -> Cli {
     silence_logs();
     let cli = Cli::new();
-    Small { blocks: vec![(4, 2, 256); 4], ..Small::default() }.write(&cli.path("in.gguf"));
+    TestModel { blocks: vec![(4, 2, 256); 4], ..TestModel::default() }.write(&cli.path("in.gguf"));
     cli
 }
 
@@ -44,7 +44,7 @@ fn steps_hold_the_time_left_of_stage_and_run() {
     let nested = steps(&cli, &["in.gguf", "n.gguf", "--nested", "0.3,0.5"]);
     let left = at(&nested, "blocks", "run_seconds_left");
     assert!(left.len() == 8 && left.iter().all(|s| s.is_f64()), "{left:?}");
-    Small { blocks: vec![(4, 2, 256); 7], ..Small::gemma3() }.write(&cli.path("in.gguf"));
+    TestModel { blocks: vec![(4, 2, 256); 7], ..TestModel::gemma3() }.write(&cli.path("in.gguf"));
     let searched = steps(&cli, &["in.gguf", "s.gguf", "--max-ppl-ratio", "1.2"]);
     let left = at(&searched, "blocks", "result_seconds_left");
     assert!(!left.is_empty() && left.iter().all(|s| s.is_f64()), "{left:?}");

@@ -1,13 +1,14 @@
-//! The mathematics of pruning against slow and naive versions of it.
+//! Mathematics of pruning, compared with slow and naive versions of it.
 
 mod common;
 
-use common::small::Rng;
+use common::test_model::Rng;
 use putri_gguf::model::Matrix;
 use putri_gguf::numeric::{Moments, SymMatrix};
 use putri_gguf::pipeline::Settings;
 use putri_gguf::prune::{
-    Choice, Inverse, InverseIn, Metric, Obs, bias_change, greedy, loudest, narrow, paper_keep, refit,
+    Inverse, InverseIn, Metric, NeuronCriterion, Obs, bias_change, greedy, narrow, paper_keep, refit,
+    top_by_activation_norm,
 };
 
 /// The inverse of a curvature that has one.
@@ -231,7 +232,8 @@ fn obs_updates_are_refits() {
         let moments = p.moments();
         let ridge = 1e-3;
         let lambda = ridge * moments.gram.mean_diagonal();
-        let mut obs = Obs::new(&p.w, None, InverseIn::new(&moments.gram, ridge).unwrap(), Choice::Loss);
+        let mut obs =
+            Obs::new(&p.w, None, InverseIn::new(&moments.gram, ridge).unwrap(), NeuronCriterion::Obs);
         let mut loss = 0.0;
         for k in [1, 2, 3] {
             loss += obs.remove_least(k);
@@ -261,7 +263,7 @@ fn obs_forgets_nothing_when_it_brings_its_inverse_up_to_date() {
     let gram = p.moments().gram;
     let lambda = ridge * gram.mean_diagonal();
     for k in [7, 300] {
-        let mut obs = Obs::new(&p.w, None, InverseIn::new(&gram, ridge).unwrap(), Choice::Loss);
+        let mut obs = Obs::new(&p.w, None, InverseIn::new(&gram, ridge).unwrap(), NeuronCriterion::Obs);
         while obs.alive() > 30 {
             obs.remove_least(k.min(obs.alive() - 30));
         }
@@ -290,9 +292,9 @@ fn by_energy_the_least_product_of_length_and_energy_goes() {
             let least = (0..keep.len()).min_by(|&a, &b| worth(a).total_cmp(&worth(b))).unwrap();
             keep.remove(least);
         }
-        let found = greedy(&p.w, None, inverse(&gram, 1e-2), n_keep, Choice::Energy).unwrap();
+        let found = greedy(&p.w, None, inverse(&gram, 1e-2), n_keep, NeuronCriterion::Magnitude).unwrap();
         assert_eq!(found.0, keep, "{n_keep} of {n}");
-        assert_ne!(keep, greedy(&p.w, None, inverse(&gram, 1e-2), n_keep, Choice::Loss).unwrap().0);
+        assert_ne!(keep, greedy(&p.w, None, inverse(&gram, 1e-2), n_keep, NeuronCriterion::Obs).unwrap().0);
         let w = p.naive_refit(&keep, 0.0, lambda);
         for (a, b) in found.1.weights.data.iter().zip(&w) {
             assert!((f64::from(*a) - b).abs() < 1e-4 * (0.1 + b.abs()), "{n_keep} of {n}: {a} {b}");
@@ -317,7 +319,8 @@ fn by_energy_a_wide_map_goes_as_fresh_refits_say() {
         let k = (keep.len() / 64).clamp(1, 16).min(keep.len() - n_keep);
         keep.retain(|j| worth[..k].iter().all(|(_, gone)| gone != j));
     }
-    let found = greedy(&p.w, Some(&costs), inverse(&moments.gram, 1e-2), n_keep, Choice::Energy).unwrap();
+    let found =
+        greedy(&p.w, Some(&costs), inverse(&moments.gram, 1e-2), n_keep, NeuronCriterion::Magnitude).unwrap();
     assert_eq!(found.0, keep);
 }
 
@@ -328,7 +331,7 @@ fn greedy_is_near_the_best_of_all_subsets() {
         let p = Problem::new(80, 9, 4, seed);
         let moments = p.moments();
         let lambda = 1e-6 * moments.gram.mean_diagonal();
-        let keep = greedy(&p.w, None, inverse(&moments.gram, 1e-6), 5, Choice::Loss).unwrap().0;
+        let keep = greedy(&p.w, None, inverse(&moments.gram, 1e-6), 5, NeuronCriterion::Obs).unwrap().0;
         let all = p.all_subsets(5, lambda);
         let rank = all.iter().position(|(_, set)| *set == keep).unwrap();
         best_hits += usize::from(rank == 0);
@@ -345,8 +348,8 @@ fn curves_rise_and_end_where_greedy_ends() {
     let curve = narrow(&p.w, inverse(&gram, 1e-3), &[48, 32, 16], 32).losses;
     assert_eq!(curve[0], 0.0);
     assert!(curve[1] > 0.0 && curve[2] > curve[1], "{curve:?}");
-    let keep = greedy(&p.w, None, inverse(&gram, 1e-3), 16, Choice::Loss).unwrap().0;
-    let mut obs = Obs::new(&p.w, None, InverseIn::new(&gram, 1e-3).unwrap(), Choice::Loss);
+    let keep = greedy(&p.w, None, inverse(&gram, 1e-3), 16, NeuronCriterion::Obs).unwrap().0;
+    let mut obs = Obs::new(&p.w, None, InverseIn::new(&gram, 1e-3).unwrap(), NeuronCriterion::Obs);
     (0..32).for_each(|_| {
         obs.remove_least(1);
     });
@@ -362,7 +365,7 @@ fn the_layer_at_the_probe_is_what_a_refit_would_give() {
         let probed = narrow(&p.w, inverse(&moments.gram, 1e-3), &[n, n / 2, n / 4], n / 2);
         assert_eq!(
             probed.kept,
-            greedy(&p.w, None, inverse(&moments.gram, 1e-3), n / 2, Choice::Loss).unwrap().0
+            greedy(&p.w, None, inverse(&moments.gram, 1e-3), n / 2, NeuronCriterion::Obs).unwrap().0
         );
         // From the minimum of a loss with curvature H + λI, what is left moves to
         // (H + λI)_KK⁻¹ (H + λI)_K: Wᵀ; on the kept inputs λI adds λ W_K.
@@ -423,7 +426,8 @@ fn threads_change_nothing() {
         let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
         pool.install(|| {
             let curve = narrow(&w, inverse(&gram, 1e-3), &[n, n / 2, 10], 10);
-            let (keep, refit) = greedy(&w, Some(&costs), inverse(&gram, 1e-3), 10, Choice::Loss).unwrap();
+            let (keep, refit) =
+                greedy(&w, Some(&costs), inverse(&gram, 1e-3), 10, NeuronCriterion::Obs).unwrap();
             (curve.losses, curve.weights, keep, refit.weights)
         })
     };
@@ -440,8 +444,11 @@ fn neurons_judged_by_other_costs_leave_the_map_at_its_own_minimum() {
         let moments = p.moments();
         let costs = Matrix::new(n, 5, Rng(seed).vec(5 * n, 1.0));
         let (keep, refitted) =
-            greedy(&p.w, Some(&costs), inverse(&moments.gram, 1e-2), n_keep, Choice::Loss).unwrap();
-        assert_eq!(keep, greedy(&costs, None, inverse(&moments.gram, 1e-2), n_keep, Choice::Loss).unwrap().0);
+            greedy(&p.w, Some(&costs), inverse(&moments.gram, 1e-2), n_keep, NeuronCriterion::Obs).unwrap();
+        assert_eq!(
+            keep,
+            greedy(&costs, None, inverse(&moments.gram, 1e-2), n_keep, NeuronCriterion::Obs).unwrap().0
+        );
         let w = p.naive_refit(&keep, 0.0, 1e-2 * moments.gram.mean_diagonal());
         for (a, b) in refitted.weights.data.iter().zip(&w) {
             assert!((f64::from(*a) - b).abs() < 1e-4 * (0.1 + b.abs()), "n {n}: {a} {b}");
@@ -488,7 +495,7 @@ fn under_a_metric_neurons_stay_that_it_minds() {
     let samples: Vec<f32> = (0..40).flat_map(|t| [0.0, 1.0 + t as f32]).collect();
     let costs = Metric::new(&samples, m).unwrap().apply(&w);
     assert_eq!(
-        greedy(&costs, None, inverse(&gram, 1e-3), n / 2, Choice::Loss).unwrap().0,
+        greedy(&costs, None, inverse(&gram, 1e-3), n / 2, NeuronCriterion::Obs).unwrap().0,
         (n / 2..n).collect::<Vec<_>>()
     );
 }
@@ -511,7 +518,8 @@ fn what_few_tokens_make_up_for_holds_for_others() {
         };
         let with = |ridge: f64| {
             let (keep, refit) =
-                greedy(&seen.w, None, inverse(&seen.moments().gram, ridge), n * 3 / 4, Choice::Loss).unwrap();
+                greedy(&seen.w, None, inverse(&seen.moments().gram, ridge), n * 3 / 4, NeuronCriterion::Obs)
+                    .unwrap();
             [loss(&keep, &refit.weights), loss(&keep, &seen.w.select_cols(&keep))]
         };
         let ridge = settings.ridge_of_neurons(n, t);
@@ -535,7 +543,7 @@ fn the_loudest_inputs_have_the_largest_norms() {
     for (t, n) in [(20, 7), (100, 33)] {
         let p = Problem::new(t, n, 2, 4);
         let energy = |j: usize| (0..t).map(|s| p.x[s * n + j].powi(2)).sum::<f64>();
-        let kept = loudest(&p.moments().gram, n / 3);
+        let kept = top_by_activation_norm(&p.moments().gram, n / 3);
         assert!(kept.windows(2).all(|w| w[0] < w[1]) && kept.len() == n / 3);
         let quietest = kept.iter().map(|&j| energy(j)).fold(f64::INFINITY, f64::min);
         assert!((0..n).filter(|j| !kept.contains(j)).all(|j| energy(j) <= quietest));

@@ -2,7 +2,7 @@
 
 mod common;
 
-use common::small::Rng;
+use common::test_model::Rng;
 use putri_gguf::ggml::Type;
 use putri_gguf::model::Matrix;
 use putri_gguf::numeric::SymMatrix;

@@ -1,15 +1,15 @@
-//! Runs that were interrupted end where an undisturbed one does.
+//! Interrupted runs end with the same result as an undisturbed one.
 
 mod common;
 
 use common::cli::Cli;
-use common::small::Small;
+use common::test_model::TestModel;
 use putri_gguf::calibrate::Recipe;
 use putri_gguf::ggml::silence_logs;
 use putri_gguf::gguf::{GgufFile, Value, write_gguf};
-use putri_gguf::model::Piece;
+use putri_gguf::model::FfnUnit;
 use putri_gguf::pipeline::{Method, Observer, Settings};
-use putri_gguf::prune::Choice;
+use putri_gguf::prune::NeuronCriterion;
 use putri_gguf::{Job, JobError, KeepState, run};
 use std::cell::Cell;
 use std::path::Path;
@@ -41,20 +41,20 @@ fn job(folder: &Path, method: Method) -> Job {
 fn interrupted_anywhere_a_run_ends_in_the_same_bytes() {
     silence_logs();
     let cli = Cli::new();
-    let llama = Small { blocks: vec![(4, 2, 256); 4], ..Small::default() };
-    let parallel = Small { arch: "falcon", fused_qkv: true, ..llama.clone() };
-    let mixture = Small { experts: Some([8, 2, 0]), blocks: vec![(4, 2, 64); 4], ..llama.clone() };
+    let llama = TestModel { blocks: vec![(4, 2, 256); 4], ..TestModel::default() };
+    let parallel = TestModel { arch: "falcon", fused_qkv: true, ..llama.clone() };
+    let mixture = TestModel { experts: Some([8, 2, 0]), blocks: vec![(4, 2, 64); 4], ..llama.clone() };
     let variants = [
-        (&llama, Method::Putri, Piece::Neuron),
-        (&llama, Method::Paper, Piece::Neuron),
-        (&parallel, Method::Putri, Piece::Neuron),
-        (&mixture, Method::Putri, Piece::Expert),
-        (&mixture, Method::Putri, Piece::Neuron),
+        (&llama, Method::Putri, FfnUnit::Neuron),
+        (&llama, Method::Paper, FfnUnit::Neuron),
+        (&parallel, Method::Putri, FfnUnit::Neuron),
+        (&mixture, Method::Putri, FfnUnit::Expert),
+        (&mixture, Method::Putri, FfnUnit::Neuron),
     ];
-    for (small, method, of_mixtures) in variants {
+    for (small, method, moe_unit) in variants {
         small.write(&cli.path("in.gguf"));
         let mut job = job(cli.dir.path(), method);
-        job.settings.of_mixtures = of_mixtures;
+        job.settings.moe_unit = moe_unit;
         if small.experts.is_some() {
             // Half of what so narrow experts have is more than the blocks can give.
             job.settings.sparsity = 0.4;
@@ -72,7 +72,7 @@ fn interrupted_anywhere_a_run_ends_in_the_same_bytes() {
                 match ended {
                     Ok(_) => {}
                     Err(JobError::Interrupted) => n_stopped += 1,
-                    Err(e) => panic!("{method:?} after {patience}: {e}"),
+                    Err(e) => panic!("{method:?} after {patience}: {}", putri_gguf::with_causes(&e)),
                 }
                 let ready = ended.is_ok();
                 if !ready && !one_by_one {
@@ -101,7 +101,7 @@ fn interrupted_anywhere_a_run_ends_in_the_same_bytes() {
 fn neurons_go_by_what_a_run_found_best_or_was_told() {
     silence_logs();
     let cli = Cli::new();
-    Small { blocks: vec![(4, 2, 256); 4], ..Small::default() }.write(&cli.path("in.gguf"));
+    TestModel { blocks: vec![(4, 2, 256); 4], ..TestModel::default() }.write(&cli.path("in.gguf"));
     let mut job = job(cli.dir.path(), Method::Putri);
     let undisturbed = |job: &Job| {
         run(job, &mut StopsAfter(Cell::new(usize::MAX))).unwrap();
@@ -111,22 +111,22 @@ fn neurons_go_by_what_a_run_found_best_or_was_told() {
             .map(|il| file.data(file.find(&format!("blk.{il}.ffn_up.weight")).unwrap()).to_vec())
             .collect();
         std::fs::remove_file(&job.output).unwrap();
-        (bytes, neurons, file.get("putri.neurons_by").cloned())
+        (bytes, neurons, file.get("putri.neuron_criterion").cloned())
     };
-    let named = |choice: Choice| Some(Value::Str(choice.name().into()));
-    let told = Choice::ALL.map(|choice| {
-        job.settings.choice = Some(choice);
+    let named = |criterion: NeuronCriterion| Some(Value::Str(criterion.name().into()));
+    let told = NeuronCriterion::ALL.map(|criterion| {
+        job.settings.criterion = Some(criterion);
         undisturbed(&job)
     });
     assert!(told[0].1 != told[1].1, "both ways keep the same neurons");
-    assert_eq!([&told[0].2, &told[1].2], [&named(Choice::ALL[0]), &named(Choice::ALL[1])]);
-    job.settings.choice = None;
+    assert_eq!([&told[0].2, &told[1].2], [&named(NeuronCriterion::ALL[0]), &named(NeuronCriterion::ALL[1])]);
+    job.settings.criterion = None;
     let found = undisturbed(&job);
     // Whatever was found, the other is what a state says that names the other.
     let best = told.iter().position(|bytes| *bytes == found).expect("it goes one way or the other");
     job.state = Some(KeepState { folder: cli.path("state"), resume: true });
-    let choice = cli.path("state/choice.gguf");
-    for patience in (2..).take_while(|_| !choice.exists()) {
+    let criterion = cli.path("state/criterion.gguf");
+    for patience in (2..).take_while(|_| !criterion.exists()) {
         // From the beginning, or the last of many could go from before the choice to the end.
         drop(std::fs::remove_dir_all(cli.path("state")));
         assert!(matches!(run(&job, &mut StopsAfter(Cell::new(patience))), Err(JobError::Interrupted)));
@@ -134,7 +134,7 @@ fn neurons_go_by_what_a_run_found_best_or_was_told() {
     assert!(!cli.path("state/block-000.gguf").exists());
     // Widths or the choice alone: the other is found anew, and is the same.
     let kept = cli.path("kept");
-    for lost in ["widths.gguf", "choice.gguf"] {
+    for lost in ["widths.gguf", "criterion.gguf"] {
         drop(std::fs::remove_dir_all(&kept));
         std::fs::create_dir(&kept).unwrap();
         for file in std::fs::read_dir(cli.path("state")).unwrap().map(Result::unwrap) {
@@ -144,23 +144,23 @@ fn neurons_go_by_what_a_run_found_best_or_was_told() {
         let job = Job { state: Some(KeepState { folder: kept.clone(), resume: true }), ..job.clone() };
         assert!(undisturbed(&job) == found, "without {lost}");
     }
-    let written = GgufFile::open(&choice).unwrap().get("choice").cloned();
-    assert_eq!(written, named(Choice::ALL[best]));
+    let written = GgufFile::open(&criterion).unwrap().get("criterion").cloned();
+    assert_eq!(written, named(NeuronCriterion::ALL[best]));
     let say = |name: &str| {
-        let mut file = std::fs::File::create(&choice).unwrap();
-        write_gguf(&mut file, &choice, &[("choice".into(), Value::Str(name.into()))], &[]).unwrap();
+        let mut file = std::fs::File::create(&criterion).unwrap();
+        write_gguf(&mut file, &criterion, &[("criterion".into(), Value::Str(name.into()))], &[]).unwrap();
     };
     say("taste");
     let error = run(&job, &mut StopsAfter(Cell::new(usize::MAX))).unwrap_err().to_string();
-    assert!(error.contains("choice.gguf") && error.contains("begin anew"), "{error}");
-    say(Choice::ALL[1 - best].name());
+    assert!(error.contains("criterion.gguf") && error.contains("begin anew"), "{error}");
+    say(NeuronCriterion::ALL[1 - best].name());
     assert!(undisturbed(&job) == told[1 - best]);
 }
 
 #[test]
 fn killed_a_run_ends_in_the_same_bytes() {
     let cli = Cli::new();
-    Small { blocks: vec![(4, 2, 256); 6], ..Small::default() }.write(&cli.path("in.gguf"));
+    TestModel { blocks: vec![(4, 2, 256); 6], ..TestModel::default() }.write(&cli.path("in.gguf"));
     let common = ["--sparsity", "0.5", "-c", "64", "--chunks", "8", "-t", "1", "-q"];
     cli.ok(&[&["in.gguf", "whole.gguf"][..], &common].concat());
     let whole = std::fs::read(cli.path("whole.gguf")).unwrap();
@@ -192,7 +192,7 @@ fn killed_a_run_ends_in_the_same_bytes() {
 fn a_state_that_did_not_fit_on_the_disk_is_not_taken_for_one() {
     // A limit on file sizes stands for a full disk, as in `bad_input.rs`: the first block does not fit.
     let cli = Cli::new();
-    Small { blocks: vec![(4, 2, 256); 4], ..Small::default() }.write(&cli.path("in.gguf"));
+    TestModel { blocks: vec![(4, 2, 256); 4], ..TestModel::default() }.write(&cli.path("in.gguf"));
     let common = ["--sparsity", "0.25", "-c", "64", "--chunks", "8", "-t", "1", "-q"];
     cli.ok(&[&["in.gguf", "whole.gguf"][..], &common].concat());
     let args = [&["in.gguf", "out.gguf", "--state-dir", "state", "--resume"][..], &common].concat();
@@ -215,7 +215,7 @@ fn a_state_that_did_not_fit_on_the_disk_is_not_taken_for_one() {
 fn what_a_killed_run_was_writing_is_not_left_behind() {
     silence_logs();
     let cli = Cli::new();
-    Small { blocks: vec![(4, 2, 256); 3], ..Small::default() }.write(&cli.path("in.gguf"));
+    TestModel { blocks: vec![(4, 2, 256); 3], ..TestModel::default() }.write(&cli.path("in.gguf"));
     std::fs::create_dir(cli.path("state")).unwrap();
     std::fs::write(cli.path("state/unfinished.part"), "half of a bl").unwrap();
     let mut job = job(cli.dir.path(), Method::Putri);
@@ -228,7 +228,7 @@ fn what_a_killed_run_was_writing_is_not_left_behind() {
 fn a_state_is_only_taken_over_on_the_same_terms() {
     silence_logs();
     let cli = Cli::new();
-    Small { blocks: vec![(4, 2, 256); 4], ..Small::default() }.write(&cli.path("in.gguf"));
+    TestModel { blocks: vec![(4, 2, 256); 4], ..TestModel::default() }.write(&cli.path("in.gguf"));
     let mut job = job(cli.dir.path(), Method::Putri);
     job.state = Some(KeepState { folder: cli.path("state"), resume: true });
     let windows = cli.path("state/windows.gguf");
@@ -264,7 +264,8 @@ fn a_state_is_only_taken_over_on_the_same_terms() {
 #[test]
 fn two_runs_do_not_share_a_state() {
     let cli = Cli::new();
-    Small { n_embd: 128, blocks: vec![(8, 4, 512); 6], ..Small::default() }.write(&cli.path("in.gguf"));
+    TestModel { n_embd: 128, blocks: vec![(8, 4, 512); 6], ..TestModel::default() }
+        .write(&cli.path("in.gguf"));
     let args =
         ["--sparsity", "0.3", "-c", "64", "--chunks", "16", "-t", "1", "--state-dir", "state", "--resume"];
     let mut first = Command::new(env!("CARGO_BIN_EXE_putri-gguf"))
@@ -279,7 +280,7 @@ fn two_runs_do_not_share_a_state() {
     }
     let second = cli.run(&[&["in.gguf", "other.gguf", "-q"][..], &args].concat());
     let said = String::from_utf8_lossy(&second.stderr);
-    assert!(second.status.code() == Some(1) && said.contains("another run keeps its state"), "{said}");
+    assert!(second.status.code() == Some(1) && said.contains("another run keeps its checkpoint"), "{said}");
     // One that is killed lets go of it.
     first.kill().unwrap();
     first.wait().unwrap();

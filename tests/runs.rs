@@ -1,20 +1,21 @@
-//! Runs outlive the terminal, the reader and the log that they were started with, and say so where they cannot.
+//! Runs outlive the terminal, the reader and the log that they start with, and report it if they cannot.
 #![cfg(unix)]
 
 mod common;
 
 use common::cli::Cli;
-use common::small::Small;
+use common::test_model::TestModel;
 use std::io::Read;
 use std::os::unix::process::ExitStatusExt;
 use std::process::{Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
-const PRUNE: &str = "in.gguf out.gguf --sparsity 0.25 -c 64 --chunks 8 -t 1 --twins 0 --tune 0 --force";
+const PRUNE: &str =
+    "in.gguf out.gguf --sparsity 0.25 -c 64 --chunks 8 -t 1 --resample-copies 0 --tune 0 --force";
 
 fn with_model() -> Cli {
     let cli = Cli::new();
-    Small { blocks: vec![(4, 2, 256); 3], ..Small::default() }.write(&cli.path("in.gguf"));
+    TestModel { blocks: vec![(4, 2, 256); 3], ..TestModel::default() }.write(&cli.path("in.gguf"));
     cli
 }
 
@@ -121,7 +122,10 @@ fn what_cannot_be_made_beside_the_model_is_said_and_the_rest_is_made() {
     let log = std::fs::read_to_string(cli.path("log")).unwrap();
     assert_eq!(code(&out), Some(4), "{log}");
     let said: Vec<&str> = log.lines().filter(|l| l.starts_with("error:")).collect();
-    assert!(said.len() == 1 && said[0].contains("out.gguf is written, but not its report: gone"), "{log}");
+    assert!(
+        said.len() == 1 && said[0].contains("out.gguf is written, but not its report: cannot write gone"),
+        "{log}"
+    );
     let stdout = String::from_utf8_lossy(&out.stdout);
     assert!(stdout.contains("perplexity") && stdout.ends_with("out.gguf\n"), "{stdout}");
     assert!(cli.path("out.Modelfile").exists() && cli.path("p/SHA256SUMS").exists());

@@ -1,8 +1,8 @@
-//! What is carried over unchanged is carried over byte for byte.
+//! Unchanged data is copied byte for byte.
 
 mod common;
 
-use common::small::Small;
+use common::test_model::TestModel;
 use common::{compare_logits, libllama_logits, our_logits};
 use putri_gguf::assemble::{Provenance, assemble};
 use putri_gguf::ggml::{Type, silence_logs};
@@ -19,9 +19,7 @@ fn provenance() -> Provenance {
         method: "putri".into(),
         calibration: "none".into(),
         seed: 1,
-        neurons_by: None,
-        twins: 0,
-        tune: 0,
+        stages: Vec::new(),
         check_tokens: Vec::new(),
         check_nll: Vec::new(),
         check_exact: false,
@@ -30,7 +28,7 @@ fn provenance() -> Provenance {
 
 fn write(model: &Model, plan: &Plan, path: &Path) -> Family {
     let mut file = std::fs::File::create(path).unwrap();
-    assemble(model, plan, &provenance(), None, &mut file, path).unwrap().carrier
+    assemble(model, plan, &provenance(), None, &mut file, path).unwrap().output_arch
 }
 
 /// Rows of a tensor in the file as byte strings.
@@ -44,8 +42,14 @@ fn removed_rows_leave_the_others_as_they_were() {
     for fused_qkv in [false, true] {
         let dir = tempfile::tempdir().unwrap();
         let (source, target) = (dir.path().join("a.gguf"), dir.path().join("b.gguf"));
-        let small =
-            Small { ty: Type::Q4_0, n_embd: 64, head_dim: 32, biases: true, fused_qkv, ..Small::default() };
+        let small = TestModel {
+            ty: Type::Q4_0,
+            n_embd: 64,
+            head_dim: 32,
+            biases: true,
+            fused_qkv,
+            ..TestModel::default()
+        };
         small.write(&source);
         let model = Model::open(&source).unwrap();
         let mut plan = Plan::whole(&model);
@@ -101,18 +105,18 @@ fn deci_with_everything_kept_gives_the_sources_logits() {
     let dir = tempfile::tempdir().unwrap();
     let (source, target) = (dir.path().join("a.gguf"), dir.path().join("b.gguf"));
     for small in [
-        Small { biases: true, ..Small::default() },
-        Small { rope_freqs: true, tied: false, ..Small::default() },
-        Small {
+        TestModel { biases: true, ..TestModel::default() },
+        TestModel { rope_freqs: true, tied: false, ..TestModel::default() },
+        TestModel {
             extra: vec![
                 ("rope.scaling.type", Value::Str("yarn".into())),
                 ("rope.scaling.factor", Value::F32(2.0)),
             ],
-            ..Small::default()
+            ..TestModel::default()
         },
     ] {
         small.write(&source);
-        let deci = Small { arch: "deci", ..small.clone() };
+        let deci = TestModel { arch: "deci", ..small.clone() };
         deci.write(&target);
         let tokens: Vec<i32> = (0..150).map(|i| 3 + (i * 31) % 250).collect();
         let (a, b) = (libllama_logits(&source, &tokens), libllama_logits(&target, &tokens));
@@ -128,23 +132,27 @@ fn families_give_their_logits_in_other_architectures() {
     let (source, target) = (dir.path().join("a.gguf"), dir.path().join("b.gguf"));
     let tokens: Vec<i32> = (0..150).map(|i| 3 + (i * 31) % 250).collect();
     let mut n_carried = 0;
-    for (name, small) in Small::rows() {
+    for (name, small) in TestModel::variants() {
         small.write(&source);
         let model = Model::open(&source).unwrap();
         let own = model.hparams.family;
-        for heads in [Heads::Auto, Heads::Equal] {
-            let plan = Plan { carriers: model.carriers(heads, Arch::Auto), ..Plan::whole(&model) };
-            let carrier = write(&model, &plan, &target);
-            let stays = own.traits().stays || plan.carriers == model.carriers(heads, Arch::Keep);
-            assert_eq!(carrier == own, stays, "{name}");
-            n_carried += usize::from(!stays);
+        for heads in [Heads::Auto, Heads::Uniform] {
+            let plan = Plan { output_archs: model.output_archs(heads, Arch::Auto), ..Plan::whole(&model) };
+            let output_arch = write(&model, &plan, &target);
+            let loads_fewer_heads =
+                own.traits().loads_fewer_heads || plan.output_archs == model.output_archs(heads, Arch::Keep);
+            assert_eq!(output_arch == own, loads_fewer_heads, "{name}");
+            n_carried += usize::from(!loads_fewer_heads);
             let (a, b) = (libllama_logits(&source, &tokens), libllama_logits(&target, &tokens));
             let (max, kl) = compare_logits(&a, &b, small.n_vocab);
-            println!("{name} in {}: largest difference {max:.2e}, KL divergence {kl:.2e}", carrier.name());
+            println!(
+                "{name} in {}: largest difference {max:.2e}, KL divergence {kl:.2e}",
+                output_arch.name()
+            );
             // In another order of rows, sums of halves round otherwise.
             assert!(max < 0.02 && kl < 1e-6, "{name}: {max} {kl}");
-            let kept = Plan { carriers: model.carriers(heads, Arch::Keep), ..plan };
-            assert_eq!(kept.carrier(&model), own, "{name}");
+            let kept = Plan { output_archs: model.output_archs(heads, Arch::Keep), ..plan };
+            assert_eq!(kept.output_arch(&model), own, "{name}");
         }
     }
     assert!(n_carried >= 14);
@@ -154,21 +162,21 @@ fn families_give_their_logits_in_other_architectures() {
 fn equal_blocks_stay_what_they_are_where_they_can() {
     let dir = tempfile::tempdir().unwrap();
     let source = dir.path().join("a.gguf");
-    let whole = |small: Small| {
+    let whole = |small: TestModel| {
         small.write(&source);
         let model = Model::open(&source).unwrap();
         (Plan::whole(&model), model)
     };
-    for (small, equal, uneven) in [
-        (Small::default(), Family::Llama, Family::Deci),
-        (Small { arch: "deci", ..Small::default() }, Family::Deci, Family::Deci),
-        (Small { arch: "qwen2", ..Small::default() }, Family::Deci, Family::Deci),
-        (Small { arch: "qwen3", ..Small::default() }, Family::Qwen3, Family::OpenElm),
+    for (small, equal, per_layer_arch) in [
+        (TestModel::default(), Family::Llama, Family::Deci),
+        (TestModel { arch: "deci", ..TestModel::default() }, Family::Deci, Family::Deci),
+        (TestModel { arch: "qwen2", ..TestModel::default() }, Family::Deci, Family::Deci),
+        (TestModel { arch: "qwen3", ..TestModel::default() }, Family::Qwen3, Family::OpenElm),
     ] {
         let (mut plan, model) = whole(small);
-        assert_eq!(plan.carrier(&model), equal);
+        assert_eq!(plan.output_arch(&model), equal);
         plan.blocks[1].neurons.truncate(64);
-        assert_eq!(plan.carrier(&model), uneven);
+        assert_eq!(plan.output_arch(&model), per_layer_arch);
     }
 }
 
@@ -177,11 +185,11 @@ fn equal_blocks_stay_what_they_are_where_they_can() {
 fn gemma3_has_no_carrier_for_uneven_blocks() {
     let dir = tempfile::tempdir().unwrap();
     let source = dir.path().join("a.gguf");
-    Small::gemma3().write(&source);
+    TestModel::gemma3().write(&source);
     let model = Model::open(&source).unwrap();
     let mut plan = Plan::whole(&model);
     plan.blocks[1].neurons.truncate(64);
-    plan.carrier(&model);
+    plan.output_arch(&model);
 }
 
 #[test]
@@ -191,7 +199,7 @@ fn a_qwen3_with_uneven_blocks_is_an_openelm() {
     let (source, target) = (dir.path().join("a.gguf"), dir.path().join("b.gguf"));
     let tokens: Vec<i32> = (0..150).map(|i| 3 + (i * 31) % 250).collect();
     for (fused_qkv, ty) in [(false, Type::F32), (true, Type::F32), (false, Type::Q8_0)] {
-        let small = Small { arch: "qwen3", fused_qkv, ty, ..Small::default() };
+        let small = TestModel { arch: "qwen3", fused_qkv, ty, ..TestModel::default() };
         small.write(&source);
         let model = Model::open(&source).unwrap();
         let mut plan = Plan::whole(&model);
@@ -208,8 +216,8 @@ fn a_qwen3_with_uneven_blocks_is_an_openelm() {
         assert!(old.eq(found));
     }
     // There is no room for a head of its own.
-    Small { arch: "qwen3", tied: false, ..Small::default() }.write(&source);
-    assert_eq!(Plan::whole(&Model::open(&source).unwrap()).carriers.per_block, None);
+    TestModel { arch: "qwen3", tied: false, ..TestModel::default() }.write(&source);
+    assert_eq!(Plan::whole(&Model::open(&source).unwrap()).output_archs.per_block, None);
 }
 
 #[test]
@@ -219,21 +227,21 @@ fn a_qwen3_with_its_own_head_is_a_step35_if_it_shall_be() {
     let (source, target) = (dir.path().join("a.gguf"), dir.path().join("b.gguf"));
     let tokens: Vec<i32> = (0..150).map(|i| 3 + (i * 31) % 250).collect();
     let base = ("rope.freq_base", Value::F32(50000.0));
-    let small = Small { arch: "qwen3", tied: false, extra: vec![base], ..Small::default() };
+    let small = TestModel { arch: "qwen3", tied: false, extra: vec![base], ..TestModel::default() };
     small.write(&source);
     let model = Model::open(&source).unwrap();
-    assert_eq!(model.carriers(Heads::Auto, Arch::Auto).of_heads(), None);
-    let carriers = model.carriers(Heads::PerBlock, Arch::Auto);
-    let mut plan = Plan { carriers, ..Plan::whole(&model) };
-    assert_eq!(plan.carrier(&model), Family::Qwen3);
+    assert_eq!(model.output_archs(Heads::Auto, Arch::Auto).of_heads(), None);
+    let output_archs = model.output_archs(Heads::PerLayer, Arch::Auto);
+    let mut plan = Plan { output_archs, ..Plan::whole(&model) };
+    assert_eq!(plan.output_arch(&model), Family::Qwen3);
     // As it is, the same bits in libllama; with fewer heads, our own logits.
-    let stays = plan.carriers.equal;
-    plan.carriers.equal = Family::Step35;
+    let loads_fewer_heads = plan.output_archs.equal;
+    plan.output_archs.equal = Family::Step35;
     write(&model, &plan, &target);
     let (max, _) =
         compare_logits(&libllama_logits(&source, &tokens), &libllama_logits(&target, &tokens), small.n_vocab);
     assert_eq!(max, 0.0);
-    plan.carriers.equal = stays;
+    plan.output_archs.equal = loads_fewer_heads;
     plan.blocks[1].groups = vec![1];
     assert_eq!(write(&model, &plan, &target), Family::Step35);
     let ours = common::logits(&model, &tokens, 1, |il| plan.block(&model, il).unwrap());
@@ -242,9 +250,9 @@ fn a_qwen3_with_its_own_head_is_a_step35_if_it_shall_be() {
     assert!(max < 0.06 && kl < 2e-5, "{max} {kl}");
     // A stretched rotary embedding is not known there.
     let factor = ("rope.scaling.factor", Value::F32(4.0));
-    Small { extra: vec![factor], ..small }.write(&source);
+    TestModel { extra: vec![factor], ..small }.write(&source);
     let model = Model::open(&source).unwrap();
-    assert_eq!(model.carriers(Heads::PerBlock, Arch::Auto).of_heads(), None);
+    assert_eq!(model.output_archs(Heads::PerLayer, Arch::Auto).of_heads(), None);
 }
 
 #[test]
@@ -253,7 +261,7 @@ fn rows_of_different_types_are_joined_in_the_widest() {
     let dir = tempfile::tempdir().unwrap();
     let (source, mixed, target) =
         (dir.path().join("a.gguf"), dir.path().join("m.gguf"), dir.path().join("b.gguf"));
-    let small = Small { arch: "qwen3", ..Small::default() };
+    let small = TestModel { arch: "qwen3", ..TestModel::default() };
     small.write(&source);
     common::retype(&GgufFile::open(&source).unwrap(), &mixed, |name| {
         let narrow = name.contains("attn_q.") || name.contains("attn_k.");
@@ -280,7 +288,7 @@ fn gemma3_computes_the_same_with_fewer_heads() {
     let tokens: Vec<i32> = (0..100).map(|i| 3 + (i * 31) % 250).collect();
     // With 62 blocks, llama.cpp derives the scale of attention from the number of heads.
     for n_blocks in [7, 62] {
-        let small = Small { n_embd: 32, blocks: vec![(4, 2, 64); n_blocks], ..Small::gemma3() };
+        let small = TestModel { n_embd: 32, blocks: vec![(4, 2, 64); n_blocks], ..TestModel::gemma3() };
         small.write(&source);
         let model = Model::open(&source).unwrap();
         let mut plan = Plan::whole(&model);
@@ -307,7 +315,7 @@ fn new_biases_and_norms_are_written_and_used() {
     let (source, target) = (dir.path().join("a.gguf"), dir.path().join("b.gguf"));
     let tokens: Vec<i32> = (0..150).map(|i| 3 + (i * 31) % 250).collect();
     for biases in [false, true] {
-        let small = Small { biases, ..Small::default() };
+        let small = TestModel { biases, ..TestModel::default() };
         small.write(&source);
         let model = Model::open(&source).unwrap();
         let n_embd = model.hparams.n_embd;
@@ -345,7 +353,7 @@ fn other_alignments_are_read_and_written_as_32() {
     silence_logs();
     let dir = tempfile::tempdir().unwrap();
     let (source, target) = (dir.path().join("a.gguf"), dir.path().join("b.gguf"));
-    let small = Small { biases: true, ..Small::default() };
+    let small = TestModel { biases: true, ..TestModel::default() };
     small.write(&source);
     // The same file with its tensors aligned at 64: the key's value, the header's padding, the offsets.
     let old = GgufFile::open(&source).unwrap();
@@ -391,7 +399,7 @@ fn metadata_keeps_its_order_and_types() {
         ("odd.key", Value::U16(7)),
         ("list", Value::i32_array(&[1, -2])),
     ];
-    let small = Small { extra, ..Small::default() };
+    let small = TestModel { extra, ..TestModel::default() };
     small.write(&source);
     let model = Model::open(&source).unwrap();
     let mut plan = Plan::whole(&model);
@@ -421,7 +429,7 @@ fn metadata_keeps_its_order_and_types() {
 fn defaults_that_depend_on_the_head_count_are_written_out() {
     let dir = tempfile::tempdir().unwrap();
     let (source, target) = (dir.path().join("a.gguf"), dir.path().join("b.gguf"));
-    let small = Small::default();
+    let small = TestModel::default();
     small.write(&source);
     // The same file without the keys that have defaults.
     let bare = dir.path().join("bare.gguf");

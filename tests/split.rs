@@ -1,9 +1,9 @@
-//! Models in several files.
+//! Models that are split into several files.
 
 mod common;
 
 use common::cli::Cli;
-use common::small::Small;
+use common::test_model::TestModel;
 use putri_gguf::ggml::{LlamaModel, Type, silence_logs};
 use putri_gguf::gguf::{GgufFile, OutTensor, Value, write_gguf};
 
@@ -34,7 +34,7 @@ fn cut(cli: &Cli, prefix: &str, claims: usize) {
 fn split_model(ty: Type) -> Cli {
     silence_logs();
     let cli = Cli::new();
-    let small = Small { ty, blocks: vec![(4, 2, 256); 3], ..Small::default() };
+    let small = TestModel { ty, blocks: vec![(4, 2, 256); 3], ..TestModel::default() };
     small.write(&cli.path("in.gguf"));
     cut(&cli, "m", small.layout().len());
     cli

@@ -1,9 +1,9 @@
-//! Sizes that were asked for.
+//! Requested sizes of the result.
 
 mod common;
 
 use common::cli::Cli;
-use common::small::Small;
+use common::test_model::TestModel;
 use putri_gguf::ggml::{Type, silence_logs};
 use putri_gguf::gguf::GgufFile;
 
@@ -14,15 +14,18 @@ fn sizes(cli: &Cli, name: &str) -> (u64, u64) {
     (file.n_bytes(), file.tensors().iter().map(|t| t.n_elements() as u64).sum())
 }
 
-fn models() -> Vec<(&'static str, Small)> {
-    let q8 = Small { ty: Type::Q8_0, blocks: vec![(4, 2, 512); 4], ..Small::default() };
+fn models() -> Vec<(&'static str, TestModel)> {
+    let q8 = TestModel { ty: Type::Q8_0, blocks: vec![(4, 2, 512); 4], ..TestModel::default() };
     let experts = Some([12, 2, 0]);
     vec![
         ("llama", q8.clone()),
-        ("qwen3", Small { arch: "qwen3", ..q8.clone() }),
-        ("phi3", Small { arch: "phi3", fused_qkv: true, ..q8.clone() }),
-        ("gemma3", Small { ty: Type::Q4_0, n_embd: 64, blocks: vec![(4, 2, 512); 7], ..Small::gemma3() }),
-        ("experts", Small { arch: "qwen3moe", experts, blocks: vec![(4, 2, 96); 4], ..q8 }),
+        ("qwen3", TestModel { arch: "qwen3", ..q8.clone() }),
+        ("phi3", TestModel { arch: "phi3", fused_qkv: true, ..q8.clone() }),
+        (
+            "gemma3",
+            TestModel { ty: Type::Q4_0, n_embd: 64, blocks: vec![(4, 2, 512); 7], ..TestModel::gemma3() },
+        ),
+        ("experts", TestModel { arch: "qwen3moe", experts, blocks: vec![(4, 2, 96); 4], ..q8 }),
     ]
 }
 
@@ -58,7 +61,7 @@ fn they_are_kept_and_as_much_as_fits_stays() {
 fn they_are_those_of_the_types_that_are_written() {
     silence_logs();
     let cli = Cli::new();
-    Small { blocks: vec![(4, 2, 512); 4], ..Small::default() }.write(&cli.path("in.gguf"));
+    TestModel { blocks: vec![(4, 2, 512); 4], ..TestModel::default() }.write(&cli.path("in.gguf"));
     let (bytes, _) = sizes(&cli, "in.gguf");
     let target = bytes / 5;
     let text = target.to_string();
@@ -70,7 +73,7 @@ fn they_are_those_of_the_types_that_are_written() {
 #[test]
 fn what_cannot_be_is_refused_with_what_can() {
     let cli = Cli::new();
-    Small::default().write(&cli.path("in.gguf"));
+    TestModel::default().write(&cli.path("in.gguf"));
     let fails = |args: &[&str], parts: &[&str]| {
         cli.fails(&[&["in.gguf", "out.gguf"][..], args, &QUICK].concat(), 1, parts);
     };

@@ -1,9 +1,9 @@
-//! Text files: every encoding, what is no text, pipes, and texts much larger than memory should be.
+//! Text files: every encoding, files that are not text, pipes, and texts much larger than memory should be.
 
 mod common;
 
 use common::cli::Cli;
-use common::small::{Rng, Small};
+use common::test_model::{Rng, TestModel};
 use common::{TEXT, rewrite};
 use putri_gguf::calibrate::{Recipe, collect, text_windows};
 use putri_gguf::evaluate::{Protocol, windows};
@@ -18,7 +18,7 @@ const QUICK: [&str; 7] = ["-c", "64", "--chunks", "4", "-t", "1", "-q"];
 fn cli() -> Cli {
     silence_logs();
     let cli = Cli::new();
-    Small::default().write(&cli.path("a.gguf"));
+    TestModel::default().write(&cli.path("a.gguf"));
     cli
 }
 

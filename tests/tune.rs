@@ -1,13 +1,13 @@
-//! The last adjustment of norms and biases: closer to the dense model on text that it did not see.
+//! Final tuning of norms and biases: the result is closer to the dense model on held-out text.
 
 mod common;
 
-use common::small::Small;
+use common::test_model::TestModel;
 use common::{Silent, compare_logits, logits, our_logits};
 use putri_gguf::calibrate::Windows;
 use putri_gguf::ggml::silence_logs;
 use putri_gguf::model::{BlockVector, Model};
-use putri_gguf::pipeline::{Outcome, Settings, run};
+use putri_gguf::pipeline::{Pruned, Settings, run};
 use std::path::Path;
 
 /// Windows of something like text to fit on, and some to judge by.
@@ -17,13 +17,13 @@ fn windows(n_ctx: usize, n_fit: usize, n_held_out: usize) -> Windows {
     Windows { n_ctx, tokens, n_fit, n_held_out, n_self: 0 }
 }
 
-fn pruned(model: &Model, windows: &Windows, settings: &Settings) -> Outcome {
+fn pruned(model: &Model, windows: &Windows, settings: &Settings) -> Pruned {
     let settings = Settings { sparsity: 0.4, ..settings.clone() };
     run(model, model, windows, &settings, &mut (), &mut Silent).unwrap()
 }
 
 /// Mean KL divergence from the dense model on the held-out windows.
-fn divergence(path: &Path, model: &Model, windows: &Windows, outcome: &Outcome) -> f64 {
+fn divergence(path: &Path, model: &Model, windows: &Windows, outcome: &Pruned) -> f64 {
     let held_out = windows.tokens_of(windows.n_fit..windows.n_windows());
     let of_window = |tokens: &[i32]| {
         let dense = our_logits(path, tokens);
@@ -33,7 +33,7 @@ fn divergence(path: &Path, model: &Model, windows: &Windows, outcome: &Outcome) 
     held_out.chunks_exact(windows.n_ctx).map(of_window).sum::<f64>() / windows.n_held_out as f64
 }
 
-fn check(small: &Small, windows: &Windows, biases: bool) {
+fn check(small: &TestModel, windows: &Windows, biases: bool) {
     silence_logs();
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("small.gguf");
@@ -41,7 +41,7 @@ fn check(small: &Small, windows: &Windows, biases: bool) {
     let model = Model::open(&path).unwrap();
     let settings = Settings { tune_tokens: 256, ..Settings::default() };
     let plain = pruned(&model, windows, &Settings { tune: 0, ..settings.clone() });
-    // What is drawn anew is text of another kind here than what is held out, which slows it down.
+    // What is resampled is text of another kind here than what is held out, which slows it down.
     let tuned = pruned(&model, windows, &Settings { tune: 8, ..settings.clone() });
     let [before, after] = [&plain, &tuned].map(|o| divergence(&path, &model, windows, o));
     println!("{}: held-out divergence {before:.4} to {after:.4}", small.arch);
@@ -63,17 +63,17 @@ fn check(small: &Small, windows: &Windows, biases: bool) {
 
 #[test]
 fn a_llama_comes_closer() {
-    check(&Small::default(), &windows(64, 12, 4), true);
+    check(&TestModel::default(), &windows(64, 12, 4), true);
 }
 
 #[test]
 fn a_gemma3_comes_closer() {
-    check(&Small::gemma3(), &windows(64, 12, 4), false);
+    check(&TestModel::gemma3(), &windows(64, 12, 4), false);
 }
 
 #[test]
 fn windows_too_long_for_gradients_are_cut() {
-    check(&Small::default(), &windows(600, 3, 1), true);
+    check(&TestModel::default(), &windows(600, 3, 1), true);
     // Of which one token is left over.
-    check(&Small::default(), &windows(601, 3, 1), true);
+    check(&TestModel::default(), &windows(601, 3, 1), true);
 }

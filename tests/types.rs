@@ -1,17 +1,24 @@
-//! The whole model in another mix of types: as llama-quantize would, and pruned.
+//! Whole models in another mix of types: as llama-quantize writes them, and pruned.
 
 mod common;
 
 use common::cli::Cli;
-use common::small::Small;
+use common::test_model::TestModel;
 use putri_gguf::ggml::{FileType, LlamaModel, Type, quantize_file, silence_logs};
 use putri_gguf::gguf::{GgufFile, Value};
 
 const QUICK: [&str; 9] =
     ["--sparsity", "0.3", "--ctx-size", "64", "--chunks", "8", "--threads", "1", "--quiet"];
 
-fn small(ty: Type) -> Small {
-    Small { n_embd: 256, head_dim: 64, blocks: vec![(4, 2, 1024); 4], ty, tied: false, ..Small::default() }
+fn small(ty: Type) -> TestModel {
+    TestModel {
+        n_embd: 256,
+        head_dim: 64,
+        blocks: vec![(4, 2, 1024); 4],
+        ty,
+        tied: false,
+        ..TestModel::default()
+    }
 }
 
 #[test]
@@ -47,8 +54,13 @@ fn types_that_rows_do_not_fit_are_named() {
     silence_logs();
     let cli = Cli::new();
     // Rows of 320 values are no whole blocks of 256, those of ffn_down are.
-    let odd =
-        Small { n_embd: 320, head_dim: 64, blocks: vec![(5, 5, 768); 3], ty: Type::F16, ..Small::default() };
+    let odd = TestModel {
+        n_embd: 320,
+        head_dim: 64,
+        blocks: vec![(5, 5, 768); 3],
+        ty: Type::F16,
+        ..TestModel::default()
+    };
     odd.write(&cli.path("in.gguf"));
     let said =
         cli.ok(&[&["in.gguf", "out.gguf", "--type", "Q4_K_M", "--report", "r.json"][..], &QUICK].concat());

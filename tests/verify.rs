@@ -1,10 +1,10 @@
-//! `verify` believes sound files and catches faults that a wrong assembly, or a bad disk, would make.
+//! `verify` accepts sound files and detects the faults of a wrong assembly or a bad disk.
 
 mod common;
 
 use common::cli::Cli;
-use common::small::Small;
 use common::smollm2;
+use common::test_model::TestModel;
 use putri_gguf::ggml::{Type, silence_logs};
 use putri_gguf::gguf::{GgufFile, OutTensor, Value, write_gguf};
 use std::borrow::Cow;
@@ -40,18 +40,21 @@ fn edited(
 fn sound_files_are_believed() {
     silence_logs();
     let cli = Cli::new();
-    let wide = |arch| Small { arch, ty: Type::Q8_0, blocks: vec![(4, 2, 256); 4], ..Small::default() };
-    let mixture =
-        |arch| Small { experts: Some([8, 2, 0]), ..Small { blocks: vec![(4, 2, 96); 4], ..wide(arch) } };
+    let wide =
+        |arch| TestModel { arch, ty: Type::Q8_0, blocks: vec![(4, 2, 256); 4], ..TestModel::default() };
+    let mixture = |arch| TestModel {
+        experts: Some([8, 2, 0]),
+        ..TestModel { blocks: vec![(4, 2, 96); 4], ..wide(arch) }
+    };
     for (small, more) in [
         (wide("llama"), &["--sparsity", "0.5"][..]),
-        (Small { ty: Type::F32, ..wide("llama") }, &["--sparsity", "0.3", "--method", "paper"]),
-        (Small { ty: Type::F16, ..wide("llama") }, &["--sparsity", "0.3", "--type", "Q4_0"]),
-        (Small { biases: true, ..wide("qwen2") }, &["--sparsity", "0.5"]),
+        (TestModel { ty: Type::F32, ..wide("llama") }, &["--sparsity", "0.3", "--method", "paper"]),
+        (TestModel { ty: Type::F16, ..wide("llama") }, &["--sparsity", "0.3", "--type", "Q4_0"]),
+        (TestModel { biases: true, ..wide("qwen2") }, &["--sparsity", "0.5"]),
         (wide("qwen3"), &["--sparsity", "0.5"]),
-        (Small { fused_qkv: true, ..wide("phi3") }, &["--sparsity", "0.5"]),
-        (Small { ty: Type::Q4_0, ..Small::gemma3() }, &["--sparsity", "0.3"]),
-        (Small { tied: false, ..mixture("llama") }, &["--sparsity", "0.4"]),
+        (TestModel { fused_qkv: true, ..wide("phi3") }, &["--sparsity", "0.5"]),
+        (TestModel { ty: Type::Q4_0, ..TestModel::gemma3() }, &["--sparsity", "0.3"]),
+        (TestModel { tied: false, ..mixture("llama") }, &["--sparsity", "0.4"]),
         (mixture("qwen3moe"), &["--sparsity", "0.4", "--experts", "narrow"]),
     ] {
         small.write(&cli.path("in.gguf"));
@@ -71,7 +74,7 @@ fn sound_files_are_believed() {
 fn matrices_that_are_encoded_anew_are_no_fault() {
     silence_logs();
     let cli = Cli::new();
-    let small = Small { arch: "qwen3", blocks: vec![(4, 2, 256); 4], ..Small::default() };
+    let small = TestModel { arch: "qwen3", blocks: vec![(4, 2, 256); 4], ..TestModel::default() };
     small.write(&cli.path("f32.gguf"));
     // As in a mix of types, V in a wider one; openelm has one matrix for the three.
     common::retype(&GgufFile::open(&cli.path("f32.gguf")).unwrap(), &cli.path("in.gguf"), |name| {
@@ -209,7 +212,7 @@ fn faults_in_a_small_file_are_caught() {
     silence_logs();
     for ty in [Type::F32, Type::Q8_0] {
         let cli = Cli::new();
-        Small { ty, blocks: vec![(8, 4, 256); 4], ..Small::default() }.write(&cli.path("in.gguf"));
+        TestModel { ty, blocks: vec![(8, 4, 256); 4], ..TestModel::default() }.write(&cli.path("in.gguf"));
         cli.ok(&[&["in.gguf", "good.gguf", "--sparsity", "0.3"][..], &QUICK].concat());
         faults_are_caught(&cli);
     }

@@ -1,4 +1,4 @@
-//! An importance matrix of the pruned model, in llama.cpp's format (`common/imatrix-loader.cpp`).
+//! Importance matrix of the pruned model, in llama.cpp's format (`common/imatrix-loader.cpp`).
 
 use crate::calibrate::Windows;
 use crate::forward::InputSquares;
@@ -10,9 +10,10 @@ use std::collections::BTreeMap;
 use std::io::Write;
 use std::path::Path;
 
-/// Writes what `llama-quantize --imatrix` reads: per matrix the sums of its squared inputs, `squares`
-/// block by block over the fitted `windows`, and the number of tokens. `dataset` says what they are;
-/// `path` only names the file in errors. Matrices are named as in a model of `carrier`. The output head has no entry, as in llama-imatrix.
+/// Writes an importance matrix that `llama-quantize --imatrix` reads.
+/// It holds per matrix the sums of its squared inputs (`squares`, block by block over the fitted `windows`)
+/// and the number of tokens. `dataset` describes them; `path` only names the file in errors. Matrices have
+/// the names of the output architecture. The output head has no entry, as in llama-imatrix.
 ///
 /// # Errors
 /// [`GgufError`] if the output cannot be written.
@@ -20,7 +21,7 @@ pub fn write_imatrix(
     out: &mut impl Write,
     path: &Path,
     model: &Model,
-    carrier: Family,
+    output_arch: Family,
     squares: &[InputSquares],
     windows: &Windows,
     dataset: &str,
@@ -34,8 +35,8 @@ pub fn write_imatrix(
     .map(|(k, v)| (k.to_string(), v));
     let n_tokens = (windows.n_fit * windows.n_ctx) as f64;
     let mut tensors = Vec::new();
-    let joined = carrier.traits().one_qkv;
-    let split = model.hparams.family.traits().fused_gate_up && !carrier.traits().fused_gate_up;
+    let joined = output_arch.traits().one_qkv;
+    let split = model.hparams.family.traits().fused_gate_up && !output_arch.traits().fused_gate_up;
     let named = |name: &str| match name.rsplit_once('.').and_then(|(role, _)| role.rsplit_once('.')) {
         Some((block, "attn_q" | "attn_k" | "attn_v")) if joined => vec![format!("{block}.attn_qkv.weight")],
         Some((block, "ffn_up")) if split => {
@@ -43,7 +44,7 @@ pub fn write_imatrix(
         }
         _ => vec![name.to_string()],
     };
-    // What is one matrix in one of the two has the same inputs in the other.
+    // A matrix that one architecture joins and the other splits has the same inputs in both.
     let entries: BTreeMap<String, &[f64]> = entries(model, squares)
         .into_iter()
         .flat_map(|(name, sums)| named(name).into_iter().map(move |name| (name, sums)))
@@ -55,15 +56,15 @@ pub fn write_imatrix(
     write_gguf(out, path, &metadata, &tensors)
 }
 
-/// What libllama's quantiser takes: the mean squares of the inputs of each matrix, by its name, from
-/// `squares` over the fitted `windows`.
+/// Importance for libllama's quantiser: the mean squared inputs of each matrix, by its name.
+/// `squares` are sums over the fitted `windows`.
 pub fn importance(model: &Model, squares: &[InputSquares], windows: &Windows) -> Vec<(String, Vec<f32>)> {
     let n_tokens = (windows.n_fit * windows.n_ctx) as f64;
     let mean = |sums: &[f64]| sums.iter().map(|s| (s / n_tokens) as f32).collect();
     entries(model, squares).into_iter().map(|(name, sums)| (name.to_string(), mean(sums))).collect()
 }
 
-/// The sums that belong to each matrix, by its name in the model; a matrix without inputs has none.
+/// Sums of squared inputs of each matrix, by its name in the model; a matrix without inputs has none.
 fn entries<'m>(model: &'m Model, squares: &'m [InputSquares]) -> BTreeMap<&'m str, &'m [f64]> {
     let mut entries = BTreeMap::new();
     for (t, s) in model.blocks.iter().zip(squares) {

@@ -1,4 +1,4 @@
-//! The output's metadata: the source's, in its order and with its types, brought up to date.
+//! Metadata of the output: the source's, in its order and with its types, adapted to the pruned model.
 
 use super::types::file_type;
 use crate::ggml::Token;
@@ -6,58 +6,61 @@ use crate::gguf::{OutTensor, Value};
 use crate::model::{BlockShape, Family, Model, RopeFactors};
 use crate::pipeline::Plan;
 
-/// Where a pruned model comes from; written into `putri.*` keys.
+/// Provenance of a pruned model, which is written into `putri.*` keys.
 #[derive(Clone, Debug)]
 pub struct Provenance {
     /// SHA-256 of the source file, in hex.
     pub source_sha256: String,
-    /// Sparsity asked for.
+    /// Requested sparsity.
     pub sparsity: f64,
-    /// Share of the blocks' parameters that is gone.
+    /// Share of the blocks' parameters that is removed.
     pub sparsity_reached: f64,
     /// Name of the method.
     pub method: String,
-    /// What neurons went by, where that was chosen.
-    pub neurons_by: Option<&'static str>,
-    /// What it was calibrated on.
+    /// Description of the calibration text.
     pub calibration: String,
     /// Seed of the calibration.
     pub seed: u64,
-    /// Twins of each window that blocks were fitted to.
-    pub twins: usize,
-    /// Times that tuning went over the calibration; 0 where nothing came of it.
-    pub tune: usize,
-    /// The beginning of a held-out window.
+    /// Keys and values that the stages of the method add.
+    pub stages: Vec<(&'static str, Value)>,
+    /// First tokens of a held-out window.
     pub check_tokens: Vec<Token>,
-    /// What the pruned model makes of it by our own forward: the negative log-likelihood of each token but the first, in
-    /// nats; nothing where that is not known.
+    /// Negative log-likelihood, in nats, of each of these tokens but the first, by our own forward pass of
+    /// the pruned model; empty if unknown.
     pub check_nll: Vec<f32>,
-    /// The file holds exactly the values that were measured.
+    /// Whether the file holds exactly the values that were measured.
     pub check_exact: bool,
 }
 
-/// Metadata of the pruned model, which has these `tensors`.
+impl Provenance {
+    /// The value that a stage added under `key`.
+    pub fn of_stage(&self, key: &str) -> Option<&Value> {
+        self.stages.iter().find(|(k, _)| *k == key).map(|(_, value)| value)
+    }
+}
+
+/// Metadata of the pruned model with the tensors `tensors`.
 pub(super) fn metadata(
     model: &Model,
     plan: &Plan,
-    carrier: Family,
+    output_arch: Family,
     tensors: &[OutTensor],
     p: &Provenance,
 ) -> Vec<(String, Value)> {
     let n_params = tensors.iter().map(|t| t.ne.iter().product::<usize>()).sum();
-    let (old, new) = (model.hparams.family.name(), carrier.name());
-    let mut shapes = ShapeKeys::new(model, plan, carrier);
+    let (old, new) = (model.hparams.family.name(), output_arch.name());
+    let mut shapes = ShapeKeys::new(model, plan, output_arch);
     let mut out: Vec<(String, Value)> = Vec::new();
     for (key, value) in model.file.metadata() {
-        // Describes the importance matrix of a quantisation that is no longer the file's.
+        // These keys describe the importance matrix of another quantisation, and an earlier pruning.
         if key.starts_with("quantize.imatrix.") || key.starts_with("putri.") {
             continue;
         }
-        // Says how the source lies in files; a single part may say so, too.
+        // These keys describe how the source is split into files; a single part may have them, too.
         if key.starts_with("split.") {
             continue;
         }
-        // A stray key of the carrier's would overrule the one that is written for it.
+        // A stray key of the output architecture would override the one that is written for it.
         if old != new && key.strip_prefix(new).is_some_and(|k| k.starts_with('.')) {
             continue;
         }
@@ -81,7 +84,7 @@ pub(super) fn metadata(
             None => out.push((key.clone(), value)),
         }
     }
-    // Keys that had defaults computed from the head count, which has changed.
+    // Keys whose defaults follow from the head count, which has changed.
     let at = out.iter().rposition(|(k, _)| k.starts_with(&format!("{new}."))).map_or(out.len(), |i| i + 1);
     let missing = shapes.left.into_iter().map(|(suffix, v)| (format!("{new}.{suffix}"), v));
     out.splice(at..at, missing);
@@ -89,21 +92,22 @@ pub(super) fn metadata(
     out
 }
 
-/// Tokens that a window of `step35` holds: a million, which llama.cpp can still multiply by its sequences.
+/// Window of `step35` in tokens: a million, which llama.cpp can still multiply by its number of sequences.
 const STEP35_WINDOW: u32 = 1 << 20;
 
-/// Keys that say how large blocks are, and what the carrier would not know otherwise, until they are used.
+/// Keys of block sizes, and of values that the output architecture has no default for, until they are
+/// written.
 struct ShapeKeys {
     left: Vec<(&'static str, Value)>,
 }
 
 impl ShapeKeys {
-    fn new(model: &Model, plan: &Plan, carrier: Family) -> ShapeKeys {
+    fn new(model: &Model, plan: &Plan, output_arch: Family) -> ShapeKeys {
         let shapes = plan.shapes(model);
         let per_block = |f: fn(&BlockShape) -> usize| {
             let v: Vec<i32> = shapes.iter().map(|s| f(s) as i32).collect();
-            // Numbers alone are uint32 for all readers. In arrays llama.cpp took int32 only until May 2025 (b5353), and has
-            // taken both since; Ollama takes both.
+            // All readers take a single number as uint32. In arrays llama.cpp took int32 only until May
+            // 2025 (b5353) and takes both since; Ollama takes both.
             if v.iter().all(|n| *n == v[0]) { Value::U32(v[0] as u32) } else { Value::i32_array(&v) }
         };
         let head_dim = Value::U32(model.hparams.head_dim as u32);
@@ -123,13 +127,13 @@ impl ShapeKeys {
         if model.hparams.experts.is_some() {
             left.push(("expert_count", per_block(|s| s.n_expert)));
         }
-        let [old, new] = [model.hparams.family, carrier].map(|f| f.traits().rope_factors);
+        let [old, new] = [model.hparams.family, output_arch].map(|f| f.traits().rope_factors);
         if old == RopeFactors::Long && new == RopeFactors::ByType && model.has_rope_factors() {
             left.push(("rope.scaling.type", Value::Str("longrope".into())));
         }
-        if carrier == Family::Step35 {
+        if output_arch == Family::Step35 {
             let h = &model.hparams;
-            // All blocks slide, over more than any context, for those that do not rotate by half.
+            // All blocks slide, over more than any context, for models that do not rotate half of the head.
             let slides = Value::bool_array(&vec![true; h.n_layer()]);
             left.extend([
                 ("attention.sliding_window", Value::U32(STEP35_WINDOW)),
@@ -147,18 +151,18 @@ impl ShapeKeys {
     }
 }
 
-/// What stands behind the name of a pruned model, before and after the percentage that is removed.
+/// Suffix of a pruned model's name, before and after the percentage that is removed.
 const PRUNED: &str = " (pruned ";
 const CLOSED: &str = "%)";
 
 fn renamed(name: &[u8], sparsity: f64) -> Vec<u8> {
     let name = original_name(name);
     let end = format!("{PRUNED}{:.0}{CLOSED}", sparsity * 100.0);
-    // No name gets none.
+    // An empty name stays empty.
     if name.is_empty() { Vec::new() } else { [name, end.as_bytes()].concat() }
 }
 
-/// The name of the model that a pruned one called `name` was made of.
+/// Name of the source model of a pruned model with the name `name`.
 pub(crate) fn original_name(name: &[u8]) -> &[u8] {
     let Some(open) = name.strip_suffix(CLOSED.as_bytes()) else { return name };
     let n_digits = open.iter().rev().take_while(|b| b.is_ascii_digit()).count();
@@ -166,7 +170,7 @@ pub(crate) fn original_name(name: &[u8]) -> &[u8] {
     before.strip_suffix(PRUNED.as_bytes()).filter(|_| n_digits > 0).unwrap_or(name)
 }
 
-/// `135M`, `1.2B`: as llama.cpp's converter labels sizes.
+/// Size label such as `135M` or `1.2B`, as llama.cpp's converter writes it.
 pub(crate) fn size_label(n_params: usize) -> String {
     let n = n_params as f64;
     let (scaled, unit) = match n {
@@ -193,11 +197,9 @@ fn provenance(p: &Provenance) -> Vec<(String, Value)> {
         ("method", text(&p.method)),
         ("calibration", text(&p.calibration)),
         ("seed", Value::U64(p.seed)),
-        ("twins", Value::U32(p.twins as u32)),
-        ("tune", Value::U32(p.tune as u32)),
     ]
     .into_iter()
-    .chain(p.neurons_by.map(|by| ("neurons_by", text(by))))
+    .chain(p.stages.iter().cloned())
     .chain(check.into_iter().filter(|_| !p.check_nll.is_empty()))
     .map(|(k, v)| (format!("putri.{k}"), v))
     .collect()

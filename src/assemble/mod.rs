@@ -1,4 +1,4 @@
-//! From a plan to a GGUF in the carrier architecture.
+//! Assembly of a GGUF in the output architecture from a plan.
 
 mod imatrix;
 mod metadata;
@@ -16,16 +16,17 @@ use crate::pipeline::{BlockPlan, Plan};
 use std::io::Write;
 use std::path::Path;
 
-/// What was written.
+/// Summary of the written file.
 #[derive(Clone, Debug)]
 pub struct Written {
-    /// Its architecture.
-    pub carrier: Family,
-    /// Matrices in other types than those asked for, in a sentence each.
+    /// Output architecture.
+    pub output_arch: Family,
+    /// Matrices in other types than requested, one sentence each.
     pub fallbacks: Vec<String>,
 }
 
-/// Writes the pruned model to `out`; `path` only names the file in errors. With `mix`, `model` was quantised to that mix.
+/// Writes the pruned model to `out`.
+/// `path` only names the file in errors. With `mix`, `model` was quantised to that mix.
 ///
 /// # Errors
 /// [`GgufError`] if a tensor cannot be read or the output cannot be written.
@@ -37,22 +38,23 @@ pub fn assemble(
     out: &mut impl Write,
     path: &Path,
 ) -> Result<Written, GgufError> {
-    let carrier = plan.carrier(model);
-    let tensors = tensors::tensors(model, plan, carrier)?;
-    let metadata = metadata::metadata(model, plan, carrier, &tensors, provenance);
+    let output_arch = plan.output_arch(model);
+    let tensors = tensors::tensors(model, plan, output_arch)?;
+    let metadata = metadata::metadata(model, plan, output_arch, &tensors, provenance);
     let fallbacks = match mix {
         Some(mix) => types::misfits_of(mix, &tensors),
         None => types::changed(model, &tensors),
     };
     let tensors: Vec<OutTensor> = tensors.into_iter().map(checked).collect();
     write_gguf(out, path, &metadata, &tensors)?;
-    Ok(Written { carrier, fallbacks })
+    Ok(Written { output_arch, fallbacks })
 }
 
-/// Whether what [`assemble`] writes holds exactly the values that `plan` was measured with: not where groups are taken out of
-/// an attn_output that has no new values, which may have to be encoded anew, or Q, K and V of different types become one.
+/// Whether [`assemble`] writes exactly the values that `plan` was measured with.
+/// It does not in two cases: groups are removed from an attn_output without new values, which may have to
+/// be requantised; Q, K and V of different types are joined into one tensor.
 pub fn writes_exactly(model: &Model, plan: &Plan) -> bool {
-    let one_qkv = plan.carrier(model).traits().one_qkv;
+    let one_qkv = plan.output_arch(model).traits().one_qkv;
     let block = |(p, t): (&BlockPlan, &BlockTensors)| {
         let fewer = t.qkv.is_some_and(|[_, k, _]| p.groups.len() * model.hparams.head_dim < k.n);
         let type_of = |s: &Segment| model.tensor(s).ty;
@@ -62,7 +64,7 @@ pub fn writes_exactly(model: &Model, plan: &Plan) -> bool {
     plan.blocks.iter().zip(&model.blocks).all(block)
 }
 
-/// The same tensor; one that holds what is no number, copied or new, is not written.
+/// Wraps a tensor so that it is rejected on writing if it holds NaN or infinite values, copied or new.
 fn checked(t: OutTensor) -> OutTensor {
     let (ty, name, data) = (t.ty, t.name.clone(), t.data);
     let data = move || {

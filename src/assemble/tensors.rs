@@ -1,4 +1,4 @@
-//! The output's tensors, in the source's order.
+//! Tensors of the output, in the source's order.
 
 use crate::ggml::Type;
 use crate::gguf::{GgufError, OutTensor, TensorInfo};
@@ -7,49 +7,49 @@ use crate::pipeline::Plan;
 use crate::requant::{Quantised, output_type, quantise, select_columns, select_rows};
 use std::borrow::Cow;
 
-/// What happens to a source tensor.
+/// Change of a source tensor.
 enum Action<'p> {
     Copy,
     Drop,
-    /// These rows (elements of a vector), in this order.
+    /// Selects these rows (elements of a vector), in this order.
     Rows(Vec<usize>),
-    /// The same of a tensor of so many matrices: the rows of one behind those of the other.
+    /// Selects the same rows in each of this many stacked matrices.
     RowsOfEach(usize, Vec<usize>),
-    /// One tensor of that name, of rows of several.
+    /// Joins rows of several tensors into one tensor of that name.
     Joined(String, Vec<(usize, Vec<usize>)>),
-    /// Several tensors of these names and rows.
+    /// Splits into several tensors with these names and rows.
     Split([(String, Vec<usize>); 2]),
-    /// These runs of columns of this length.
+    /// Selects these runs of columns of this length.
     Columns(usize, &'p [usize]),
     Replace(&'p Quantised),
-    /// A vector of these values.
+    /// Writes a vector with these values.
     Values(&'p [f32]),
-    /// A vector's values times this.
+    /// Multiplies a vector by this factor.
     Scaled(f32),
 }
 
-/// Tensors of the pruned model; data is produced as it is written.
+/// Tensors of the pruned model; their data is produced as it is written.
 ///
 /// # Errors
 /// [`GgufError`] if a tensor cannot be converted.
 pub(super) fn tensors<'m>(
     model: &'m Model,
     plan: &'m Plan,
-    carrier: Family,
+    output_arch: Family,
 ) -> Result<Vec<OutTensor<'m>>, GgufError> {
     let mut actions: Vec<Action> = model.file.tensors().iter().map(|_| Action::Copy).collect();
     let mut biases: Vec<Option<&[f32]>> = vec![None; actions.len()];
     let query_scale = query_scale(model, plan);
     if query_scale != 1.0 {
-        // Only families with a norm of queries have such a factor.
+        // Only families with a query norm have such a factor.
         for [q, _] in model.blocks.iter().filter_map(|t| t.qk_norm) {
             actions[q.tensor] = Action::Scaled(query_scale);
         }
     }
     for il in 0..plan.blocks.len() {
-        plan_block(model, plan, il, carrier, &mut actions, &mut biases);
+        plan_block(model, plan, il, output_arch, &mut actions, &mut biases);
     }
-    let [old, new] = [model.hparams.family, carrier].map(|f| format!(".{}.", f.traits().ffn_norm));
+    let [old, new] = [model.hparams.family, output_arch].map(|f| format!(".{}.", f.traits().ffn_norm));
     let mut out = Vec::new();
     for ((t, action), bias) in model.file.tensors().iter().zip(actions).zip(biases) {
         let renamed = |o: OutTensor<'m>| OutTensor { name: o.name.replace(&old, &new), ..o };
@@ -66,28 +66,28 @@ pub(super) fn tensors<'m>(
     Ok(out)
 }
 
-/// What queries have to be multiplied by for the products of queries and keys to stay what they are, where
-/// the factor that llama.cpp gives them depends on how many heads the first block has.
+/// Factor of the queries that keeps the products of queries and keys unchanged.
+/// llama.cpp's attention scale depends on the head count of the first block, which pruning may change.
 fn query_scale(model: &Model, plan: &Plan) -> f32 {
     let h = &model.hparams;
     let now = plan.shapes(model)[0].n_head;
-    // The first block keeps a group.
+    // The first block keeps at least one group.
     h.attention_scale(h.blocks[0].n_head) / h.attention_scale(now)
 }
 
-/// A vector of floats.
+/// Creates a float vector with the values `data`.
 fn values(name: String, data: &[f32]) -> OutTensor<'_> {
     let bytes = move || Ok(Cow::Borrowed(bytemuck::cast_slice(data)));
     OutTensor { name, ty: Type::F32, ne: vec![data.len()], data: Box::new(bytes) }
 }
 
-/// What becomes of the tensors of block `il`; `biases` are those that the source does not have, at the
-/// tensor that they follow.
+/// Plans the tensors of block `il`.
+/// `biases` receives the biases that the source does not have, at the tensor that they follow.
 fn plan_block<'p>(
     model: &Model,
     plan: &'p Plan,
     il: usize,
-    carrier: Family,
+    output_arch: Family,
     actions: &mut [Action<'p>],
     biases: &mut [Option<&'p [f32]>],
 ) {
@@ -106,10 +106,10 @@ fn plan_block<'p>(
         let pair = t.qk_norm.iter().flatten();
         single.into_iter().flatten().chain(triple).chain(pair).for_each(|s| set(Some(s), Action::Drop));
     } else {
-        let [old, new] = [model.hparams.family, carrier].map(|f| f.traits().positions.neox());
+        let [old, new] = [model.hparams.family, output_arch].map(|f| f.traits().positions.neox());
         let turned = old && !new;
         let fewer_heads = p.groups.len() < shape.n_head_kv;
-        let one = carrier.traits().one_qkv;
+        let one = output_arch.traits().one_qkv;
         if fewer_heads || turned || one {
             let mut kept = [heads, head_dim, head_dim].map(|n| group_rows(&p.groups, n));
             if turned {
@@ -119,7 +119,7 @@ fn plan_block<'p>(
                 let parts = joined(segments, &kept);
                 let at = |tensor: usize| Segment { tensor, start: 0, n: 0 };
                 if one && parts.len() > 1 {
-                    // In the place of the first.
+                    // The joined tensor takes the place of the first part.
                     parts[1..].iter().for_each(|(tensor, _)| set(Some(&at(*tensor)), Action::Drop));
                     let first = at(parts[0].0);
                     set(Some(&first), Action::Joined(format!("blk.{il}.attn_qkv.weight"), parts));
@@ -135,7 +135,7 @@ fn plan_block<'p>(
             set(t.attn_output.as_ref(), Action::Replace(q));
         }
     }
-    pieces(model, plan, il, carrier, &mut set);
+    units(model, plan, il, output_arch, &mut set);
     if let Some(q) = &p.ffn_down {
         set(Some(&t.down()), Action::Replace(q));
     }
@@ -159,12 +159,12 @@ fn plan_block<'p>(
     }
 }
 
-/// What becomes of the rows of gate and up, or of experts, in block `il`.
-fn pieces<'p>(
+/// Change of the rows of gate and up, or of experts, in block `il`.
+fn units<'p>(
     model: &Model,
     plan: &'p Plan,
     il: usize,
-    carrier: Family,
+    output_arch: Family,
     set: &mut impl FnMut(Option<&Segment>, Action<'p>),
 ) {
     let (t, p, shape) = (&model.blocks[il], &plan.blocks[il], &model.hparams.blocks[il]);
@@ -182,7 +182,7 @@ fn pieces<'p>(
         (None, Some(gate), Some(up)) if gate.tensor == up.tensor => {
             let [gate, up_rows] =
                 [gate, up].map(|s| p.neurons.iter().map(|n| s.start + n).collect::<Vec<_>>());
-            if !carrier.traits().fused_gate_up {
+            if !output_arch.traits().fused_gate_up {
                 let name = |part: &str| format!("blk.{il}.ffn_{part}.weight");
                 set(Some(&up), Action::Split([(name("gate"), gate), (name("up"), up_rows)]));
             } else if fewer {
@@ -198,7 +198,8 @@ fn pieces<'p>(
     }
 }
 
-/// Rows of several tensors as one, in the widest of their types: what has another is encoded anew.
+/// Joins rows of several tensors into one, in the widest of their types; rows of other types are
+/// requantised.
 fn join(model: &Model, name: String, parts: Vec<(usize, Vec<usize>)>) -> Result<OutTensor<'_>, GgufError> {
     let tensor = |(i, _): &(usize, Vec<usize>)| &model.file.tensors()[*i];
     let n_in = tensor(&parts[0]).ne[0];
@@ -222,16 +223,16 @@ fn join(model: &Model, name: String, parts: Vec<(usize, Vec<usize>)>) -> Result<
     Ok(OutTensor { name, ty, ne: vec![n_in, n_rows], data: Box::new(data) })
 }
 
-/// Reorders the rows of each head from pairs (j, j + n/2), which are rotated together in NEOX's order, to pairs
-/// (2j, 2j + 1), as `LlamaModel.permute` of llama.cpp's converter does. A permutation of queries and keys alike changes
-/// none of their products.
+/// Reorders the rows of each head from NEOX pairs (j, j + n/2), which are rotated together, to pairs (2j,
+/// 2j + 1), as `LlamaModel.permute` of llama.cpp's converter does.
+/// The same permutation of queries and keys changes none of their products.
 fn pairs_together(rows: &mut Vec<usize>, head_dim: usize) {
     let half = head_dim / 2;
     let head = |head: &[usize]| (0..head_dim).map(|i| head[i % 2 * half + i / 2]).collect::<Vec<_>>();
     *rows = rows.chunks_exact(head_dim).flat_map(head).collect();
 }
 
-/// Kept rows per tensor, where several segments may share one tensor.
+/// Kept rows per tensor; several segments may share one tensor.
 fn joined(segments: &[Segment; 3], kept: &[Vec<usize>; 3]) -> Vec<(usize, Vec<usize>)> {
     let mut out: Vec<(usize, Vec<usize>)> = Vec::new();
     for (s, rows) in segments.iter().zip(kept) {
@@ -260,7 +261,7 @@ fn output<'m>(
         }
         Action::Copy => return Ok(Some(OutTensor::copy(&model.file, t))),
         Action::Replace(q) => {
-            // Of several matrices, each has as many rows as before.
+            // Each of several stacked matrices keeps its number of rows.
             let ne = match t.ne.as_slice() {
                 [_, each, _] => vec![q.n_in, *each, q.n_out / each],
                 _ => vec![q.n_in, q.n_out],
@@ -288,7 +289,8 @@ fn output<'m>(
             match select_columns(model.file.data(t), t.ty, t.ne[0], run, runs) {
                 Some(bytes) => (t.ty, ne, Box::new(move || Ok(Cow::Owned(bytes.clone())))),
                 None => {
-                    // Groups are not whole blocks: the values stay, their encoding cannot.
+                    // Groups are not whole quantisation blocks: the values are kept, but have to be
+                    // requantised.
                     let all = model.file.floats(t, 0..t.n_rows())?;
                     let m = crate::model::Matrix::new(t.ne[0], t.n_rows(), all)
                         .select_cols(&group_rows(runs, run));

@@ -1,17 +1,17 @@
-//! Types that tensors could not have, and what that makes of the file.
+//! Tensors that cannot keep their type, and the effect on the file type.
 //!
-//! A row is a whole number of blocks of its type. Where it cannot be, llama-quantize and we fall back to another type
-//! ([`crate::requant::output_type`]).
+//! A row is a whole number of blocks of its type. Where it cannot be, llama-quantize and we fall back to
+//! another type ([`crate::requant::output_type`]).
 
 use crate::ggml::{FileType, Type};
 use crate::gguf::OutTensor;
 use crate::model::Model;
 use std::collections::BTreeMap;
 
-/// Names of tensors without their block, types and lengths of rows.
+/// Names of tensors without their block, by type and row length.
 type Kinds = BTreeMap<(Type, usize), Vec<String>>;
 
-/// The matrices among `tensors` whose rows are no whole blocks of what `mix` is mostly made of.
+/// Describes the matrices among `tensors` whose rows are not whole blocks of the main type of `mix`.
 pub(super) fn misfits_of(mix: FileType, tensors: &[OutTensor]) -> Vec<String> {
     let mut kinds = Kinds::new();
     for t in tensors.iter().filter(|t| falls_back(t, mix.main_type())) {
@@ -28,7 +28,8 @@ pub(super) fn misfits_of(mix: FileType, tensors: &[OutTensor]) -> Vec<String> {
     kinds.iter().map(said).collect()
 }
 
-/// The matrices among `tensors` that have another type than in `model`, where that type cannot hold their rows.
+/// Describes the matrices among `tensors` whose type differs from that in `model`, because it cannot hold
+/// their rows.
 pub(super) fn changed(model: &Model, tensors: &[OutTensor]) -> Vec<String> {
     let mut kinds: BTreeMap<Type, Kinds> = BTreeMap::new();
     for t in tensors {
@@ -66,8 +67,9 @@ fn add(kinds: &mut Kinds, t: &OutTensor) {
     }
 }
 
-/// The value of `general.file_type` for a file of `tensors` whose source said `said`: the same, unless rows are no whole blocks
-/// of its type and most bytes of the blocks are in another one, after which the file is then called.
+/// Value of `general.file_type` for a file of `tensors` whose source has the value `said`.
+/// It is `said`, unless rows are not whole blocks of its type and most bytes of the blocks are in another
+/// type. Then the file is named after that type.
 pub(super) fn file_type(said: u32, tensors: &[OutTensor]) -> u32 {
     let Some(main) = FileType::from_raw(said).map(FileType::main_type) else { return said };
     let mut bytes: BTreeMap<Type, usize> = BTreeMap::new();

@@ -1,10 +1,11 @@
-//! Text that the model writes itself, in batches with libllama's KV cache.
+//! Self-written calibration text, generated in batches with libllama's KV cache.
 //!
-//! A model's own samples cover what it knows, in every language that it speaks, without a dataset.
-//! Each document begins with the start token; its first tokens are drawn at a higher temperature, so that documents
-//! differ, and the others from the model's own distribution without its least likely tokens. A part of
-//! the windows, drawn so from the first token on, can be conversations in the model's chat template: the model writes
-//! the user's message, too, once the template has opened it (the idea of Magpie, arXiv 2406.08464).
+//! A model's own samples cover its knowledge, in all its languages, without a dataset. Each document begins
+//! with the start token. Its first tokens are sampled at a higher temperature, so that documents differ.
+//! The others come from the model's own distribution without its least likely tokens. Some of the windows
+//! can be conversations in the model's chat template, sampled this way from the first token on. The model
+//! then writes the user's message, too, after the template has opened it (the idea of Magpie, arXiv
+//! 2406.08464).
 
 use super::CalibrateError;
 use crate::ggml::{BatchToken, Context, LlamaModel, Token};
@@ -16,69 +17,71 @@ use rayon::prelude::*;
 /// First tokens of a document, over which the temperature falls from 2 to 1.
 const WARM_TOKENS: usize = 2;
 
-/// Bits by which the other tokens may surprise on average, by Mirostat 2.0 (arXiv 2007.14966), with the value of
-/// llama.cpp. A small model gives so much to the many unlikely tokens that what is drawn from all of them soon means
-/// nothing; under a fixed bound it repeats itself. A good model surprises less by itself, and nothing is cut off.
+/// Target mean surprise of the other tokens in bits, by Mirostat 2.0 (arXiv 2007.14966), with the value of
+/// llama.cpp.
+/// A small model gives much probability to many unlikely tokens, so text sampled from all of them soon
+/// loses its meaning. Under a fixed bound it repeats itself. A good model stays below the target by itself,
+/// and nothing is cut off.
 const SURPRISE: f32 = 5.0;
 
-/// How fast the bound of the next token follows; it outlives the end of a document in a window.
+/// Rate at which the bound follows the surprise; the bound carries over from one document of a window to
+/// the next.
 const FOLLOWS: f32 = 0.1;
 
-/// Longest message of a user: small models do not always find an end, and the reply should be there, too.
+/// Longest message of a user, in tokens: small models do not always end it, and the reply should fit, too.
 const MESSAGE_TOKENS: usize = 64;
 
-/// What to generate.
+/// Request for self-written windows.
 #[derive(Clone, Copy, Debug)]
 pub struct Schedule {
     /// Tokens per window.
     pub n_ctx: usize,
     /// Number of windows.
     pub n_windows: usize,
-    /// Seed; window i depends on seed and i only.
+    /// Seed; window i depends only on the seed and on i.
     pub seed: u64,
     /// Share of the windows that are conversations in the model's chat template.
     pub chat_share: f64,
-    /// Windows that are generated side by side at most.
+    /// Largest number of windows that are generated side by side.
     pub n_parallel: usize,
-    /// The token that documents begin with; without it, the BOS or else the EOS that libllama names.
+    /// Token that documents begin with; without it, the BOS or else the EOS that libllama names.
     pub start: Option<Token>,
 }
 
-/// What is given in a document: before each piece the model has ended what it wrote, and after it the
-/// model goes on.
+/// Given text of a document. The model ends its own text before each piece, and continues after it.
 struct Frame {
     pieces: Vec<Vec<Token>>,
 }
 
-/// Stands for the user's message in a template.
+/// Placeholder for the user's message in a template.
 const MESSAGE: &str = "putri-message";
 
 impl Frame {
-    /// Nothing but the start token.
+    /// Frame with nothing but the start token.
     fn plain(start: Token) -> Frame {
         Frame { pieces: vec![vec![start]] }
     }
 
-    /// What the model's chat template puts before and after a user's message.
+    /// Frame with the text that the model's chat template puts before and after a user's message.
     fn chat(model: &LlamaModel) -> Result<Frame, CalibrateError> {
         let prompt = model.chat_prompt(MESSAGE).ok_or(CalibrateError::NoTemplate)?;
         let (before, after) = prompt.split_once(MESSAGE).ok_or(CalibrateError::NoTemplate)?;
         let vocab = model.vocab();
         let bos = vocab.bos().filter(|_| vocab.add_bos());
         let before = vocab.tokenize(before, true)?;
-        // Some templates spell the start token out.
+        // Some templates include the start token.
         let bos = bos.filter(|b| before.first() != Some(b));
         let pieces = vec![bos.into_iter().chain(before).collect(), vocab.tokenize(after, true)?];
         if pieces.iter().any(Vec::is_empty) { Err(CalibrateError::NoTemplate) } else { Ok(Frame { pieces }) }
     }
 }
 
-/// Generates the windows of `schedule`. `progress` is told (tokens done, tokens in all)
-/// and returns whether to go on.
+/// Generates the windows of `schedule`.
+/// `progress` gets (tokens done, tokens in all) and returns whether to go on.
 ///
 /// # Errors
-/// [`CalibrateError::NoStart`] if there is no start token, [`CalibrateError::NoTemplate`] if there shall be
-/// conversations and libllama knows no template for them, or what libllama failed on.
+/// [`CalibrateError::NoStart`] if there is no start token. [`CalibrateError::NoTemplate`] if conversations
+/// are requested and libllama recognises no template for them. Otherwise the error of libllama.
 pub fn generate(
     model: &LlamaModel,
     schedule: &Schedule,
@@ -123,16 +126,16 @@ pub fn generate(
     Ok(windows)
 }
 
-/// One window being written.
+/// Window that is being written.
 struct Writer<'f> {
     tokens: Vec<Token>,
     frame: &'f Frame,
-    /// Piece of the frame that was given last, and how many of its tokens.
+    /// Index of the last given piece of the frame, and the number of its given tokens.
     piece: usize,
     given: usize,
-    /// Tokens written since the last piece was given.
+    /// Number of tokens written since the last given piece.
     age: usize,
-    /// How much the next token may surprise, in bits.
+    /// Bound of the next token's surprise, in bits.
     most: f32,
     rng: ChaCha8Rng,
 }
@@ -152,13 +155,13 @@ impl Writer<'_> {
         }
     }
 
-    /// Draws the next token.
+    /// Samples the next token.
     fn sample(&mut self, logits: &[f32]) -> Token {
         let warmth = if self.frame.pieces.len() > 1 { 0 } else { WARM_TOKENS.saturating_sub(self.age) };
         let temperature = 1.0 + warmth as f32 / WARM_TOKENS as f32;
         let most = if warmth > 0 { f32::INFINITY } else { self.most };
         let (token, surprise) = draw(logits, temperature, most, self.rng.random());
-        // What is given instead was not drawn, and is nearly certain: the bound must not follow that.
+        // A given token is not sampled and nearly certain; the bound must not follow it.
         let given = self.frame.pieces[self.piece].get(self.given).is_some();
         if warmth == 0 && !given {
             self.most -= FOLLOWS * (surprise - SURPRISE);
@@ -166,7 +169,8 @@ impl Writer<'_> {
         token as Token
     }
 
-    /// Appends what is given, if anything is, else `next`; `ends` says that it ends what is being written.
+    /// Appends the next given token if there is one, else `next`; `ends` says that it ends the text being
+    /// written.
     fn push(&mut self, next: Token, ends: bool) {
         let pieces = &self.frame.pieces;
         if let Some(&token) = pieces[self.piece].get(self.given) {
@@ -184,7 +188,7 @@ impl Writer<'_> {
             self.piece = if goes_on { self.piece + 1 } else { 0 };
             (self.given, self.age) = (0, 0);
             if goes_on {
-                // The next piece begins with the end of what came before it.
+                // The next piece starts with the end of the text before it.
                 self.tokens.push(pieces[self.piece][0]);
                 self.given = 1;
             }
@@ -212,8 +216,8 @@ mod tests {
         assert!((writer.most - (2.0 + FOLLOWS) * SURPRISE).abs() < 1e-3, "{}", writer.most);
     }
 
-    /// How much the tokens of a document surprise on average among those that may follow, where logits are spread evenly
-    /// over `spread`.
+    /// Mean surprise, in bits, of a document's tokens among the candidates, for logits spread evenly over
+    /// `spread`.
     fn mean_surprise(spread: f32) -> f64 {
         const N: usize = 2000;
         let frame = Frame::plain(0);
@@ -238,7 +242,7 @@ mod tests {
 
     #[test]
     fn documents_surprise_no_more_than_they_should() {
-        // By themselves about 9.1, 7.5 and 4.2 bits.
+        // Unbounded, these are about 9.1, 7.5 and 4.2 bits.
         for (spread, least, most) in [(10.0, 4.7, 5.1), (30.0, 4.7, 5.1), (300.0, 3.0, 4.9)] {
             let found = mean_surprise(spread);
             assert!(least < found && found < most, "{spread}: {found}");

@@ -1,7 +1,8 @@
-//! Where calibration tokens come from: the model itself, text files, or both.
+//! Sources of calibration tokens: the model itself, text files, or both.
 //!
-//! All windows have one length. The last ones are held out: they pass through the model like the
-//! others, but nothing is fitted to them, so they can judge; tuning asks them once whether it was of use.
+//! All windows have one length. The last ones are held out: they pass through the model like the others,
+//! but nothing is fitted to them, so they can judge the result. Tuning uses them once, to decide whether it
+//! helped.
 
 mod generate;
 mod oddities;
@@ -16,7 +17,7 @@ use crate::text::{Encoding, TextError, TextFile};
 use std::ops::Range;
 use std::path::PathBuf;
 
-/// Why there are no calibration tokens.
+/// Reason why there are no calibration tokens.
 #[derive(Debug, thiserror::Error)]
 pub enum CalibrateError {
     /// A text file cannot be read, or is not text.
@@ -24,12 +25,12 @@ pub enum CalibrateError {
     Text(#[from] TextError),
     /// A text file is too short.
     #[error(
-        "the text has {found} tokens; at least {needed} are needed for windows of {n_ctx} (lower --ctx-size, or give more text)"
+        "the text has {found} tokens; at least {needed} are needed for windows of {n_ctx}; give more text, or use shorter windows"
     )]
     TooShort {
-        /// Tokens in all files.
+        /// Number of tokens in all files.
         found: usize,
-        /// Two windows' worth.
+        /// Tokens of two windows.
         needed: usize,
         /// Tokens per window.
         n_ctx: usize,
@@ -39,8 +40,8 @@ pub enum CalibrateError {
         "the model names no start token to begin its own text from; give it a text to calibrate on, and no share of its own"
     )]
     NoStart,
-    /// Conversations were asked for, and there is no template for them.
-    #[error("the model has no chat template that llama.cpp's core knows; leave out --chat-share")]
+    /// Conversations are requested, but there is no template for them.
+    #[error("the model has no chat template that llama.cpp's core knows; calibrate without conversations")]
     NoTemplate,
     /// The progress callback asked to stop.
     #[error("interrupted")]
@@ -50,36 +51,36 @@ pub enum CalibrateError {
     Llama(#[from] GgmlError),
 }
 
-/// What to calibrate on.
+/// Request for calibration windows.
 #[derive(Clone, Debug)]
 pub struct Recipe {
     /// Tokens per window.
     pub n_ctx: usize,
-    /// Windows to fit on, from all sources together.
+    /// Number of windows to fit on, from all sources together.
     pub n_windows: usize,
-    /// Text files.
+    /// Paths of the text files.
     pub files: Vec<PathBuf>,
     /// Encoding of the files that have no byte-order mark, if it is not UTF-8.
     pub encoding: Option<Encoding>,
-    /// Read the names of special tokens in the files, such as `<|im_end|>`, as these tokens.
+    /// Whether names of special tokens in the files, such as `<|im_end|>`, are read as these tokens.
     pub parse_special: bool,
-    /// The token that self-written text begins with; without it, the BOS or else the EOS that libllama names, which are
-    /// words in a vocabulary that has none.
+    /// Token that self-written text begins with; without it, the BOS or else the EOS that libllama names.
+    /// In a vocabulary without these, libllama names ordinary words.
     pub start: Option<Token>,
     /// Share of the windows that the model writes itself, 0 to 1.
     pub self_share: f64,
-    /// Share of those that are conversations in the model's chat template.
+    /// Share of the self-written windows that are conversations in the model's chat template.
     pub chat_share: f64,
     /// Seed of the sampling.
     pub seed: u64,
-    /// Threads for generating.
+    /// Number of threads for generating.
     pub n_threads: usize,
-    /// Windows that are generated side by side at most: each has a KV cache.
+    /// Largest number of windows that are generated side by side: each has a KV cache.
     pub n_parallel: usize,
 }
 
 impl Default for Recipe {
-    /// 16384 tokens that the model writes itself, on all cores.
+    /// Requests 16384 self-written tokens, on all cores.
     fn default() -> Recipe {
         Recipe {
             n_ctx: 512,
@@ -98,21 +99,21 @@ impl Default for Recipe {
 }
 
 impl Recipe {
-    /// How many windows the model writes itself.
+    /// Number of windows to fit on that the model writes itself.
     fn n_self(&self) -> usize {
         let share = if self.files.is_empty() { 1.0 } else { self.self_share };
         let n_self = (self.n_windows as f64 * share).round() as usize;
-        // Whoever asks for a mixture gets some of each.
+        // A mixed request gets at least one window of each kind.
         if share > 0.0 && share < 1.0 { n_self.clamp(1, (self.n_windows - 1).max(1)) } else { n_self }
     }
 
-    /// Tokens that the model writes itself.
+    /// Number of tokens that the model writes itself, including held-out ones.
     pub fn self_written(&self) -> usize {
         let n_self = self.n_self();
         if n_self > 0 { (n_self + held_out(n_self)) * self.n_ctx } else { 0 }
     }
 
-    /// Windows to fit on, and windows held out, if there is text enough.
+    /// Number of windows to fit on, and of held-out windows, if there is enough text.
     pub fn expected(&self) -> (usize, usize) {
         let n_self = self.n_self();
         let sources = [n_self, self.n_windows - n_self];
@@ -125,18 +126,18 @@ impl Recipe {
 pub struct Windows {
     /// Tokens per window.
     pub n_ctx: usize,
-    /// All windows one after another.
+    /// Tokens of all windows, one after another.
     pub tokens: Vec<Token>,
-    /// Windows to fit on.
+    /// Number of windows to fit on.
     pub n_fit: usize,
-    /// Windows held out.
+    /// Number of held-out windows.
     pub n_held_out: usize,
-    /// How many of the fitted windows the model wrote itself.
+    /// Number of fitted windows that the model wrote itself.
     pub n_self: usize,
 }
 
 impl Windows {
-    /// All windows.
+    /// Number of all windows.
     pub fn n_windows(&self) -> usize {
         self.n_fit + self.n_held_out
     }
@@ -146,25 +147,26 @@ impl Windows {
         &self.tokens[windows.start * self.n_ctx..windows.end * self.n_ctx]
     }
 
-    /// The windows to judge on.
+    /// Held-out windows, to judge on.
     pub fn held_out(&self) -> Vec<&[Token]> {
         self.tokens_of(self.n_fit..self.n_windows()).chunks_exact(self.n_ctx).collect()
     }
 
-    /// About `n_tokens` tokens in windows of `n_ctx`, the beginnings of windows that are spread evenly
-    /// over those to fit on.
+    /// About `n_tokens` tokens in windows of `n_ctx`: the beginnings of windows that are spread evenly over
+    /// those to fit on.
     pub fn sample(&self, n_tokens: usize, n_ctx: usize) -> Vec<Token> {
         self.beginnings(&spread(n_tokens.div_ceil(n_ctx), self.n_fit), n_ctx)
     }
 
-    /// The same in windows that are one half twice, of `n_ctx` tokens, an even number: text that repeats itself, as long text does
-    /// and short windows hardly.
+    /// About `n_tokens` tokens in windows of `n_ctx`, an even number, whose second half repeats the first.
+    /// Long text repeats itself, which short windows rarely show.
     pub fn sample_twice(&self, n_tokens: usize, n_ctx: usize) -> Vec<Token> {
         let halves = self.beginnings(&spread(n_tokens.div_ceil(n_ctx), self.n_fit), n_ctx / 2);
         halves.chunks_exact(n_ctx / 2).flat_map(|half| [half, half].concat()).collect()
     }
 
-    /// Like [`Windows::sample`], of windows that it leaves out when it takes `n_taken`; of all, if it takes all.
+    /// Sample like [`Windows::sample`], from the windows that it leaves out when it takes `n_taken`; from
+    /// all, if it takes all.
     pub fn sample_beside(&self, n_tokens: usize, n_ctx: usize, n_taken: usize) -> Vec<Token> {
         let taken = spread(n_taken, self.n_fit);
         let mut rest: Vec<usize> = (0..self.n_fit).filter(|i| !taken.contains(i)).collect();
@@ -175,21 +177,23 @@ impl Windows {
         self.beginnings(&chosen.collect::<Vec<_>>(), n_ctx)
     }
 
-    /// The first `n_ctx` tokens of these windows.
+    /// First `n_ctx` tokens of each of these windows.
     fn beginnings(&self, windows: &[usize], n_ctx: usize) -> Vec<Token> {
         windows.iter().flat_map(|&i| &self.tokens_of(i..i + 1)[..n_ctx]).copied().collect()
     }
 
-    /// With `twins` of all fitted windows, one after another, once or more often, which are fitted on, too: behind the windows,
-    /// before those held out.
-    pub fn with_twins(&self, twins: &[Token]) -> Windows {
-        let parts = [self.tokens_of(0..self.n_fit), twins, self.tokens_of(self.n_fit..self.n_windows())];
+    /// Adds resampled copies of all fitted windows, which are fitted on, too.
+    /// `resample_copies` holds them one after another, one or more per window. They come after the windows
+    /// and before the held-out ones.
+    pub fn with_copies(&self, resample_copies: &[Token]) -> Windows {
+        let parts =
+            [self.tokens_of(0..self.n_fit), resample_copies, self.tokens_of(self.n_fit..self.n_windows())];
         let tokens = parts.concat();
-        let copies = 1 + twins.len() / (self.n_fit * self.n_ctx);
+        let copies = 1 + resample_copies.len() / (self.n_fit * self.n_ctx);
         Windows { tokens, n_fit: copies * self.n_fit, n_self: copies * self.n_self, ..*self }
     }
 
-    /// The next token for every position of `windows`; none at the end of a window.
+    /// Next token at every position of `windows`; `None` at the end of a window.
     pub fn targets(&self, windows: Range<usize>) -> Vec<Option<Token>> {
         let tokens = self.tokens_of(windows);
         (0..tokens.len())
@@ -198,15 +202,15 @@ impl Windows {
     }
 }
 
-/// The numbers of `n` windows, at least one, that are spread evenly over `len`.
+/// Indices of `n` windows, at least one, that are spread evenly over `len`.
 fn spread(n: usize, len: usize) -> Vec<usize> {
     let n = n.clamp(1, len);
-    // Windows of different origin take turns, so that even steps might meet one kind only.
+    // Windows of different origin alternate, so that even steps might select one kind only.
     let odd = |i: usize| if len >= 2 * n { i % 2 } else { 0 };
     (0..n).map(|i| i * len / n + odd(i)).collect()
 }
 
-/// The last `n_last` windows spread evenly among the others, so that every part of the list holds both
+/// Spreads the last `n_last` windows evenly among the others, so that every part of the list holds both
 /// kinds in proportion.
 fn interleaved(mut windows: Vec<Vec<Token>>, n_last: usize) -> Vec<Vec<Token>> {
     let last = windows.split_off(windows.len() - n_last.min(windows.len()));
@@ -219,22 +223,23 @@ fn interleaved(mut windows: Vec<Vec<Token>>, n_last: usize) -> Vec<Vec<Token>> {
     all.into_iter().map(|(_, w)| w).collect()
 }
 
-/// Held-out windows beside `n` windows to fit on.
+/// Number of held-out windows for `n` windows to fit on.
 fn held_out(n: usize) -> usize {
     (n / 8).clamp(1, 8)
 }
 
-/// Where windows come from.
+/// Origin of windows.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Origin {
-    /// Text files are read and tokenised.
+    /// Text files, which are read and tokenised.
     Files,
-    /// The model writes.
+    /// Text that the model writes.
     Model,
 }
 
-/// Collects the windows of `recipe`, first those from files. `progress` is told, for each origin, how many of how many tokens
-/// there are, and returns whether to go on. `notes` gets what the user should know about the text, a line each.
+/// Collects the windows of `recipe`, those from files first.
+/// `progress` gets, for each origin, the tokens done and the tokens in all, and returns whether to go on.
+/// `notes` gets warnings about the text for the user, one line each.
 ///
 /// # Errors
 /// [`CalibrateError`] if a file cannot be read, the text is too short, or libllama fails.
@@ -264,7 +269,7 @@ pub fn collect(
             notes.extend(text::markers(model, &files)?);
         }
         let n_fit = found.len() - held_out(found.len().min(wanted)).min(found.len() - 1);
-        // Windows to judge on are spread over the text like the others.
+        // Held-out windows are spread over the text like the others.
         let every = found.len().div_ceil(found.len() - n_fit);
         for (i, w) in found.into_iter().enumerate() {
             if i % every == every - 1 || every == 1 { judge.push(w) } else { fit.push(w) }

@@ -1,37 +1,43 @@
-//! What a text looks like that nobody meant to calibrate on, judged by its held-out windows.
+//! Detection of unsuitable calibration text by its held-out windows.
 
 use super::{Windows, held_out};
 use crate::ggml::Token;
 use std::collections::HashSet;
 
-/// Different tokens that any text has. English as single bytes, the smallest vocabulary there is, has 45 to 60 of them;
-/// blank lines, rulers and digits have fewer.
+/// Fewest distinct tokens of ordinary text.
+/// English as single bytes, the smallest vocabulary there is, has 45 to 60; blank lines, rulers and digits
+/// have fewer.
 const LEAST_DISTINCT: usize = 32;
 
-/// Of a sample this many times as long as its different tokens nothing can be said: a short one has few.
+/// Smallest ratio of sample length to distinct tokens that the check needs: a short sample has few distinct
+/// tokens.
 const TOKENS_PER_DISTINCT: usize = 8;
 
-/// Tokens of the sequences that a text is asked for repetition by: longer than most turns of phrase.
+/// Length, in tokens, of the sequences that the repetition check counts: longer than most turns of phrase.
 const SEQUENCE: usize = 8;
 
-/// Share of different sequences below which a text repeats itself. Prose has over 0.95 and program text over 0.6; a
-/// line of 50 tokens, repeated through two windows of 512, has 0.05.
+/// Share of distinct sequences below which a text repeats itself.
+/// Prose has over 0.95 and program text over 0.6. A line of 50 tokens, repeated through two windows of 512,
+/// has 0.05.
 const LEAST_SEQUENCES: f64 = 0.1;
 
-/// Perplexity in multiples of that on the model's own writing, from which a text is nothing that the model knows.
-/// Own writing has 10 to 30, ordinary text in a language that the model knows 10 to 100.
+/// Ratio of a text's perplexity to that of the model's own writing, from which the model does not know the
+/// text.
+/// Own writing has a perplexity of 10 to 30, ordinary text in a language that the model knows 10 to 100.
 const MOST_TIMES: f64 = 20.0;
 
-/// Perplexity that is not remarkable whatever the model's own writing has: conversations in a template have 3 to 5.
+/// Perplexity that is unremarkable whatever the model's own writing has: conversations in a template have 3
+/// to 5.
 const UNREMARKABLE: f64 = 300.0;
 
-/// The same where there is nothing to compare with. Guessing over a vocabulary has 30,000 to 250,000; text of a language that
-/// the model hardly knows stays below a few hundred.
+/// Perplexity that is remarkable by itself, if there is no own writing to compare with.
+/// Guessing over a vocabulary has 30,000 to 250,000. Text of a language that the model hardly knows stays
+/// below a few hundred.
 const MOST_ALONE: f64 = 2000.0;
 
-/// What is odd about the text files that `windows` come from, a line each; nothing about text that the model wrote itself.
-/// `per_window_nll` is the dense model's mean negative log-likelihood, in nats, of each held-out window; without it perplexity
-/// is not judged. `windows` are those that were collected, without resampled copies.
+/// Warnings about the text files that `windows` come from, one line each; none about self-written text.
+/// `per_window_nll` is the dense model's mean negative log-likelihood, in nats, of each held-out window;
+/// without it, perplexity is not judged. `windows` are the collected ones, without resampled copies.
 pub fn oddities(windows: &Windows, per_window_nll: &[f64]) -> Vec<String> {
     let n_own = if windows.n_self > 0 { held_out(windows.n_self) } else { 0 };
     let n_files = windows.n_held_out.saturating_sub(n_own);
@@ -66,7 +72,7 @@ pub fn oddities(windows: &Windows, per_window_nll: &[f64]) -> Vec<String> {
     found
 }
 
-/// What there is to say of a text's perplexity, beside that of the model's own writing if there is some.
+/// Warning about a text's perplexity, compared with that of the model's own writing if there is any.
 fn unknown(text: f64, own: Option<f64>) -> Option<String> {
     let (odd, beside) = match own {
         Some(own) => (
@@ -91,7 +97,8 @@ fn perplexity(nll: &[f64]) -> f64 {
 mod tests {
     use super::*;
 
-    /// Two windows to fit on, `n_held_out` of `n_ctx` tokens by `token`, and `n_self` of the fitted ones self-written.
+    /// Two windows to fit on and `n_held_out` held-out ones of `n_ctx` tokens by `token`; `n_self` of the
+    /// fitted ones are self-written.
     fn windows(n_ctx: usize, n_held_out: usize, n_self: usize, token: impl Fn(usize) -> usize) -> Windows {
         let n_fit = 2;
         let fit = vec![0; n_fit * n_ctx];
@@ -99,7 +106,7 @@ mod tests {
         Windows { n_ctx, tokens, n_fit, n_held_out, n_self }
     }
 
-    /// A number that looks drawn.
+    /// Pseudo-random number for `i`.
     fn hash(i: usize) -> usize {
         let x = (i as u64 + 1).wrapping_mul(0x9e37_79b9_7f4a_7c15);
         ((x ^ (x >> 29)).wrapping_mul(0xbf58_476d_1ce4_e5b9) >> 33) as usize
@@ -125,7 +132,7 @@ mod tests {
         odd(&windows(512, 2, 0, |i| i % 3), &[], "3 different tokens in 1024");
         odd(&windows(16, 1, 0, |_| 7), &[], "1 different tokens in 16");
         odd(&windows(512, 2, 0, |i| hash(i % 50)), &[], "repeats itself");
-        // What the model wrote itself is its own affair.
+        // Self-written text is never judged.
         assert_eq!(oddities(&windows(512, 1, 8, |_| 7), &[]), [""; 0]);
     }
 
@@ -140,7 +147,7 @@ mod tests {
         let alone = windows(512, 2, 0, hash);
         odd(&alone, &ppl(&[3000.0, 3000.0]), "perplexity there is 3000");
         assert_eq!(oddities(&alone, &ppl(&[900.0, 1500.0])), [""; 0]);
-        // Of another number of windows nothing is known.
+        // The wrong number of likelihoods says nothing.
         assert_eq!(oddities(&alone, &ppl(&[1e6])), [""; 0]);
     }
 }

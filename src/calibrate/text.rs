@@ -5,19 +5,19 @@ use crate::ggml::{LlamaModel, Token, Vocab};
 use crate::text::{PIECE, TextError, TextFile};
 use std::path::PathBuf;
 
-/// Bytes per token that a text has at most, nearly always: English has 4 to 5 of them.
+/// Upper limit of a text's bytes per token that nearly always holds: English has 4 to 5.
 const BYTES_PER_TOKEN: usize = 8;
 
-/// Least bytes of a first excerpt: the rest of a line goes before it.
+/// Smallest first excerpt in bytes: the rest of a line is dropped from its start.
 const LEAST_EXCERPT: usize = 4096;
 
-/// Bytes at the beginning of the text that chat markers are looked for in.
+/// Bytes at the beginning of the text that are searched for chat markers.
 const MARKER_BYTES: usize = 16 << 10;
 
-/// Markers that a note names.
+/// Largest number of markers that a note names.
 const NAMED_MARKERS: usize = 3;
 
-/// [`text_windows`] of UTF-8 `files`, without special tokens.
+/// Runs [`text_windows`] on UTF-8 `files`, without special tokens.
 ///
 /// # Errors
 /// [`CalibrateError`] if a file cannot be read or there is not enough text for two windows.
@@ -32,10 +32,12 @@ pub fn file_windows(
     text_windows(model, &files, false, n_ctx, wanted, &mut |_| true)
 }
 
-/// Up to `wanted` windows of `n_ctx` tokens from `files`, spread evenly over the text, each beginning with BOS where the
-/// tokenizer adds one. With `parse_special` the names of special tokens are read as these. A short text is tokenised as a
-/// whole; of a long one only a part at the place of each window, so that memory does not grow with the text. `progress` is
-/// told how many of the `wanted * n_ctx` tokens are done, about, and returns whether to go on.
+/// Up to `wanted` windows of `n_ctx` tokens from `files`, spread evenly over the text.
+///
+/// Each begins with BOS if the tokenizer adds one. With `parse_special`, names of special tokens are read
+/// as these tokens. A short text is tokenised as a whole. Of a long one, only a part at the place of each
+/// window is tokenised, so that memory does not grow with the text. `progress` gets about how many of the
+/// `wanted * n_ctx` tokens are done, and returns whether to go on.
 ///
 /// # Errors
 /// [`CalibrateError`] if a file cannot be read or there is not enough text for two windows.
@@ -64,15 +66,15 @@ pub fn text_windows(
     Ok(bodies.into_iter().map(|tokens| bos.into_iter().chain(tokens).collect()).collect())
 }
 
-/// What windows without their BOS are read with.
+/// Reader of windows without their BOS.
 struct Reader<'m> {
     vocab: Vocab<'m>,
     parse_special: bool,
-    /// Tokens of a window without its BOS.
+    /// Number of tokens of a window without its BOS.
     body: usize,
-    /// Windows at most.
+    /// Largest number of windows.
     wanted: usize,
-    /// Tokens that were found so far.
+    /// Number of tokens found so far.
     found: usize,
 }
 
@@ -104,7 +106,8 @@ impl Reader<'_> {
         Ok(starts.map(|start| tokens[start..start + body].to_vec()).collect())
     }
 
-    /// Windows at places spread over the bytes of all files; none where the text up to the next place is too short.
+    /// Windows at places spread over the bytes of all files; none if the text up to the next place is too
+    /// short.
     fn at_places(
         &mut self,
         files: &[TextFile],
@@ -123,7 +126,7 @@ impl Reader<'_> {
         Ok(windows)
     }
 
-    /// The first tokens of the text between two places, from the beginning of a line on if one begins soon.
+    /// First tokens of the text between two places, from the beginning of a line if one begins soon.
     fn at(&mut self, files: &[TextFile], from: u64, to: u64) -> Result<Option<Vec<Token>>, CalibrateError> {
         let most = usize::try_from(to - from).unwrap_or(PIECE).min(PIECE);
         let mut n_bytes = (BYTES_PER_TOKEN * self.body).max(LEAST_EXCERPT).min(most);
@@ -148,7 +151,7 @@ impl Reader<'_> {
     }
 }
 
-/// Up to `n_bytes` bytes of text from byte `from` of all files, taken as one, on.
+/// Up to `n_bytes` bytes of text from byte `from` on of all files, taken as one.
 fn excerpt(files: &[TextFile], from: u64, n_bytes: usize) -> Result<String, TextError> {
     let (mut text, mut from, mut left) = (String::new(), from, n_bytes);
     for file in files {
@@ -166,14 +169,14 @@ fn excerpt(files: &[TextFile], from: u64, n_bytes: usize) -> Result<String, Text
     Ok(text)
 }
 
-/// A note if the text begins with names of the model's special tokens, which are read as text.
+/// Note for a text that begins with names of the model's special tokens, which are read as text.
 pub(super) fn markers(model: &LlamaModel, files: &[TextFile]) -> Result<Option<String>, CalibrateError> {
     let vocab = model.vocab();
     let text = excerpt(files, 0, MARKER_BYTES)?;
     let (plain, parsed) = (vocab.tokenize(&text, false)?, vocab.tokenize(&text, true)?);
     let mut named: Vec<String> = Vec::new();
     for token in parsed {
-        // Words next to a marker may be cut otherwise, too; a marker stands in brackets of some kind.
+        // Words next to a marker may be split differently, too; a marker stands in brackets of some kind.
         let name = String::from_utf8_lossy(&vocab.piece(token)).into_owned();
         let framed = |c: Option<char>| c.is_some_and(|c| c.is_ascii_punctuation());
         let marker = name.len() > 2 && framed(name.chars().next()) && framed(name.chars().next_back());

@@ -5,9 +5,8 @@ use super::nested_name;
 use putri_gguf::gguf::GgufFile;
 use putri_gguf::ollama::{self, Stored};
 use putri_gguf::package::{self, Package};
-use putri_gguf::report::{page as page_of, report, summary};
+use putri_gguf::report::{Report, page as page_of, summary};
 use putri_gguf::{Job, JobError, Outcome, check_distinct, check_output, write_whole};
-use serde_json::Value;
 use std::path::{Path, PathBuf};
 
 /// What shall be made of one result.
@@ -89,27 +88,26 @@ impl Extras {
         let mut tried = |what: &str, done: Result<(), JobError>| {
             if let Err(e) = done {
                 let model = outcome.output.display();
-                missing.push(format!("{model} is written, but not {what}: {e}"));
+                missing.push(format!("{model} is written, but not {what}: {}", super::said(&e)));
             }
         };
         let modelfile = ollama::modelfile(&from(outcome), source);
         if let Some(path) = &self.modelfile {
             tried("its Modelfile", write_whole(path, modelfile.as_bytes(), self.force));
         }
-        let mut found = Value::Null;
+        let mut found: Option<Report> = None;
         if self.report.is_some() || self.package.is_some() || self.json {
-            tried("its report", document(job, outcome).map(|made| found = made));
+            tried("its report", document(job, outcome).map(|made| found = Some(made)));
         }
-        if !found.is_null() {
+        if let Some(report) = &found {
             if let Some(path) = &self.report {
                 let page = path.extension().is_some_and(|e| e == "html");
-                let text = if page { page_of(&found) } else { format!("{found:#}\n") };
+                let text = if page { page_of(report) } else { report.to_json() };
                 tried("its report", write_whole(path, text.as_bytes(), self.force));
             }
             if let Some(folder) = &self.package {
                 let licenses = source.map_or(&[][..], |s| &s.licenses);
-                let package =
-                    Package { model: &outcome.output, modelfile: &modelfile, report: &found, licenses };
+                let package = Package { model: &outcome.output, modelfile: &modelfile, report, licenses };
                 tried("its package", package.write(folder, self.force));
             }
         }
@@ -142,7 +140,7 @@ pub fn check_all(extras: &[Extras], job: &Job) -> Result<(), JobError> {
 }
 
 /// The report's data, for which the output is hashed.
-fn document(job: &Job, outcome: &Outcome) -> Result<Value, JobError> {
+fn document(job: &Job, outcome: &Outcome) -> Result<Report, JobError> {
     let written = GgufFile::open(&outcome.output)?;
-    Ok(report(job, outcome, &written.sha256()))
+    Ok(Report::new(job, outcome, &written.sha256()))
 }

@@ -2,7 +2,11 @@
 
 mod args;
 mod extras;
+mod hints;
+mod logger;
+mod reference;
 mod resolve;
+mod values;
 
 pub use args::{Args, Cli, Command, DeviceArgs, EvalArgs};
 pub use resolve::{nested_name, resolve, resolve_eval, stored, threads};
@@ -15,7 +19,7 @@ use putri_gguf::report::{
     Progress, Timings, checks_json, checks_table, devices_table, dry_run_table, eval_json, eval_table,
     inspection_json, inspection_table, plain, shell_word, tell,
 };
-use putri_gguf::{JobError, Nested, VerifyJob, ggml};
+use putri_gguf::{JobError, Nested, VerifyJob, ggml, with_causes};
 use std::ffi::OsString;
 use std::io::Write;
 use std::path::PathBuf;
@@ -62,13 +66,20 @@ pub fn main() -> ExitCode {
         ggml::exit_now(1);
     });
     ggml::let_large_writes_fail();
-    // clap prints usage errors itself and exits with 2; help and version with 0.
+    // Usage errors end in 2, help and version in 0.
     let cli = match Cli::try_parse_from(as_clap_has_it(std::env::args_os().collect())) {
         Ok(cli) => cli,
         // What was asked for, to be read to its end.
         Err(text) if !text.use_stderr() => return ended(show(&text.render().to_string())),
-        Err(e) => e.exit(),
+        // What was typed is a stranger's text, too.
+        Err(e) => {
+            e.render().to_string().lines().for_each(|line| tell(&plain(line)));
+            return ExitCode::from(2);
+        }
     };
+    if cli.verbose {
+        logger::show_logs();
+    }
     ggml::install_fault_handler(|file| {
         say_error(&format!("{file}: became shorter, or could not be read any more, while it was in use"));
         putri_gguf::remove_temporary();
@@ -103,6 +114,7 @@ pub fn main() -> ExitCode {
             let _ = clap_mangen::Man::new(command).render(&mut text);
             show(&String::from_utf8_lossy(&text))
         }
+        (Some(Command::Reference), _) => show(&reference::reference(Cli::command())),
         (None, Some(args)) => prune(args, &cli.devices),
         (None, None) => unreachable!("clap demands a command or what to prune"),
     };
@@ -128,11 +140,11 @@ fn ended(done: Result<(), Failed>) -> ExitCode {
             ExitCode::from(INTERRUPTED)
         }
         Err(Failed::Job(e)) => {
-            say_error(&e.to_string());
+            say_error(&said(&e));
             if matches!(e, JobError::Limit { .. }) { ExitCode::from(MISSED) } else { ExitCode::FAILURE }
         }
         Err(Failed::Machine(e)) => {
-            say_error(&format!("{e:#}"));
+            say_error(&hinted(format!("{e:#}"), hints::of_command(&e)));
             ExitCode::FAILURE
         }
         Err(Failed::Beside(all)) => {
@@ -156,6 +168,18 @@ fn as_clap_has_it(mut args: Vec<OsString>) -> Vec<OsString> {
         args.insert(1, "devices".into());
     }
     args
+}
+
+/// A job's error with its causes, and what to do about it.
+fn said(e: &JobError) -> String {
+    hinted(with_causes(e), hints::hint(e).as_deref())
+}
+
+fn hinted(message: String, hint: Option<&str>) -> String {
+    match hint {
+        Some(hint) => format!("{message}; {hint}"),
+        None => message,
+    }
 }
 
 /// Says what went wrong, in one line.
@@ -253,7 +277,10 @@ fn prune(mut args: Args, devices: &DeviceArgs) -> Result<(), Failed> {
     {
         missing.push(match e {
             OllamaError::Create { .. } => e.to_string(),
-            e => format!("{} is written, but no model in Ollama: {e}", outcome.output.display()),
+            e => {
+                let why = hinted(with_causes(&e), hints::of_ollama(&e));
+                format!("{} is written, but no model in Ollama: {why}", outcome.output.display())
+            }
         });
     }
     Failed::beside(missing)

@@ -1,24 +1,21 @@
 //! From what was typed to a job that can run.
 
-use super::args::{ArchArg, Args, DeviceArgs, EvalArgs, ExpertsArg, HeadsArg, MethodArg, PplStyle};
+use super::args::{ArchArg, Args, DeviceArgs, EvalArgs, HeadsArg, MethodArg, MoeArg, PplStyle};
+use super::values::{quantise, tensor_types};
 use anyhow::{Context, Result, bail, ensure};
 use putri_gguf::calibrate::Recipe;
 use putri_gguf::evaluate::Protocol;
-use putri_gguf::ggml::{self, Device, FileType, Offload, Type};
-use putri_gguf::model::{Arch, Heads, Piece};
+use putri_gguf::ggml::{self, Device, Offload};
+use putri_gguf::model::{Arch, FfnUnit, Heads};
 use putri_gguf::ollama::{self, OllamaError, Stored};
-use putri_gguf::pipeline::{Method, Settings, Target, TensorTypes};
+use putri_gguf::pipeline::{Method, Settings, Target};
 use putri_gguf::text::Encoding;
-use putri_gguf::{EvalJob, Job, KeepState, Limit, Quantise, RUN_CTX};
+use putri_gguf::{EvalJob, Job, KeepState, QualityLimit, RUN_CTX};
 use std::path::{Path, PathBuf};
 
 /// Checks values that only make sense together, and fills in what depends on the machine.
 pub fn resolve(args: Args, devices: &DeviceArgs) -> Result<Job> {
-    let target = match (&args.target_size, &args.target_params) {
-        (Some(size), _) => Some(Target::Bytes(bytes("--target-size", size)?)),
-        (_, Some(n)) => Some(Target::Params(count("--target-params", n)?)),
-        _ => None,
-    };
+    let target = args.target_size.map(Target::Bytes).or_else(|| args.target_params.map(Target::Params));
     let limit = limit(&args)?;
     several(&args, limit)?;
     // With a target or limit it is found once the model is known; a limit may be met by very little.
@@ -94,10 +91,10 @@ pub fn resolve(args: Args, devices: &DeviceArgs) -> Result<Job> {
         ensure!(n <= most, "{flag} {n} is not from 0 to {most}");
         Ok(n)
     };
-    let twins = ours("--twins", args.twins, Settings::default().twins, 100)?;
+    let resample_copies =
+        ours("--resample-copies", args.resample_copies, Settings::default().resample_copies, 100)?;
     let tune = ours("--tune", args.tune, Settings::default().tune, 1000)?;
     let offload = offload(devices)?;
-    let size = |flag, text: Option<&str>| text.map(|text| bytes(flag, text)).transpose();
     ensure!(
         args.max_device_memory.is_none() || !offload.devices.is_empty(),
         "--max-device-memory wants a --device"
@@ -111,10 +108,10 @@ pub fn resolve(args: Args, devices: &DeviceArgs) -> Result<Job> {
         samples: args.report.is_some() || args.package.is_some(),
         compare_quant: args.compare_quant,
         limit,
-        target_ram: size("--target-ram", args.target_ram.as_deref())?,
+        target_ram: args.target_ram,
         run_ctx: args.target_ctx.or(Some(args.ctx_size).filter(|n| *n > RUN_CTX)),
-        max_memory: size("--max-memory", args.max_memory.as_deref())?,
-        max_device_memory: size("--max-device-memory", args.max_device_memory.as_deref())?,
+        max_memory: args.max_memory,
+        max_device_memory: args.max_device_memory,
         force: args.force,
         verify: !args.no_verify,
         recipe: Recipe {
@@ -135,13 +132,13 @@ pub fn resolve(args: Args, devices: &DeviceArgs) -> Result<Job> {
             method,
             heads: match args.heads {
                 HeadsArg::Auto => Heads::Auto,
-                HeadsArg::PerLayer => Heads::PerBlock,
-                HeadsArg::Uniform => Heads::Equal,
-                HeadsArg::None => Heads::Keep,
+                HeadsArg::PerLayer => Heads::PerLayer,
+                HeadsArg::Uniform => Heads::Uniform,
+                HeadsArg::None => Heads::None,
             },
-            of_mixtures: match args.experts {
-                ExpertsArg::Whole => Piece::Expert,
-                ExpertsArg::Narrow => Piece::Neuron,
+            moe_unit: match args.moe {
+                MoeArg::Experts => FfnUnit::Expert,
+                MoeArg::Width => FfnUnit::Neuron,
             },
             arch: match args.arch {
                 ArchArg::Auto => Arch::Auto,
@@ -149,7 +146,7 @@ pub fn resolve(args: Args, devices: &DeviceArgs) -> Result<Job> {
             },
             n_threads,
             devices: offload.devices,
-            twins,
+            resample_copies,
             tune,
             types: tensor_types(&args.tensor_type)?,
             ..Settings::default()
@@ -170,22 +167,22 @@ pub fn stored(input: &Path) -> Result<Option<Stored>, OllamaError> {
 }
 
 /// Reads `--max-kld` and `--max-ppl-ratio`.
-fn limit(args: &Args) -> Result<Option<Limit>> {
+fn limit(args: &Args) -> Result<Option<QualityLimit>> {
     Ok(match (args.max_kld, args.max_ppl_ratio) {
         (Some(most), _) => {
             ensure!(most > 0.0 && most.is_finite(), "--max-kld {most} is not a positive number of nats");
-            Some(Limit::Kld(most))
+            Some(QualityLimit::Kld(most))
         }
         (_, Some(most)) => {
             ensure!(most > 1.0 && most.is_finite(), "--max-ppl-ratio {most} is not above 1");
-            Some(Limit::PplRatio(most))
+            Some(QualityLimit::PplRatio(most))
         }
         _ => None,
     })
 }
 
 /// Checks arguments that stand for more than one sparsity.
-fn several(args: &Args, limit: Option<Limit>) -> Result<()> {
+fn several(args: &Args, limit: Option<QualityLimit>) -> Result<()> {
     if let Some(list) = &args.nested {
         let shares = list.iter().all(|s| *s > 0.0 && *s < 1.0);
         let rising = list.windows(2).all(|two| two[0] < two[1]);
@@ -206,7 +203,7 @@ fn several(args: &Args, limit: Option<Limit>) -> Result<()> {
 fn goes_with_a_copy(args: &Args) -> Result<()> {
     for (given, flag) in [
         (args.imatrix_out.is_some(), "--imatrix-out"),
-        (args.twins.is_some_and(|n| n > 0), "--twins"),
+        (args.resample_copies.is_some_and(|n| n > 0), "--resample-copies"),
         (args.tune.is_some_and(|n| n > 0), "--tune"),
         (args.dry_run, "--dry-run"),
         (args.state_dir.is_some(), "--state-dir"),
@@ -294,42 +291,6 @@ pub fn threads(given: Option<usize>) -> Result<usize> {
     Ok(given.unwrap_or_else(|| std::thread::available_parallelism().map_or(1, |n| n.get())))
 }
 
-/// Reads a number, or one with K, M, B or T of 1000 of the one before.
-fn count(flag: &str, text: &str) -> Result<u64> {
-    let problem = || format!("{flag} {text} is not a number of parameters, as in 110M or 1.2e9");
-    let upper = text.to_ascii_uppercase();
-    let number = upper.trim_end_matches(['K', 'M', 'B', 'T']);
-    let power = match &upper[number.len()..] {
-        "" => 0,
-        "K" => 1,
-        "M" => 2,
-        "B" => 3,
-        "T" => 4,
-        _ => bail!(problem()),
-    };
-    let value: f64 = number.trim().parse().with_context(problem)?;
-    ensure!(value.is_finite() && value > 0.0, problem());
-    Ok((value * 1000f64.powi(power)) as u64)
-}
-
-/// Reads a number of bytes, or with K, M, G or T of 1024 of the one before.
-fn bytes(flag: &str, text: &str) -> Result<u64> {
-    let problem = || format!("{flag} {text} is not a size, as in 8G or 512M");
-    let upper = text.to_ascii_uppercase();
-    let number = upper.trim_end_matches(['B', 'I', 'K', 'M', 'G', 'T']);
-    let power = match upper[number.len()..].trim_end_matches('B').trim_end_matches('I') {
-        "" => 0,
-        "K" => 1,
-        "M" => 2,
-        "G" => 3,
-        "T" => 4,
-        _ => bail!(problem()),
-    };
-    let value: f64 = number.trim().parse().with_context(problem)?;
-    ensure!(value.is_finite() && value > 0.0, problem());
-    Ok((value * 1024f64.powi(power)) as u64)
-}
-
 /// Reads `--encoding`.
 fn encoding(label: Option<&str>) -> Result<Option<Encoding>> {
     let named = |label: &str| {
@@ -339,41 +300,12 @@ fn encoding(label: Option<&str>) -> Result<Option<Encoding>> {
     label.map(named).transpose()
 }
 
-/// Reads `--type`.
-fn quantise(name: &str, again: bool) -> Result<Quantise> {
-    let to = FileType::from_name(name).with_context(|| {
-        let names: Vec<_> = FileType::names().collect();
-        format!("--type {name} is not one of llama-quantize's: {}", names.join(", "))
-    })?;
-    Ok(Quantise { to, again })
-}
-
-/// Reads `--tensor-type` arguments; the last one counts.
-fn tensor_types(given: &[String]) -> Result<TensorTypes> {
-    let mut types = TensorTypes::default();
-    for text in given {
-        let (tensor, name) = text
-            .split_once('=')
-            .with_context(|| format!("--tensor-type {text} is not TENSOR=TYPE, as in ffn_down=q8_0"))?;
-        let ty = Type::from_name(name).filter(|t| t.can_quantize());
-        let ty =
-            ty.with_context(|| format!("--tensor-type {text}: llama.cpp writes no tensors of type {name}"))?;
-        match tensor {
-            "attn_output" => types.attn_output = Some(ty),
-            "ffn_down" => types.ffn_down = Some(ty),
-            _ => bail!(
-                "--tensor-type {text}: only the matrices attn_output and ffn_down get new values; the others keep their bytes"
-            ),
-        }
-    }
-    Ok(types)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::cli::Cli;
     use clap::Parser;
+    use putri_gguf::ggml::Type;
 
     fn job(extra: &[&str]) -> Result<Job> {
         let base = ["putri-gguf", "in.gguf", "out.gguf"];
@@ -426,12 +358,9 @@ mod tests {
     }
 
     #[test]
-    fn sizes_are_in_powers_of_1024() {
-        let sizes =
-            [("8G", 8 << 30), ("1.5g", 3 << 29), ("512M", 512 << 20), ("2GiB", 2 << 30), ("1000", 1000)];
-        for (text, expected) in sizes {
-            assert_eq!(job(&["--sparsity", "0.2", "--max-memory", text]).unwrap().max_memory, Some(expected));
-        }
+    fn memory_limits_are_bytes() {
+        let limited = job(&["--sparsity", "0.2", "--max-memory", "1.5g"]).unwrap();
+        assert_eq!((limited.max_memory, limited.target_ram), (Some(3 << 29), None));
     }
 
     #[test]

@@ -1,29 +1,31 @@
-//! One block: its weights on the backend, and its graph, as llama.cpp's `src/models/<name>.cpp` build it, in the pieces
-//! that pruning needs.
+//! One block: its weights on the backend, and its graph, as llama.cpp's `src/models/<name>.cpp` build it,
+//! in the parts that pruning needs.
 
 use super::experts::ExpertRoles;
 use super::{Forward, ForwardError, Net};
-use crate::ggml::{Graph, Resident, RopeParams, T, TensorSpec, Values};
+use crate::ggml::{Graph, Resident, RopeParams, TensorId, TensorSpec, Values};
 use crate::model::{
     Activation, BlockShape, BlockWeights, ExpertWeights, Matrix, Norm, QkNorm, SlidingWindow,
 };
 use std::ops::Range;
 use std::sync::Arc;
 
-/// Graph nodes of a block are about forty, and a dozen more per slice of queries; as many again with gradients.
+/// Largest number of nodes in a graph of a block.
+/// A block takes about forty, a dozen more per slice of queries, and as many again with gradients.
 pub(super) const MAX_NODES: usize = 1024;
 
-/// Queries that are attended at a time, and how many slices of them a window is cut into at most: keys that none
-/// of a slice's queries sees are left out, which saves up to half of the work of causal attention, and what is in
-/// memory of the attention weights stays small.
+/// Number of queries that attend together, and largest number of such slices per window.
+/// Keys that none of a slice's queries sees are left out. That saves up to half of the work of causal
+/// attention and keeps the memory for attention weights small.
 const QUERY_SLICE: usize = 128;
 const MAX_SLICES: usize = 32;
 
-/// Share of a post norm's mean squared weight that outputs with smaller weights are damped by when errors are
-/// carried back through it: they would have to change by more than they are worth.
+/// Damping of outputs with small post-norm weights, as a share of the mean squared weight, when errors are
+/// carried back through a post norm.
+/// Without it, these outputs would have to change by more than they contribute.
 const POST_NORM_RIDGE: f32 = 1e-2;
 
-/// A block's weights on the backend.
+/// Weights of one block on the backend.
 pub struct Block {
     pub(super) set: Resident,
     pub(super) shape: BlockShape,
@@ -39,17 +41,17 @@ impl Block {
         self.roles.attn_output.is_some()
     }
 
-    /// Whether it has experts.
+    /// Whether the block has experts.
     pub fn has_experts(&self) -> bool {
         self.roles.experts.is_some()
     }
 
-    /// Whether the feed-forward sees the stream as it is before attention.
+    /// Whether the FFN reads the residual stream before attention.
     pub fn is_parallel(&self) -> bool {
         self.parallel
     }
 
-    /// The norm that the feed-forward sees the stream through.
+    /// Norm through which the FFN reads the residual stream.
     pub(super) fn ffn_norm(&self) -> Option<PreNorm> {
         self.roles.ffn_norm.or(self.roles.attn_norm.filter(|_| self.parallel))
     }
@@ -83,38 +85,38 @@ pub(super) struct Roles {
     pub(super) experts: Option<ExpertRoles>,
 }
 
-/// The norm between the stream and a half of a block.
+/// Norm between the residual stream and the input of a block half.
 #[derive(Clone, Copy)]
 pub(super) struct PreNorm {
     pub(super) weight: usize,
     pub(super) bias: Option<usize>,
 }
 
-/// The norm between a half of a block and the stream, out = x + g ⊙ y / rms(y).
+/// Norm between the output of a block half and the residual stream: out = x + g ⊙ y / rms(y).
 #[derive(Clone, Copy)]
 pub(super) struct PostNorm {
-    /// g `[n_embd]`.
+    /// Index of g `[n_embd]`.
     pub(super) weight: usize,
-    /// g / (g² + δ), which takes a difference in the stream back to y / rms(y).
+    /// Index of g / (g² + δ), which maps a difference in the residual stream back to y / rms(y).
     inverse: usize,
 }
 
-/// What attention is made of.
+/// Inputs of attention.
 pub(super) struct Qkv {
-    /// Queries and keys as they are before their norm, where there is one.
-    pub(super) before_norm: [Option<T>; 2],
-    /// Queries, keys and values, normed and rotated: `[head_dim, n_ctx, heads, n_seq]`.
-    pub(super) ready: [T; 3],
+    /// Queries and keys before their norm, if there is one.
+    pub(super) before_norm: [Option<TensorId>; 2],
+    /// Queries, keys and values, normed and rotated: `ne` `[head_dim, n_ctx, heads, n_seq]`.
+    pub(super) ready: [TensorId; 3],
 }
 
-/// Half of a block, which ends in a map back to the stream.
+/// Half of a block: it ends in a map back to the residual stream.
 #[derive(Clone, Copy)]
 pub(super) enum Half {
     Attention,
     FeedForward,
 }
 
-/// Collects tensors for an upload.
+/// Collection of tensors for an upload.
 #[derive(Default)]
 struct Uploads<'w> {
     list: Vec<TensorSpec<'w>>,
@@ -168,7 +170,7 @@ impl<'w> Uploads<'w> {
 }
 
 impl Forward {
-    /// Puts a block's weights on the backend, or lets it compute with them where they are.
+    /// Puts a block's weights on the backend, which may also compute with them in place.
     ///
     /// # Errors
     /// [`ForwardError`] if there is no room.
@@ -200,8 +202,8 @@ impl Forward {
         Ok(Block { set, shape, sliding, rotated, parallel, roles })
     }
 
-    /// A chunk through the whole block: `x` `[n_tokens, n_embd]` in, the residual stream after the
-    /// block into `out`, and before its feed-forward into `mid` where that is wanted.
+    /// Runs a chunk `x` `[n_tokens, n_embd]` through the whole block.
+    /// `out` receives the residual stream after the block, and `mid`, if given, the one before its FFN.
     ///
     /// # Errors
     /// [`ForwardError`] if the backend fails.
@@ -238,7 +240,7 @@ impl Forward {
         Ok(())
     }
 
-    /// Whole windows `x` through the block into `y`, chunk by chunk.
+    /// Runs whole windows `x` through the block into `y`, chunk by chunk; both are `[n_tokens, n_embd]`.
     ///
     /// # Errors
     /// [`ForwardError`] if the backend fails.
@@ -250,7 +252,7 @@ impl Forward {
         Ok(())
     }
 
-    /// As [`Forward::stream`], in place.
+    /// Does the same as [`Forward::stream`], in place.
     ///
     /// # Errors
     /// [`ForwardError`] if the backend fails.
@@ -264,13 +266,13 @@ impl Forward {
         Ok(())
     }
 
-    /// The feed-forward half of a block: `mid` in, the residual stream after the block into `out`.
+    /// Runs the FFN half of a block: `mid` in, the residual stream after the block into `out`.
     ///
     /// # Errors
     /// [`ForwardError`] if the backend fails.
     ///
     /// # Panics
-    /// If it sees the stream as it is before attention.
+    /// If the FFN reads the residual stream before attention.
     pub fn ffn(&mut self, b: &Block, mid: &[f32], out: &mut [f32]) -> Result<(), ForwardError> {
         assert!(!b.parallel, "the stream before attention is not known");
         if b.has_experts() {
@@ -287,8 +289,14 @@ impl Forward {
 }
 
 impl Net {
-    /// The stream after attention. Stock llama.cpp adds no bias in a block without heads.
-    pub(super) fn attention_residual<'a>(&'a self, g: &mut Graph<'a>, b: &'a Block, x: T, a: Option<T>) -> T {
+    /// Residual stream after attention. Stock llama.cpp adds no bias in a block without heads.
+    pub(super) fn attention_residual<'a>(
+        &'a self,
+        g: &mut Graph<'a>,
+        b: &'a Block,
+        x: TensorId,
+        a: Option<TensorId>,
+    ) -> TensorId {
         let Some(a) = a.filter(|_| b.has_attention()) else {
             return x;
         };
@@ -296,14 +304,26 @@ impl Net {
         self.join(g, b, Half::Attention, x, y)
     }
 
-    /// The stream after the feed-forward.
-    pub(super) fn ffn_residual<'a>(&'a self, g: &mut Graph<'a>, b: &'a Block, mid: T, h: T) -> T {
+    /// Residual stream after the FFN.
+    pub(super) fn ffn_residual<'a>(
+        &'a self,
+        g: &mut Graph<'a>,
+        b: &'a Block,
+        mid: TensorId,
+        h: TensorId,
+    ) -> TensorId {
         let y = self.map(g, b, Half::FeedForward, h);
         self.join(g, b, Half::FeedForward, mid, y)
     }
 
-    /// attn_output · a + bias, or ffn_down · h + bias: `[n_embd, n_tokens]`.
-    pub(super) fn map<'a>(&'a self, g: &mut Graph<'a>, b: &'a Block, half: Half, inputs: T) -> T {
+    /// Output attn_output · a + bias, or ffn_down · h + bias: `ne` `[n_embd, n_tokens]`.
+    pub(super) fn map<'a>(
+        &'a self,
+        g: &mut Graph<'a>,
+        b: &'a Block,
+        half: Half,
+        inputs: TensorId,
+    ) -> TensorId {
         let (weight, bias) = match half {
             Half::Attention => (b.roles.attn_output, b.roles.attn_output_bias),
             Half::FeedForward => (b.roles.ffn_down, b.roles.ffn_down_bias),
@@ -311,14 +331,21 @@ impl Net {
         linear(g, b, weight, bias, inputs)
     }
 
-    /// The stream `x` with what [`Net::map`] gave added to it.
-    pub(super) fn join<'a>(&'a self, g: &mut Graph<'a>, b: &'a Block, half: Half, x: T, y: T) -> T {
+    /// Residual stream `x` plus the contribution of [`Net::map`]'s output `y`.
+    pub(super) fn join<'a>(
+        &'a self,
+        g: &mut Graph<'a>,
+        b: &'a Block,
+        half: Half,
+        x: TensorId,
+        y: TensorId,
+    ) -> TensorId {
         let y = self.added(g, b, half, y);
         g.add(y, x)
     }
 
-    /// What is added to the stream where [`Net::map`] gave `y`.
-    pub(super) fn added<'a>(&'a self, g: &mut Graph<'a>, b: &'a Block, half: Half, y: T) -> T {
+    /// Contribution of [`Net::map`]'s output `y` to the residual stream.
+    pub(super) fn added<'a>(&'a self, g: &mut Graph<'a>, b: &'a Block, half: Half, y: TensorId) -> TensorId {
         let y = match b.post_norm(half) {
             Some(post) => self.rms_norm(g, b, post.weight, y),
             None => y,
@@ -326,15 +353,23 @@ impl Net {
         self.scaled(g, y, self.hparams.residual_scale)
     }
 
-    /// `factor · x`, without a step for nothing.
-    pub(super) fn scaled(&self, g: &mut Graph, x: T, factor: f32) -> T {
+    /// Product `factor · x`, without a node if the factor is 1.
+    pub(super) fn scaled(&self, g: &mut Graph, x: TensorId, factor: f32) -> TensorId {
         if factor == 1.0 { x } else { g.scale(x, factor, 0.0) }
     }
 
-    /// What an error of 1 in [`Net::map`]'s output `y` is divided by on its way to the stream, per token
-    /// `[1, n_tokens]`, and the factors `[n_embd]` that take a difference in the stream back; nothing where
-    /// `y` is added as it is.
-    pub(super) fn back<'a>(&'a self, g: &mut Graph<'a>, b: &'a Block, half: Half, y: T) -> Option<(T, T)> {
+    /// Factors that carry errors in the residual stream back to [`Net::map`]'s output `y`.
+    ///
+    /// The first divides an error in `y` on its way to the residual stream, per token: `ne`
+    /// `[1, n_tokens]`. The second, `[n_embd]`, maps a difference in the residual stream back. Returns
+    /// `None` if `y` is added as it is.
+    pub(super) fn back<'a>(
+        &'a self,
+        g: &mut Graph<'a>,
+        b: &'a Block,
+        half: Half,
+        y: TensorId,
+    ) -> Option<(TensorId, TensorId)> {
         let post = b.post_norm(half)?;
         let squares = g.mul(y, y);
         let mean = g.mean(squares);
@@ -342,8 +377,15 @@ impl Net {
         Some((g.sqrt(mean), g.resident(&b.set, post.inverse)))
     }
 
-    /// The input of ffn_down: `[n_ff, n_tokens]`, for the streams before and after attention.
-    pub(super) fn neurons<'a>(&'a self, g: &mut Graph<'a>, b: &'a Block, x: T, mid: T) -> T {
+    /// Input of ffn_down, `ne` `[n_ff, n_tokens]`, for the residual streams `x` before and `mid` after
+    /// attention.
+    pub(super) fn neurons<'a>(
+        &'a self,
+        g: &mut Graph<'a>,
+        b: &'a Block,
+        x: TensorId,
+        mid: TensorId,
+    ) -> TensorId {
         let h = self.ffn_input(g, b, x, mid);
         let gate = b.roles.ffn_gate.map(|gate| linear(g, b, Some(gate), b.roles.ffn_gate_bias, h));
         let up = linear(g, b, b.roles.ffn_up, b.roles.ffn_up_bias, h);
@@ -359,18 +401,30 @@ impl Net {
         }
     }
 
-    /// The input of attn_q, attn_k and attn_v: `[n_embd, n_tokens]`.
-    pub(super) fn attn_input<'a>(&'a self, g: &mut Graph<'a>, b: &'a Block, x: T) -> T {
+    /// Input of attn_q, attn_k and attn_v: `ne` `[n_embd, n_tokens]`.
+    pub(super) fn attn_input<'a>(&'a self, g: &mut Graph<'a>, b: &'a Block, x: TensorId) -> TensorId {
         self.pre_norm(g, b, b.roles.attn_norm, x)
     }
 
-    /// The input of ffn_gate and ffn_up: `[n_embd, n_tokens]`.
-    pub(super) fn ffn_input<'a>(&'a self, g: &mut Graph<'a>, b: &'a Block, x: T, mid: T) -> T {
+    /// Input of ffn_gate and ffn_up: `ne` `[n_embd, n_tokens]`.
+    pub(super) fn ffn_input<'a>(
+        &'a self,
+        g: &mut Graph<'a>,
+        b: &'a Block,
+        x: TensorId,
+        mid: TensorId,
+    ) -> TensorId {
         self.pre_norm(g, b, b.ffn_norm(), if b.parallel { x } else { mid })
     }
 
-    /// The stream `x` as a half of a block sees it.
-    fn pre_norm<'a>(&'a self, g: &mut Graph<'a>, b: &'a Block, norm: Option<PreNorm>, x: T) -> T {
+    /// Residual stream `x` through the norm before a block half.
+    fn pre_norm<'a>(
+        &'a self,
+        g: &mut Graph<'a>,
+        b: &'a Block,
+        norm: Option<PreNorm>,
+        x: TensorId,
+    ) -> TensorId {
         let Some(norm) = norm else {
             return x;
         };
@@ -386,15 +440,21 @@ impl Net {
         }
     }
 
-    /// The stream `x` before a norm's weight and bias.
-    pub(super) fn normed<'a>(&'a self, g: &mut Graph<'a>, x: T) -> T {
+    /// Residual stream `x`, normalised, before a norm's weight and bias.
+    pub(super) fn normed<'a>(&'a self, g: &mut Graph<'a>, x: TensorId) -> TensorId {
         match self.hparams.family.traits().norm {
             Norm::Rms => g.rms_norm(x, self.hparams.norm_eps),
             Norm::Layer | Norm::LayerWithBias => g.layer_norm(x, self.hparams.norm_eps),
         }
     }
 
-    pub(super) fn rms_norm<'a>(&'a self, g: &mut Graph<'a>, b: &'a Block, weight: usize, x: T) -> T {
+    pub(super) fn rms_norm<'a>(
+        &'a self,
+        g: &mut Graph<'a>,
+        b: &'a Block,
+        weight: usize,
+        x: TensorId,
+    ) -> TensorId {
         let h = g.rms_norm(x, self.hparams.norm_eps);
         let w = g.resident(&b.set, weight);
         g.mul(h, w)
@@ -404,13 +464,13 @@ impl Net {
         self.hparams.sliding.as_ref().filter(|_| b.sliding)
     }
 
-    /// How the block rotates queries and keys.
+    /// Rotation of the block's queries and keys.
     pub(super) fn rope_of(&self, b: &Block) -> &RopeParams {
         self.sliding_of(b).map_or(&self.hparams.rope, |s| &s.rope)
     }
 
-    /// Queries, keys and values of the stream `x`.
-    pub(super) fn qkv<'a>(&'a self, g: &mut Graph<'a>, b: &'a Block, x: T) -> Qkv {
+    /// Queries, keys and values of the residual stream `x`.
+    pub(super) fn qkv<'a>(&'a self, g: &mut Graph<'a>, b: &'a Block, x: TensorId) -> Qkv {
         let (d, t) = (self.hparams.head_dim, self.n_ctx);
         let n_tokens = g.ne(x)[1];
         let h = self.attn_input(g, b, x);
@@ -421,12 +481,12 @@ impl Net {
         let mut before_norm = [None; 2];
         let ready = std::array::from_fn(|i| {
             let y = linear(g, b, b.roles.qkv[i], b.roles.qkv_bias[i], h);
-            let by_head = |g: &mut Graph<'a>, y: T| g.reshape(y, [d, heads[i], n_tokens, 1]);
+            let by_head = |g: &mut Graph<'a>, y: TensorId| g.reshape(y, [d, heads[i], n_tokens, 1]);
             // Values are neither normed nor rotated.
             let y = if i == 2 {
                 by_head(g, y)
             } else {
-                let mut normed = |g: &mut Graph<'a>, y: T| {
+                let mut normed = |g: &mut Graph<'a>, y: TensorId| {
                     before_norm[i] = Some(y);
                     self.rms_norm(
                         g,
@@ -448,8 +508,9 @@ impl Net {
         Qkv { before_norm, ready }
     }
 
-    /// Queries `[head_dim, n_head, n_tokens]`, or a derivative by them, times the temperature of their positions.
-    pub(super) fn tempered<'a>(&'a self, g: &mut Graph<'a>, q: T) -> T {
+    /// Queries, `ne` `[head_dim, n_head, n_tokens]`, or a derivative by them, times the temperature of
+    /// their positions.
+    pub(super) fn tempered<'a>(&'a self, g: &mut Graph<'a>, q: TensorId) -> TensorId {
         if self.temperatures.is_empty() {
             return q;
         }
@@ -459,8 +520,14 @@ impl Net {
         g.mul(q, by)
     }
 
-    /// Attention weights from the products `s` of keys and queries; and where those are capped, the tanh that does it.
-    pub(super) fn attention_weights<'a>(&self, g: &mut Graph<'a>, s: T, mask: T) -> (T, Option<T>) {
+    /// Attention weights from the products `s` of keys and queries, and the tanh of the cap, if there is
+    /// one.
+    pub(super) fn attention_weights<'a>(
+        &self,
+        g: &mut Graph<'a>,
+        s: TensorId,
+        mask: TensorId,
+    ) -> (TensorId, Option<TensorId>) {
         match self.hparams.attn_softcap {
             None => (g.soft_max(s, Some(mask), self.attention_scale), None),
             Some(cap) => {
@@ -471,9 +538,15 @@ impl Net {
         }
     }
 
-    /// What is added to the scores of the queries `queries` of each window and the keys from `first` to the last of
-    /// them.
-    pub(super) fn mask<'a>(&'a self, g: &mut Graph<'a>, b: &Block, queries: Range<usize>, first: usize) -> T {
+    /// Mask that is added to the scores of the queries `queries` of each window and the keys from `first`
+    /// to the last of these queries.
+    pub(super) fn mask<'a>(
+        &'a self,
+        g: &mut Graph<'a>,
+        b: &Block,
+        queries: Range<usize>,
+        first: usize,
+    ) -> TensorId {
         assert!(queries.len() <= self.mask_rows);
         let mask = g.resident(&self.fixed, if b.sliding { self.sliding_mask } else { 0 });
         let rows = g.slice(mask, 1, 0, queries.len());
@@ -481,13 +554,13 @@ impl Net {
         g.cont(columns)
     }
 
-    /// The input of attn_output: `[n_head·head_dim, n_tokens]`.
-    pub(super) fn heads<'a>(&'a self, g: &mut Graph<'a>, b: &'a Block, x: T) -> T {
+    /// Input of attn_output: `ne` `[n_head·head_dim, n_tokens]`.
+    pub(super) fn heads<'a>(&'a self, g: &mut Graph<'a>, b: &'a Block, x: TensorId) -> TensorId {
         let (d, t, n_tokens) = (self.hparams.head_dim, self.n_ctx, g.ne(x)[1]);
         let [q, k, v] = self.qkv(g, b, x).ready;
         let n_seen = self.sliding_of(b).map_or(t, |s| s.n_swa);
         let slice = query_slice(t);
-        let slices: Vec<T> = (0..t)
+        let slices: Vec<TensorId> = (0..t)
             .step_by(slice)
             .map(|start| {
                 let n = slice.min(t - start);
@@ -509,13 +582,13 @@ impl Net {
     }
 }
 
-/// Queries of a window of `n_ctx` tokens that are attended at a time.
+/// Number of queries that attend together in a window of `n_ctx` tokens.
 pub(crate) fn query_slice(n_ctx: usize) -> usize {
     QUERY_SLICE.max(n_ctx.div_ceil(MAX_SLICES))
 }
 
-/// The slices one after another; joined in pairs, so that each is copied but a few times.
-fn join_queries(g: &mut Graph, slices: &[T]) -> T {
+/// Concatenation of the slices. They are joined in pairs, so that each is copied only a few times.
+fn join_queries(g: &mut Graph, slices: &[TensorId]) -> TensorId {
     match slices {
         [one] => *one,
         _ => {
@@ -526,14 +599,14 @@ fn join_queries(g: &mut Graph, slices: &[T]) -> T {
     }
 }
 
-/// W x + bias.
+/// Linear map W x + bias.
 pub(super) fn linear<'a>(
     g: &mut Graph<'a>,
     b: &'a Block,
     weight: Option<usize>,
     bias: Option<usize>,
-    x: T,
-) -> T {
+    x: TensorId,
+) -> TensorId {
     let w = g.resident(&b.set, weight.expect("the role exists in this block"));
     let y = g.mul_mat(w, x);
     match bias {

@@ -1,52 +1,53 @@
-//! Experts: feed-forwards among which a router chooses for each token (`build_moe_ffn` of llama.cpp).
+//! Mixtures of experts: FFNs among which a router chooses for each token (`build_moe_ffn` of llama.cpp).
 //!
-//! The router's graph and one graph per expert, over the tokens that chose it: which those are is known only once
-//! the first has run.
+//! There is one graph for the router and one graph per expert, over the tokens that chose it. These tokens
+//! are known only after the first graph has run.
 
 use super::block::MAX_NODES;
 use super::{Block, Forward, ForwardError, Gathering, Net};
-use crate::ggml::{Graph, T};
+use crate::ggml::{Graph, TensorId};
 
 /// Index of each weight of a block's experts in the resident set.
 pub(super) struct ExpertRoles {
     pub(super) router: usize,
-    /// Gate, up and down.
+    /// Gate, up and down of each expert.
     pub(super) each: Vec<[usize; 3]>,
-    /// The same of the one that all tokens pass through, and what its output is gated by.
+    /// Gate, up and down of the shared expert, through which all tokens pass, and the weight of the gate on
+    /// its output.
     pub(super) shared: Option<([usize; 3], Option<usize>)>,
 }
 
-/// The least that what chosen experts count is divided by: the smallest normal half.
+/// Smallest divisor of the chosen experts' router weights: the smallest normal half-precision number.
 const LEAST_SUM: f32 = 6.103_515_6e-5;
 
-/// The tokens that chose one expert, and what it counts for each.
+/// Tokens that chose one expert, with its router weight for each.
 pub type Chosen = Vec<(usize, f32)>;
 
-/// What experts have done for the tokens that chose them.
+/// Usage of each expert by the tokens that chose it.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct ExpertUse {
-    /// Sum over its tokens, per expert, of the length of its output times what it counts.
+    /// Sum over its tokens of its output's norm times its router weight, per expert.
     pub energy: Vec<f64>,
-    /// Tokens that chose it.
+    /// Number of tokens that chose it, per expert.
     pub n_tokens: Vec<usize>,
 }
 
 impl ExpertUse {
-    /// Nothing yet, of so many.
+    /// Zero usage of `n_expert` experts.
     pub fn new(n_expert: usize) -> ExpertUse {
         ExpertUse { energy: vec![0.0; n_expert], n_tokens: vec![0; n_expert] }
     }
 }
 
 impl Forward {
-    /// The experts' half of a block: `mid` in, the residual stream after the block into `out`; what each did is added
-    /// to `used`.
+    /// Runs the experts' half of a block: `mid` in, the residual stream after the block into `out`.
+    /// The usage of each expert is added to `used`.
     ///
     /// # Errors
     /// [`ForwardError`] if the backend fails.
     ///
     /// # Panics
-    /// If the block has none.
+    /// If the block has no experts.
     pub fn experts(
         &mut self,
         b: &Block,
@@ -85,13 +86,13 @@ impl Forward {
         Ok(())
     }
 
-    /// The tokens of the stream `mid` `[n_tokens, n_embd]` that choose each expert.
+    /// Tokens of the residual stream `mid` `[n_tokens, n_embd]` that choose each expert.
     ///
     /// # Errors
     /// [`ForwardError`] if the backend fails.
     ///
     /// # Panics
-    /// If the block has none.
+    /// If the block has no experts.
     pub fn choices(&mut self, b: &Block, mid: &[f32]) -> Result<Vec<Chosen>, ForwardError> {
         let roles = b.roles.experts.as_ref().expect("a block with experts");
         let n_tokens = mid.len() / self.n_embd();
@@ -104,8 +105,8 @@ impl Forward {
         Ok(self.choose(&chances, n_tokens, roles.each.len()))
     }
 
-    /// Moments at ffn_down of expert `expert`, without residuals, over tokens whose streams are `mid` `[n_tokens, n_embd]`,
-    /// each with a factor of its own.
+    /// Adds moments at ffn_down of expert `expert`, without residuals.
+    /// They run over tokens with the residual streams `mid` `[n_tokens, n_embd]`, each with its own factor.
     ///
     /// # Errors
     /// [`ForwardError`] if the backend fails.
@@ -132,8 +133,9 @@ impl Forward {
         Ok(())
     }
 
-    /// What experts see of the stream `mid` `[n_tokens, n_embd]`, and each token's probability of each `[n_tokens,
-    /// n_expert]`; `out` becomes the stream with what the shared expert adds.
+    /// Experts' inputs `[n_tokens, n_embd]` of the residual stream `mid` `[n_tokens, n_embd]`, and router
+    /// probabilities `[n_tokens, n_expert]`.
+    /// `out` receives the residual stream plus the shared expert's contribution.
     fn route(
         &mut self,
         b: &Block,
@@ -165,7 +167,8 @@ impl Forward {
         Ok((done.to_vec(h), done.to_vec(chances)))
     }
 
-    /// The tokens that choose each expert, and what it counts for them, by `chances` `[n_tokens, n_expert]`.
+    /// Tokens that choose each expert and their router weights, by the router probabilities `chances`
+    /// `[n_tokens, n_expert]`.
     fn choose(&self, chances: &[f32], n_tokens: usize, n_expert: usize) -> Vec<Chosen> {
         let h = &self.net.hparams;
         let n_used = h.experts.map_or(n_expert, |e| e.n_used).min(n_expert);
@@ -185,16 +188,22 @@ impl Forward {
 }
 
 impl Net {
-    /// A whole feed-forward without biases, by its gate, up and down.
-    fn feed_forward<'a>(&'a self, g: &mut Graph<'a>, b: &'a Block, weights: [usize; 3], h: T) -> T {
+    /// Output of a whole FFN without biases, by its gate, up and down.
+    fn feed_forward<'a>(
+        &'a self,
+        g: &mut Graph<'a>,
+        b: &'a Block,
+        weights: [usize; 3],
+        h: TensorId,
+    ) -> TensorId {
         let [gate, up, down] = weights;
         let h = self.gated(g, b, [gate, up], h);
         let down = g.resident(&b.set, down);
         g.mul_mat(down, h)
     }
 
-    /// Its neurons, by gate and up.
-    fn gated<'a>(&'a self, g: &mut Graph<'a>, b: &'a Block, weights: [usize; 2], h: T) -> T {
+    /// Input of an FFN's down matrix, by its gate and up.
+    fn gated<'a>(&'a self, g: &mut Graph<'a>, b: &'a Block, weights: [usize; 2], h: TensorId) -> TensorId {
         let [gate, up] = weights.map(|i| {
             let m = g.resident(&b.set, i);
             g.mul_mat(m, h)
@@ -202,8 +211,8 @@ impl Net {
         g.swiglu(gate, up)
     }
 
-    /// Each token's probability of each expert, by what experts see.
-    fn chances<'a>(&'a self, g: &mut Graph<'a>, b: &'a Block, roles: &ExpertRoles, h: T) -> T {
+    /// Router probabilities of each token, by the experts' input `h`.
+    fn chances<'a>(&'a self, g: &mut Graph<'a>, b: &'a Block, roles: &ExpertRoles, h: TensorId) -> TensorId {
         let router = g.resident(&b.set, roles.router);
         let logits = g.mul_mat(router, h);
         g.soft_max(logits, None, 1.0)

@@ -1,65 +1,71 @@
-//! Gradients: from a loss on the final stream back through the blocks.
+//! Gradients: from a loss on the final residual stream back through the blocks.
 //!
-//! The graphs repeat the forward pass in pieces whose derivatives ggml has, and go backwards op by op. What
-//! is derived by: the stream before the block, the block's vectors, and the shares of its attention groups.
+//! The graphs repeat the forward pass in steps whose derivatives ggml has, and go backwards op by op.
+//! Gradients are by the residual stream before the block, the block's vectors, and the shares of its
+//! attention groups.
 
 use super::block::{Half, MAX_NODES, PreNorm, Qkv, linear};
 use super::{Block, Forward, ForwardError, Head, Net};
-use crate::ggml::{Graph, T};
+use crate::ggml::{Graph, TensorId};
 use crate::model::{Activation, BlockVector, Norm, QkNorm};
 
-/// Derivatives by a block's vectors, summed over tokens, in the order of [`BlockVector::ALL`]. Those of biases are
-/// there whether the block has the bias or not; a vector that cannot be there has an empty one.
+/// Derivatives by a block's vectors, summed over tokens, in the order of [`BlockVector::ALL`].
+/// Bias derivatives are present even if the block has no such bias. A vector that the block cannot have
+/// gets an empty one.
 pub type BlockGradient = [Vec<f32>; BlockVector::ALL.len()];
 
-/// What [`Forward::block_gradient`] finds on its way back through a block.
+/// Optional results that [`Forward::block_gradient`] collects on its way back through a block.
 #[derive(Default)]
 pub struct OnTheWay<'a> {
-    /// The derivatives by the block's vectors are added to these.
+    /// Receives the derivatives by the block's vectors, which are added.
     pub vectors: Option<&'a mut BlockGradient>,
-    /// What each attention group is worth to each token, `[n_tokens, n_head_kv]`, is appended: the derivative by the stream
-    /// behind attention, times what the group adds to that. Nothing in a block without attention.
+    /// Receives the worth of each attention group to each token, `[n_tokens, n_head_kv]`, which is
+    /// appended.
+    /// The worth is the derivative by the residual stream behind attention times the group's contribution
+    /// to it. A block without attention appends nothing.
     pub groups: Option<&'a mut Vec<f32>>,
 }
 
 /// Positions whose logits are in memory at a time, several times over.
 pub(crate) const LOSS_ROWS: usize = 128;
 
-/// Tokens that gradients go back through in one graph, at least one window: the attention weights of all heads
-/// are in memory at once.
+/// Tokens that gradients go back through in one graph, at least one window.
+/// The attention weights of all heads are in memory at once.
 pub(crate) const GRADIENT_TOKENS: usize = 512;
 
-/// Nodes of a graph for what one attention group is worth, at most.
+/// Largest number of graph nodes for the worth of one attention group.
 const NODES_PER_GROUP: usize = 16;
 
-/// A half of a block from behind: derivatives by what it sees of the stream, and each token's by the bias of its map
-/// and by the norm behind that.
+/// Gradients of a block half: by its input in the residual stream, and per token by the bias of its map and
+/// by the norm behind that map.
 struct HalfBack {
-    at_input: T,
-    by_bias: T,
-    by_post: Option<T>,
+    at_input: TensorId,
+    by_bias: TensorId,
+    by_post: Option<TensorId>,
 }
 
-/// Steps of the attention that its derivatives need.
+/// Intermediate results of attention that its derivatives need.
 struct Attention {
-    /// Queries and keys before their norm, where there is one.
-    before_norm: [Option<T>; 2],
-    /// Queries and values, window by window: `[head_dim, n_ctx, n_head or n_head_kv, n_seq]`.
-    q: T,
-    v: T,
-    /// Keys, with tokens first.
-    k_t: T,
-    /// Attention weights `[n_ctx (keys), n_ctx (queries), n_head, n_seq]`.
-    p: T,
-    /// The tanh that caps what they are made of, where one does.
-    tanh: Option<T>,
-    /// The input of attn_output.
-    out: T,
+    /// Queries and keys before their norm, if there is one.
+    before_norm: [Option<TensorId>; 2],
+    /// Queries and values, window by window: `ne` `[head_dim, n_ctx, n_head or n_head_kv, n_seq]`.
+    q: TensorId,
+    v: TensorId,
+    /// Keys, transposed: tokens come first.
+    k_t: TensorId,
+    /// Attention weights, `ne` `[n_ctx (keys), n_ctx (queries), n_head, n_seq]`.
+    p: TensorId,
+    /// Tanh that caps the scores, if they are capped.
+    tanh: Option<TensorId>,
+    /// Input of attn_output.
+    out: TensorId,
 }
 
 impl Forward {
-    /// Derivative of Σ KL(dense ‖ own) over all positions, among the tokens of the heads, by the stream `own` `[n_tokens, n_embd]`
-    /// behind the last block; `dense` is the reference's, whose head is the same unless it is given, of the same tokens.
+    /// Derivative of Σ KL(dense ‖ own) over all positions by the residual stream `own` `[n_tokens, n_embd]`
+    /// behind the last block.
+    /// The divergence is among the tokens of the heads. `dense` is the reference's residual stream of the
+    /// same tokens; its head is the same unless it is given.
     ///
     /// # Errors
     /// [`ForwardError`] if the backend fails.
@@ -89,9 +95,12 @@ impl Forward {
         Ok(out)
     }
 
-    /// A random vector per position of the stream `x` `[n_tokens, n_embd]` behind the last block, whose mean outer
-    /// product is the curvature there of the KL divergence from the model's own predictions, among the tokens of `head`: the
-    /// Fisher information of all positions together. `bits` gives random bits.
+    /// Draws a Fisher (curvature) sample: a random vector per position of the residual stream `x`
+    /// `[n_tokens, n_embd]` behind the last block.
+    ///
+    /// The mean outer product of the vectors is the curvature there of the KL divergence from the model's
+    /// own predictions, among the tokens of `head`: the Fisher information of all positions together.
+    /// `bits` gives random bits.
     ///
     /// # Errors
     /// [`ForwardError`] if the backend fails.
@@ -115,7 +124,8 @@ impl Forward {
             let x = g.input_f32([n_embd, n], x);
             let q = self.net.stream_logits(&mut g, head, x);
             let p = g.soft_max(q, None, 1.0);
-            // (diag √p − p √pᵀ) ξ: its covariance is diag p − p pᵀ, the curvature by the logits.
+            // The sample is (diag √p − p √pᵀ) ξ: its covariance is diag p − p pᵀ, the curvature by the
+            // logits.
             let root = g.sqrt(p);
             let signs = g.input_f32([n_vocab, n], &signs);
             let u = g.mul(root, signs);
@@ -130,8 +140,9 @@ impl Forward {
         Ok(out)
     }
 
-    /// Carries `grad` `[n_tokens, n_embd]`, a loss's derivative by the stream behind the block, back to the
-    /// stream `x` before it. `x` holds whole windows.
+    /// Carries `grad`, a loss's derivative by the residual stream behind the block, back to the residual
+    /// stream `x` before it.
+    /// Both are `[n_tokens, n_embd]`; `x` holds whole windows.
     ///
     /// # Errors
     /// [`ForwardError`] if the backend fails.
@@ -145,7 +156,7 @@ impl Forward {
         grad: &mut [f32],
         mut found: OnTheWay<'_>,
     ) -> Result<(), ForwardError> {
-        assert!(!b.has_experts(), "no gradients go back through a choice");
+        assert!(!b.has_experts(), "no gradients go back through a criterion");
         let n_windows = x.len() / (self.n_ctx() * self.n_embd());
         let at_a_time = (GRADIENT_TOKENS / self.n_ctx()).clamp(1, self.net.chunk);
         for start in (0..n_windows).step_by(at_a_time) {
@@ -173,7 +184,8 @@ impl Forward {
         let mid = net.attention_residual(&mut g, b, x, attention.as_ref().map(|a| a.out));
         let behind = g.input_f32(ne, &before);
         let ffn = net.ffn_back(&mut g, b, x, mid, behind);
-        // By what passes around both halves, by what enters the attention's norm, and by the feed-forward's own norm.
+        // Derivatives by the part that bypasses both halves, by the input of attention's norm, and by the
+        // FFN's own norm.
         let (at_mid, shared, by_ffn_norm) = match (b.parallel, b.roles.ffn_norm) {
             (true, None) => (behind, Some(ffn.at_input), None),
             (true, norm) => {
@@ -188,7 +200,8 @@ impl Forward {
         let (at_x, attn, by_group) = match &attention {
             None => (at_mid, [None; 3], None),
             Some(a) => {
-                // Behind attention the stream is what the block adds to, if the feed-forward does not see it.
+                // If the FFN does not read it, the residual stream behind attention is the one that the
+                // block adds to.
                 let behind = if b.parallel { behind } else { at_mid };
                 let half = net.attention_back(&mut g, b, x, a, behind);
                 let by_group =
@@ -199,10 +212,11 @@ impl Forward {
             }
         };
         let ffn = [by_ffn_norm, Some(ffn.by_bias), ffn.by_post];
-        // Their order is that of `BlockVector::ALL`: what each token adds `[n_embd, n_tokens]`, and its sum.
-        let parts: Vec<Option<T>> = if found.vectors.is_some() {
+        // The order is that of `BlockVector::ALL`: each token's contribution, `ne` `[n_embd, n_tokens]`,
+        // and its sum.
+        let parts: Vec<Option<TensorId>> = if found.vectors.is_some() {
             let ones = g.input_f32([ne[1], 1], &ones);
-            let mut sum = |part: T| {
+            let mut sum = |part: TensorId| {
                 let by_vector = g.transpose(part);
                 g.mul_mat(by_vector, ones)
             };
@@ -226,16 +240,23 @@ impl Forward {
 }
 
 impl Net {
-    /// Logits of the stream `x` behind the last block.
-    fn stream_logits<'a>(&'a self, g: &mut Graph<'a>, head: &'a Head, x: T) -> T {
+    /// Logits of the residual stream `x` behind the last block.
+    fn stream_logits<'a>(&'a self, g: &mut Graph<'a>, head: &'a Head, x: TensorId) -> TensorId {
         let normed = self.normed(g, x);
         self.logits(g, head, normed)
     }
 
-    /// Through the output head: the derivative by the stream `x` from the one, `d`, by its logits `q`.
-    fn logits_back<'a>(&'a self, g: &mut Graph<'a>, head: &'a Head, [x, q]: [T; 2], mut d: T) -> T {
+    /// Carries the derivative `d` by the logits `q` back through the output head to the residual stream
+    /// `x`.
+    fn logits_back<'a>(
+        &'a self,
+        g: &mut Graph<'a>,
+        head: &'a Head,
+        [x, q]: [TensorId; 2],
+        mut d: TensorId,
+    ) -> TensorId {
         if let Some(cap) = self.hparams.softcap {
-            // d (c tanh(z / c)) = 1 - tanh²
+            // The derivative of c tanh(z / c) by z is 1 − tanh².
             let t = g.scale(q, 1.0 / cap, 0.0);
             let squares = g.mul(t, t);
             let slope = g.scale(squares, -1.0, 1.0);
@@ -250,9 +271,16 @@ impl Net {
         self.normed_back(g, d, x)
     }
 
-    /// Through the feed-forward, from the derivative by the stream `behind`; `x` and `mid` are the streams before
-    /// and after attention.
-    fn ffn_back<'a>(&'a self, g: &mut Graph<'a>, b: &'a Block, x: T, mid: T, behind: T) -> HalfBack {
+    /// Carries the derivative by the residual stream `behind` back through the FFN.
+    /// `x` and `mid` are the residual streams before and after attention.
+    fn ffn_back<'a>(
+        &'a self,
+        g: &mut Graph<'a>,
+        b: &'a Block,
+        x: TensorId,
+        mid: TensorId,
+        behind: TensorId,
+    ) -> HalfBack {
         let r = &b.roles;
         let input = self.ffn_input(g, b, x, mid);
         let up = linear(g, b, r.ffn_up, r.ffn_up_bias, input);
@@ -274,14 +302,15 @@ impl Net {
         HalfBack { at_input: g.add(at_up, at_gate), by_bias, by_post }
     }
 
-    /// Through the attention, from the derivative by the stream `behind`; `x` is the one before it.
+    /// Carries the derivative by the residual stream `behind` back through attention; `x` is the residual
+    /// stream before it.
     fn attention_back<'a>(
         &'a self,
         g: &mut Graph<'a>,
         b: &'a Block,
-        x: T,
+        x: TensorId,
         a: &Attention,
-        behind: T,
+        behind: TensorId,
     ) -> HalfBack {
         let (at_out, by_bias, by_post) = self.map_back(g, b, Half::Attention, a.out, behind);
         let (d, t, n_tokens) = (self.hparams.head_dim, self.n_ctx, g.ne(x)[1]);
@@ -293,10 +322,10 @@ impl Net {
         let at_p = g.mul_mat(a.v, at_out);
         let at_s = self.attention_weights_back(g, at_p, a);
         let at_q = g.mul_mat(a.k_t, at_s);
-        // The query heads of a group side by side are one head with more queries: products over queries then
-        // sum over the group.
+        // The query heads of a group side by side act as one head with more queries. Products over queries
+        // then sum over the group.
         let queries = t * b.shape.heads_per_group();
-        let queries_first = |g: &mut Graph<'a>, x: T| {
+        let queries_first = |g: &mut Graph<'a>, x: TensorId| {
             let x = g.reshape(x, [g.ne(x)[0], queries, n_kv, n_seq]);
             g.transpose(x)
         };
@@ -312,13 +341,13 @@ impl Net {
                 let at = g.permute(at, [0, 2, 1, 3]);
                 let at = g.cont(at);
                 let at = g.reshape(at, [d, heads, n_tokens, 1]);
-                let flat = |g: &mut Graph<'a>, at: T| g.reshape(at, [d * heads, n_tokens, 1, 1]);
+                let flat = |g: &mut Graph<'a>, at: TensorId| g.reshape(at, [d * heads, n_tokens, 1, 1]);
                 if i == 2 {
                     let at = flat(g, at);
                     return self.product_back(g, b, b.roles.qkv[i], at);
                 }
                 let at = if i == 0 { self.tempered(g, at) } else { at };
-                let through_norm = |g: &mut Graph<'a>, at: T| {
+                let through_norm = |g: &mut Graph<'a>, at: TensorId| {
                     let w = g.resident(&b.set, b.roles.qk_norm[i].expect("a block has its norms"));
                     let scaled = g.mul(at, w);
                     let before = a.before_norm[i].expect("what a norm saw is kept");
@@ -331,28 +360,31 @@ impl Net {
                 let at = if kind == Some(QkNorm::Whole) { through_norm(g, at) } else { at };
                 self.product_back(g, b, b.roles.qkv[i], at)
             });
-        let inputs: Vec<T> = inputs.collect();
+        let inputs: Vec<TensorId> = inputs.collect();
         let at_input = g.add(inputs[0], inputs[1]);
         HalfBack { at_input: g.add(at_input, inputs[2]), by_bias, by_post }
     }
 
-    /// The derivative by the stream `behind` attention, times what each group adds to it: `[n_head_kv, n_tokens]`. What a group
-    /// adds is what is missing without it: a derivative by its share would see nothing of what lies along
-    /// the input of a norm behind attn_output. `masks` has 0 for the inputs of one group after another.
+    /// Worth of each group: the derivative by the residual stream `behind` attention times the group's
+    /// contribution to it, `ne` `[n_head_kv, n_tokens]`.
+    ///
+    /// The contribution is the difference that leaving the group out makes. A derivative by the group's
+    /// share would miss the part along the input of a norm behind attn_output. `masks` has 0 for the inputs
+    /// of one group after another.
     fn worth_of_groups<'a>(
         &'a self,
         g: &mut Graph<'a>,
         b: &'a Block,
         a: &Attention,
-        behind: T,
+        behind: TensorId,
         masks: &'a [f32],
-    ) -> T {
+    ) -> TensorId {
         let n_embd = self.hparams.n_embd;
-        let added = |g: &mut Graph<'a>, inputs: T| {
+        let added = |g: &mut Graph<'a>, inputs: TensorId| {
             let y = self.map(g, b, Half::Attention, inputs);
             self.added(g, b, Half::Attention, y)
         };
-        // The streams behind attention would differ by as much, but for what rounding leaves of it.
+        // The residual streams behind attention differ by the same amount, but rounding would blur it.
         let whole = added(g, a.out);
         let n_in = g.ne(a.out)[0];
         let each = masks.chunks_exact(n_in).map(|mask| {
@@ -364,12 +396,12 @@ impl Net {
             let mean = g.mean(worth);
             g.scale(mean, n_embd as f32, 0.0)
         });
-        let each: Vec<T> = each.collect();
+        let each: Vec<TensorId> = each.collect();
         each.into_iter().reduce(|all, one| g.concat(all, one, 0)).expect("a block with attention has groups")
     }
 
-    /// Through [`Net::attention_weights`]: the derivative by the products of keys and queries.
-    fn attention_weights_back<'a>(&self, g: &mut Graph<'a>, at_p: T, a: &Attention) -> T {
+    /// Carries the derivative back through [`Net::attention_weights`] to the products of keys and queries.
+    fn attention_weights_back<'a>(&self, g: &mut Graph<'a>, at_p: TensorId, a: &Attention) -> TensorId {
         let (Some(tanh), Some(cap)) = (a.tanh, self.hparams.attn_softcap) else {
             return g.soft_max_back(at_p, a.p, self.attention_scale);
         };
@@ -381,16 +413,16 @@ impl Net {
         g.mul(at_tanh, slope)
     }
 
-    /// Through the norm that a half of a block sees the stream `x` through, if there is one: the derivative by `x`, and
-    /// each token's by the norm's weight.
+    /// Carries the derivative back through the norm before a block half, if there is one: by the residual
+    /// stream `x`, and per token by the norm's weight.
     fn pre_norm_back<'a>(
         &'a self,
         g: &mut Graph<'a>,
         b: &'a Block,
         norm: Option<PreNorm>,
-        x: T,
-        at: T,
-    ) -> (T, Option<T>) {
+        x: TensorId,
+        at: TensorId,
+    ) -> (TensorId, Option<TensorId>) {
         let Some(norm) = norm else {
             return (at, None);
         };
@@ -401,8 +433,8 @@ impl Net {
         (self.normed_back(g, scaled, x), Some(by_weight))
     }
 
-    /// Through [`Net::normed`] of `x`.
-    fn normed_back<'a>(&'a self, g: &mut Graph<'a>, at: T, x: T) -> T {
+    /// Carries the derivative back through [`Net::normed`] of `x`.
+    fn normed_back<'a>(&'a self, g: &mut Graph<'a>, at: TensorId, x: TensorId) -> TensorId {
         let eps = self.hparams.norm_eps;
         if self.hparams.family.traits().norm == Norm::Rms {
             return g.rms_norm_back(at, x, eps);
@@ -424,8 +456,8 @@ impl Net {
         g.div(at, sigma)
     }
 
-    /// The attention as [`Net::heads`] computes it, in single steps.
-    fn attention<'a>(&'a self, g: &mut Graph<'a>, b: &'a Block, x: T) -> Attention {
+    /// Attention as [`Net::heads`] computes it, in single steps.
+    fn attention<'a>(&'a self, g: &mut Graph<'a>, b: &'a Block, x: TensorId) -> Attention {
         let n_tokens = g.ne(x)[1];
         let Qkv { before_norm, ready: [q, k, v] } = self.qkv(g, b, x);
         let q = g.cont(q);
@@ -440,16 +472,16 @@ impl Net {
         Attention { before_norm, q, v, k_t: g.transpose(k), p, tanh, out }
     }
 
-    /// Through [`Net::map`] and [`Net::join`]: the derivative by the map's `inputs`, and each token's by its bias
-    /// and by the norm behind it, from the one by the stream `behind` them.
+    /// Carries the derivative by the residual stream `behind` back through [`Net::map`] and [`Net::join`].
+    /// Returns the derivative by the map's `inputs`, and per token by its bias and by the norm behind it.
     fn map_back<'a>(
         &'a self,
         g: &mut Graph<'a>,
         b: &'a Block,
         half: Half,
-        inputs: T,
-        behind: T,
-    ) -> (T, T, Option<T>) {
+        inputs: TensorId,
+        behind: TensorId,
+    ) -> (TensorId, TensorId, Option<TensorId>) {
         let behind = self.scaled(g, behind, self.hparams.residual_scale);
         let (mut at_y, mut by_post) = (behind, None);
         if let Some(post) = b.post_norm(half) {
@@ -466,22 +498,34 @@ impl Net {
         (self.product_back(g, b, weight, at_y), at_y, by_post)
     }
 
-    /// Through W x: Wᵀ `at_y`.
-    fn product_back<'a>(&'a self, g: &mut Graph<'a>, b: &'a Block, weight: Option<usize>, at_y: T) -> T {
+    /// Carries the derivative back through W x: Wᵀ `at_y`.
+    fn product_back<'a>(
+        &'a self,
+        g: &mut Graph<'a>,
+        b: &'a Block,
+        weight: Option<usize>,
+        at_y: TensorId,
+    ) -> TensorId {
         let w = g.resident(&b.set, weight.expect("the role exists in this block"));
         let w = g.transpose(w);
         g.mul_mat(w, at_y)
     }
 
-    /// Through a norm of `x` and its weight: the derivative by `x`, and each token's by the weight.
-    fn norm_back<'a>(&'a self, g: &mut Graph<'a>, at: T, [x, normed, weight]: [T; 3]) -> (T, T) {
+    /// Carries the derivative back through a norm of `x` and its weight: by `x`, and per token by the
+    /// weight.
+    fn norm_back<'a>(
+        &'a self,
+        g: &mut Graph<'a>,
+        at: TensorId,
+        [x, normed, weight]: [TensorId; 3],
+    ) -> (TensorId, TensorId) {
         let by_weight = g.mul(at, normed);
         let scaled = g.mul(at, weight);
         (g.rms_norm_back(scaled, x, self.hparams.norm_eps), by_weight)
     }
 
-    /// The activation: of the gate, or of up where there is none.
-    fn activate<'a>(&self, g: &mut Graph<'a>, x: T) -> T {
+    /// Activation function: of the gate, or of up if there is no gate.
+    fn activate<'a>(&self, g: &mut Graph<'a>, x: TensorId) -> TensorId {
         match self.hparams.family.traits().activation {
             Activation::SwiGlu => g.silu(x),
             Activation::GeGlu | Activation::Gelu => {
@@ -496,11 +540,12 @@ impl Net {
         }
     }
 
-    fn activate_back<'a>(&self, g: &mut Graph<'a>, at: T, x: T) -> T {
+    fn activate_back<'a>(&self, g: &mut Graph<'a>, at: TensorId, x: TensorId) -> TensorId {
         match self.hparams.family.traits().activation {
             Activation::SwiGlu => g.silu_back(at, x),
             Activation::GeGlu | Activation::Gelu => {
-                // ½ (1 + t) + ½ x (1 − t²) u', with t = tanh(u) and u' = c (1 + 3 · 0.044715 x²)
+                // Derivative ½ (1 + t) + ½ x (1 − t²) u', with t = tanh(u) and u' = c (1 + 3 · 0.044715
+                // x²).
                 let t = gelu_tanh(g, x);
                 let squares = g.mul(x, x);
                 let inner = g.scale(squares, 3.0 * GELU_C * GELU_CUBE, GELU_C);
@@ -521,7 +566,8 @@ impl Net {
     }
 }
 
-/// Factors of attn_output's inputs that leave out one group after another, `[n_head·head_dim, n_head_kv]`.
+/// Factors of attn_output's inputs that leave out one group after another, `ne`
+/// `[n_head·head_dim, n_head_kv]`.
 fn all_but_each_group(b: &Block, head_dim: usize) -> Vec<f32> {
     let (n_kv, width) = (b.shape.n_head_kv, b.shape.heads_per_group() * head_dim);
     let mut masks = vec![1.0; n_kv * n_kv * width];
@@ -529,12 +575,12 @@ fn all_but_each_group(b: &Block, head_dim: usize) -> Vec<f32> {
     masks
 }
 
-/// sqrt(2 / π) and the factor of x³ in ggml's GELU.
+/// Constants of ggml's GELU: sqrt(2 / π), and the factor of x³.
 const GELU_C: f32 = 0.797_884_6;
 const GELU_CUBE: f32 = 0.044_715;
 
-/// tanh(c (x + 0.044715 x³)).
-fn gelu_tanh(g: &mut Graph, x: T) -> T {
+/// Tanh of ggml's GELU: tanh(c (x + 0.044715 x³)).
+fn gelu_tanh(g: &mut Graph, x: TensorId) -> TensorId {
     let squares = g.mul(x, x);
     let inner = g.scale(squares, GELU_C * GELU_CUBE, GELU_C);
     let inner = g.mul(inner, x);

@@ -1,26 +1,26 @@
-//! The output head: logits, and what is computed from them without keeping them.
+//! Output head: logits, and values that are computed from them without keeping them.
 
 use super::block::MAX_NODES;
 use super::{Forward, ForwardError, Net};
-use crate::ggml::{Graph, Resident, T, TensorSpec, Token, Values};
+use crate::ggml::{Graph, Resident, TensorId, TensorSpec, Token, Values};
 use crate::model::{Matrix, Model};
 use crate::numeric::{draw, nll};
 use rayon::prelude::*;
 use std::cmp::Ordering;
 
-/// Positions whose logits are in memory at a time.
+/// Number of positions whose logits are in memory at a time.
 pub(crate) const LOGIT_ROWS: usize = 128;
 
-/// The last norm and the output matrix on the backend.
+/// Last norm and output matrix on the backend.
 pub struct Head {
-    /// Weight of the norm, output matrix, and the norm's bias.
+    /// Weight of the norm, output matrix, and bias of the norm.
     pub(super) set: Resident,
     has_bias: bool,
     n_vocab: usize,
 }
 
 impl Head {
-    /// Logits per position: tokens in the vocabulary, or as many as were asked for.
+    /// Number of logits per position: the size of the vocabulary, or the number of requested tokens.
     pub fn n_vocab(&self) -> usize {
         self.n_vocab
     }
@@ -35,13 +35,14 @@ impl Forward {
         self.upload_head(model, model.matrix(&model.output)?)
     }
 
-    /// The output head of `model` as far as it is about `tokens`: its logits are of these, in that order.
+    /// Puts the output head of `model` for `tokens` only on the backend: its logits are those of `tokens`,
+    /// in that order.
     ///
     /// # Errors
     /// [`ForwardError`] if it cannot be read or there is no room.
     ///
     /// # Panics
-    /// If one is not in the vocabulary.
+    /// If a token is not in the vocabulary.
     pub fn head_of(&self, model: &Model, tokens: &[u32]) -> Result<Head, ForwardError> {
         let rows: Vec<usize> = tokens.iter().map(|&t| t as usize).collect();
         self.upload_head(model, model.rows(&model.output, &rows)?)
@@ -60,7 +61,7 @@ impl Forward {
     }
 
     /// Calls `f` with the logits `[n, n_vocab]` of up to 128 consecutive positions of `x`
-    /// `[n_tokens, n_embd]` and the number of the first of them, until all are done.
+    /// `[n_tokens, n_embd]` and the index of the first of them, until all are done.
     ///
     /// # Errors
     /// [`ForwardError`] if the backend fails.
@@ -85,8 +86,8 @@ impl Forward {
         Ok(())
     }
 
-    /// Negative log-likelihood of `targets[i]` at position i of `x`; positions whose target is
-    /// `None` are left out of the result.
+    /// Negative log-likelihood, in nats, of `targets[i]` at position i of `x` `[n_tokens, n_embd]`.
+    /// The result leaves out positions whose target is `None`.
     ///
     /// # Errors
     /// [`ForwardError`] if the backend fails.
@@ -109,8 +110,9 @@ impl Forward {
         Ok(out)
     }
 
-    /// The `n` likeliest tokens of each position of `x`, or all where there are fewer, in no order; of equally likely ones those
-    /// of the lowest numbers.
+    /// Top `n` tokens by logit at each position of `x` `[n_tokens, n_embd]`, in no order; all tokens if
+    /// there are fewer.
+    /// Ties go to the lower token id.
     ///
     /// # Errors
     /// [`ForwardError`] if the backend fails.
@@ -125,7 +127,8 @@ impl Forward {
         Ok(out)
     }
 
-    /// A token for each position of `x`, drawn from its prediction: that at `at[i]`, 0 ≤ `at[i]` < 1, of all tokens in line.
+    /// Samples a token for each position of `x` `[n_tokens, n_embd]` from its prediction, at the quantile
+    /// `at[i]`, 0 ≤ `at[i]` < 1.
     ///
     /// # Errors
     /// [`ForwardError`] if the backend fails.
@@ -139,7 +142,7 @@ impl Forward {
     }
 }
 
-/// The tokens of the `n` largest of a row of logits.
+/// Tokens of the `n` largest logits of a row.
 fn likeliest(row: &[f32], n: usize) -> Vec<u32> {
     let tokens = 0..row.len() as u32;
     if n >= row.len() {
@@ -154,8 +157,8 @@ fn likeliest(row: &[f32], n: usize) -> Vec<u32> {
 }
 
 impl Net {
-    /// Logits of the normed stream `h`.
-    pub(super) fn logits<'a>(&self, g: &mut Graph<'a>, head: &'a Head, h: T) -> T {
+    /// Logits of the normed residual stream `h`.
+    pub(super) fn logits<'a>(&self, g: &mut Graph<'a>, head: &'a Head, h: TensorId) -> TensorId {
         let w = g.resident(&head.set, 0);
         let mut h = g.mul(h, w);
         if head.has_bias {
@@ -184,7 +187,7 @@ mod tests {
     fn likeliest_tokens_are_the_first_when_sorted() {
         let mut rng = ChaCha8Rng::seed_from_u64(5);
         for (n_vocab, levels) in [(1, 9), (7, 2), (64, 1000), (500, 20), (3000, 100_000)] {
-            // Few levels make many equally likely.
+            // Few levels give many ties.
             let row: Vec<f32> = (0..n_vocab).map(|_| rng.random_range(0..levels) as f32 - 5.0).collect();
             let mut sorted: Vec<u32> = (0..n_vocab as u32).collect();
             sorted.sort_by(|a, b| row[*b as usize].total_cmp(&row[*a as usize]).then(a.cmp(b)));

@@ -1,8 +1,8 @@
 //! Block-by-block forward passes in ggml graphs.
 //!
-//! [`Forward`] knows how a block computes, how to collect second moments inside it and how gradients go
-//! back through it; it does not know what they are used for. Activations live on the host as `[n_tokens, n_embd]` rows of
-//! windows that all have the same length, and pass through a block a chunk of windows at a time.
+//! [`Forward`] computes a block, collects second moments inside it and carries gradients back through it.
+//! It does not know the use of any of these. Activations live on the host as `[n_tokens, n_embd]` rows of
+//! windows that all have the same length. They pass through a block a chunk of windows at a time.
 
 mod block;
 mod experts;
@@ -17,7 +17,7 @@ pub use gradient::{BlockGradient, OnTheWay};
 pub(crate) use gradient::{GRADIENT_TOKENS, LOSS_ROWS};
 pub use head::Head;
 pub(crate) use head::LOGIT_ROWS;
-pub use stats::{Collect, Gathering, InputSquares, Wanted};
+pub use stats::{BlockOutputs, Collect, Gathering, InputSquares};
 pub(crate) use stats::{largest_product, moment_products};
 
 use crate::ggml::{Compute, Engine, GgmlError, Resident, TensorSpec, Token, Values};
@@ -26,19 +26,19 @@ use crate::model::{Hparams, Model, Segment};
 use std::ops::Range;
 use std::sync::Arc;
 
-/// Longest window that gradients go through: it is attended in one piece, and the attention weights of all its heads are
-/// in memory at once.
+/// Longest window, in tokens, that gradients go through.
+/// It is attended in one piece, and the attention weights of all its heads are in memory at once.
 pub const MAX_GRADIENT_CTX: usize = 512;
 
-/// Tokens that pass through a block in one graph where nothing else is said, at least one window.
+/// Default number of tokens that pass through a block in one graph, at least one window.
 pub const CHUNK_TOKENS: usize = 2048;
 
-/// The most tokens up to `n_tokens` that make whole windows of `n_ctx`; at least one.
+/// Largest number of tokens up to `n_tokens` that makes whole windows of `n_ctx`; at least one window.
 pub fn whole_windows(n_tokens: usize, n_ctx: usize) -> usize {
     (n_tokens / n_ctx).max(1) * n_ctx
 }
 
-/// What a forward pass can fail on.
+/// Error of a forward pass.
 #[derive(Debug, thiserror::Error)]
 pub enum ForwardError {
     /// ggml failed.
@@ -49,35 +49,37 @@ pub enum ForwardError {
     Gguf(#[from] GgufError),
 }
 
-/// Runs blocks of one model over windows of one length.
+/// Forward pass of one model's blocks over windows of one length.
 pub struct Forward {
     engine: Engine,
     net: Net,
 }
 
-/// What the graphs of a model have in common.
+/// Properties that all graphs of a model share.
 struct Net {
     hparams: Hparams,
     n_ctx: usize,
-    /// Windows that pass through a block in one graph.
+    /// Number of windows that pass through a block in one graph.
     chunk: usize,
-    /// The causal mask (`mask`), and what the two below point at.
+    /// Causal mask (`mask`), and the tensors that the two indices below refer to.
     fixed: Resident,
-    /// Mask of blocks that attend to a sliding window; the causal one where windows are no longer than that.
+    /// Index of the mask of sliding-window blocks; the causal one if windows are no longer than the sliding
+    /// window.
     sliding_mask: usize,
-    /// Queries that a mask has rows for.
+    /// Number of queries that a mask has rows for.
     mask_rows: usize,
-    /// Frequency factors.
+    /// Index of the frequency factors.
     factors: Option<usize>,
     /// Factor of the products of queries and keys.
     attention_scale: f32,
     positions: Vec<i32>,
-    /// Factor of the queries at each position, if it is not 1 everywhere.
+    /// Factor of the queries at each position; empty if it is 1 everywhere.
     temperatures: Vec<f32>,
 }
 
 impl Forward {
-    /// A forward pass of `model` over windows of `n_ctx` tokens, on the CPU with so many threads or on devices.
+    /// Creates a forward pass of `model` over windows of `n_ctx` tokens, on the CPU with a number of
+    /// threads, or on devices.
     ///
     /// # Errors
     /// [`ForwardError`] if the backend fails or the frequency factors cannot be read.
@@ -115,7 +117,7 @@ impl Forward {
         Ok(Forward { engine, net }.in_chunks_of(CHUNK_TOKENS))
     }
 
-    /// The same with up to `n_tokens` tokens in one graph, but at least one window.
+    /// Sets the number of tokens per graph: up to `n_tokens`, but at least one window.
     pub fn in_chunks_of(mut self, n_tokens: usize) -> Forward {
         let n_ctx = self.net.n_ctx;
         let n_tokens = whole_windows(n_tokens, n_ctx);
@@ -131,7 +133,8 @@ impl Forward {
         self
     }
 
-    /// Embeddings `[n_tokens, n_embd]` of `tokens`, which are those of whole windows, as they enter the first block.
+    /// Embeddings `[n_tokens, n_embd]` of `tokens` as they enter the first block; `tokens` are whole
+    /// windows.
     ///
     /// # Errors
     /// [`GgufError`] if a row cannot be decoded, or a token or position has none.
@@ -149,12 +152,12 @@ impl Forward {
         Ok(out)
     }
 
-    /// Length of a window.
+    /// Length of a window in tokens.
     pub fn n_ctx(&self) -> usize {
         self.net.n_ctx
     }
 
-    /// Tokens that pass through a block in one graph.
+    /// Number of tokens that pass through a block in one graph.
     pub fn chunk_tokens(&self) -> usize {
         self.net.chunk * self.net.n_ctx
     }
@@ -164,29 +167,31 @@ impl Forward {
         self.net.hparams.n_embd
     }
 
-    /// The windows `windows` cut into chunks that pass through a block in one graph.
+    /// Splits the windows `windows` into chunks that pass through a block in one graph.
     pub fn chunks(&self, windows: Range<usize>) -> Vec<Range<usize>> {
         let n = self.net.chunk;
         windows.clone().step_by(n).map(|start| start..(start + n).min(windows.end)).collect()
     }
 
-    /// Where the activations of `windows` lie in a stream.
+    /// Range of the activations of `windows` in a residual stream.
     pub fn span(&self, windows: &Range<usize>) -> Range<usize> {
         let row = self.net.n_ctx * self.net.hparams.n_embd;
         windows.start * row..windows.end * row
     }
 }
 
-/// What is added to scores, for any queries of a window `[n_ctx + n_rows, n_rows]`: 0 where the key is the query's own or
-/// one of the `n_seen` − 1 before it, else -∞. That depends on their distance only: query j of a slice sees key i
-/// of those that begin `n_ctx` columns before the slice, so each slice is given the columns that it has keys for.
+/// Mask that is added to scores, for any queries of a window: `ne` `[n_ctx + n_rows, n_rows]`.
+///
+/// It is 0 if the key is the query's own or one of the `n_seen` − 1 before it, else -∞. It depends only on
+/// their distance. Query j of a slice sees key i of those that begin `n_ctx` columns before the slice, so
+/// each slice gets the columns for its keys.
 fn mask(n_ctx: usize, n_rows: usize, n_seen: usize) -> Vec<f32> {
     let seen = |query: usize, key: usize| key <= query && query - key < n_seen;
     let value = |query, key| if seen(query, key) { 0.0 } else { f32::NEG_INFINITY };
     (0..n_rows).flat_map(|j| (0..n_ctx + n_rows).map(move |i| value(n_ctx + j, i))).collect()
 }
 
-/// Rows of an embedding by number.
+/// Rows of an embedding by index.
 fn rows(model: &Model, embedding: &Segment, numbers: &[i32]) -> Result<Vec<f32>, GgufError> {
     let row = |&number: &i32| {
         usize::try_from(number).ok().filter(|i| *i < embedding.n).ok_or_else(|| GgufError::BadKey {

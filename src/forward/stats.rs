@@ -2,44 +2,47 @@
 
 use super::block::{Half, MAX_NODES};
 use super::{Block, Forward, ForwardError, Net};
-use crate::ggml::{Computed, Graph, Resident, T};
+use crate::ggml::{Computed, Graph, Resident, TensorId};
 use crate::numeric::Moments;
 
-/// Panels of rows that a symmetric product is cut into, each from its diagonal on: (p + 1) / 2p of the work.
+/// Number of row panels that a symmetric product is cut into.
+/// Each starts at its diagonal, which takes (p + 1) / 2p of the work.
 const PANELS: usize = 6;
 
-/// Rows of a panel of a symmetric matrix of `n` rows.
+/// Number of rows in a panel of a symmetric matrix of `n` rows.
 fn panel_rows(n: usize) -> usize {
     n.div_ceil(PANELS).next_multiple_of(16)
 }
 
-/// Where the panels of a symmetric matrix of `n` rows begin, and how many rows each has.
+/// First row and number of rows of each panel of a symmetric matrix of `n` rows.
 fn panels(n: usize) -> impl Iterator<Item = (usize, usize)> {
     let width = panel_rows(n.max(1));
     (0..n).step_by(width).map(move |start| (start, width.min(n - start)))
 }
 
-/// Products of two numbers that a token adds to the moments of `n` inputs and `m` residuals.
+/// Number of products that one token adds to the moments of `n` inputs and `m` residuals.
 pub(crate) fn moment_products(n: usize, m: usize) -> usize {
     panels(n).map(|(start, rows)| rows * (n - start)).sum::<usize>() + n * m + n + m
 }
 
-/// Elements of the largest product that they are summed by.
+/// Number of elements of the largest matrix product in these sums.
 pub(crate) fn largest_product(n: usize, m: usize) -> usize {
     panels(n).map(|(start, rows)| rows * (n - start)).fold(n * m, usize::max)
 }
 
-/// Chunks that are added up on a device at a time: in 32 bits, in which the sum of many like numbers drifts.
+/// Number of chunks that are added up on a device at a time.
+/// The sums are in 32 bits, in which a sum of many similar numbers drifts.
 const CHUNKS_THERE: usize = 8;
 
-/// Moments that grow chunk by chunk. On the CPU the products of each chunk are added in 64 bits. On a device those of several
-/// chunks are added up where the block is, for they are the largest thing that would have to be fetched.
+/// Accumulator of moments, chunk by chunk.
+/// On the CPU, the products of each chunk are added in 64 bits. On a device, the products of several chunks
+/// are added up next to the block, because they are the largest data to fetch.
 pub struct Gathering {
     moments: Moments,
     there: Option<Totals>,
 }
 
-/// Sums on a device: panels, and the cross products behind them.
+/// Sums on a device: the panels, followed by the cross products.
 struct Totals {
     set: Resident,
     cross: Option<usize>,
@@ -47,13 +50,13 @@ struct Totals {
 }
 
 impl Gathering {
-    /// What all chunks come to.
+    /// Moments of all chunks.
     pub fn finish(mut self) -> Moments {
         self.fetch();
         self.moments
     }
 
-    /// Adds what is on the device to the rest.
+    /// Adds the sums on the device to the rest.
     fn fetch(&mut self) {
         let Some(there) = &self.there else { return };
         for (i, (start, _)) in panels(self.moments.gram.n()).enumerate() {
@@ -64,7 +67,7 @@ impl Gathering {
         }
     }
 
-    /// Makes room for another chunk.
+    /// Fetches the sums on the device if they hold their largest number of chunks.
     fn next_chunk(&mut self) {
         if self.there.as_ref().is_some_and(|t| t.n_chunks == CHUNKS_THERE) {
             self.fetch();
@@ -77,16 +80,16 @@ impl Gathering {
     }
 }
 
-/// Outputs of a graph that are yet to be added to moments.
+/// Outputs of a graph that are still to be added to moments.
 pub(super) struct Sums<'a> {
     moments: &'a mut Moments,
-    /// Products, as far as no device keeps them.
-    panels: Vec<(usize, T)>,
-    cross: Option<T>,
-    x: T,
-    r: Option<T>,
+    /// Products that no device accumulates.
+    panels: Vec<(usize, TensorId)>,
+    cross: Option<TensorId>,
+    x: TensorId,
+    r: Option<TensorId>,
     /// Factor of each token.
-    scales: T,
+    scales: TensorId,
     n_tokens: usize,
 }
 
@@ -106,45 +109,48 @@ impl Sums<'_> {
     }
 }
 
-/// Moments to be collected over a chunk. Where a norm lies between the map and the stream, they are those of
-/// the map all the same: residuals are taken back through the norm, and what it divides a token's outputs by
-/// divides the token's factor, so that errors count by what they do to the stream.
+/// Request to collect moments over a chunk.
+///
+/// If a norm lies between the map and the residual stream, the moments are still those of the map.
+/// Residuals are taken back through the norm. The norm's divisor of a token's outputs also divides the
+/// token's factor, so that errors count by their effect on the residual stream.
 pub struct Collect<'a> {
-    /// What the residual stream should be at that point; without it only the Gram matrix is collected.
+    /// Target residual stream at that point, `[n_tokens, n_embd]`; without it only the Gram matrix is
+    /// collected.
     pub target: Option<&'a [f32]>,
     /// Factor of each token's inputs and residual.
     pub scales: &'a [f32],
-    /// Receives the sums.
+    /// Accumulator that receives the sums.
     pub into: &'a mut Gathering,
 }
 
-/// What [`Forward::from_heads`] writes.
+/// Outputs of [`Forward::from_attn_out_input`].
 #[derive(Default)]
-pub struct Wanted<'a> {
-    /// The stream before the feed-forward.
+pub struct BlockOutputs<'a> {
+    /// Residual stream before the FFN.
     pub mid: Option<&'a mut [f32]>,
-    /// The stream after the block.
+    /// Residual stream after the block.
     pub out: Option<&'a mut [f32]>,
-    /// Moments at the input of ffn_down; the target is for the stream after the block.
+    /// Moments at the input of ffn_down; their target is the residual stream after the block.
     pub moments: Option<Collect<'a>>,
 }
 
-/// Sums over tokens of the squared inputs of a block's matrices: what llama.cpp's importance matrices
-/// hold.
+/// Sums over tokens of the squared inputs of a block's matrices, as in llama.cpp's importance matrices.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct InputSquares {
-    /// Of attn_q, attn_k and attn_v: `[n_embd]`; empty in a block without attention.
+    /// Inputs of attn_q, attn_k and attn_v: `[n_embd]`; empty in a block without attention.
     pub qkv: Vec<f64>,
-    /// Of attn_output: `[n_head·head_dim]`.
+    /// Inputs of attn_output: `[n_head·head_dim]`.
     pub attn_output: Vec<f64>,
-    /// Of ffn_gate and ffn_up: `[n_embd]`.
+    /// Inputs of ffn_gate and ffn_up: `[n_embd]`.
     pub ffn: Vec<f64>,
-    /// Of ffn_down: `[n_ff]`.
+    /// Inputs of ffn_down: `[n_ff]`.
     pub ffn_down: Vec<f64>,
 }
 
 impl Forward {
-    /// Nothing yet, of moments in `b` of `n` inputs and `m` residuals, which are 0 where no chunk has a target.
+    /// Creates an empty accumulator of moments in `b` with `n` inputs and `m` residuals; `m` is 0 if no
+    /// chunk has a target.
     ///
     /// # Errors
     /// [`ForwardError`] if a device has no room for the sums.
@@ -158,8 +164,9 @@ impl Forward {
         Ok(Gathering { moments: Moments::new(n, m), there: there.transpose()? })
     }
 
-    /// A chunk through the whole block: `x` in, the stream after the block into `out`, and the squares of
-    /// what its matrices see added to `squares`.
+    /// Runs a chunk through the whole block: `x` in, the residual stream after the block into `out`, both
+    /// `[n_tokens, n_embd]`.
+    /// The squared inputs of its matrices are added to `squares`.
     ///
     /// # Errors
     /// [`ForwardError`] if the backend fails.
@@ -194,13 +201,14 @@ impl Forward {
         Ok(())
     }
 
-    /// The first half of attention: the input of attn_output, `[n_tokens, n_head·head_dim]`, for the
-    /// chunk `x`; empty in a block without attention. Moments are those at attn_output, with the
-    /// residual target − (x + attention).
+    /// First half of attention: the input of attn_output, `[n_tokens, n_head·head_dim]`, for the chunk `x`
+    /// `[n_tokens, n_embd]`.
+    /// It is empty in a block without attention. Moments are those at attn_output, with the residual target
+    /// − (x + attention).
     ///
     /// # Errors
     /// [`ForwardError`] if the backend fails.
-    pub fn heads(
+    pub fn attn_out_input(
         &mut self,
         b: &Block,
         x: &[f32],
@@ -226,16 +234,16 @@ impl Forward {
         Ok(done.to_vec(a))
     }
 
-    /// The rest of a block after [`Forward::heads`] gave `a` for `x`.
+    /// Computes the rest of a block from the output `a` of [`Forward::attn_out_input`] for `x`.
     ///
     /// # Errors
     /// [`ForwardError`] if the backend fails.
-    pub fn from_heads(
+    pub fn from_attn_out_input(
         &mut self,
         b: &Block,
         x: &[f32],
         a: &[f32],
-        wanted: Wanted,
+        wanted: BlockOutputs,
     ) -> Result<(), ForwardError> {
         let n = x.len() / self.n_embd();
         let ne = [self.n_embd(), n];
@@ -280,13 +288,14 @@ impl Forward {
 }
 
 impl Net {
-    /// Sums at the map that ends `half`: its inputs, its outputs, and the stream after it.
+    /// Adds nodes for the sums at the map that ends `half`: from its inputs, its outputs, and the residual
+    /// stream after it.
     fn collect<'a>(
         &'a self,
         g: &mut Graph<'a>,
         b: &'a Block,
         half: Half,
-        [inputs, y, own]: [T; 3],
+        [inputs, y, own]: [TensorId; 3],
         c: Collect<'a>,
     ) -> Sums<'a> {
         let mut scales = g.input_f32([1, c.scales.len()], c.scales);
@@ -308,14 +317,16 @@ impl Net {
 }
 
 impl Gathering {
-    /// Products over tokens of `x` `[n, n_tokens]` with itself and with `residual` `[m, n_tokens]`, both
-    /// multiplied by `scales` `[1, n_tokens]`, and their sums with the square of that weight.
+    /// Adds nodes for the products over tokens of `x` `ne` `[n, n_tokens]` with itself and with `residual`
+    /// `ne` `[m, n_tokens]`, and for the sums of both.
+    /// `x` and `residual` are multiplied by `scales` `ne` `[1, n_tokens]` first; the sums are weighted by
+    /// the squares of `scales`.
     pub(super) fn sums<'a>(
         &'a mut self,
         g: &mut Graph<'a>,
-        x: T,
-        residual: Option<T>,
-        scales: T,
+        x: TensorId,
+        residual: Option<TensorId>,
+        scales: TensorId,
     ) -> Sums<'a> {
         self.next_chunk();
         let Gathering { moments, there } = self;
@@ -329,8 +340,8 @@ impl Gathering {
             g.transpose(r)
         });
         let xt = g.transpose(x);
-        // For the host, or added to the `i`-th total.
-        let product = |g: &mut Graph<'a>, a: T, b: T, total: Option<(&'a Totals, usize)>| {
+        // An output for the host, or added to the `i`-th total.
+        let product = |g: &mut Graph<'a>, a: TensorId, b: TensorId, total: Option<(&'a Totals, usize)>| {
             let product = g.mul_mat(a, b);
             let kept = total.map(|(there, i)| {
                 let total = g.resident(&there.set, i);
@@ -347,7 +358,7 @@ impl Gathering {
             products.extend(product(g, behind, panel, there.map(|t| (t, i))).map(|p| (start, p)));
         }
         let total = there.and_then(|t| Some((t, t.cross?)));
-        let mut sum = |x: T| product(g, x, weights, None).expect("it is for the host");
+        let mut sum = |x: TensorId| product(g, x, weights, None).expect("it is for the host");
         let (x, r) = (sum(xt), rt.map(&mut sum));
         let cross = rt.and_then(|rt| product(g, xt, rt, total));
         Sums { moments, panels: products, cross, x, r, scales, n_tokens }

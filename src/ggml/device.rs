@@ -1,4 +1,4 @@
-//! Devices that graphs can run on beside the CPU: GPUs of the backends that are built in, and other machines.
+//! Compute devices other than the CPU: GPUs of the built-in backends, and other machines.
 
 use super::GgmlError;
 
@@ -9,48 +9,48 @@ use std::net::{TcpStream, ToSocketAddrs};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
-/// A device, by its number among [`devices`].
+/// Device, by its index in ggml's list.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Device(usize);
 
-/// What graphs run on.
+/// Compute resources that graphs run on.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Compute {
-    /// Threads of the CPU.
+    /// Number of CPU threads.
     pub n_threads: usize,
-    /// Devices; none is the CPU alone. Of several, each gets its share of the blocks.
+    /// Devices; an empty list means the CPU alone. Each of several devices gets its share of the blocks.
     pub devices: Vec<Device>,
 }
 
 impl From<usize> for Compute {
-    /// The CPU with so many threads.
+    /// Uses the CPU with `n_threads` threads.
     fn from(n_threads: usize) -> Compute {
         Compute { n_threads, devices: Vec::new() }
     }
 }
 
-/// What is known of a device.
+/// Description of a device.
 #[derive(Clone, Debug)]
 pub struct DeviceInfo {
-    /// The device.
+    /// Device.
     pub device: Device,
-    /// What it is called in arguments, such as `CUDA0`, `Vulkan0`, `RPC0`.
+    /// Name in arguments, such as `CUDA0`, `Vulkan0`, `RPC0`.
     pub name: String,
-    /// What it is.
+    /// Description by its backend.
     pub description: String,
-    /// Bytes of its memory that are free.
+    /// Free bytes of its memory.
     pub free: u64,
-    /// Bytes of its memory.
+    /// Total bytes of its memory.
     pub total: u64,
 }
 
 impl Device {
     pub(super) fn raw(self) -> sys::ggml_backend_dev_t {
-        // SAFETY: the number is that of a device, and devices do not go.
+        // SAFETY: the index is that of a device, and ggml never removes devices.
         unsafe { sys::ggml_backend_dev_get(self.0) }
     }
 
-    /// Bytes of its memory, free and in all; 0 where the backend cannot tell.
+    /// Free and total bytes of its memory; 0 if the backend cannot tell.
     pub fn memory(self) -> (u64, u64) {
         let (mut free, mut total) = (0, 0);
         // SAFETY: both are written before the call returns.
@@ -59,10 +59,11 @@ impl Device {
     }
 }
 
-/// All devices but the CPU, those of servers that were added with them.
+/// All devices but the CPU, including those of servers that were added.
 pub fn devices() -> Vec<DeviceInfo> {
     init_once();
-    // SAFETY: numbers below the count; names and descriptions are C strings that live as long as the device.
+    // SAFETY: indices are below the count; names and descriptions are C strings that live as long as the
+    // device.
     unsafe {
         let all = (0..sys::ggml_backend_dev_count()).map(|i| (i, sys::ggml_backend_dev_get(i)));
         let beside = all.filter(|(_, raw)| {
@@ -84,11 +85,11 @@ pub fn devices() -> Vec<DeviceInfo> {
     }
 }
 
-/// Bytes that this process's graphs and their weights take on all devices: now, and at most so far.
+/// Bytes that this process's graphs and their weights take on all devices: current, and peak.
 static TAKEN: AtomicU64 = AtomicU64::new(0);
 static PEAK: AtomicU64 = AtomicU64::new(0);
 
-/// Bytes on devices that are given back when it goes.
+/// Accounted bytes on devices; the drop gives them back.
 #[derive(Default)]
 pub(super) struct Taken(u64);
 
@@ -107,13 +108,13 @@ impl Drop for Taken {
     }
 }
 
-/// Bytes that this process's graphs and their weights took on all devices at most so far; what llama.cpp has there is not
+/// Peak bytes that this process's graphs and their weights took on all devices; llama.cpp's own are not
 /// counted.
 pub fn device_memory_peak() -> u64 {
     PEAK.load(Ordering::Relaxed)
 }
 
-/// A function of the RPC backend, if that is built in.
+/// Function of the RPC backend, if that is built in.
 fn rpc_function(name: &CStr) -> Result<*mut std::ffi::c_void, GgmlError> {
     init_once();
     // SAFETY: C strings; null is checked.
@@ -128,8 +129,8 @@ fn rpc_function(name: &CStr) -> Result<*mut std::ffi::c_void, GgmlError> {
     }
 }
 
-/// Makes the devices of the machine at `endpoint` (`host:port`), on which llama.cpp's rpc-server or [`serve`] runs, some of
-/// [`devices`].
+/// Adds the devices of the machine at `endpoint` (`host:port`) to [`devices`]; it runs llama.cpp's
+/// rpc-server or [`serve`].
 ///
 /// # Errors
 /// [`GgmlError::NoRpc`] if that backend is not built in, [`GgmlError::Server`] if nobody answers.
@@ -137,14 +138,14 @@ pub fn add_server(endpoint: &str) -> Result<(), GgmlError> {
     type AddServer = unsafe extern "C" fn(*const c_char) -> sys::ggml_backend_reg_t;
     let function = rpc_function(c"ggml_backend_rpc_add_server")?;
     let refused = |problem: String| GgmlError::Server(endpoint.into(), problem);
-    // ggml takes addresses of version 4 only, and aborts where it cannot connect.
+    // ggml takes addresses of version 4 only, and aborts if it cannot connect.
     let mut addresses = endpoint.to_socket_addrs().map_err(|e| refused(e.to_string()))?;
     let address = addresses.find(std::net::SocketAddr::is_ipv4);
     let address = address.filter(|_| endpoint.matches(':').count() == 1);
     let address = address.ok_or_else(|| refused("is not HOST:PORT with an IPv4 address".into()))?;
     TcpStream::connect_timeout(&address, Duration::from_secs(5)).map_err(|e| refused(e.to_string()))?;
     let name = CString::new(endpoint).map_err(|_| refused("has a NUL in its name".into()))?;
-    // SAFETY: the function of that name has that type (ggml-rpc.h); the registry takes what it returns.
+    // SAFETY: the function of that name has that type (ggml-rpc.h); the registry takes the returned entry.
     unsafe {
         let add: AddServer = std::mem::transmute(function);
         let server = add(name.as_ptr());
@@ -156,19 +157,20 @@ pub fn add_server(endpoint: &str) -> Result<(), GgmlError> {
     Ok(())
 }
 
-/// Lets other machines compute on this one's CPU, until the process ends.
+/// Serves this machine's CPU to other machines until the process ends.
 ///
 /// # Errors
-/// [`GgmlError::NoRpc`] if that backend is not built in, [`GgmlError::Server`] if it cannot listen at `endpoint`.
+/// [`GgmlError::NoRpc`] if that backend is not built in, [`GgmlError::Server`] if it cannot listen at
+/// `endpoint`.
 pub fn serve(endpoint: &str, n_threads: usize) -> Result<(), GgmlError> {
     type StartServer =
         unsafe extern "C" fn(*const c_char, *const c_char, usize, usize, *mut sys::ggml_backend_dev_t);
     let function = rpc_function(c"ggml_backend_rpc_start_server")?;
     let refused = |problem: &str| GgmlError::Server(endpoint.into(), problem.into());
     let name = CString::new(endpoint).map_err(|_| refused("has a NUL in its name"))?;
-    // The engine does not say why it cannot.
+    // The engine does not say why it cannot listen.
     drop(std::net::TcpListener::bind(endpoint).map_err(|e| refused(&format!("cannot be listened at: {e}")))?);
-    // SAFETY: the function of that name has that type (ggml-rpc.h); arguments live as long as it runs.
+    // SAFETY: the function of that name has that type (ggml-rpc.h); the arguments live as long as it runs.
     unsafe {
         let mut cpu = sys::ggml_backend_dev_by_type(sys::GGML_BACKEND_DEVICE_TYPE_CPU);
         if cpu.is_null() {

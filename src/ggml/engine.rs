@@ -1,4 +1,4 @@
-//! Compute backends and the tensors that stay on them between graphs.
+//! Compute backends, and the tensors that stay on them between graphs.
 
 use super::GgmlError;
 use super::device::{Compute, Device, Taken};
@@ -7,7 +7,7 @@ use std::cell::Cell;
 use std::ptr::NonNull;
 use std::sync::Arc;
 
-/// Tensors that a graph has at most, leaves and copies between devices included.
+/// Largest number of tensors in a graph, including leaves and copies between devices.
 const MAX_TENSORS: usize = 8192;
 
 /// Backends with their scratch memory. One graph runs at a time.
@@ -17,15 +17,15 @@ pub struct Engine {
     pub(super) place: Place,
 }
 
-/// Where graphs run.
+/// Place where graphs run.
 pub(super) enum Place {
-    /// On the CPU, with memory for intermediate results from this allocator.
+    /// The CPU; this allocator provides memory for intermediate results.
     Host { galloc: sys::ggml_gallocr_t },
-    /// Where the weights are, and on the CPU what devices cannot do.
+    /// The devices that hold the weights; the CPU runs operations that they do not support.
     Devices {
         backends: Vec<sys::ggml_backend_t>,
         sched: sys::ggml_backend_sched_t,
-        /// The one that the next tensors go to.
+        /// Index of the backend that the next tensors go to.
         next: Cell<usize>,
         /// The scheduler's buffers on devices.
         scratch: Taken,
@@ -41,7 +41,7 @@ impl Engine {
         Engine::new(&n_threads.into())
     }
 
-    /// Starts what graphs shall run on.
+    /// Starts the backends that `compute` asks for.
     ///
     /// # Errors
     /// [`GgmlError::Backend`] or [`GgmlError::Device`] if ggml refuses.
@@ -54,7 +54,7 @@ impl Engine {
                 return Err(GgmlError::Backend("CPU"));
             }
             sys::ggml_backend_cpu_set_n_threads(cpu, n_threads as i32);
-            // Whatever fails from here on drops what there is.
+            // From here on, any failure drops the started backends.
             let mut engine = Engine { cpu, n_threads, place: Place::Host { galloc: std::ptr::null_mut() } };
             engine.place = if compute.devices.is_empty() {
                 let galloc = sys::ggml_gallocr_new(sys::ggml_backend_get_default_buffer_type(cpu));
@@ -69,7 +69,7 @@ impl Engine {
         }
     }
 
-    /// Threads that a graph runs on.
+    /// Number of threads that a graph runs on.
     pub fn n_threads(&self) -> usize {
         self.n_threads
     }
@@ -79,22 +79,23 @@ impl Engine {
         matches!(self.place, Place::Devices { .. })
     }
 
-    /// Gives all tensors of `graph` memory.
+    /// Allocates memory for all tensors of `graph`.
     ///
     /// # Safety
-    /// The graph is alive, and no result of one before is read any more.
+    /// The graph is alive, and no result of an earlier graph is still read.
     pub(super) unsafe fn allocate(&mut self, graph: *mut sys::ggml_cgraph) -> bool {
         // SAFETY: by the caller.
         unsafe {
             match &mut self.place {
-                // Planned anew each time: by itself the allocator keeps the plan of the graph before when
-                // node counts and sizes happen to match, whatever the two graphs compute.
+                // The plan is made afresh each time. The allocator by itself keeps the plan of the previous
+                // graph if node counts and sizes happen to match, whatever the two graphs compute.
                 Place::Host { galloc } => {
                     sys::ggml_gallocr_reserve(*galloc, graph) && sys::ggml_gallocr_alloc_graph(*galloc, graph)
                 }
                 Place::Devices { backends, sched, scratch, .. } => {
                     sys::ggml_backend_sched_reset(*sched);
-                    // The scheduler has no call to plan a graph that is then run; one of another size makes it plan anew.
+                    // The scheduler has no call to plan a graph that is then run. A graph of another size
+                    // makes it plan afresh.
                     let planned =
                         reserve_another(*sched) && sys::ggml_backend_sched_alloc_graph(*sched, graph);
                     let sizes = backends.iter().map(|b| sys::ggml_backend_sched_get_buffer_size(*sched, *b));
@@ -105,10 +106,10 @@ impl Engine {
         }
     }
 
-    /// Runs `graph`, whose inputs are there.
+    /// Runs `graph`, whose inputs are set.
     ///
     /// # Safety
-    /// The graph was given memory by [`Engine::allocate`].
+    /// [`Engine::allocate`] has allocated the graph's memory.
     pub(super) unsafe fn run(&mut self, graph: *mut sys::ggml_cgraph) -> sys::ggml_status {
         // SAFETY: by the caller.
         unsafe {
@@ -119,7 +120,7 @@ impl Engine {
         }
     }
 
-    /// The backend that tensors are put on: devices take turns.
+    /// Backend for the next tensors: devices take turns.
     fn next_backend(&self) -> sys::ggml_backend_t {
         match &self.place {
             Place::Host { .. } => self.cpu,
@@ -132,13 +133,14 @@ impl Engine {
     }
 }
 
-/// Starts `devices`, with the CPU for what they cannot do.
+/// Starts `devices`, with the CPU for operations that they do not support.
 ///
 /// # Safety
 /// `cpu` is a live backend that outlives the result.
 unsafe fn devices_of(cpu: sys::ggml_backend_t, devices: &[Device]) -> Result<Place, GgmlError> {
     let mut backends: Vec<sys::ggml_backend_t> = Vec::new();
-    // SAFETY: devices are live; null is checked before use; what was started is freed where another fails.
+    // SAFETY: devices are live; null is checked before use; if one fails, those that were started are
+    // freed.
     unsafe {
         for device in devices {
             let raw = device.raw();
@@ -151,7 +153,7 @@ unsafe fn devices_of(cpu: sys::ggml_backend_t, devices: &[Device]) -> Result<Pla
             backends.push(backend);
         }
         let mut all = backends.clone();
-        // The last is the one for the rest.
+        // The last backend runs the unsupported operations.
         all.push(cpu);
         let sched = sys::ggml_backend_sched_new(
             all.as_mut_ptr(),
@@ -165,13 +167,15 @@ unsafe fn devices_of(cpu: sys::ggml_backend_t, devices: &[Device]) -> Result<Pla
     }
 }
 
-/// Makes `sched` plan the smallest of graphs, so that it does not take the plan of the graph before for the next one, which it
-/// would where the numbers of nodes are equal and sizes fit. Buffers stay as large as they are.
+/// Makes `sched` plan a tiny graph, so that it does not reuse the plan of the previous graph for the next
+/// one.
+/// It would do so if the numbers of nodes are equal and sizes fit. Buffers keep their size.
 ///
 /// # Safety
-/// `sched` is alive, and no graph has its memory from it any more.
+/// `sched` is alive, and no graph still uses memory from it.
 unsafe fn reserve_another(sched: sys::ggml_backend_sched_t) -> bool {
-    // SAFETY: the context has room for both headers and the graph, and outlives the call; the plan keeps no pointer to them.
+    // SAFETY: the context has room for both headers and the graph, and outlives the call; the plan keeps no
+    // pointer to them.
     unsafe {
         let params = sys::ggml_init_params {
             mem_size: 2 * sys::ggml_tensor_overhead() + sys::ggml_graph_overhead_custom(2, false),
@@ -196,7 +200,7 @@ unsafe fn reserve_another(sched: sys::ggml_backend_sched_t) -> bool {
 
 impl Drop for Engine {
     fn drop(&mut self) {
-        // SAFETY: all were made by `new` and nothing borrows the engine any more.
+        // SAFETY: `new` made all of them, and nothing borrows the engine any more.
         unsafe {
             match &self.place {
                 Place::Host { galloc } => sys::ggml_gallocr_free(*galloc),
@@ -210,19 +214,19 @@ impl Drop for Engine {
     }
 }
 
-/// A matrix or vector of floats to be placed on a backend.
+/// Matrix or vector of floats to be placed on a backend.
 pub struct TensorSpec<'a> {
-    /// ne\[0\], ne\[1\].
+    /// Sizes ne\[0\], ne\[1\].
     pub ne: [usize; 2],
     /// Row-major values, exactly as many as the sizes say.
     pub data: Values<'a>,
 }
 
-/// The values of a tensor.
+/// Values of a tensor.
 pub enum Values<'a> {
-    /// To be copied.
+    /// Values that are copied.
     Copied(&'a [f32]),
-    /// The CPU computes with them where they are; for a device they are copied.
+    /// Values that the CPU uses in place; they are copied to a device.
     Shared(Arc<Vec<f32>>),
 }
 
@@ -235,15 +239,15 @@ impl Values<'_> {
     }
 }
 
-/// What the address of a backend's memory is a multiple of; ggml's TENSOR_ALIGNMENT divides it.
+/// Alignment of a backend's memory; ggml's TENSOR_ALIGNMENT divides it.
 const ALIGNMENT: usize = 64;
 
-/// Floats that live on a backend (weights, masks, sums), addressed by index.
+/// Float tensors that live on a backend (weights, masks, sums), addressed by index.
 pub struct Resident {
     ctx: NonNull<sys::ggml_context>,
-    /// Memory that the device gave, or that lies around `shared`.
+    /// Buffers that the device allocated, or that wrap `shared`.
     buffers: Vec<sys::ggml_backend_buffer_t>,
-    /// Where it is.
+    /// Device that holds the buffers.
     device: sys::ggml_backend_dev_t,
     taken: Taken,
     shared: Vec<Arc<Vec<f32>>>,
@@ -251,8 +255,8 @@ pub struct Resident {
 }
 
 impl Resident {
-    /// Places `specs` on one of the engine's devices, or on the CPU, which uses shared values where they are. Metal could,
-    /// too, but wants whole pages from the system, not from an allocator.
+    /// Places `specs` on one of the engine's devices, or on the CPU, which uses shared values in place.
+    /// Metal could, too, but wants whole pages from the system, not from an allocator.
     ///
     /// # Errors
     /// [`GgmlError::Memory`] if the backend has no room.
@@ -273,9 +277,9 @@ impl Resident {
             }
         }
         set.allocate(engine, "weights")?;
-        // SAFETY: all are alive; a tensor has as many floats as its spec, which was checked.
+        // SAFETY: all are alive; a tensor has as many floats as its spec, which is checked.
         unsafe {
-            // So that operations run where their weights are.
+            // With this usage, operations run where their weights are.
             for buffer in &set.buffers {
                 sys::ggml_backend_buffer_set_usage(*buffer, sys::GGML_BACKEND_BUFFER_USAGE_WEIGHTS);
             }
@@ -287,7 +291,8 @@ impl Resident {
         Ok(set)
     }
 
-    /// Floats of these sizes, all 0, where `beside` is: what graphs add to ([`super::Graph::add_to`]).
+    /// Allocates zeroed floats of these sizes on the device of `beside`, for graphs to add to
+    /// ([`super::Graph::add_to`]).
     ///
     /// # Errors
     /// [`GgmlError::Memory`] if the backend has no room.
@@ -298,13 +303,13 @@ impl Resident {
         Ok(set)
     }
 
-    /// Makes them 0 again.
+    /// Sets all values to 0.
     ///
     /// # Panics
     /// If they are weights.
     pub fn clear(&mut self) {
         for &buffer in &self.buffers {
-            // SAFETY: the buffer is alive, and nobody else's memory: that of weights may be.
+            // SAFETY: the buffer is alive and owns its memory; that of weights may not.
             unsafe {
                 let usage = sys::ggml_backend_buffer_get_usage(buffer);
                 assert_ne!(usage, sys::GGML_BACKEND_BUFFER_USAGE_WEIGHTS, "weights do not change");
@@ -313,7 +318,7 @@ impl Resident {
         }
     }
 
-    /// Tensors of these sizes, without memory yet.
+    /// Creates headers of tensors of these sizes, without memory.
     fn headers(device: sys::ggml_backend_dev_t, shapes: &[[usize; 2]]) -> Result<Resident, GgmlError> {
         // SAFETY: the context has room for one header per tensor.
         unsafe {
@@ -334,14 +339,15 @@ impl Resident {
         }
     }
 
-    /// Lets the `index`-th tensor be `data`, on the CPU.
+    /// Makes `data` the memory of the `index`-th tensor, on the CPU.
     fn share(&mut self, index: usize, data: &Arc<Vec<f32>>) {
         let values = data.as_ptr().cast_mut().cast::<u8>();
-        // ggml wants buffers to begin at round addresses, and tensors to lie anywhere in them.
+        // ggml wants buffers to begin at aligned addresses; tensors may lie anywhere in them.
         let before = values.addr() % ALIGNMENT;
         let n_bytes = std::mem::size_of_val(&data[..]);
-        // SAFETY: the buffer does not own its memory, of which the part that is not `data` is never touched. `data` lives as
-        // long as `self`, which holds it, so that nobody can change it; no graph writes to weights (`Graph::add_to`).
+        // SAFETY: the buffer does not own its memory, and the part of it outside `data` is never touched.
+        // `data` lives as long as `self`, which holds it, so that nobody can change it; no graph writes to
+        // weights (`Graph::add_to`).
         unsafe {
             let base = values.wrapping_sub(before);
             let buffer = sys::ggml_backend_cpu_buffer_from_ptr(base.cast(), before + n_bytes);
@@ -353,9 +359,9 @@ impl Resident {
         }
     }
 
-    /// Gives all tensors memory of the device that have none.
+    /// Allocates memory of the device for all tensors that have none.
     fn allocate(&mut self, engine: &Engine, what: &'static str) -> Result<(), GgmlError> {
-        // SAFETY: headers are alive, and devices do not go.
+        // SAFETY: headers are alive, and ggml never removes devices.
         unsafe {
             let without = self.tensors.iter().filter(|t| (*t.as_ptr()).buffer.is_null());
             let n_bytes: usize = without.map(|t| sys::ggml_nbytes(t.as_ptr())).sum();
@@ -375,10 +381,10 @@ impl Resident {
         Ok(())
     }
 
-    /// The values of the `index`-th tensor.
+    /// Values of the `index`-th tensor.
     pub fn read(&self, index: usize) -> Vec<f32> {
         let t = self.tensors[index].as_ptr();
-        // SAFETY: the tensor is alive, of floats, and has as many bytes as are asked for.
+        // SAFETY: the tensor is alive, of floats, and has as many bytes as requested.
         unsafe {
             let mut out = vec![0.0f32; sys::ggml_nelements(t) as usize];
             let bytes = std::mem::size_of_val(&out[..]);
@@ -390,7 +396,7 @@ impl Resident {
 
 impl Drop for Resident {
     fn drop(&mut self) {
-        // SAFETY: made above; graphs that refer to them borrow `self` and are gone.
+        // SAFETY: made above; graphs that refer to them borrow `self` and no longer exist.
         unsafe {
             self.buffers.iter().for_each(|b| sys::ggml_backend_buffer_free(*b));
             sys::ggml_free(self.ctx.as_ptr());

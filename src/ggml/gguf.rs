@@ -1,4 +1,4 @@
-//! ggml's own GGUF header reader and writer.
+//! GGUF headers, read and written by ggml itself.
 
 use super::system::{logged_error, with_cause};
 use super::{GgmlError, Type};
@@ -8,10 +8,10 @@ use std::ffi::{CStr, CString, c_char};
 use std::ops::Range;
 use std::ptr::NonNull;
 
-/// GGML_MAX_NAME, the terminating NUL included.
+/// GGML_MAX_NAME, including the terminating NUL.
 const MAX_NAME: usize = 64;
 
-/// A metadata value with exactly the type that it has in the file.
+/// Metadata value with exactly the type that it has in the file.
 #[derive(Clone, Debug, PartialEq)]
 #[allow(missing_docs)]
 pub enum RawValue {
@@ -26,9 +26,9 @@ pub enum RawValue {
     F32(f32),
     F64(f64),
     Bool(bool),
-    /// A string: most often UTF-8, but tokens and names of strangers may hold any bytes.
+    /// String: usually UTF-8, but tokens and foreign names may hold any bytes.
     Str(Vec<u8>),
-    /// An array of strings.
+    /// Array of strings.
     StrArray(Vec<Vec<u8>>),
     /// Any other array: ggml's element type number, the bytes, the length in elements.
     Array {
@@ -39,12 +39,12 @@ pub enum RawValue {
 }
 
 impl RawValue {
-    /// The text of a string, with U+FFFD for what is not UTF-8.
+    /// Text of a string, with U+FFFD for invalid UTF-8; `None` for other types.
     pub fn as_text(&self) -> Option<Cow<'_, str>> {
         if let RawValue::Str(bytes) = self { Some(String::from_utf8_lossy(bytes)) } else { None }
     }
 
-    /// The strings that it holds.
+    /// Strings of the value; empty for other types.
     fn strings(&self) -> &[Vec<u8>] {
         match self {
             RawValue::Str(one) => std::slice::from_ref(one),
@@ -53,7 +53,7 @@ impl RawValue {
         }
     }
 
-    /// An array of unsigned 32-bit integers.
+    /// Array of unsigned 32-bit integers.
     pub fn u32_array(values: &[u32]) -> RawValue {
         RawValue::Array {
             ty: sys::GGUF_TYPE_UINT32,
@@ -62,7 +62,7 @@ impl RawValue {
         }
     }
 
-    /// An array of 32-bit floats.
+    /// Array of 32-bit floats.
     pub fn f32_array(values: &[f32]) -> RawValue {
         RawValue::Array {
             ty: sys::GGUF_TYPE_FLOAT32,
@@ -71,7 +71,7 @@ impl RawValue {
         }
     }
 
-    /// The elements of an array of 32-bit floats, if it is one.
+    /// Elements of an array of 32-bit floats; `None` for other types.
     pub fn as_f32_array(&self) -> Option<Vec<f32>> {
         match self {
             RawValue::Array { ty: sys::GGUF_TYPE_FLOAT32, bytes, .. } => {
@@ -81,13 +81,13 @@ impl RawValue {
         }
     }
 
-    /// An array of truth values.
+    /// Array of booleans.
     pub fn bool_array(values: &[bool]) -> RawValue {
         let bytes = values.iter().map(|v| u8::from(*v)).collect();
         RawValue::Array { ty: sys::GGUF_TYPE_BOOL, bytes, len: values.len() }
     }
 
-    /// An array of unsigned 64-bit integers.
+    /// Array of unsigned 64-bit integers.
     pub fn u64_array(values: &[u64]) -> RawValue {
         RawValue::Array {
             ty: sys::GGUF_TYPE_UINT64,
@@ -96,7 +96,7 @@ impl RawValue {
         }
     }
 
-    /// An array of signed 32-bit integers.
+    /// Array of signed 32-bit integers.
     pub fn i32_array(values: &[i32]) -> RawValue {
         RawValue::Array {
             ty: sys::GGUF_TYPE_INT32,
@@ -105,7 +105,7 @@ impl RawValue {
         }
     }
 
-    /// The elements of an integer (8 to 64 bits) or boolean array, if it is one and none is negative.
+    /// Elements of an integer (8 to 64 bits) or boolean array; `None` for other types or negative elements.
     pub fn as_unsigned_array(&self) -> Option<Vec<u64>> {
         let RawValue::Array { ty, bytes, .. } = self else {
             return None;
@@ -146,7 +146,7 @@ impl RawValue {
     }
 }
 
-/// A GGUF header held by ggml: metadata in file order and tensor descriptions.
+/// GGUF header held by ggml: metadata in file order and tensor descriptions.
 pub struct RawGguf {
     ctx: NonNull<sys::gguf_context>,
     /// Keys whose strings hold NUL, with their values: ggml takes C strings, which end there.
@@ -158,14 +158,15 @@ unsafe impl Send for RawGguf {}
 // SAFETY: as above; mutation needs `&mut self`.
 unsafe impl Sync for RawGguf {}
 
-/// A C string of the same length; [`RawGguf::to_bytes`] puts each NUL back in its place.
+/// Converts to a C string of the same length; [`RawGguf::to_bytes`] restores each NUL in its place.
 fn c_string(s: impl AsRef<[u8]>) -> CString {
     let bytes = s.as_ref().iter().map(|b| if *b == 0 { b'?' } else { *b }).collect::<Vec<_>>();
     CString::new(bytes).expect("no NUL is left")
 }
 
-/// Where the strings of each metadata value lie in `header`, in file order (none for other values). ggml hands strings out
-/// as C strings, so their bytes are taken from the file. Nothing if `header` is none that ggml accepts.
+/// Byte ranges of the strings of each metadata value in `header`, in file order; empty for other values.
+/// ggml returns strings as C strings, so their bytes are taken from the file. Returns `None` if ggml would
+/// not accept `header`.
 fn string_ranges(header: &[u8]) -> Option<Vec<Vec<Range<usize>>>> {
     struct Walk<'a>(&'a [u8], usize);
     impl Walk<'_> {
@@ -187,7 +188,7 @@ fn string_ranges(header: &[u8]) -> Option<Vec<Vec<Range<usize>>>> {
             let n = self.length()?;
             self.skip(n)
         }
-        /// `n` values of type `ty`, one after another.
+        /// Skips `n` consecutive values of type `ty` and returns the ranges of strings among them.
         fn values(&mut self, ty: u32, n: usize) -> Option<Vec<Range<usize>>> {
             if ty == sys::GGUF_TYPE_STRING {
                 return (0..n).map(|_| self.string()).collect();
@@ -196,7 +197,7 @@ fn string_ranges(header: &[u8]) -> Option<Vec<Vec<Range<usize>>>> {
             Some(Vec::new())
         }
     }
-    // Magic, version and number of tensors.
+    // Skips magic, version and number of tensors.
     let mut walk = Walk(header, 16);
     let n = walk.length()?;
     (0..n)
@@ -230,7 +231,7 @@ impl RawGguf {
         })
     }
 
-    /// A header without metadata or tensors.
+    /// Creates a header without metadata or tensors.
     pub fn empty() -> RawGguf {
         // SAFETY: plain constructor.
         let ctx = NonNull::new(unsafe { sys::gguf_init_empty() }).expect("out of memory for an empty header");
@@ -241,22 +242,22 @@ impl RawGguf {
         self.ctx.as_ptr()
     }
 
-    /// Alignment of tensor data.
+    /// Alignment of tensor data, in bytes.
     pub fn alignment(&self) -> usize {
         // SAFETY: a live context.
         unsafe { sys::gguf_get_alignment(self.raw()) }
     }
 
-    /// Where tensor data starts in the file.
+    /// Offset in the file where tensor data starts.
     pub fn data_offset(&self) -> usize {
         // SAFETY: a live context.
         unsafe { sys::gguf_get_data_offset(self.raw()) }
     }
 
-    /// All metadata of the `file` that this was parsed from, in file order.
+    /// Metadata of the `file` that this header was parsed from, in file order.
     ///
     /// # Errors
-    /// [`GgmlError::Header`] if a key is empty or not UTF-8: it could not be carried over exactly.
+    /// [`GgmlError::Header`] if a key is empty or not UTF-8: it could not be copied exactly.
     pub fn metadata(&self, file: &[u8]) -> Result<Vec<(String, RawValue)>, GgmlError> {
         let strings = string_ranges(file)
             .ok_or_else(|| GgmlError::Header("the strings of its metadata cannot be found".into()))?;
@@ -276,7 +277,7 @@ impl RawGguf {
             .collect()
     }
 
-    /// The value of key `id`, whose strings are `strings`.
+    /// Value of key `id`, whose strings are `strings`.
     fn value(&self, id: i64, mut strings: impl Iterator<Item = Vec<u8>>) -> RawValue {
         let c = self.raw();
         // SAFETY: a valid id, and each getter is called for the type that ggml reports.
@@ -308,7 +309,7 @@ impl RawGguf {
         }
     }
 
-    /// Adds a key at the end, or moves it there with a new value.
+    /// Appends a key, or moves it to the end with a new value.
     pub fn set(&mut self, key: &str, value: &RawValue) {
         self.with_nul.retain(|(other, _)| other != key);
         if value.strings().iter().any(|s| s.contains(&0)) {
@@ -333,7 +334,7 @@ impl RawGguf {
                 RawValue::Bool(v) => sys::gguf_set_val_bool(c, k, *v),
                 RawValue::Str(v) => sys::gguf_set_val_str(c, k, c_string(v).as_ptr()),
                 RawValue::StrArray(v) => {
-                    let owned: Vec<CString> = v.iter().map(|s| c_string(s)).collect();
+                    let owned: Vec<CString> = v.iter().map(c_string).collect();
                     let mut ptrs: Vec<*const c_char> = owned.iter().map(|s| s.as_ptr()).collect();
                     sys::gguf_set_arr_str(c, k, ptrs.as_mut_ptr(), ptrs.len());
                 }
@@ -355,7 +356,7 @@ impl RawGguf {
         unsafe { sys::gguf_get_n_tensors(self.raw()) as usize }
     }
 
-    /// Name, raw type number, sizes and offset in the data section of tensor `i`.
+    /// Name, raw type number, sizes (`ne` order) and offset in the data section of tensor `i`.
     ///
     /// # Panics
     /// If `i` is out of range.
@@ -371,7 +372,7 @@ impl RawGguf {
         }
     }
 
-    /// Describes one more tensor of `n_dims` dimensions, after those already there.
+    /// Appends the description of a tensor with the sizes `ne`, after the existing ones.
     ///
     /// # Panics
     /// If the name is taken or too long for ggml, or the sizes do not suit the type.
@@ -398,7 +399,7 @@ impl RawGguf {
         }
     }
 
-    /// The header as bytes, padded to the alignment: tensor data follows directly.
+    /// Serialises the header, padded to the alignment: tensor data follows directly.
     pub fn to_bytes(&self) -> Vec<u8> {
         // SAFETY: ggml writes exactly meta_size bytes.
         let mut bytes = unsafe {
@@ -425,7 +426,7 @@ fn array_element_bytes(ty: u32) -> usize {
     element_bytes(ty).unwrap_or_else(|| panic!("arrays of GGUF type {ty} do not exist"))
 }
 
-/// Bytes of a value of type `ty`, if all of that type have as many.
+/// Size in bytes of a value of type `ty`, if it is fixed.
 fn element_bytes(ty: u32) -> Option<usize> {
     Some(match ty {
         sys::GGUF_TYPE_UINT8 | sys::GGUF_TYPE_INT8 | sys::GGUF_TYPE_BOOL => 1,

@@ -1,8 +1,8 @@
-//! Building and running a compute graph.
+//! Construction and execution of a compute graph.
 //!
-//! A [`Graph`] is described first, op by op, and then run once on an [`Engine`]; results are read
-//! from the [`Computed`] that running returns. Sizes follow ggml: ne\[0\] is the fastest dimension,
-//! a matrix of T rows of d floats is `[d, T]`.
+//! A [`Graph`] is described first, op by op, and then run once on an [`Engine`]. The results are read from
+//! the [`Computed`] that the run returns. Sizes follow ggml (`ne` order): ne\[0\] is the fastest dimension,
+//! so a matrix of T rows of d floats is `[d, T]`.
 
 use super::product::{count, multiply};
 use super::{Engine, GgmlError, Resident, Type};
@@ -13,25 +13,25 @@ use std::marker::PhantomData;
 use std::ptr::NonNull;
 use std::sync::atomic::{AtomicU32, Ordering};
 
-/// A tensor of one particular [`Graph`].
+/// Tensor of one particular [`Graph`].
 #[derive(Clone, Copy, Debug)]
-pub struct T {
+pub struct TensorId {
     graph: u32,
     index: u32,
 }
 
-/// Rotary position embedding, as `ggml_rope_ext` takes it.
+/// Parameters of a rotary position embedding, as `ggml_rope_ext` takes them.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct RopeParams {
     /// Rotated dimensions per head.
     pub n_rot: usize,
-    /// Pairs (j, j + n_rot/2) instead of (2j, 2j+1).
+    /// Whether pairs are (j, j + n_rot/2) instead of (2j, 2j+1).
     pub neox: bool,
-    /// Context length the model was trained for, before scaling.
+    /// Context length that the model was trained for, before scaling, in tokens.
     pub n_ctx_orig: usize,
     /// Base frequency.
     pub freq_base: f32,
-    /// Inverse of the linear scaling factor.
+    /// Frequency scale: the inverse of the linear scaling factor.
     pub freq_scale: f32,
     /// YaRN extrapolation mix; 0 without YaRN.
     pub ext_factor: f32,
@@ -43,13 +43,13 @@ pub struct RopeParams {
     pub beta_slow: f32,
 }
 
-/// GGML_ROPE_TYPE_NEOX.
+/// Value of GGML_ROPE_TYPE_NEOX.
 const ROPE_TYPE_NEOX: i32 = 2;
 
-/// GGML_N_TASKS_MAX.
+/// Value of GGML_N_TASKS_MAX.
 const ALL_THREADS: i32 = -1;
 
-/// ggml_rope_ext or ggml_rope_ext_back.
+/// Signature of ggml_rope_ext and ggml_rope_ext_back.
 type RopeOp = unsafe extern "C" fn(
     *mut sys::ggml_context,
     *mut sys::ggml_tensor,
@@ -68,22 +68,22 @@ type RopeOp = unsafe extern "C" fn(
 
 static NEXT_GRAPH: AtomicU32 = AtomicU32::new(0);
 
-/// A compute graph being described. `'a` is the life of the inputs and weights it refers to.
+/// Compute graph under construction. `'a` is the lifetime of the inputs and weights that it refers to.
 pub struct Graph<'a> {
     ctx: NonNull<sys::ggml_context>,
     graph: *mut sys::ggml_cgraph,
     id: u32,
     tensors: Vec<NonNull<sys::ggml_tensor>>,
     inputs: Vec<(NonNull<sys::ggml_tensor>, &'a [u8])>,
-    /// Its matrix products, with their floating-point operations.
-    products: Vec<(T, u64)>,
-    /// It will run on devices, whose backends multiply by themselves.
+    /// Matrix products of the graph, with their floating-point operations.
+    products: Vec<(TensorId, u64)>,
+    /// Whether it runs on devices, whose backends multiply by themselves.
     on_devices: bool,
     _weights: PhantomData<&'a Resident>,
 }
 
 impl<'a> Graph<'a> {
-    /// An empty graph with room for `max_nodes` tensors, to be run on `engine`.
+    /// Creates an empty graph with room for `max_nodes` tensors, to be run on `engine`.
     pub fn new(engine: &Engine, max_nodes: usize) -> Graph<'a> {
         // SAFETY: the context is sized for max_nodes headers and the graph; null is checked.
         unsafe {
@@ -109,28 +109,28 @@ impl<'a> Graph<'a> {
         }
     }
 
-    fn push(&mut self, raw: *mut sys::ggml_tensor) -> T {
+    fn push(&mut self, raw: *mut sys::ggml_tensor) -> TensorId {
         self.tensors.push(NonNull::new(raw).expect("ggml built no tensor"));
-        T { graph: self.id, index: self.tensors.len() as u32 - 1 }
+        TensorId { graph: self.id, index: self.tensors.len() as u32 - 1 }
     }
 
-    fn raw(&self, t: T) -> *mut sys::ggml_tensor {
+    fn raw(&self, t: TensorId) -> *mut sys::ggml_tensor {
         assert_eq!(t.graph, self.id, "tensor of another graph");
         self.tensors[t.index as usize].as_ptr()
     }
 
     /// Sizes of `t`, ne\[0\] first.
-    pub fn ne(&self, t: T) -> [usize; 4] {
+    pub fn ne(&self, t: TensorId) -> [usize; 4] {
         // SAFETY: `raw` returns a live header of this graph's context.
         unsafe { (*self.raw(t)).ne.map(|n| n as usize) }
     }
 
-    fn contiguous(&self, t: T) -> bool {
+    fn contiguous(&self, t: TensorId) -> bool {
         // SAFETY: a live header.
         unsafe { sys::ggml_is_contiguous(self.raw(t)) }
     }
 
-    fn input(&mut self, ty: Type, ne: [usize; 4], bytes: &'a [u8]) -> T {
+    fn input(&mut self, ty: Type, ne: [usize; 4], bytes: &'a [u8]) -> TensorId {
         assert_eq!(
             bytes.len(),
             ty.row_bytes(ne[0]) * ne[1] * ne[2] * ne[3],
@@ -148,24 +148,25 @@ impl<'a> Graph<'a> {
         t
     }
 
-    /// A float matrix `[n0, n1]` that is copied in when the graph runs.
-    pub fn input_f32(&mut self, ne: [usize; 2], data: &'a [f32]) -> T {
+    /// Float matrix, `ne` `[n0, n1]`, that is copied in when the graph runs.
+    pub fn input_f32(&mut self, ne: [usize; 2], data: &'a [f32]) -> TensorId {
         self.input(Type::F32, [ne[0], ne[1], 1, 1], bytemuck::cast_slice(data))
     }
 
-    /// A vector of 32-bit integers (positions, row numbers).
-    pub fn input_i32(&mut self, data: &'a [i32]) -> T {
+    /// Vector of 32-bit integers (positions, row indices).
+    pub fn input_i32(&mut self, data: &'a [i32]) -> TensorId {
         self.input(Type::I32, [data.len(), 1, 1, 1], bytemuck::cast_slice(data))
     }
 
-    /// The `index`-th tensor of a resident set.
-    pub fn resident(&mut self, set: &'a Resident, index: usize) -> T {
+    /// Tensor with index `index` of a resident set.
+    pub fn resident(&mut self, set: &'a Resident, index: usize) -> TensorId {
         self.push(set.tensors[index].as_ptr())
     }
 
-    /// `aᵀ b` over ne\[0\], both F32 with any strides: a `[k, m]`, b `[k, n]` → `[m, n]`; `a` is repeated over
-    /// outer dimensions.
-    pub fn mul_mat(&mut self, a: T, b: T) -> T {
+    /// Matrix product `aᵀ b` over ne\[0\], both F32 with any strides: a `[k, m]`, b `[k, n]` → `[m, n]`, in
+    /// `ne` order.
+    /// `a` is repeated over outer dimensions.
+    pub fn mul_mat(&mut self, a: TensorId, b: TensorId) -> TensorId {
         let (x, y) = (self.ne(a), self.ne(b));
         assert!(
             x[0] == y[0] && y[2].is_multiple_of(x[2]) && y[3].is_multiple_of(x[3]),
@@ -174,10 +175,10 @@ impl<'a> Graph<'a> {
         let operations = 2 * (x[0] * x[1] * y[1] * y[2] * y[3]) as u64;
         if self.on_devices {
             let (a, b) = (self.with_rows(a), self.with_rows(b));
-            // SAFETY: sizes as asserted, rows without gaps.
+            // SAFETY: sizes are asserted above; rows have no gaps.
             let raw = unsafe {
                 let raw = sys::ggml_mul_mat(self.ctx.as_ptr(), self.raw(a), self.raw(b));
-                // Backends may take halves otherwise, which Gram matrices do not bear.
+                // Backends may otherwise use half precision, which is too little for Gram matrices.
                 sys::ggml_mul_mat_set_prec(raw, sys::GGML_PREC_F32);
                 raw
             };
@@ -209,30 +210,30 @@ impl<'a> Graph<'a> {
         product
     }
 
-    /// The same with neighbours along ne\[0\] beside each other in memory.
-    fn with_rows(&mut self, a: T) -> T {
+    /// Makes neighbours along ne\[0\] adjacent in memory; copies only if they are not.
+    fn with_rows(&mut self, a: TensorId) -> TensorId {
         // SAFETY: a live header.
         let dense = unsafe { (*self.raw(a)).nb[0] == sys::ggml_type_size((*self.raw(a)).type_) };
         if dense { a } else { self.cont(a) }
     }
 
-    fn assert_repeats(&self, a: T, b: T, op: &str) {
+    fn assert_repeats(&self, a: TensorId, b: TensorId, op: &str) {
         let (x, y) = (self.ne(a), self.ne(b));
         assert!(x.iter().zip(y).all(|(x, y)| x % y == 0), "{op} of {x:?} and {y:?}");
     }
 
-    /// `a + b`, with `b` repeated to the shape of `a`.
-    pub fn add(&mut self, a: T, b: T) -> T {
+    /// Sum `a + b`, with `b` repeated to the shape of `a`.
+    pub fn add(&mut self, a: TensorId, b: TensorId) -> TensorId {
         self.assert_repeats(a, b, "add");
         // SAFETY: b can be repeated to a.
         let raw = unsafe { sys::ggml_add(self.ctx.as_ptr(), self.raw(a), self.raw(b)) };
         self.push(raw)
     }
 
-    /// Adds `b` to `total`, one of [`Resident::zeros`], where it is. Graphs that run later find the sum there.
-    pub fn add_to(&mut self, total: T, b: T) -> T {
+    /// Adds `b` to `total`, one of [`Resident::zeros`], in place. Graphs that run later find the sum there.
+    pub fn add_to(&mut self, total: TensorId, b: TensorId) -> TensorId {
         assert_eq!(self.ne(total), self.ne(b));
-        // SAFETY: same shape, and a buffer that is nobody else's memory: that of weights may be.
+        // SAFETY: same shape, and a buffer that owns its memory; that of weights may not.
         let raw = unsafe {
             let buffer = (*self.raw(total)).buffer;
             assert!(!buffer.is_null(), "not a resident tensor");
@@ -243,78 +244,78 @@ impl<'a> Graph<'a> {
         self.push(raw)
     }
 
-    /// `a − b`, with `b` repeated to the shape of `a`.
-    pub fn sub(&mut self, a: T, b: T) -> T {
+    /// Difference `a − b`, with `b` repeated to the shape of `a`.
+    pub fn sub(&mut self, a: TensorId, b: TensorId) -> TensorId {
         self.assert_repeats(a, b, "sub");
         // SAFETY: b can be repeated to a.
         let raw = unsafe { sys::ggml_sub(self.ctx.as_ptr(), self.raw(a), self.raw(b)) };
         self.push(raw)
     }
 
-    /// `a · b` element by element, with `b` repeated to the shape of `a`.
-    pub fn mul(&mut self, a: T, b: T) -> T {
+    /// Elementwise product `a · b`, with `b` repeated to the shape of `a`.
+    pub fn mul(&mut self, a: TensorId, b: TensorId) -> TensorId {
         self.assert_repeats(a, b, "mul");
         // SAFETY: b can be repeated to a.
         let raw = unsafe { sys::ggml_mul(self.ctx.as_ptr(), self.raw(a), self.raw(b)) };
         self.push(raw)
     }
 
-    /// `a / b` element by element, with `b` repeated to the shape of `a`.
-    pub fn div(&mut self, a: T, b: T) -> T {
+    /// Elementwise quotient `a / b`, with `b` repeated to the shape of `a`.
+    pub fn div(&mut self, a: TensorId, b: TensorId) -> TensorId {
         self.assert_repeats(a, b, "div");
         // SAFETY: b can be repeated to a.
         let raw = unsafe { sys::ggml_div(self.ctx.as_ptr(), self.raw(a), self.raw(b)) };
         self.push(raw)
     }
 
-    /// `factor · a + offset`.
-    pub fn scale(&mut self, a: T, factor: f32, offset: f32) -> T {
+    /// Linear function `factor · a + offset` of each element.
+    pub fn scale(&mut self, a: TensorId, factor: f32, offset: f32) -> TensorId {
         assert!(self.contiguous(a));
-        // SAFETY: contiguous, as ggml_scale_bias wants it.
+        // SAFETY: contiguous, as ggml_scale_bias requires.
         let raw = unsafe { sys::ggml_scale_bias(self.ctx.as_ptr(), self.raw(a), factor, offset) };
         self.push(raw)
     }
 
     /// Hyperbolic tangent of each element.
-    pub fn tanh(&mut self, a: T) -> T {
+    pub fn tanh(&mut self, a: TensorId) -> TensorId {
         assert!(self.contiguous(a));
-        // SAFETY: contiguous, as ggml's unary operations want it.
+        // SAFETY: contiguous, as ggml's unary operations require.
         let raw = unsafe { sys::ggml_tanh(self.ctx.as_ptr(), self.raw(a)) };
         self.push(raw)
     }
 
     /// Square root of each element.
-    pub fn sqrt(&mut self, a: T) -> T {
-        // SAFETY: any float tensor will do.
+    pub fn sqrt(&mut self, a: TensorId) -> TensorId {
+        // SAFETY: accepts any float tensor.
         let raw = unsafe { sys::ggml_sqrt(self.ctx.as_ptr(), self.raw(a)) };
         self.push(raw)
     }
 
-    /// Means of the rows: ne\[0\] becomes 1.
-    pub fn mean(&mut self, a: T) -> T {
-        // SAFETY: any float tensor will do.
+    /// Mean of each row: ne\[0\] becomes 1.
+    pub fn mean(&mut self, a: TensorId) -> TensorId {
+        // SAFETY: accepts any float tensor.
         let raw = unsafe { sys::ggml_mean(self.ctx.as_ptr(), self.raw(a)) };
         self.push(raw)
     }
 
-    /// Rows divided by their root mean square.
-    pub fn rms_norm(&mut self, a: T, eps: f32) -> T {
+    /// RMS norm: rows divided by their root mean square.
+    pub fn rms_norm(&mut self, a: TensorId, eps: f32) -> TensorId {
         assert!(eps >= 0.0);
-        // SAFETY: any float tensor will do.
+        // SAFETY: accepts any float tensor.
         let raw = unsafe { sys::ggml_rms_norm(self.ctx.as_ptr(), self.raw(a), eps) };
         self.push(raw)
     }
 
-    /// Rows with their mean taken off, divided by their standard deviation.
-    pub fn layer_norm(&mut self, a: T, eps: f32) -> T {
+    /// Layer norm: rows minus their mean, divided by their standard deviation.
+    pub fn layer_norm(&mut self, a: TensorId, eps: f32) -> TensorId {
         assert!(eps >= 0.0);
-        // SAFETY: any float tensor will do.
+        // SAFETY: accepts any float tensor.
         let raw = unsafe { sys::ggml_norm(self.ctx.as_ptr(), self.raw(a), eps) };
         self.push(raw)
     }
 
-    /// `silu(gate) · up`.
-    pub fn swiglu(&mut self, gate: T, up: T) -> T {
+    /// SwiGLU: `silu(gate) · up`.
+    pub fn swiglu(&mut self, gate: TensorId, up: TensorId) -> TensorId {
         assert_eq!(self.ne(gate), self.ne(up));
         assert!(self.contiguous(gate) && self.contiguous(up));
         // SAFETY: same shape, both contiguous.
@@ -322,8 +323,8 @@ impl<'a> Graph<'a> {
         self.push(raw)
     }
 
-    /// `gelu(gate) · up`, with ggml's tanh approximation.
-    pub fn geglu(&mut self, gate: T, up: T) -> T {
+    /// GeGLU: `gelu(gate) · up`, with ggml's tanh approximation.
+    pub fn geglu(&mut self, gate: TensorId, up: TensorId) -> TensorId {
         assert_eq!(self.ne(gate), self.ne(up));
         assert!(self.contiguous(gate) && self.contiguous(up));
         // SAFETY: same shape, both contiguous.
@@ -331,34 +332,53 @@ impl<'a> Graph<'a> {
         self.push(raw)
     }
 
-    /// ggml's tanh approximation of GELU, of each element.
-    pub fn gelu(&mut self, a: T) -> T {
+    /// GELU of each element, with ggml's tanh approximation.
+    pub fn gelu(&mut self, a: TensorId) -> TensorId {
         assert!(self.contiguous(a));
-        // SAFETY: contiguous, as ggml's unary operations want it.
+        // SAFETY: contiguous, as ggml's unary operations require.
         let raw = unsafe { sys::ggml_gelu(self.ctx.as_ptr(), self.raw(a)) };
         self.push(raw)
     }
 
-    /// max(0, x) of each element.
-    pub fn relu(&mut self, a: T) -> T {
+    /// ReLU of each element: max(0, x).
+    pub fn relu(&mut self, a: TensorId) -> TensorId {
         assert!(self.contiguous(a));
-        // SAFETY: contiguous, as ggml's unary operations want it.
+        // SAFETY: contiguous, as ggml's unary operations require.
         let raw = unsafe { sys::ggml_relu(self.ctx.as_ptr(), self.raw(a)) };
         self.push(raw)
     }
 
-    /// Rotary embedding of `[head_dim, n_head, n_tokens]`, one position per token, with optional
+    /// Rotary embedding of `ne` `[head_dim, n_head, n_tokens]`, one position per token, with optional
     /// frequency factors `[n_rot/2]`.
-    pub fn rope(&mut self, a: T, positions: T, factors: Option<T>, p: &RopeParams) -> T {
+    pub fn rope(
+        &mut self,
+        a: TensorId,
+        positions: TensorId,
+        factors: Option<TensorId>,
+        p: &RopeParams,
+    ) -> TensorId {
         self.rotate(sys::ggml_rope_ext, a, positions, factors, p)
     }
 
-    /// What a gradient of [`Graph::rope`]'s result is before it: rotated the other way.
-    pub fn rope_back(&mut self, a: T, positions: T, factors: Option<T>, p: &RopeParams) -> T {
+    /// Gradient before [`Graph::rope`] from the gradient behind it: the opposite rotation.
+    pub fn rope_back(
+        &mut self,
+        a: TensorId,
+        positions: TensorId,
+        factors: Option<TensorId>,
+        p: &RopeParams,
+    ) -> TensorId {
         self.rotate(sys::ggml_rope_ext_back, a, positions, factors, p)
     }
 
-    fn rotate(&mut self, op: RopeOp, a: T, positions: T, factors: Option<T>, p: &RopeParams) -> T {
+    fn rotate(
+        &mut self,
+        op: RopeOp,
+        a: TensorId,
+        positions: TensorId,
+        factors: Option<TensorId>,
+        p: &RopeParams,
+    ) -> TensorId {
         let ne = self.ne(a);
         assert!(
             p.n_rot.is_multiple_of(2) && p.n_rot <= ne[0] && self.ne(positions)[0] == ne[2] && ne[3] == 1
@@ -366,7 +386,7 @@ impl<'a> Graph<'a> {
         assert!(factors.is_none_or(|f| self.ne(f)[0] >= p.n_rot / 2));
         let factors = factors.map_or(std::ptr::null_mut(), |f| self.raw(f));
         let mode = if p.neox { ROPE_TYPE_NEOX } else { 0 };
-        // SAFETY: shapes as ggml_rope_ext demands, asserted above.
+        // SAFETY: shapes as ggml_rope_ext requires, asserted above.
         let raw = unsafe {
             op(
                 self.ctx.as_ptr(),
@@ -387,19 +407,20 @@ impl<'a> Graph<'a> {
         self.push(raw)
     }
 
-    /// softmax(scale · a + mask) over ne\[0\]; a `[n_kv, n_tokens, n_head, n_seq]`, mask F32 `[n_kv, n_tokens]`.
-    pub fn soft_max(&mut self, a: T, mask: Option<T>, scale: f32) -> T {
+    /// Computes softmax(scale · a + mask) over ne\[0\]; a is `ne` `[n_kv, n_tokens, n_head, n_seq]`, mask
+    /// F32 `ne` `[n_kv, n_tokens]`.
+    pub fn soft_max(&mut self, a: TensorId, mask: Option<TensorId>, scale: f32) -> TensorId {
         let ne = self.ne(a);
         assert!(self.contiguous(a));
         assert!(mask.is_none_or(|m| self.contiguous(m) && self.ne(m)[..2] == ne[..2]));
         let mask = mask.map_or(std::ptr::null_mut(), |m| self.raw(m));
-        // SAFETY: contiguous, with a mask of the same rows.
+        // SAFETY: contiguous, with a mask of the same row length.
         let raw = unsafe { sys::ggml_soft_max_ext(self.ctx.as_ptr(), self.raw(a), mask, scale, 0.0) };
         self.push(raw)
     }
 
-    /// The gradient before a [`Graph::soft_max`] that gave `y`, from the gradient `grad` behind it.
-    pub fn soft_max_back(&mut self, grad: T, y: T, scale: f32) -> T {
+    /// Gradient before a [`Graph::soft_max`] with the result `y`, from the gradient `grad` behind it.
+    pub fn soft_max_back(&mut self, grad: TensorId, y: TensorId, scale: f32) -> TensorId {
         assert!(self.ne(grad) == self.ne(y) && self.contiguous(grad) && self.contiguous(y));
         // SAFETY: same shape, both contiguous.
         let raw = unsafe {
@@ -408,49 +429,49 @@ impl<'a> Graph<'a> {
         self.push(raw)
     }
 
-    /// The gradient before a [`Graph::rms_norm`] of `x`, from the gradient `grad` behind it.
-    pub fn rms_norm_back(&mut self, grad: T, x: T, eps: f32) -> T {
+    /// Gradient before a [`Graph::rms_norm`] of `x`, from the gradient `grad` behind it.
+    pub fn rms_norm_back(&mut self, grad: TensorId, x: TensorId, eps: f32) -> TensorId {
         assert!(self.ne(grad) == self.ne(x) && eps >= 0.0);
         // SAFETY: same shape.
         let raw = unsafe { sys::ggml_rms_norm_back(self.ctx.as_ptr(), self.raw(grad), self.raw(x), eps) };
         self.push(raw)
     }
 
-    /// 1 / (1 + exp(−x)) of each element.
-    pub fn sigmoid(&mut self, x: T) -> T {
+    /// Sigmoid of each element: 1 / (1 + exp(−x)).
+    pub fn sigmoid(&mut self, x: TensorId) -> TensorId {
         assert!(self.contiguous(x));
-        // SAFETY: contiguous, as ggml's unary operations want it.
+        // SAFETY: contiguous, as ggml's unary operations require.
         let raw = unsafe { sys::ggml_sigmoid(self.ctx.as_ptr(), self.raw(x)) };
         self.push(raw)
     }
 
-    /// `x · sigmoid(x)` of each element.
-    pub fn silu(&mut self, x: T) -> T {
+    /// SiLU of each element: `x · sigmoid(x)`.
+    pub fn silu(&mut self, x: TensorId) -> TensorId {
         assert!(self.contiguous(x));
-        // SAFETY: contiguous, as ggml's unary operations want it.
+        // SAFETY: contiguous, as ggml's unary operations require.
         let raw = unsafe { sys::ggml_silu(self.ctx.as_ptr(), self.raw(x)) };
         self.push(raw)
     }
 
-    /// The gradient before [`Graph::silu`] of `x`, from the gradient `grad` behind it.
-    pub fn silu_back(&mut self, grad: T, x: T) -> T {
+    /// Gradient before [`Graph::silu`] of `x`, from the gradient `grad` behind it.
+    pub fn silu_back(&mut self, grad: TensorId, x: TensorId) -> TensorId {
         assert!(self.ne(grad) == self.ne(x) && self.contiguous(grad) && self.contiguous(x));
         // SAFETY: same shape, both contiguous.
         let raw = unsafe { sys::ggml_silu_back(self.ctx.as_ptr(), self.raw(grad), self.raw(x)) };
         self.push(raw)
     }
 
-    /// The same elements with other sizes.
-    pub fn reshape(&mut self, a: T, ne: [usize; 4]) -> T {
+    /// Same elements with other sizes (a view).
+    pub fn reshape(&mut self, a: TensorId, ne: [usize; 4]) -> TensorId {
         assert!(self.contiguous(a) && self.ne(a).iter().product::<usize>() == ne.iter().product::<usize>());
         let [n0, n1, n2, n3] = ne.map(|n| n as i64);
-        // SAFETY: contiguous, with as many elements.
+        // SAFETY: contiguous, with the same number of elements.
         let raw = unsafe { sys::ggml_reshape_4d(self.ctx.as_ptr(), self.raw(a), n0, n1, n2, n3) };
         self.push(raw)
     }
 
-    /// Dimension i of `a` becomes dimension `axes[i]` of the result (a view).
-    pub fn permute(&mut self, a: T, axes: [usize; 4]) -> T {
+    /// Permutes dimensions: dimension i of `a` becomes dimension `axes[i]` of the result (a view).
+    pub fn permute(&mut self, a: TensorId, axes: [usize; 4]) -> TensorId {
         let mut seen = [false; 4];
         axes.iter().for_each(|&x| seen[x] = true);
         assert_eq!(seen, [true; 4], "axes {axes:?} are no permutation");
@@ -460,20 +481,20 @@ impl<'a> Graph<'a> {
         self.push(raw)
     }
 
-    /// The first two dimensions exchanged (a view).
-    pub fn transpose(&mut self, a: T) -> T {
+    /// Exchanges the first two dimensions (a view).
+    pub fn transpose(&mut self, a: TensorId) -> TensorId {
         self.permute(a, [1, 0, 2, 3])
     }
 
-    /// A contiguous copy.
-    pub fn cont(&mut self, a: T) -> T {
+    /// Contiguous copy of `a`.
+    pub fn cont(&mut self, a: TensorId) -> TensorId {
         // SAFETY: any tensor can be copied.
         let raw = unsafe { sys::ggml_cont(self.ctx.as_ptr(), self.raw(a)) };
         self.push(raw)
     }
 
     /// Elements `start .. start + n` along dimension `dim` (a view).
-    pub fn slice(&mut self, a: T, dim: usize, start: usize, n: usize) -> T {
+    pub fn slice(&mut self, a: TensorId, dim: usize, start: usize, n: usize) -> TensorId {
         let mut ne = self.ne(a);
         assert!(dim < 4 && n > 0 && start + n <= ne[dim]);
         if n == ne[dim] {
@@ -481,8 +502,8 @@ impl<'a> Graph<'a> {
         }
         ne[dim] = n;
         let [n0, n1, n2, n3] = ne.map(|n| n as i64);
-        // SAFETY: the slice lies inside `a`, whose strides the view keeps. Types with blocks are
-        // not sliced along ne[0]: their stride nb[0] is a block's.
+        // SAFETY: the slice lies inside `a`, whose strides the view keeps. Types with blocks are not sliced
+        // along ne[0]: their stride nb[0] is that of a block.
         let raw = unsafe {
             let src = self.raw(a);
             let nb = (*src).nb;
@@ -493,8 +514,8 @@ impl<'a> Graph<'a> {
         self.push(raw)
     }
 
-    /// `a` followed by `b` along dimension `dim`.
-    pub fn concat(&mut self, a: T, b: T, dim: usize) -> T {
+    /// Concatenates `a` and `b` along dimension `dim`.
+    pub fn concat(&mut self, a: TensorId, b: TensorId, dim: usize) -> TensorId {
         let (x, y) = (self.ne(a), self.ne(b));
         assert!((0..4).all(|d| d == dim || x[d] == y[d]), "concat of {x:?} and {y:?} along {dim}");
         // SAFETY: equal in all other dimensions.
@@ -502,8 +523,8 @@ impl<'a> Graph<'a> {
         self.push(raw)
     }
 
-    /// Marks `t` as a result: computed, and kept until it is read.
-    pub fn output(&mut self, t: T) {
+    /// Marks `t` as a result, which is computed and kept until it is read.
+    pub fn output(&mut self, t: TensorId) {
         // SAFETY: a live header.
         unsafe {
             sys::ggml_set_output(self.raw(t));
@@ -511,12 +532,14 @@ impl<'a> Graph<'a> {
         }
     }
 
-    /// Names its nodes as no other graph's are named. CUDA's backend records a graph whose nodes are in all respects those of the
-    /// last that began at the same address, to replay it. Ours come and go, and begin at addresses of others; an H100 then met
-    /// an illegal instruction, and did not without recordings. Why is not known.
+    /// Gives the nodes names that no other graph has.
+    ///
+    /// CUDA's backend records a graph whose nodes equal those of the last graph at the same address, to
+    /// replay it. Our graphs are short-lived and reuse addresses. With recordings, an H100 stops at an
+    /// illegal instruction; without them it does not. The cause is unknown.
     fn look_new(&self) {
         let name = CString::new(self.id.to_string()).expect("digits");
-        // SAFETY: live headers of this graph, and a C string that is copied.
+        // SAFETY: live headers of this graph, and a C string that ggml copies.
         unsafe {
             for i in 0..sys::ggml_graph_n_nodes(self.graph) {
                 sys::ggml_set_name(sys::ggml_graph_node(self.graph, i), name.as_ptr());
@@ -527,10 +550,10 @@ impl<'a> Graph<'a> {
     /// Runs the graph.
     ///
     /// # Errors
-    /// [`GgmlError::Memory`] if the scratch memory cannot be had, [`GgmlError::Compute`] otherwise.
+    /// [`GgmlError::Memory`] if there is no room for scratch memory, [`GgmlError::Compute`] otherwise.
     pub fn compute<'e>(self, engine: &'e mut Engine) -> Result<Computed<'a, 'e>, GgmlError> {
-        // SAFETY: the engine is borrowed mutably until the results are dropped, so no other graph
-        // can reuse its scratch memory; inputs were checked against their shapes.
+        // SAFETY: the engine is borrowed mutably until the results are dropped, so no other graph can reuse
+        // its scratch memory; inputs are checked against their shapes.
         unsafe {
             assert_eq!(self.on_devices, engine.has_devices(), "a graph for another engine");
             if self.on_devices {
@@ -540,7 +563,7 @@ impl<'a> Graph<'a> {
                 return Err(GgmlError::Memory(0, "a compute graph"));
             }
             for (t, bytes) in &self.inputs {
-                // An input that no result depends on is given no memory.
+                // An input that no result depends on gets no memory.
                 if !(*t.as_ptr()).buffer.is_null() {
                     sys::ggml_backend_tensor_set(t.as_ptr(), bytes.as_ptr().cast(), 0, bytes.len());
                 }
@@ -550,8 +573,8 @@ impl<'a> Graph<'a> {
                 return Err(GgmlError::Compute(status));
             }
         }
-        // SAFETY: live headers; what no result depends on was given no memory, and did not run.
-        let ran = |t: &T| unsafe { !(*self.raw(*t)).buffer.is_null() };
+        // SAFETY: live headers; a node that no result depends on gets no memory, and does not run.
+        let ran = |t: &TensorId| unsafe { !(*self.raw(*t)).buffer.is_null() };
         count(self.products.iter().filter(|(t, _)| ran(t)).map(|(_, n)| n).sum());
         Ok(Computed { graph: self, _engine: PhantomData })
     }
@@ -564,7 +587,7 @@ impl Drop for Graph<'_> {
     }
 }
 
-/// A graph that has run; its outputs can be read until it is dropped.
+/// Graph after its run; its outputs can be read until it is dropped.
 pub struct Computed<'a, 'e> {
     graph: Graph<'a>,
     _engine: PhantomData<&'e mut Engine>,
@@ -574,8 +597,8 @@ impl Computed<'_, '_> {
     /// Copies the F32 output `t` into `dst`.
     ///
     /// # Panics
-    /// If `t` is no contiguous F32 output of this graph or `dst` has another length.
-    pub fn read(&self, t: T, dst: &mut [f32]) {
+    /// If `t` is not a contiguous F32 output of this graph, or `dst` has another length.
+    pub fn read(&self, t: TensorId, dst: &mut [f32]) {
         let raw = self.graph.raw(t);
         assert!(self.graph.contiguous(t));
         // SAFETY: type, length and the output flag are checked; the buffer is alive.
@@ -587,15 +610,15 @@ impl Computed<'_, '_> {
         }
     }
 
-    /// The F32 output `t` where it is, if the host can read it there.
+    /// Borrows the F32 output `t` in place if the host can read it there, else copies it.
     ///
     /// # Panics
-    /// If `t` is no contiguous F32 output of this graph.
-    pub fn view(&self, t: T) -> Cow<'_, [f32]> {
+    /// If `t` is not a contiguous F32 output of this graph.
+    pub fn view(&self, t: TensorId) -> Cow<'_, [f32]> {
         let raw = self.graph.raw(t);
         assert!(self.graph.contiguous(t));
-        // SAFETY: type and output flag are checked; the buffer is alive and unchanged as long as `self` is borrowed,
-        // since the engine is, too.
+        // SAFETY: type and output flag are checked; the buffer is alive and unchanged while `self` is
+        // borrowed, since the engine is, too.
         unsafe {
             assert_eq!((*raw).type_, sys::GGML_TYPE_F32);
             assert!((*raw).flags & sys::GGML_TENSOR_FLAG_OUTPUT as i32 != 0, "not an output");
@@ -608,8 +631,8 @@ impl Computed<'_, '_> {
         }
     }
 
-    /// The F32 output `t` as a new vector.
-    pub fn to_vec(&self, t: T) -> Vec<f32> {
+    /// Copies the F32 output `t` into a new vector.
+    pub fn to_vec(&self, t: TensorId) -> Vec<f32> {
         let mut v = vec![0.0; self.graph.ne(t).iter().product()];
         self.read(t, &mut v);
         v

@@ -1,4 +1,4 @@
-//! libllama: the tokenizer, and the runtime that judges our files.
+//! Safe interface to libllama: the tokenizer, and the runtime that validates our files.
 
 use super::GgmlError;
 use super::device::Device;
@@ -8,29 +8,29 @@ use std::ffi::CString;
 use std::path::Path;
 use std::ptr::NonNull;
 
-/// A token id.
+/// Token id.
 pub type Token = i32;
 
 /// Bytes that a SentencePiece tokenizer gets at once.
 const SPM_PART: usize = 8 << 10;
 
-/// `path` as libllama takes it.
+/// Converts `path` to the string that libllama takes.
 pub(super) fn c_path(path: &Path) -> Result<CString, GgmlError> {
     let text =
         path.to_str().ok_or_else(|| GgmlError::Llama(format!("cannot open {path:?}: not a UTF-8 path")))?;
     CString::new(text).map_err(|_| GgmlError::Llama(format!("cannot open {path:?}: NUL in path")))
 }
 
-/// What libllama keeps on devices.
+/// Part of the model that libllama keeps on devices.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Offload {
-    /// The devices; none is the CPU alone.
+    /// Devices; an empty list means the CPU alone.
     pub devices: Vec<Device>,
-    /// Layers that lie there at most.
+    /// Largest number of layers on the devices.
     pub n_layers: usize,
 }
 
-/// A model (or only its vocabulary) loaded by libllama.
+/// Model (or only its vocabulary) loaded by libllama.
 pub struct LlamaModel {
     raw: NonNull<sys::llama_model>,
 }
@@ -57,8 +57,8 @@ impl LlamaModel {
         LlamaModel::open(path, true, false)
     }
 
-    /// Loads the model so that its weights stay in the mapped file: slower where libllama has faster kernels for
-    /// weights in another order, of which it would make a copy.
+    /// Loads the model so that its weights stay in the mapped file.
+    /// It is slower if libllama has faster kernels for weights in another order, which it would copy.
     ///
     /// # Errors
     /// [`GgmlError::Llama`] if libllama refuses the file.
@@ -86,7 +86,7 @@ impl LlamaModel {
         })
     }
 
-    /// Opens the model at `path` on the CPU, with what `set` makes of the default parameters.
+    /// Opens the model at `path` on the CPU, with the default parameters as changed by `set`.
     pub(super) fn open_with(
         path: &Path,
         set: impl FnOnce(&mut sys::llama_model_params),
@@ -96,7 +96,7 @@ impl LlamaModel {
         let c_path = c_path(path)?;
         // SAFETY: parameters are plain data.
         let mut params = unsafe { sys::llama_model_default_params() };
-        // A list that ends at once: no device is even looked at.
+        // The list ends at once: libllama does not even look at a device.
         let mut no_devices = [std::ptr::null_mut()];
         params.devices = no_devices.as_mut_ptr();
         params.n_gpu_layers = 0;
@@ -105,32 +105,33 @@ impl LlamaModel {
         // SAFETY: a valid C string; null is checked.
         let raw = unsafe { sys::llama_model_load_from_file(c_path.as_ptr(), params) };
         NonNull::new(raw).map(|raw| LlamaModel { raw }).ok_or_else(|| {
-            // `error loading model: ` stands before what the error is.
+            // `error loading model: ` precedes the actual error.
             let reason = with_cause(what.into()).replace("error loading model: ", "");
             GgmlError::Load { path: path.into(), reason }
         })
     }
 
-    /// Tokens of context that it was trained for.
+    /// Context length that the model was trained for, in tokens.
     pub fn n_ctx_train(&self) -> usize {
         // SAFETY: a live model.
         usize::try_from(unsafe { sys::llama_model_n_ctx_train(self.raw.as_ptr()) }).unwrap_or(0)
     }
 
-    /// Whether it knows as many positions as it was trained for and no more, since each has an embedding: libllama stops the
-    /// process on others.
+    /// Whether each position has a learned embedding, so that the model knows only the positions that it
+    /// was trained for.
+    /// libllama stops the process on others.
     pub fn positions_are_learnt(&self) -> bool {
         // SAFETY: a live model.
         unsafe { sys::llama_model_rope_type(self.raw.as_ptr()) == sys::LLAMA_ROPE_TYPE_NONE }
     }
 
-    /// Bytes of all weights.
+    /// Size of all weights in bytes.
     pub(super) fn n_bytes(&self) -> u64 {
         // SAFETY: a live model.
         unsafe { sys::llama_model_size(self.raw.as_ptr()) }
     }
 
-    /// Makes a context as llama-cli does by default, for one sequence of `n_ctx` tokens, and drops it again.
+    /// Makes a context as llama-cli does by default, for one sequence of `n_ctx` tokens, and drops it.
     ///
     /// # Errors
     /// [`GgmlError::Llama`] if libllama cannot make it.
@@ -149,9 +150,10 @@ impl LlamaModel {
         Ok(())
     }
 
-    /// `content` as a user's message in the model's own chat template, up to where the reply begins.
-    /// Nothing if the model has no template or libllama does not know it (it knows the common ones by
-    /// heart and runs no Jinja).
+    /// Formats `content` as a user's message in the model's own chat template, up to the start of the
+    /// reply.
+    /// Returns `None` if the model has no template or libllama does not recognise it (it has the common
+    /// ones built in and runs no Jinja).
     pub fn chat_prompt(&self, content: &str) -> Option<String> {
         let content = CString::new(content).ok()?;
         let message = sys::llama_chat_message { role: c"user".as_ptr(), content: content.as_ptr() };
@@ -183,7 +185,7 @@ impl LlamaModel {
         None
     }
 
-    /// The tokenizer.
+    /// Tokenizer of the model.
     pub fn vocab(&self) -> Vocab<'_> {
         // SAFETY: a live model; the vocabulary lives as long as it.
         let raw = unsafe { sys::llama_model_get_vocab(self.raw.as_ptr()) };
@@ -193,12 +195,12 @@ impl LlamaModel {
 
 impl Drop for LlamaModel {
     fn drop(&mut self) {
-        // SAFETY: loaded by us; contexts borrow the model and are gone.
+        // SAFETY: loaded by us; contexts borrow the model and no longer exist.
         unsafe { sys::llama_model_free(self.raw.as_ptr()) }
     }
 }
 
-/// The tokenizer of a [`LlamaModel`].
+/// Tokenizer of a [`LlamaModel`].
 #[derive(Clone, Copy)]
 pub struct Vocab<'m> {
     raw: *const sys::llama_vocab,
@@ -234,15 +236,17 @@ impl Vocab<'_> {
 
     /// Whether `token` ends a generation.
     pub fn is_eog(&self, token: Token) -> bool {
-        // SAFETY: a live vocabulary; a number that is none of its tokens ends nothing.
+        // SAFETY: a live vocabulary; libllama accepts any number as a token.
         unsafe { sys::llama_vocab_is_eog(self.raw, token) }
     }
 
-    /// Tokens of `text`, without special tokens added. With `parse_special`, text such as `<|im_end|>`
-    /// becomes the special token that it names: for chat templates, not for a user's text.
+    /// Tokenises `text` without adding special tokens.
+    /// With `parse_special`, text such as `<|im_end|>` becomes the special token of that name: for chat
+    /// templates, not for a user's text.
     ///
-    /// A SentencePiece tokenizer gets a long text in parts, each up to the end of a line: the time that libllama takes for
-    /// bytes without a token of their own grows with the square of the text (`llm_tokenizer_spm_session::resegment`).
+    /// A SentencePiece tokenizer gets a long text in parts, each up to the end of a line. libllama's time
+    /// for bytes without a token of their own grows with the square of the text
+    /// (`llm_tokenizer_spm_session::resegment`).
     ///
     /// # Errors
     /// [`GgmlError::Llama`] if the text is too long for one call (2 GiB) or the tokenizer fails.
@@ -257,7 +261,7 @@ impl Vocab<'_> {
         }
         let (mut tokens, mut rest) = (Vec::new(), text);
         while rest.len() > SPM_PART {
-            let most = rest.floor_char_boundary(SPM_PART);
+            let most = (0..=SPM_PART).rev().find(|&i| rest.is_char_boundary(i)).unwrap_or(0);
             let end = rest[..most].rfind('\n').map_or(most, |i| i + 1);
             tokens.extend(self.tokenize_at_once(&rest[..end], parse_special)?);
             rest = &rest[end..];
@@ -268,7 +272,7 @@ impl Vocab<'_> {
 
     fn tokenize_at_once(&self, text: &str, parse_special: bool) -> Result<Vec<Token>, GgmlError> {
         let too_long = |_| GgmlError::Llama("cannot tokenise 2 GiB at once".into());
-        // Hardly a token is of less than a byte; spaces may be.
+        // Tokens are rarely shorter than a byte, except for added spaces.
         let mut tokens: Vec<Token> = vec![0; text.len() + 16];
         for _ in 0..2 {
             let (len, room) = (i32::try_from(text.len()), i32::try_from(tokens.len()));
@@ -284,18 +288,18 @@ impl Vocab<'_> {
                     return Ok(tokens);
                 }
                 i32::MIN => break,
-                // So many there are.
+                // libllama returns the negated number of tokens.
                 _ => tokens.resize(n.unsigned_abs() as usize, 0),
             }
         }
         Err(GgmlError::Llama("failed to tokenise the text".into()))
     }
 
-    /// The bytes that `token` stands for.
+    /// Bytes that `token` stands for.
     pub fn piece(&self, token: Token) -> Vec<u8> {
         let mut buf = vec![0u8; 64];
         for _ in 0..2 {
-            // SAFETY: buffer with its length; special tokens are rendered too.
+            // SAFETY: the buffer is passed with its length; special tokens are rendered too.
             let n = unsafe {
                 sys::llama_token_to_piece(self.raw, token, buf.as_mut_ptr().cast(), buf.len() as i32, 0, true)
             };
@@ -308,25 +312,25 @@ impl Vocab<'_> {
         Vec::new()
     }
 
-    /// Text of `tokens`; bytes that are no UTF-8 are replaced.
+    /// Text of `tokens`; invalid UTF-8 is replaced.
     pub fn detokenize(&self, tokens: &[Token]) -> String {
         let bytes: Vec<u8> = tokens.iter().flat_map(|&t| self.piece(t)).collect();
         String::from_utf8_lossy(&bytes).into_owned()
     }
 }
 
-/// One token to decode.
+/// Token to decode.
 #[derive(Clone, Copy, Debug)]
 pub struct BatchToken {
-    /// The token.
+    /// Token id.
     pub token: Token,
-    /// Its position in its sequence.
+    /// Position in its sequence.
     pub pos: i32,
-    /// Its sequence.
+    /// Sequence id.
     pub seq: i32,
 }
 
-/// A libllama context: KV cache and logits.
+/// Context of libllama: KV cache and logits.
 pub struct Context<'m> {
     raw: NonNull<sys::llama_context>,
     batch: sys::llama_batch,
@@ -337,8 +341,9 @@ pub struct Context<'m> {
 }
 
 impl<'m> Context<'m> {
-    /// A context for `n_seq` sequences of `n_ctx` tokens each, decoding at most `n_batch` tokens a
-    /// call, with flash attention left to libllama's choice.
+    /// Creates a context for `n_seq` sequences of `n_ctx` tokens each, which decodes at most `n_batch`
+    /// tokens a call.
+    /// Flash attention is left to libllama's choice.
     ///
     /// # Errors
     /// [`GgmlError::Llama`] if libllama cannot make it (most often: memory).
@@ -370,7 +375,7 @@ impl<'m> Context<'m> {
         }
     }
 
-    /// Forgets all sequences.
+    /// Clears all sequences.
     pub fn clear(&mut self) {
         // SAFETY: a live context.
         unsafe { sys::llama_memory_clear(sys::llama_get_memory(self.raw.as_ptr()), false) }
@@ -403,7 +408,7 @@ impl<'m> Context<'m> {
     fn decode_with(&mut self, tokens: &[BatchToken], all_logits: bool) -> Result<(), GgmlError> {
         assert!(tokens.len() <= self.n_batch);
         self.n_last = 0;
-        // SAFETY: the batch was made for n_batch tokens with one sequence id each.
+        // SAFETY: the batch has room for n_batch tokens with one sequence id each.
         let status = unsafe {
             for (i, t) in tokens.iter().enumerate() {
                 *self.batch.token.add(i) = t.token;
@@ -428,8 +433,8 @@ impl<'m> Context<'m> {
     /// If `i` is not a token of the last successful batch.
     pub fn logits(&self, i: usize) -> &[f32] {
         assert!(i < self.n_last);
-        // SAFETY: logits were asked for at every position; the pointer lives until the next decode,
-        // which needs `&mut self`.
+        // SAFETY: logits are requested at every position; the pointer lives until the next decode, which
+        // needs `&mut self`.
         unsafe {
             let p = sys::llama_get_logits_ith(self.raw.as_ptr(), i as i32);
             assert!(!p.is_null());
@@ -440,7 +445,7 @@ impl<'m> Context<'m> {
 
 impl Drop for Context<'_> {
     fn drop(&mut self) {
-        // SAFETY: both made by `new`.
+        // SAFETY: `new` made both.
         unsafe {
             sys::llama_batch_free(self.batch);
             sys::llama_free(self.raw.as_ptr());

@@ -1,4 +1,4 @@
-//! What libllama would take to run a model, by its own account, without reading a weight.
+//! Memory that libllama needs to run a model, by its own account, without reading a weight.
 
 use super::GgmlError;
 use super::llama::LlamaModel;
@@ -6,30 +6,32 @@ use super::system::{logged_by, silence_logs};
 use llama_cpp_sys_2 as sys;
 use std::path::Path;
 
-/// Bytes that libllama takes to run a model on the CPU.
+/// Bytes that libllama needs to run a model on the CPU.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct RunMemory {
-    /// Weights.
+    /// Bytes of the weights.
     pub weights: u64,
-    /// Keys and values, in F16.
+    /// Bytes of keys and values, in F16.
     pub kv_cache: u64,
-    /// What a step computes in, and the logits that it returns.
+    /// Bytes of the compute buffers and of the logits of a step.
     pub compute: u64,
 }
 
 impl RunMemory {
-    /// All of it. The vocabulary and the program itself come on top.
+    /// Sum of all parts, in bytes. The vocabulary and the program itself come on top.
     pub fn total(&self) -> u64 {
         self.weights + self.kv_cache + self.compute
     }
 }
 
-/// What libllama allocates for the model at `path` and one sequence of `n_ctx` tokens, with the defaults of llama-cli.
-/// Allocations are simulated (`no_alloc`), and what they come to is read from libllama's log, for its C interface
-/// does not say: to a hundredth of a MiB each. Silences the log as [`silence_logs`] does.
+/// Predicts libllama's allocations for the model at `path` and one sequence of `n_ctx` tokens, with the
+/// defaults of llama-cli.
+///
+/// Allocations are simulated (`no_alloc`). Their sizes are read from libllama's log, because its C
+/// interface does not report them, to a hundredth of a MiB each. Silences the log as [`silence_logs`] does.
 ///
 /// # Errors
-/// [`GgmlError::Llama`] if libllama refuses the file or says nothing.
+/// [`GgmlError::Llama`] if libllama refuses the file or logs nothing.
 pub fn run_memory(path: &Path, n_ctx: usize) -> Result<RunMemory, GgmlError> {
     logged_memory(path, n_ctx, |params| {
         params.no_alloc = true;
@@ -37,7 +39,8 @@ pub fn run_memory(path: &Path, n_ctx: usize) -> Result<RunMemory, GgmlError> {
     })
 }
 
-/// The same by really loading the model and making a context: what [`run_memory`] is to foresee.
+/// Measures the same by really loading the model and making a context: the values that [`run_memory`]
+/// predicts.
 ///
 /// # Errors
 /// As [`run_memory`].
@@ -56,7 +59,7 @@ pub fn repacked_bytes(path: &Path) -> Result<u64, GgmlError> {
     Ok(sum(&lines, &["_REPACK", "model buffer size ="]))
 }
 
-/// Bytes in the lines that hold all of `parts`.
+/// Sum of the sizes, in bytes, in the log lines that hold all of `parts`.
 fn sum(lines: &[String], parts: &[&str]) -> u64 {
     let lines = lines.iter().filter(|line| parts.iter().all(|part| line.contains(part)));
     let sizes = lines.filter_map(|line| {
@@ -75,7 +78,8 @@ fn logged_memory(
     let model = LlamaModel::open_with(path, set)?;
     let (made, lines) = logged_by(|| model.try_context(n_ctx));
     made?;
-    // `llama_kv_cache: size = 45.00 MiB (512 cells, ...`, one per cache; `sched_reserve: CPU compute buffer size = 9.00 MiB`.
+    // Log lines: `llama_kv_cache: size = 45.00 MiB (512 cells, ...`, one per cache;
+    // `sched_reserve: CPU compute buffer size = 9.00 MiB`.
     let compute = sum(&lines, &["compute buffer size ="]);
     if compute == 0 {
         return Err(GgmlError::Llama(format!("does not say what {} takes to run", path.display())));

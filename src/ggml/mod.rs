@@ -1,8 +1,8 @@
-//! The fence around ggml and libllama: the only room with `unsafe` code.
+//! Safe interface to ggml and libllama: the only module with `unsafe` code.
 //!
-//! Everything that leaves this module is an owned Rust type with checked methods. ggml reports
-//! programming errors by aborting the process, so shapes are asserted here before each call, and
-//! [`install_abort_handler`] turns what slips through into one clear line.
+//! Everything that leaves this module is an owned Rust type with checked methods. ggml reports programming
+//! errors by aborting the process. Shapes are therefore asserted here before each call, and
+//! [`install_abort_handler`] turns any remaining abort into one clear line.
 
 mod device;
 mod engine;
@@ -19,7 +19,7 @@ mod types;
 pub use device::{Compute, Device, DeviceInfo, add_server, device_memory_peak, devices, serve};
 pub use engine::{Engine, Resident, TensorSpec, Values};
 pub use gguf::{RawGguf, RawValue};
-pub use graph::{Computed, Graph, RopeParams, T};
+pub use graph::{Computed, Graph, RopeParams, TensorId};
 pub use llama::{BatchToken, Context, LlamaModel, Offload, Token, Vocab};
 pub use memory::{RunMemory, repacked_bytes, run_memory, taken_memory};
 pub use process::{
@@ -35,16 +35,16 @@ pub use types::Type;
 
 use std::path::PathBuf;
 
-/// What can go wrong behind the fence.
+/// Error of ggml or libllama.
 #[derive(Debug, thiserror::Error)]
 pub enum GgmlError {
     /// A backend could not be created.
     #[error("ggml could not start its {0} backend")]
     Backend(&'static str),
-    /// A device could not be made ready.
+    /// A device could not be started.
     #[error("ggml could not start device {0}")]
     Device(String),
-    /// Other machines cannot be used.
+    /// The build has no RPC backend, so other machines cannot be used.
     #[error(
         "this build has no RPC backend; build with GGML_RPC=ON in the environment, as in this project's own .cargo/config.toml"
     )]
@@ -54,7 +54,7 @@ pub enum GgmlError {
     Server(String, String),
     /// A buffer could not be allocated.
     #[error(
-        "ggml could not allocate {0} MiB for {1}; use a smaller --ctx-size or fewer threads, or free some memory"
+        "ggml could not allocate {0} MiB for {1}; use shorter windows or fewer threads, or free some memory"
     )]
     Memory(usize, &'static str),
     /// A graph did not run to its end.
@@ -66,15 +66,15 @@ pub enum GgmlError {
     /// ggml has no way to turn this type into floats, or back.
     #[error("ggml cannot {0} tensors of type {1}")]
     Type(&'static str, String),
-    /// The quantiser wrote something that does not decode to finite numbers.
+    /// The quantiser wrote data that does not decode to finite numbers.
     #[error("ggml produced invalid data while quantising to {0}")]
     Quantise(String),
     /// libllama does not load a model.
     #[error("{}: llama.cpp {}", path.display(), reason)]
     Load {
-        /// The file.
+        /// Model file.
         path: PathBuf,
-        /// What it does not do, and why.
+        /// Refused action, and the reason.
         reason: String,
     },
     /// libllama refused a context or a batch.

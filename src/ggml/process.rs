@@ -1,17 +1,18 @@
-//! What the process does about signals and where there is no memory.
+//! Signals and out-of-memory handling of the process.
 
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::sync::OnceLock;
 
-/// Signals that end a run early, and that whoever started it may have told the system to ignore: `nohup` does so with
-/// SIGHUP, a shell without job control with SIGINT of what runs in the background.
+/// Signals that end a run early, and that the parent process may have set to be ignored.
+/// `nohup` does so with SIGHUP, and a shell without job control with SIGINT of background processes.
 #[cfg(unix)]
 const ENDING: [libc::c_int; 3] = [libc::SIGINT, libc::SIGTERM, libc::SIGHUP];
 
-/// Runs `install`, which installs handlers of signals that end the process; those that were ignored before stay ignored.
+/// Runs `install`, which installs handlers of signals that end the process; signals that were ignored
+/// before stay ignored.
 #[cfg(unix)]
 pub fn keeping_ignored<R>(install: impl FnOnce() -> R) -> R {
-    // SAFETY: a null action only asks for the old one, which is plain data.
+    // SAFETY: a null action only queries the old one, which is plain data.
     let is_ignored = |signal: &libc::c_int| unsafe {
         let mut old: libc::sigaction = std::mem::zeroed();
         libc::sigaction(*signal, std::ptr::null(), &mut old) == 0 && old.sa_sigaction == libc::SIG_IGN
@@ -19,22 +20,21 @@ pub fn keeping_ignored<R>(install: impl FnOnce() -> R) -> R {
     let ignored: Vec<libc::c_int> = ENDING.into_iter().filter(is_ignored).collect();
     let done = install();
     for signal in ignored {
-        // SAFETY: to ignore a signal takes no handler.
+        // SAFETY: ignoring a signal takes no handler.
         unsafe { libc::signal(signal, libc::SIG_IGN) };
     }
     done
 }
 
-/// Runs `install`; such signals cannot be ignored here.
+/// Runs `install`; such signals cannot be ignored on this system.
 #[cfg(not(unix))]
 pub fn keeping_ignored<R>(install: impl FnOnce() -> R) -> R {
     install()
 }
 
-/// Ends the process at once, and runs nothing of what is done at an exit: other threads may be at work on what that would
-/// take from under them.
+/// Ends the process at once without exit handlers, which would free memory that other threads still use.
 pub fn exit_now(code: u8) -> ! {
-    // SAFETY: ends the process; what other threads do does not matter any more.
+    // SAFETY: ends the process, whatever other threads do.
     #[cfg(unix)]
     unsafe {
         libc::_exit(code.into())
@@ -43,10 +43,10 @@ pub fn exit_now(code: u8) -> ! {
     std::process::exit(code.into())
 }
 
-/// Lets a write beyond the limit for file sizes fail, instead of ending the process (SIGXFSZ).
+/// Makes a write beyond the file size limit fail, instead of ending the process (SIGXFSZ).
 pub fn let_large_writes_fail() {
     #[cfg(unix)]
-    // SAFETY: to ignore a signal takes no handler.
+    // SAFETY: ignoring a signal takes no handler.
     unsafe {
         libc::signal(libc::SIGXFSZ, libc::SIG_IGN);
     }
@@ -54,11 +54,13 @@ pub fn let_large_writes_fail() {
 
 static ON_OUT_OF_MEMORY: OnceLock<fn(usize) -> !> = OnceLock::new();
 
-/// Calls `handler` with a number of bytes where the system does not give that many, instead of aborting. The first handler
-/// stays. The binary has to make [`Allocator`] its global allocator.
+/// Installs `handler`, which is called with the requested number of bytes if the system has no memory left,
+/// instead of aborting.
+/// Only the first handler is kept. The binary has to make [`Allocator`] its global allocator.
 pub fn install_out_of_memory_handler(handler: fn(usize) -> !) {
     let _ = ON_OUT_OF_MEMORY.set(handler);
-    // C++ that runs out of memory aborts, too; the trace that ggml would print first is not for our users.
+    // C++ aborts as well when it runs out of memory; users do not need the backtrace that ggml prints
+    // first.
     #[cfg(unix)]
     // SAFETY: C strings; called before there are other threads.
     unsafe {
@@ -66,7 +68,8 @@ pub fn install_out_of_memory_handler(handler: fn(usize) -> !) {
     }
 }
 
-/// The system's allocator, which tells the handler of [`install_out_of_memory_handler`] when it has nothing left.
+/// Global allocator of the system that calls the handler of [`install_out_of_memory_handler`] when no
+/// memory is left.
 pub struct Allocator;
 
 fn given(pointer: *mut u8, n_bytes: usize) -> *mut u8 {
@@ -81,7 +84,7 @@ fn given(pointer: *mut u8, n_bytes: usize) -> *mut u8 {
 // SAFETY: every call goes to the system's allocator with the same arguments.
 unsafe impl GlobalAlloc for Allocator {
     unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
-        // SAFETY: the caller's promises are those that the system's allocator asks for.
+        // SAFETY: the caller's promises are those that the system's allocator requires.
         given(unsafe { System.alloc(layout) }, layout.size())
     }
 

@@ -1,8 +1,8 @@
 //! Matrix products by faer, as an operation of a ggml graph.
 //!
-//! On the wide batches of calibration faer's kernels take a third of the time that ggml's take in F32, and half
-//! of what those take in BF16 (`benches/results`). Operands may have any strides, so nothing need be
-//! transposed first.
+//! On the wide batches of calibration, faer's kernels take a third of the time that ggml's take in F32, and
+//! half of the time that those take in BF16 (`benches/results`). Operands may have any strides, so nothing
+//! has to be transposed first.
 
 use super::{Engine, GgmlError, Graph};
 use faer::linalg::matmul::matmul;
@@ -12,19 +12,19 @@ use std::ffi::{c_int, c_void};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Instant;
 
-/// Rows and columns of the result that a thread computes in one go, at most and at least: multiples of what the
-/// kernels keep in registers.
+/// Largest and smallest rows and columns of the result that a thread computes in one go: multiples of the
+/// kernels' register tiles.
 const LARGEST_TILE: [usize; 2] = [768, 256];
 const SMALLEST_TILE: [usize; 2] = [96, 32];
 
-/// Tiles that a product is cut into where it is large enough, so that threads have about equal parts.
+/// Number of tiles that a large enough product is cut into, so that threads have about equal parts.
 const ENOUGH_TILES: usize = 16;
 
-/// Multiplications and additions of the products of all graphs that have run.
+/// Floating-point operations of the products of all graphs that have run.
 static OPERATIONS: AtomicU64 = AtomicU64::new(0);
 
-/// How many floating-point operations the matrix products of all graphs took in this process so far: two for each
-/// product of two numbers that is added to a sum.
+/// Number of floating-point operations in the matrix products of all graphs of this process.
+/// A multiplication with its addition counts as two.
 pub fn operations() -> u64 {
     OPERATIONS.load(Ordering::Relaxed)
 }
@@ -33,7 +33,7 @@ pub(super) fn count(operations: u64) {
     OPERATIONS.fetch_add(operations, Ordering::Relaxed);
 }
 
-/// Operations per second that a plain product of two matrices reaches on `n_threads` threads.
+/// Operations per second of a plain product of two matrices on `n_threads` threads.
 ///
 /// # Errors
 /// [`GgmlError`] if the backend fails.
@@ -42,7 +42,7 @@ pub fn product_rate(n_threads: usize) -> Result<f64, GgmlError> {
     let mut engine = Engine::cpu(n_threads)?;
     let x = vec![1.0f32; N * N];
     let mut best = f64::INFINITY;
-    // The first warms up; of the others the best counts, for other programs only ever slow it down.
+    // The first run warms up. The best of the others counts, since other programs can only slow it down.
     for _ in 0..4 {
         let mut g = Graph::new(&engine, 8);
         let (a, b) = (g.input_f32([N, N], &x), g.input_f32([N, N], &x));
@@ -55,11 +55,12 @@ pub fn product_rate(n_threads: usize) -> Result<f64, GgmlError> {
     Ok(2.0 * (N * N * N) as f64 / best)
 }
 
-/// The operation: `dst` `[m, n, ..]` = aᵀ b for its sources a `[k, m, ..]` and b `[k, n, ..]`, all F32; outer
-/// dimensions of a are repeated to those of b, as `ggml_mul_mat` does.
+/// Custom operation: `dst` `[m, n, ..]` = aᵀ b for its sources a `[k, m, ..]` and b `[k, n, ..]`, all F32,
+/// in `ne` order.
+/// Outer dimensions of a are repeated to those of b, as `ggml_mul_mat` does.
 ///
 /// # Safety
-/// To be called by ggml's CPU backend on a tensor that [`super::Graph::mul_mat`] made.
+/// Only ggml's CPU backend may call it, on a tensor that [`super::Graph::mul_mat`] made.
 pub(super) unsafe extern "C" fn multiply(
     dst: *mut sys::ggml_tensor,
     ith: c_int,
@@ -70,7 +71,7 @@ pub(super) unsafe extern "C" fn multiply(
     let dst = unsafe { &*dst };
     let tiling = Tiling::of(dst.ne.map(|n| n as usize));
     for i in (ith as usize..tiling.count()).step_by(nth as usize) {
-        // SAFETY: the caller's tensor, and each tile is one thread's.
+        // SAFETY: the caller's tensor, and each tile belongs to one thread.
         let done = std::panic::catch_unwind(|| unsafe { multiply_tile(dst, &tiling, i) });
         if done.is_err() {
             // A panic must not cross into C, and other threads wait for this one.
@@ -79,9 +80,9 @@ pub(super) unsafe extern "C" fn multiply(
     }
 }
 
-/// How a result is cut into tiles. It does not depend on the number of threads, so neither do the sums.
+/// Division of a result into tiles. It does not depend on the number of threads, so neither do the sums.
 struct Tiling {
-    /// Sizes of the result.
+    /// Sizes of the result, in `ne` order.
     ne: [usize; 4],
     /// Rows and columns of a tile.
     size: [usize; 2],
@@ -92,7 +93,7 @@ impl Tiling {
         let fit = |d: usize| LARGEST_TILE[d].min(ne[d].next_multiple_of(SMALLEST_TILE[d]));
         let mut t = Tiling { ne, size: [fit(0), fit(1)] };
         while t.count() < ENOUGH_TILES && t.size != SMALLEST_TILE {
-            // The side that is more of its smallest.
+            // Splits the side that is the larger multiple of its smallest size.
             let parts = |d: usize| t.size[d] / SMALLEST_TILE[d];
             let d = usize::from(parts(1) > parts(0));
             t.size[d] = (t.size[d] / 2).next_multiple_of(SMALLEST_TILE[d]);
@@ -100,7 +101,7 @@ impl Tiling {
         t
     }
 
-    /// Tiles of one matrix, down and across.
+    /// Number of tiles of one matrix, down and across.
     fn grid(&self) -> [usize; 2] {
         [self.ne[0].div_ceil(self.size[0]), self.ne[1].div_ceil(self.size[1])]
     }
@@ -113,9 +114,10 @@ impl Tiling {
 /// Computes tile `i` of `dst`.
 ///
 /// # Safety
-/// `dst` and its two sources are F32 with data in memory and of fitting sizes, and nobody else writes this tile.
+/// `dst` and its two sources are F32 with data in memory and of fitting sizes, and nobody else writes this
+/// tile.
 unsafe fn multiply_tile(dst: &sys::ggml_tensor, tiling: &Tiling, i: usize) {
-    // SAFETY: the caller says that both are there.
+    // SAFETY: the caller guarantees that both exist.
     let (a, b) = unsafe { (&*dst.src[0], &*dst.src[1]) };
     let [down, across] = tiling.grid();
     let outer = i / (down * across);
@@ -147,7 +149,7 @@ mod tests {
     use rand::{RngExt, SeedableRng};
     use rand_chacha::ChaCha8Rng;
 
-    /// aᵀ b of `[k, m, heads]` and `[k, n, heads · repeats]` by definition, in f64.
+    /// Product aᵀ b of `ne` `[k, m, heads]` and `[k, n, heads · repeats]` by definition, in f64.
     fn naive(a: &[f32], b: &[f32], [k, m, n]: [usize; 3], repeats: usize) -> Vec<f64> {
         let outer = b.len() / (k * n);
         let row = |x: &[f32], i: usize| x[i * k..][..k].to_vec();
@@ -175,7 +177,7 @@ mod tests {
                 |len: usize| -> Vec<f32> { (0..len).map(|_| rng.random::<f32>() - 0.5).collect() };
             let (a, b) = (random(k * m * heads), random(k * n * heads * repeats));
             let expected = naive(&a, &b, [k, m, n], repeats);
-            // The same with its rows where columns should be, for the strides.
+            // The same values with rows and columns exchanged, to test strides.
             let turned: Vec<f32> =
                 (0..a.len()).map(|i| a[i / (k * m) * k * m + i % m * k + i / m % k]).collect();
             let mut first: Option<Vec<f32>> = None;

@@ -1,4 +1,4 @@
-//! llama-quantize's way from one file to another, by libllama's own quantiser.
+//! Requantisation of whole files with libllama's own quantiser, as llama-quantize does.
 
 use super::llama::c_path;
 use super::system::{init_once, logged_error, with_cause};
@@ -7,16 +7,16 @@ use llama_cpp_sys_2 as sys;
 use std::ffi::CString;
 use std::path::Path;
 
-/// A mix of types for a whole model, by the name that llama-quantize gives it.
+/// Quantisation mix for a whole model, by llama-quantize's name.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct FileType {
     name: &'static str,
     raw: sys::llama_ftype,
-    /// What most matrices are in (`llama_ftype_get_default_type`).
+    /// Type of most matrices (`llama_ftype_get_default_type`).
     main: sys::ggml_type,
 }
 
-/// Names and mixes (`QUANT_OPTIONS` in llama-quantize), but for those of mixtures of experts.
+/// Names and mixes (`QUANT_OPTIONS` in llama-quantize), except those for mixtures of experts.
 const FILE_TYPES: &[FileType] = &[
     FileType { name: "F32", raw: sys::LLAMA_FTYPE_ALL_F32, main: sys::GGML_TYPE_F32 },
     FileType { name: "F16", raw: sys::LLAMA_FTYPE_MOSTLY_F16, main: sys::GGML_TYPE_F16 },
@@ -56,46 +56,47 @@ const FILE_TYPES: &[FileType] = &[
 ];
 
 impl FileType {
-    /// The mix of that name, in upper or lower case.
+    /// Mix with the name `name`, in upper or lower case.
     pub fn from_name(name: &str) -> Option<FileType> {
         FILE_TYPES.iter().copied().find(|t| t.name.eq_ignore_ascii_case(name))
     }
 
-    /// All names.
+    /// Names of all mixes.
     pub fn names() -> impl Iterator<Item = &'static str> {
         FILE_TYPES.iter().map(|t| t.name)
     }
 
-    /// The mix that `general.file_type` calls `raw`.
+    /// Mix with the number `raw` in `general.file_type`.
     pub fn from_raw(raw: u32) -> Option<FileType> {
         FILE_TYPES.iter().copied().find(|t| t.raw == raw)
     }
 
-    /// The plainest mix that is mostly made of `ty`: the one that is called so, or the last of them in llama-quantize's list.
+    /// Plainest mix that consists mostly of `ty`: the one of that name, or the last such mix in
+    /// llama-quantize's list.
     pub fn mostly(ty: Type) -> Option<FileType> {
         let named = FileType::from_name(ty.name()).filter(|t| t.main_type() == ty);
         named.or_else(|| FILE_TYPES.iter().copied().rfind(|t| t.main_type() == ty))
     }
 
-    /// Its number in `general.file_type`.
+    /// Number in `general.file_type`.
     pub fn raw(self) -> u32 {
         self.raw
     }
 
-    /// The type of most matrices.
+    /// Type of most matrices.
     pub fn main_type(self) -> Type {
         Type::from_raw(self.main).expect("the engine knows the types of its mixes")
     }
 
-    /// Its name.
+    /// Name as llama-quantize spells it.
     pub fn name(self) -> &'static str {
         self.name
     }
 }
 
-/// Writes the model at `input` to `output` in the mix `to`, as llama-quantize does. `importance` holds
-/// the mean squares of the inputs of matrices, by the matrices' names. Tensors that are quantised
-/// already are refused unless `requantise`.
+/// Writes the model at `input` to `output` in the mix `to`, as llama-quantize does.
+/// `importance` holds the mean squared inputs of matrices, by the matrices' names. Tensors that are already
+/// quantised are refused unless `requantise` is set.
 ///
 /// # Errors
 /// [`GgmlError::Llama`] if libllama refuses.

@@ -1,4 +1,4 @@
-//! Process-wide settings of the engine and what it says about itself.
+//! Process-wide settings of the engine, and its description of itself.
 
 use llama_cpp_sys_2 as sys;
 use std::cell::RefCell;
@@ -7,10 +7,10 @@ use std::ops::{Deref, Range};
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, OnceLock};
 
-/// What the first of the built-in backends that did not start says of it.
+/// Message of the first built-in backend that did not start.
 static GAVE_UP: OnceLock<Option<String>> = OnceLock::new();
 
-/// Starts libllama and the backends that are built in, the first time.
+/// Starts libllama and the built-in backends on the first call.
 pub(super) fn init_once() {
     GAVE_UP.get_or_init(|| {
         // SAFETY: called once, before any other function of libllama; the second starts the backends.
@@ -22,7 +22,8 @@ pub(super) fn init_once() {
     });
 }
 
-/// What the first of the built-in backends that did not start says of it, once logs are silenced: a driver that is too old.
+/// Message of the first built-in backend that did not start, once logs are silenced; for example, a driver
+/// that is too old.
 pub fn gave_up() -> Option<&'static str> {
     init_once();
     GAVE_UP.get()?.as_deref()
@@ -30,13 +31,14 @@ pub fn gave_up() -> Option<&'static str> {
 
 static ON_ABORT: OnceLock<fn(&str, &str) -> !> = OnceLock::new();
 
-/// Calls `handler` with ggml's message, and the last errors that it logged, instead of letting a failed assertion abort the
-/// process. The first handler stays.
+/// Installs `handler`, which gets ggml's message and its last logged errors if an assertion fails, instead
+/// of an abort.
+/// Only the first handler is kept.
 pub fn install_abort_handler(handler: fn(&str, &str) -> !) {
     unsafe extern "C" fn callback(message: *const c_char) {
         // SAFETY: ggml passes a C string that lives during the call.
         let text = unsafe { CStr::from_ptr(message) }.to_string_lossy().into_owned();
-        // A backend that gives up logs why, in three lines, and then says only that it does.
+        // A backend that fails logs the reason in three lines, and its abort message does not repeat it.
         let logged = ERRORS.lock().map(|l| l[l.len().saturating_sub(3)..].join("; ")).unwrap_or_default();
         if let Some(handler) = ON_ABORT.get() {
             handler(&text, &logged);
@@ -48,60 +50,133 @@ pub fn install_abort_handler(handler: fn(&str, &str) -> !) {
     }
 }
 
-/// The errors that the engine logged since it was last asked: the first, which is the cause of what followed, and the last three.
+/// Errors that the engine logged since the last query: the first, which causes the others, and the last
+/// three.
 static ERRORS: Mutex<Vec<String>> = Mutex::new(Vec::new());
 
 thread_local! {
-    /// What the engine logs on this thread, while somebody listens.
+    /// Log lines of the engine on this thread, while somebody listens.
     static LISTENER: RefCell<Option<Vec<String>>> = const { RefCell::new(None) };
 }
 
-/// Runs `work`, and returns with it what the engine logs meanwhile on this thread, once logs are silenced.
+/// Runs `work` and returns its result with the lines that the engine logs meanwhile on this thread, once
+/// logs are silenced.
 pub(super) fn logged_by<R>(work: impl FnOnce() -> R) -> (R, Vec<String>) {
     LISTENER.set(Some(Vec::new()));
     let done = work();
     (done, LISTENER.take().unwrap_or_default())
 }
 
-/// Keeps ggml's and libllama's own log lines off the terminal (they are many, and not for our users);
-/// what they say of an error becomes part of ours.
+/// Keeps ggml's and libllama's own log lines off the terminal: they are many, and not for all users.
+/// Their error messages become part of ours. Each line also goes to the `log` crate, with the target `ggml`
+/// or `llama`: a program that installs a logger sees them.
 pub fn silence_logs() {
-    unsafe extern "C" fn quiet(level: sys::ggml_log_level, text: *const c_char, _user: *mut c_void) {
-        LISTENER.with_borrow_mut(|lines| {
-            // SAFETY: the engine passes a C string that lives during the call.
-            let text = || unsafe { CStr::from_ptr(text) }.to_string_lossy().into_owned();
-            lines.iter_mut().for_each(|lines| lines.push(text()));
-        });
-        if level != sys::GGML_LOG_LEVEL_ERROR {
-            return;
-        }
+    unsafe extern "C" fn of_llama(level: sys::ggml_log_level, text: *const c_char, _user: *mut c_void) {
         // SAFETY: the engine passes a C string that lives during the call.
-        let text = unsafe { CStr::from_ptr(text) }.to_string_lossy().trim().to_string();
-        if let Ok(mut errors) = ERRORS.lock()
-            && !text.is_empty()
-        {
-            if errors.len() == 4 {
-                errors.remove(1);
-            }
-            errors.push(text);
-        }
+        heard("llama", level, &unsafe { CStr::from_ptr(text) }.to_string_lossy());
     }
-    // SAFETY: a callback that lives as long as the process.
+    unsafe extern "C" fn of_ggml(level: sys::ggml_log_level, text: *const c_char, _user: *mut c_void) {
+        // SAFETY: the engine passes a C string that lives during the call.
+        heard("ggml", level, &unsafe { CStr::from_ptr(text) }.to_string_lossy());
+    }
+    // SAFETY: callbacks that live as long as the process. The first sets that of ggml, too.
     unsafe {
-        sys::llama_log_set(Some(quiet), std::ptr::null_mut());
-        sys::ggml_log_set(Some(quiet), std::ptr::null_mut());
+        sys::llama_log_set(Some(of_llama), std::ptr::null_mut());
+        sys::ggml_log_set(Some(of_ggml), std::ptr::null_mut());
     }
 }
 
-/// The first error that the engine logged since it was last asked.
+/// Passes a log message of the engine to the listener on this thread, to our own error messages, and to the
+/// `log` crate.
+fn heard(target: &'static str, level: sys::ggml_log_level, text: &str) {
+    LISTENER.with_borrow_mut(|lines| lines.iter_mut().for_each(|lines| lines.push(text.into())));
+    let trimmed = text.trim();
+    if level == sys::GGML_LOG_LEVEL_ERROR
+        && !trimmed.is_empty()
+        && let Ok(mut errors) = ERRORS.lock()
+    {
+        if errors.len() == 4 {
+            errors.remove(1);
+        }
+        errors.push(trimmed.into());
+    }
+    pass_on(target, level, text);
+}
+
+/// Passes the lines that `text` completes to the `log` crate, if logging is enabled.
+fn pass_on(target: &'static str, level: sys::ggml_log_level, text: &str) {
+    if log::max_level() == log::LevelFilter::Off {
+        return;
+    }
+    let begins = match level {
+        sys::GGML_LOG_LEVEL_CONT => None,
+        sys::GGML_LOG_LEVEL_ERROR => Some(log::Level::Error),
+        sys::GGML_LOG_LEVEL_WARN => Some(log::Level::Warn),
+        sys::GGML_LOG_LEVEL_DEBUG => Some(log::Level::Debug),
+        _ => Some(log::Level::Info),
+    };
+    // A thread may log after its thread-local variables are destroyed.
+    let lines = UNFINISHED.try_with(|line| line.borrow_mut().take(target, begins, text)).unwrap_or_default();
+    for (target, level, text) in lines {
+        log::log!(target: target, level, "{text}");
+    }
+}
+
+thread_local! {
+    /// Unfinished line of the log on this thread.
+    static UNFINISHED: RefCell<LogLine> =
+        const { RefCell::new(LogLine { target: "ggml", level: log::Level::Info, text: String::new() }) };
+}
+
+/// Line of the engine's log, which arrives in one or more parts.
+#[derive(Debug)]
+struct LogLine {
+    target: &'static str,
+    level: log::Level,
+    text: String,
+}
+
+impl LogLine {
+    /// Adds a part of the log and returns the lines that it completes.
+    /// With a level, the part begins a message; without one, it continues the last message.
+    fn take(
+        &mut self,
+        target: &'static str,
+        begins: Option<log::Level>,
+        text: &str,
+    ) -> Vec<(&'static str, log::Level, String)> {
+        let mut lines = Vec::new();
+        if let Some(level) = begins {
+            // The last message has no end of line.
+            lines.extend(self.end());
+            (self.target, self.level) = (target, level);
+        }
+        for piece in text.split_inclusive('\n') {
+            self.text.push_str(piece);
+            if piece.ends_with('\n') {
+                lines.extend(self.end());
+            }
+        }
+        lines
+    }
+
+    /// Takes the line so far; `None` if it is blank.
+    fn end(&mut self) -> Option<(&'static str, log::Level, String)> {
+        let text = std::mem::take(&mut self.text);
+        let text = text.trim_end();
+        (!text.is_empty()).then(|| (self.target, self.level, text.into()))
+    }
+}
+
+/// First error that the engine logged since the last query.
 pub(super) fn logged_error() -> Option<String> {
     let logged = ERRORS.lock().map(|mut l| std::mem::take(&mut *l)).unwrap_or_default();
     let first = logged.into_iter().next()?;
-    // `function: text`; the function is of no use to a user.
+    // The line is `function: text`; the function is of no use to a user.
     Some(first.split_once(": ").map_or(first.as_str(), |(_, rest)| rest).to_string())
 }
 
-/// `message`, with what the engine logged since it was last asked, if anything.
+/// Appends to `message` the first error that the engine logged since the last query, if any.
 pub(super) fn with_cause(message: String) -> String {
     match logged_error() {
         Some(reason) => format!("{message} ({reason})"),
@@ -117,7 +192,7 @@ pub(super) fn static_text(p: *const c_char) -> &'static str {
     unsafe { CStr::from_ptr(p) }.to_str().unwrap_or("?")
 }
 
-/// Version of the ggml that is linked in.
+/// Version of the linked ggml.
 pub fn engine_version() -> &'static str {
     // SAFETY: returns a static string.
     static_text(unsafe { sys::ggml_version() })
@@ -136,21 +211,21 @@ pub fn cpu_features() -> Vec<String> {
         .collect()
 }
 
-/// A file that is mapped to be read.
+/// File that is memory-mapped read-only.
 #[derive(Debug)]
 pub struct FileMap(memmap2::Mmap);
 
-/// Where the maps lie and what they are of, for the message when reading one fails.
+/// Address ranges and files of the maps, for the message when reading one fails.
 static MAPS: Mutex<Vec<(Range<usize>, PathBuf)>> = Mutex::new(Vec::new());
 
 impl FileMap {
-    /// Maps `file`, which is called `path`, read-only.
+    /// Maps `file`, whose name is `path`, read-only.
     ///
     /// # Errors
-    /// What the system says, for example for an empty file.
+    /// Returns the system's error, for example for an empty file.
     pub fn new(file: &std::fs::File, path: &Path) -> std::io::Result<FileMap> {
-        // SAFETY: the map is only read. A file that somebody shortens meanwhile raises SIGBUS, as it does in llama.cpp;
-        // `install_fault_handler` makes a message of it.
+        // SAFETY: the map is only read. If somebody shortens the file meanwhile, that raises SIGBUS, as it
+        // does in llama.cpp; `install_fault_handler` turns it into a message.
         let map = unsafe { memmap2::Mmap::map(file) }?;
         if let Ok(mut maps) = MAPS.lock() {
             maps.push((range_of(&map), path.into()));
@@ -184,26 +259,26 @@ fn range_of(bytes: &[u8]) -> Range<usize> {
 #[cfg(unix)]
 static ON_FAULT: OnceLock<fn(&str)> = OnceLock::new();
 
-/// Calls `handler` with the name of a file that became shorter while it was mapped, or whose disk failed, and ends the
-/// process with exit code 1, where it would be killed otherwise. The first handler stays.
+/// Installs `handler`, which gets the name of a mapped file that became shorter or whose disk failed.
+/// The process then ends with exit code 1 instead of being killed. Only the first handler is kept.
 #[cfg(unix)]
 pub fn install_fault_handler(handler: fn(&str)) {
     unsafe extern "C" fn on_fault(_: libc::c_int, info: *mut libc::siginfo_t, _: *mut c_void) {
         // SAFETY: the system passes the fault's description.
         let at = unsafe { (*info).si_addr() } as usize;
-        // Not `lock`: who holds it may be the one that is interrupted. The fault is one of reading, not of allocating, so
-        // there is memory for a message.
+        // Not `lock`: the interrupted thread may hold it. The fault is one of reading, not of allocating,
+        // so there is memory for a message.
         let maps = MAPS.try_lock().ok();
         let found = maps.as_ref().and_then(|maps| maps.iter().find(|(range, _)| range.contains(&at)));
         let name = found.map_or("a file that llama.cpp reads".into(), |(_, path)| path.display().to_string());
         if let Some(handler) = ON_FAULT.get() {
             handler(&name);
         }
-        // SAFETY: ends the process; what other threads do does not matter any more.
+        // SAFETY: ends the process, whatever other threads do.
         unsafe { libc::_exit(1) }
     }
     if ON_FAULT.set(handler).is_ok() {
-        // SAFETY: a handler that lives as long as the process and does not return, with an empty mask of signals.
+        // SAFETY: a handler that lives as long as the process and does not return, with an empty signal mask.
         unsafe {
             let mut action: libc::sigaction = std::mem::zeroed();
             action.sa_sigaction = on_fault as *const () as usize;
@@ -213,18 +288,19 @@ pub fn install_fault_handler(handler: fn(&str)) {
     }
 }
 
-/// Without such signals there is nothing to handle.
+/// Does nothing: this system has no such signals.
 #[cfg(not(unix))]
 pub fn install_fault_handler(_: fn(&str)) {}
 
-/// A map of `n_bytes` zero bytes in a temporary file of `folder` that has no name and goes with the map.
+/// Maps `n_bytes` zero bytes of a nameless temporary file in `folder`, which vanishes with the map.
 ///
 /// # Errors
-/// What the system says; a disk without enough room is noticed here.
+/// Returns the system's error; this call notices a disk without enough room.
 pub fn map_scratch(folder: &Path, n_bytes: usize) -> std::io::Result<memmap2::MmapMut> {
     const ZEROS: &[u8] = &[0; 1 << 20];
     let mut file = tempfile::tempfile_in(folder)?;
-    // Not just a longer file: where the disk turned out to be full later, a write to the map would be a SIGBUS.
+    // The file is filled, not just extended: on a disk that is full later, a write to the map would raise
+    // SIGBUS.
     for start in (0..n_bytes).step_by(ZEROS.len()) {
         std::io::Write::write_all(&mut file, &ZEROS[..ZEROS.len().min(n_bytes - start)])?;
     }
@@ -235,8 +311,21 @@ pub fn map_scratch(folder: &Path, n_bytes: usize) -> std::io::Result<memmap2::Mm
 #[cfg(test)]
 mod tests {
     use super::*;
+    use log::Level::{Info, Warn};
 
-    /// Runs itself once more, where an assertion of ggml's fails.
+    #[test]
+    fn lines_of_the_log_are_joined() {
+        let mut line = LogLine { target: "ggml", level: Info, text: String::new() };
+        assert!(line.take("llama", Some(Info), "loading ").is_empty());
+        assert!(line.take("llama", None, ".").is_empty());
+        assert_eq!(line.take("llama", None, ".\n"), [("llama", Info, "loading ..".to_string())]);
+        // Blank lines are dropped, and an unfinished line ends where the next message begins.
+        assert_eq!(line.take("ggml", Some(Warn), "\n one\ntwo"), [("ggml", Warn, " one".to_string())]);
+        let next = line.take("llama", Some(Info), "three\n");
+        assert_eq!(next, [("ggml", Warn, "two".to_string()), ("llama", Info, "three".to_string())]);
+    }
+
+    /// Runs itself once more in a process where an assertion of ggml's fails.
     #[test]
     fn a_failed_assertion_ends_in_our_message_and_exit_code() {
         const CHILD: &str = "PUTRI_TEST_ABORTS";
@@ -246,7 +335,8 @@ mod tests {
                 std::process::exit(7);
             });
             silence_logs();
-            // SAFETY: C strings, and a format that takes one; what cannot be opened is logged as an error, and nothing returned.
+            // SAFETY: C strings, and a format that takes one; a file that cannot be opened is logged as an
+            // error, and null is returned.
             unsafe {
                 let params = sys::gguf_init_params { no_alloc: true, ctx: std::ptr::null_mut() };
                 sys::gguf_init_from_file(c"/nowhere/at.all".as_ptr(), params);

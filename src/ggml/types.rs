@@ -5,16 +5,16 @@ use llama_cpp_sys_2 as sys;
 use rayon::prelude::*;
 use std::ffi::CStr;
 
-/// A ggml tensor type, known to exist in the engine.
+/// Tensor type of ggml that the engine knows.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Type(u32);
 
 impl Type {
     /// 32-bit float.
     pub const F32: Type = Type(sys::GGML_TYPE_F32);
-    /// IEEE half.
+    /// IEEE half-precision float.
     pub const F16: Type = Type(sys::GGML_TYPE_F16);
-    /// The upper half of an f32.
+    /// Upper half of a 32-bit float.
     pub const BF16: Type = Type(sys::GGML_TYPE_BF16);
     /// 32-bit integer.
     pub const I32: Type = Type(sys::GGML_TYPE_I32);
@@ -31,7 +31,7 @@ impl Type {
     /// 32-element blocks of non-linear 4-bit numbers.
     pub const IQ4_NL: Type = Type(sys::GGML_TYPE_IQ4_NL);
 
-    /// The type with ggml's number `raw`, if the engine knows it.
+    /// Type with ggml's number `raw`, if the engine knows it.
     pub fn from_raw(raw: u32) -> Option<Type> {
         if raw >= sys::GGML_TYPE_COUNT {
             return None;
@@ -40,12 +40,12 @@ impl Type {
         (ty.traits().blck_size > 0 && ty.traits().type_size > 0).then_some(ty)
     }
 
-    /// Every type that the engine knows, in ggml's order.
+    /// All types that the engine knows, in ggml's order.
     pub fn all() -> impl Iterator<Item = Type> {
         (0..sys::GGML_TYPE_COUNT).filter_map(Type::from_raw)
     }
 
-    /// The type called `name`, in any case (`Q4_K`, `q4_k`).
+    /// Type with the name `name`, in any case (`Q4_K`, `q4_k`).
     pub fn from_name(name: &str) -> Option<Type> {
         Type::all().find(|t| t.name().eq_ignore_ascii_case(name))
     }
@@ -59,7 +59,7 @@ impl Type {
         unsafe { &*sys::ggml_get_type_traits(self.0) }
     }
 
-    /// ggml's name, as llama-quantize prints it.
+    /// Name of the type, as llama-quantize prints it.
     pub fn name(self) -> &'static str {
         // SAFETY: ggml returns a static string, or null for a retired type.
         unsafe {
@@ -73,7 +73,7 @@ impl Type {
         self.traits().blck_size as usize
     }
 
-    /// Bytes of `n` elements; `n` is a multiple of [`Type::block_size`].
+    /// Size of `n` elements in bytes; `n` is a multiple of [`Type::block_size`].
     pub fn row_bytes(self, n: usize) -> usize {
         debug_assert_eq!(n % self.block_size(), 0);
         n / self.block_size() * self.traits().type_size
@@ -84,7 +84,7 @@ impl Type {
         self.traits().is_quantized
     }
 
-    /// Whether rows of this type can be turned into floats.
+    /// Whether rows of this type can be decoded to floats.
     pub fn can_dequantize(self) -> bool {
         self == Type::F32 || self.traits().to_float.is_some()
     }
@@ -140,8 +140,8 @@ impl Type {
         if !self.can_quantize() {
             return Err(GgmlError::Type("write", self.name().into()));
         }
-        // A zero weight everywhere makes some quantisers divide by zero; the type without an
-        // importance matrix is the better answer there.
+        // All-zero weights make some quantisers divide by zero; encoding without an importance matrix is
+        // the better answer.
         let imatrix = imatrix.filter(|m| m.iter().any(|&w| w > 0.0));
         // SAFETY: initialising twice is allowed and takes ggml's own lock.
         unsafe { sys::ggml_quantize_init(self.0) };
@@ -165,7 +165,7 @@ impl Type {
         if self.decodes_to_numbers(&out) { Ok(out) } else { Err(GgmlError::Quantise(self.name().into())) }
     }
 
-    /// Whether `bytes`, whole blocks of this type, decode to finite numbers, as far as scales say
+    /// Whether `bytes`, whole blocks of this type, decode to finite numbers, judged by their scales
     /// (`ggml_validate_row_data`).
     pub fn decodes_to_numbers(self, bytes: &[u8]) -> bool {
         assert!(bytes.len().is_multiple_of(self.traits().type_size));
@@ -173,7 +173,7 @@ impl Type {
         unsafe { sys::ggml_validate_row_data(self.0, bytes.as_ptr().cast(), bytes.len()) }
     }
 
-    /// Whether ggml can encode this type, without an importance matrix if none is at hand.
+    /// Whether ggml can encode this type, even if there is no importance matrix.
     pub fn can_quantize(self) -> bool {
         matches!(self, Type::F32 | Type::F16 | Type::BF16)
             || (self.is_quantized() && self.traits().from_float_ref.is_some())

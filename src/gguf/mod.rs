@@ -1,7 +1,7 @@
-//! The container: opening a GGUF, its metadata and tensors, and writing a new one.
+//! GGUF container: opening a file, its metadata and tensors, and writing a new one.
 //!
-//! This room knows nothing of models. Parsing and encoding are ggml's; what is added here is that
-//! every tensor is checked against the file's size once, at the door.
+//! This module knows nothing of models. ggml parses and encodes. This module adds one check on opening:
+//! every tensor lies inside the file.
 
 mod open;
 mod write;
@@ -14,101 +14,109 @@ pub use crate::ggml::RawValue as Value;
 
 use std::path::PathBuf;
 
-/// What is wrong with a file, naming the key or tensor at fault.
+/// Fault of a file, with the key or tensor that causes it.
 #[derive(Debug, thiserror::Error)]
 pub enum GgufError {
     /// The file cannot be opened, mapped or written.
-    #[error("{}: {source}", path.display())]
+    #[error("cannot read or write {}", path.display())]
     Io {
-        /// The file.
+        /// Path of the file.
         path: PathBuf,
-        /// What the system said.
+        /// Error of the system.
         source: std::io::Error,
+    },
+    /// The path is not a file that can be mapped.
+    #[error("{}: {problem}", path.display())]
+    NoFile {
+        /// Path.
+        path: PathBuf,
+        /// Description of what is at the path.
+        problem: &'static str,
     },
     /// The file does not begin as a GGUF does.
     #[error("{}: not a GGUF file (it starts with {magic:?}, not \"GGUF\")", path.display())]
     Magic {
-        /// The file.
+        /// Path of the file.
         path: PathBuf,
-        /// Its first bytes.
+        /// First bytes of the file.
         magic: String,
     },
-    /// The file is what Git LFS leaves in the place of a large one.
+    /// The file is a Git LFS pointer, which stands for a large file.
     #[error("{}: is a Git LFS pointer, not the model; `git lfs pull` fetches it", .0.display())]
     LfsPointer(PathBuf),
     /// ggml does not accept the header.
     #[error("{}: {reason}", path.display())]
     Header {
-        /// The file.
+        /// Path of the file.
         path: PathBuf,
-        /// Why.
+        /// Reason.
         reason: String,
     },
     /// A tensor reaches beyond the end of the file.
     #[error("{}: cut short: tensor {name} ends at byte {end}, the file at byte {len}", path.display())]
     Truncated {
-        /// The file.
+        /// Path of the file.
         path: PathBuf,
-        /// The tensor.
+        /// Name of the tensor.
         name: String,
-        /// Where its data would end.
+        /// Offset where its data would end.
         end: u64,
-        /// Length of the file.
+        /// Length of the file in bytes.
         len: u64,
     },
     /// A tensor has a type that the engine does not know.
     #[error("{}: tensor {name} has unknown type number {ty}; a newer llama.cpp may read it", path.display())]
     UnknownType {
-        /// The file.
+        /// Path of the file.
         path: PathBuf,
-        /// The tensor.
+        /// Name of the tensor.
         name: String,
-        /// ggml's number.
+        /// ggml's type number.
         ty: u32,
     },
-    /// A key that must be there is not.
+    /// A required key is missing.
     #[error("key {0} is missing")]
     MissingKey(String),
     /// A key has a value that cannot be used.
     #[error("key {key} {problem}")]
     BadKey {
-        /// The key.
+        /// Name of the key.
         key: String,
-        /// What is wrong with it.
+        /// Problem with its value.
         problem: String,
     },
-    /// A tensor that must be there is not.
+    /// A required tensor is missing.
     #[error("tensor {0} is missing")]
     MissingTensor(String),
-    /// A tensor has other sizes than the metadata says.
+    /// A tensor's sizes differ from those that the metadata implies.
     #[error("tensor {name} is {found:?}, but the metadata says {expected:?}")]
     Shape {
-        /// The tensor.
+        /// Name of the tensor.
         name: String,
-        /// Sizes in the file.
+        /// Sizes in the file, in `ne` order.
         found: Vec<usize>,
-        /// Sizes that the metadata implies.
+        /// Sizes that the metadata implies, in `ne` order.
         expected: Vec<usize>,
     },
-    /// A tensor holds what is no number.
+    /// A tensor holds NaN or an infinite value.
     #[error("tensor {name} holds {value} in row {row}: the file is damaged, or was made wrongly")]
     NotFinite {
-        /// The tensor.
+        /// Name of the tensor.
         name: String,
-        /// The value.
+        /// NaN or infinite value.
         value: f32,
-        /// The row of ne\[0\] elements that it is in.
+        /// Index of its row of ne\[0\] elements.
         row: usize,
     },
-    /// A tensor holds what is no number.
+    /// A tensor does not decode to finite numbers.
     #[error("tensor {0} does not decode to finite numbers: the file is damaged, or was made wrongly")]
     Damaged(String),
     /// ggml failed on a tensor.
-    #[error("tensor {name}: {source}")]
+    #[error("cannot convert tensor {name}")]
     Tensor {
-        /// The tensor.
+        /// Name of the tensor.
         name: String,
-        /// Why.
+        /// Error of ggml.
         source: crate::ggml::GgmlError,
     },
 }

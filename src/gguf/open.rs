@@ -1,4 +1,4 @@
-//! Opening a GGUF over a memory map.
+//! Opening of a GGUF over a memory map.
 
 use super::{GgufError, Value};
 use crate::ggml::{FileMap, RawGguf, Type};
@@ -7,10 +7,10 @@ use std::collections::HashMap;
 use std::fs::File;
 use std::path::{Path, PathBuf};
 
-/// A tensor of an open file; its data is known to lie inside the file.
+/// Tensor of an open file; its data is known to lie inside the file.
 #[derive(Clone, Debug)]
 pub struct TensorInfo {
-    /// Name, as `blk.0.attn_q.weight`.
+    /// Name, such as `blk.0.attn_q.weight`.
     pub name: String,
     /// Element type.
     pub ty: Type,
@@ -27,7 +27,7 @@ impl TensorInfo {
         self.ne.iter().product()
     }
 
-    /// Bytes in the file.
+    /// Size in the file in bytes.
     pub fn n_bytes(&self) -> usize {
         self.len
     }
@@ -38,14 +38,14 @@ impl TensorInfo {
     }
 }
 
-/// One file, mapped.
+/// One mapped file.
 struct Part {
     path: PathBuf,
     map: FileMap,
 }
 
-/// An open GGUF: metadata in file order, and tensors over a read-only memory map. One that is split into several files is
-/// as if it were not.
+/// Open GGUF: metadata in file order, and tensors over a read-only memory map.
+/// A GGUF that is split into several files acts as one.
 pub struct GgufFile {
     parts: Vec<Part>,
     metadata: Vec<(String, Value)>,
@@ -55,11 +55,11 @@ pub struct GgufFile {
 }
 
 impl GgufFile {
-    /// Opens `path`, and the other parts if it is the first of several, and checks every tensor against the length of its
-    /// file.
+    /// Opens `path`, and the other parts if it is the first of several, and checks every tensor against the
+    /// length of its file.
     ///
     /// # Errors
-    /// One of [`GgufError`], naming what is wrong; nothing larger than the headers is allocated.
+    /// [`GgufError`] naming the fault; nothing larger than the headers is allocated.
     pub fn open(path: &Path) -> Result<GgufFile, GgufError> {
         let mut file = GgufFile::one(path, 0)?;
         let n_parts = file.split_number("split.count")?.unwrap_or(1);
@@ -69,21 +69,20 @@ impl GgufFile {
         Ok(file)
     }
 
-    /// Opens a file as it is, as part number `part` of a whole.
+    /// Opens one file as part number `part`, without looking for others.
     fn one(path: &Path, part: usize) -> Result<GgufFile, GgufError> {
         let io = |source| GgufError::Io { path: path.into(), source };
-        // Before it is opened: a pipe would wait for somebody to write.
-        let refused = |kind, text: &str| Err(io(std::io::Error::new(kind, text)));
+        // Checked before opening: a pipe would wait for a writer.
+        let refused = |problem| Err(GgufError::NoFile { path: path.into(), problem });
         match path.metadata().map_err(io)? {
             found if found.is_dir() => {
-                return refused(std::io::ErrorKind::IsADirectory, "is a directory, not a GGUF file");
+                return refused("is a directory, not a GGUF file");
             }
             found if !found.is_file() => {
-                let text = "is a device, pipe or socket; a model has to be a file, which is mapped";
-                return refused(std::io::ErrorKind::InvalidInput, text);
+                return refused("is a device, pipe or socket; a model has to be a file, which is mapped");
             }
             found if found.len() == 0 => {
-                return refused(std::io::ErrorKind::InvalidData, "is empty, not a GGUF file");
+                return refused("is empty, not a GGUF file");
             }
             _ => {}
         }
@@ -101,7 +100,7 @@ impl GgufFile {
 
         let metadata =
             raw.metadata(&map).map_err(|e| GgufError::Header { path: path.into(), reason: e.to_string() })?;
-        // They are shown to users, and names of any other kind are no model's.
+        // Users see these names; no model uses others.
         let printable = |what: &str, name: &str| {
             let fine = !name.chars().any(char::is_control);
             let reason = || format!("{what} {name:?} holds control characters");
@@ -140,7 +139,7 @@ impl GgufFile {
         Ok(GgufFile { parts: vec![Part { path: path.into(), map }], metadata, keys, tensors, by_name })
     }
 
-    /// Adds the tensors of the other `n_parts` − 1 parts, and drops the keys that say that there are any
+    /// Adds the tensors of the other `n_parts` − 1 parts, and drops the keys that describe the split
     /// (`llama_model_loader` of llama.cpp, `tools/gguf-split`).
     fn join(&mut self, path: &Path, n_parts: usize) -> Result<(), GgufError> {
         let header = |path: &Path, reason: String| GgufError::Header { path: path.into(), reason };
@@ -189,7 +188,7 @@ impl GgufFile {
         Ok(())
     }
 
-    /// A number about parts; llama.cpp writes them in 16 and 32 bits.
+    /// Number in a key about parts; llama.cpp writes them in 16 and 32 bits.
     fn split_number(&self, key: &str) -> Result<Option<usize>, GgufError> {
         match self.get(key) {
             Some(Value::U16(n)) => Ok(Some(usize::from(*n))),
@@ -197,22 +196,22 @@ impl GgufFile {
         }
     }
 
-    /// The files that it lies in.
+    /// Paths of its files.
     pub fn paths(&self) -> impl Iterator<Item = &Path> {
         self.parts.iter().map(|p| p.path.as_path())
     }
 
-    /// The bytes of each of them.
+    /// Bytes of each of its files.
     pub fn bytes(&self) -> impl Iterator<Item = &[u8]> {
         self.parts.iter().map(|p| &p.map[..])
     }
 
-    /// SHA-256 over all of them, in hex.
+    /// SHA-256 over all its files, in hex.
     pub fn sha256(&self) -> String {
         sha256(self.bytes())
     }
 
-    /// Bytes of them all.
+    /// Total size of its files in bytes.
     pub fn n_bytes(&self) -> u64 {
         self.bytes().map(|part| part.len() as u64).sum()
     }
@@ -227,7 +226,7 @@ impl GgufFile {
         &self.tensors
     }
 
-    /// The tensor called `name`, if there is one.
+    /// Tensor with the name `name`, if there is one.
     pub fn find(&self, name: &str) -> Option<&TensorInfo> {
         self.by_name.get(name).map(|&i| &self.tensors[i])
     }
@@ -237,10 +236,11 @@ impl GgufFile {
         &self.parts[t.part].map[t.start..t.start + t.len]
     }
 
-    /// Rows `rows` of a tensor as floats, `[n, ne0]` in row-major order.
+    /// Decodes the rows `rows` of a tensor to floats, `[rows.len(), ne0]` row-major.
     ///
     /// # Errors
-    /// [`GgufError::Tensor`] if ggml cannot decode the type, [`GgufError::NotFinite`] if the values are no numbers.
+    /// [`GgufError::Tensor`] if ggml cannot decode the type, [`GgufError::NotFinite`] if a value is NaN or
+    /// infinite.
     pub fn floats(&self, t: &TensorInfo, rows: std::ops::Range<usize>) -> Result<Vec<f32>, GgufError> {
         let row_bytes = t.ty.row_bytes(t.ne[0]);
         let mut out = vec![0.0; rows.len() * t.ne[0]];
@@ -256,24 +256,24 @@ impl GgufFile {
         }
     }
 
-    /// Looks for tensors that hold what is no number, as far as their scales say.
+    /// Checks that all tensors decode to finite numbers, judged by their scales.
     ///
     /// # Errors
-    /// [`GgufError::Damaged`] with the first of them.
+    /// [`GgufError::Damaged`] with the first tensor that does not.
     pub fn check_values(&self) -> Result<(), GgufError> {
         let damaged = self.tensors.iter().find(|t| !t.ty.decodes_to_numbers(self.data(t)));
         damaged.map_or(Ok(()), |t| Err(GgufError::Damaged(t.name.clone())))
     }
 
-    /// The value of `key`, if it is there.
+    /// Value of `key`, if it exists.
     pub fn get(&self, key: &str) -> Option<&Value> {
         self.keys.get(key).map(|&i| &self.metadata[i].1)
     }
 
-    /// A string.
+    /// String value of `key`, if it exists.
     ///
     /// # Errors
-    /// [`GgufError::BadKey`] if the key holds something else.
+    /// [`GgufError::BadKey`] if the key holds another type.
     pub fn get_str(&self, key: &str) -> Result<Option<&str>, GgufError> {
         match self.get(key) {
             None => Ok(None),
@@ -285,11 +285,11 @@ impl GgufFile {
         }
     }
 
-    /// A non-negative 32-bit number. llama.cpp reads such keys as uint32 only; int32 is accepted
-    /// where it is not negative.
+    /// Non-negative 32-bit number of `key`, if it exists.
+    /// llama.cpp reads such keys as uint32 only; this also accepts a non-negative int32.
     ///
     /// # Errors
-    /// [`GgufError::BadKey`] if the key holds something else.
+    /// [`GgufError::BadKey`] if the key holds another type.
     pub fn get_u32(&self, key: &str) -> Result<Option<usize>, GgufError> {
         match self.get(key) {
             None => Ok(None),
@@ -299,10 +299,10 @@ impl GgufFile {
         }
     }
 
-    /// A 32-bit float.
+    /// Value of `key` as a 32-bit float, if it exists.
     ///
     /// # Errors
-    /// [`GgufError::BadKey`] if the key holds something else or is not finite.
+    /// [`GgufError::BadKey`] if the key holds another type or is not finite.
     pub fn get_f32(&self, key: &str) -> Result<Option<f32>, GgufError> {
         match self.get(key) {
             None => Ok(None),
@@ -312,10 +312,10 @@ impl GgufFile {
         }
     }
 
-    /// One number per block: a scalar stands for all of them, an array must have `n` elements.
+    /// Numbers of `key` per block: a scalar stands for all blocks, an array must have `n` elements.
     ///
     /// # Errors
-    /// [`GgufError::BadKey`] if the key holds something else or has another length.
+    /// [`GgufError::BadKey`] if the key holds another type or has another length.
     pub fn get_per_block(&self, key: &str, n: usize) -> Result<Option<Vec<usize>>, GgufError> {
         let Some(value) = self.get(key) else {
             return Ok(None);
@@ -331,10 +331,10 @@ impl GgufFile {
     }
 }
 
-/// How a file begins that Git LFS left in the place of a large one.
+/// First bytes of a Git LFS pointer file.
 const LFS_POINTER: &[u8] = b"version https://git-lfs.github.com/spec/";
 
-/// Where tensors may start for ggml to compute with them in place (`TENSOR_ALIGNMENT`).
+/// Alignment of tensors that ggml needs to compute with them in place (`TENSOR_ALIGNMENT`).
 const LLAMA_ALIGNMENT: u64 = 32;
 
 /// SHA-256 over all parts, in hex.
@@ -344,7 +344,7 @@ pub(crate) fn sha256<'a>(parts: impl IntoIterator<Item = &'a [u8]>) -> String {
     sha256.finalize().iter().map(|b| format!("{b:02x}")).collect()
 }
 
-/// How the name of part `i` of `n` ends (`llama_split_path` of llama.cpp).
+/// Suffix of the name of part `i` of `n` (`llama_split_path` of llama.cpp).
 pub(crate) fn part_suffix(i: usize, n: usize) -> String {
     format!("-{:05}-of-{n:05}.gguf", i + 1)
 }
@@ -353,7 +353,7 @@ fn bad_type(key: &str, found: &Value, wanted: &str) -> GgufError {
     GgufError::BadKey { key: key.into(), problem: format!("is of type {}, not {wanted}", found.type_name()) }
 }
 
-/// Start and length of a tensor's data in the file, or nothing if they do not fit in 64 bits.
+/// Start and length of a tensor's data in the file; `None` if they do not fit in 64 bits.
 fn extent(ty: Type, ne: [u64; 4], offset: u64, data_offset: u64) -> Option<(u64, u64)> {
     let n = ne.iter().try_fold(1u64, |n, &k| n.checked_mul(k))?;
     if n == 0 || !ne[0].is_multiple_of(ty.block_size() as u64) {

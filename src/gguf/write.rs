@@ -1,4 +1,4 @@
-//! Writing a GGUF: header by ggml, tensor data streamed behind it.
+//! Writer of GGUF files: ggml writes the header, and tensor data is streamed behind it.
 
 use super::{GgufError, GgufFile, TensorInfo, Value};
 use crate::ggml::{RawGguf, Type};
@@ -6,7 +6,7 @@ use std::fs::File;
 use std::io::{BufWriter, Write};
 use std::path::{Path, PathBuf};
 
-/// A tensor to be written; `data` produces its bytes when its turn comes.
+/// Tensor to be written; `data` produces its bytes on demand.
 pub struct OutTensor<'a> {
     /// Name.
     pub name: String,
@@ -14,32 +14,33 @@ pub struct OutTensor<'a> {
     pub ty: Type,
     /// Sizes, ne\[0\] first.
     pub ne: Vec<usize>,
-    /// Its bytes.
+    /// Function that produces its bytes.
     pub data: Box<dyn Fn() -> Result<std::borrow::Cow<'a, [u8]>, GgufError> + 'a>,
 }
 
 impl<'a> OutTensor<'a> {
-    /// A tensor as it is in `file`.
+    /// Creates an unchanged copy of a tensor of `file`.
     pub fn copy(file: &'a GgufFile, t: &'a TensorInfo) -> OutTensor<'a> {
         let data = Box::new(|| Ok(std::borrow::Cow::Borrowed(file.data(t))));
         OutTensor { name: t.name.clone(), ty: t.ty, ne: t.ne.clone(), data }
     }
 
-    /// Bytes that the tensor takes in the file, without padding.
+    /// Size of the tensor in the file in bytes, without padding.
     pub fn n_bytes(&self) -> usize {
         self.ty.row_bytes(self.ne[0]) * self.ne[1..].iter().product::<usize>()
     }
 }
 
-/// Alignment of tensor data in what we write: ggml computes offsets with it whatever
-/// `general.alignment` says, since its setters do not look at the key.
+/// Alignment of tensor data in the output.
+/// ggml computes offsets with it whatever `general.alignment` says, since its setters do not look at the
+/// key.
 const ALIGNMENT: usize = 32;
 
-/// Writes metadata and tensors, in the order given, to `out`. `path` only names the file in errors.
-/// A `general.alignment` is written as the one that is used.
+/// Writes metadata and tensors, in the given order, to `out`. `path` only names the file in errors.
+/// A `general.alignment` is set to the alignment in use.
 ///
 /// # Errors
-/// [`GgufError::Io`] if writing fails, or what a tensor's `data` returns.
+/// [`GgufError::Io`] if writing fails, or the error of a tensor's `data`.
 ///
 /// # Panics
 /// If a tensor's data has another length than its type and sizes say.
@@ -71,8 +72,8 @@ pub fn write_gguf(
     out.flush().map_err(io)
 }
 
-/// Writes `file` as `n_parts` files at the paths that `path` gives, tensors in order and about as many bytes in each, as
-/// llama-gguf-split does: all metadata is in the first.
+/// Writes `file` as `n_parts` files at the paths that `path` gives, as llama-gguf-split does.
+/// Tensors keep their order, with about as many bytes in each file; all metadata is in the first.
 ///
 /// # Errors
 /// [`GgufError::Io`] if writing fails.
@@ -85,7 +86,7 @@ pub fn write_parts(
     let total: usize = tensors.iter().map(TensorInfo::n_bytes).sum();
     let (mut next, mut written) = (0, 0);
     for i in 0..n_parts {
-        // Every part that is still to come has a tensor.
+        // Each of the remaining parts needs at least one tensor.
         let most = tensors.len() - (n_parts - 1 - i).min(tensors.len());
         let first = next;
         while next < most && (next == first || written < total * (i + 1) / n_parts || i + 1 == n_parts) {

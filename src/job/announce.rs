@@ -5,7 +5,7 @@
 
 use super::{Job, expected_calibration, forecast, size_of};
 use crate::model::Model;
-use crate::pipeline::{Calibration, Method, Observer, PlannedStage, Settings};
+use crate::pipeline::{Calibration, Observer, PlannedStage, Settings};
 
 /// How much longer libllama takes for the operations of a token that it writes than graphs take for as many: one token at a
 /// time reads all weights. On two cores, writing reaches 14 % of a plain product's rate, and graphs 65 %.
@@ -52,7 +52,7 @@ pub(super) fn work_after(jobs: &[Job], model: &Model, c: &Calibration) -> Vec<f6
         let of_heads = |s: &&PlannedStage| s.name.starts_with("heads");
         let all: f64 = stages.iter().map(|s| s.work).sum();
         let heads: f64 = stages.iter().filter(of_heads).map(|s| s.work).sum();
-        let kept = job.settings.carriers(model).of_heads().is_some();
+        let kept = job.settings.output_archs(model).of_heads().is_some();
         let again = if kept { searched.min(heads) } else { 0.0 };
         searched = searched.max(heads);
         all - again
@@ -63,7 +63,7 @@ pub(super) fn work_after(jobs: &[Job], model: &Model, c: &Calibration) -> Vec<f6
 
 /// The passes of one result and its verification; nothing if the forecast does not know them.
 fn stages_of(job: &Job, model: &Model, c: &Calibration, settings: &Settings) -> Vec<PlannedStage> {
-    if settings.method != Method::Putri {
+    if !settings.method.is_forecast() {
         return Vec::new();
     }
     let Ok(forecast) = forecast(model, c, settings) else {

@@ -1,6 +1,11 @@
 //! What can go wrong, in the words that a user sees.
+//!
+//! One rule for all error types of the library: an error that has another error as its cause returns it as its `source`
+//! and leaves it out of its own message. Whoever shows an error joins the messages of the chain, each once, as
+//! [`with_causes`] does. Transparent variants are the error that they hold. Messages are lower case, of one line without a
+//! full stop, and name no options of the command line: `cli/hints.rs` adds those.
 
-use super::Limit;
+use super::QualityLimit;
 use crate::calibrate::CalibrateError;
 use crate::evaluate::EvaluateError;
 use crate::ggml::{GgmlError, Type};
@@ -8,66 +13,96 @@ use crate::gguf::GgufError;
 use crate::model::ModelError;
 use crate::pipeline::{NoRoom, PruneError, TargetError};
 use crate::text::TextError;
+use std::error::Error;
 use std::path::{Path, PathBuf};
+
+/// The message of `e`, followed by those of its causes, in one line.
+pub fn with_causes(e: &(dyn Error + 'static)) -> String {
+    let mut message = e.to_string();
+    let mut next = e.source();
+    while let Some(cause) = next {
+        message += &format!(": {cause}");
+        next = cause.source();
+    }
+    message
+}
+
+/// What an importance matrix is needed for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ImatrixUse {
+    /// To be written as a file.
+    Output,
+    /// To quantise the whole model.
+    Quantise,
+    /// To make quantisation baselines.
+    Baselines,
+}
 
 /// Why a job failed. Nothing is left behind, and the source is as it was.
 #[derive(Debug, thiserror::Error)]
 #[allow(missing_docs)]
 pub enum JobError {
-    #[error("{}: {source}", path.display())]
+    #[error("cannot use {}", path.display())]
     Model { path: PathBuf, source: ModelError },
-    #[error("calibration: {0}")]
+    #[error(
+        "{} was trained for {n_ctx_train} tokens, and calibration windows of {n_ctx} are asked for; use shorter windows",
+        path.display()
+    )]
+    WindowsTooLong { path: PathBuf, n_ctx: usize, n_ctx_train: usize },
+    #[error("cannot collect the calibration windows")]
     Calibrate(#[from] CalibrateError),
     #[error(transparent)]
     Text(#[from] TextError),
-    #[error("{}: {source}", path.display())]
+    #[error("cannot use {}", path.display())]
     Evaluate { path: PathBuf, source: EvaluateError },
     #[error(transparent)]
     Prune(PruneError),
     #[error(transparent)]
     Gguf(#[from] GgufError),
     #[error(
-        "{}: tensor {tensor} is {ty} already, and --type would round it again; take an F16 source, or say --allow-requantize", path.display()
+        "{}: tensor {tensor} is {ty} already, and would be rounded a second time; quantise from an F16 source", path.display()
     )]
     Quantised { path: PathBuf, tensor: String, ty: Type },
     #[error(
-        "{0} needs an importance matrix, which is not made of mixtures of experts; llama-quantize and llama-imatrix do that"
+        "{}: no importance matrix is made of mixtures of experts; llama-imatrix makes one, and llama-quantize quantises with it", path.display()
     )]
-    OfExperts(&'static str),
+    OfExperts { path: PathBuf, wanted: ImatrixUse },
     #[error(
         "no sparsity gives {limit}{}",
         least.map_or(": nothing can be removed".into(), |(percent, value)| format!(": {percent} % gives {value:.4}"))
     )]
-    Limit { limit: Limit, least: Option<(u32, f64)> },
-    #[error("the size asked for: {0}")]
-    Target(TargetError),
-    #[error("--max-memory: {0}")]
-    NoRoom(NoRoom),
-    #[error("--device: {0}")]
-    NoRoomOnDevice(NoRoom),
-    #[error("--type: {0}")]
-    Quantise(GgmlError),
+    Limit { limit: QualityLimit, least: Option<(u32, f64)> },
+    #[error("cannot prune to the size asked for")]
+    Target(#[source] TargetError),
+    #[error("the memory limit is too low")]
+    NoRoom(#[source] NoRoom),
+    #[error("a device has too little memory")]
+    NoRoomOnDevice(#[source] NoRoom),
+    #[error("cannot quantise the source")]
+    Quantise(#[source] GgmlError),
     #[error("{} is the input itself; choose another name", .0.display())]
     SameFile(PathBuf),
     #[error("{} is two outputs of this run; choose another name for one", .0.display())]
     SameOutput(PathBuf),
     #[error("{} is read by this run, and would be written over; choose another name for the output", .0.display())]
     AlsoRead(PathBuf),
-    #[error("{} exists; --force replaces it", .0.display())]
+    #[error("{} exists already", .0.display())]
     Exists(PathBuf),
-    #[error("{} is there, and no package: --force replaces those only; choose another name", .0.display())]
+    #[error("{} exists already, and is no package, which alone is replaced; choose another name", .0.display())]
     NoPackage(PathBuf),
     #[error("{} has no place in the package {}, which is made as a whole; choose another name for one", path.display(), folder.display())]
     InPackage { path: PathBuf, folder: PathBuf },
-    #[error("{} is where another run keeps its state right now; wait for it, or name another folder", .0.display())]
+    #[error("{} is where another run keeps its checkpoint right now; wait for it, or name another folder", .0.display())]
     StateBusy(PathBuf),
-    #[error("{} holds the state of an unfinished run; --resume goes on with it, or remove the folder", .0.display())]
+    #[error("{} holds the checkpoint of an unfinished run; resume it, or remove the folder", .0.display())]
     StateExists(PathBuf),
     #[error(
-        "{} holds the state of another run: there \"{then}\", here \"{now}\"; remove the folder or name another", path.display()
+        "{} holds the checkpoint of another run: there \"{then}\", here \"{now}\"; remove the folder or name another", path.display()
     )]
     StateMismatch { path: PathBuf, then: String, now: String },
-    #[error("{}: {source}", path.display())]
+    #[error("{}: {problem}", path.display())]
+    BadOutput { path: PathBuf, problem: &'static str },
+    #[error("cannot write {}", path.display())]
     Io { path: PathBuf, source: std::io::Error },
     #[error("the result does not load: {0}")]
     DoesNotLoad(String),
@@ -75,7 +110,7 @@ pub enum JobError {
     #[error(transparent)]
     Llama(GgmlError),
     #[error(
-        "the result loads, but llama.cpp's perplexity on it is {file:.2} and ours of the pruned model {own:.2}; nothing was written"
+        "the result loads, but llama.cpp's perplexity on it is {file:.2} and ours of the pruned model {own:.2}; nothing was written, please report this"
     )]
     Disagrees { file: f64, own: f64 },
     #[error("{}: the weights in the file do not do what was measured: {said}", path.display())]
@@ -112,6 +147,47 @@ impl From<PruneError> for JobError {
         match e {
             PruneError::Interrupted => JobError::Interrupted,
             other => JobError::Prune(other),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ollama::OllamaError;
+
+    fn io() -> std::io::Error {
+        std::io::Error::other("the disk is gone")
+    }
+
+    fn path() -> PathBuf {
+        "a.gguf".into()
+    }
+
+    #[test]
+    fn each_cause_is_said_once() {
+        let missing = || GgufError::MissingKey("x.y".into());
+        let failed = || GgmlError::Llama("went away".into());
+        let of_jobs: [(JobError, &str); 11] = [
+            (JobError::Model { path: path(), source: missing().into() }, "key x.y is missing"),
+            (JobError::Calibrate(failed().into()), "llama.cpp went away"),
+            (JobError::Calibrate(TextError::Io { path: path(), source: io() }.into()), "the disk is gone"),
+            (JobError::Text(TextError::Io { path: path(), source: io() }), "the disk is gone"),
+            (JobError::Evaluate { path: path(), source: failed().into() }, "llama.cpp went away"),
+            (JobError::Prune(io().into()), "the disk is gone"),
+            (JobError::Gguf(GgufError::Io { path: path(), source: io() }), "the disk is gone"),
+            (JobError::Gguf(GgufError::Tensor { name: "t".into(), source: failed() }), "llama.cpp went away"),
+            (JobError::Target(TargetError::Already), "the source is no larger"),
+            (JobError::Quantise(failed()), "llama.cpp went away"),
+            (JobError::Io { path: path(), source: io() }, "the disk is gone"),
+        ];
+        for (e, cause) in &of_jobs {
+            let said = with_causes(e);
+            assert_eq!(said.matches(cause).count(), 1, "{said}");
+            assert!(!said.contains('\n') && !said.ends_with('.'), "{said}");
+        }
+        for e in [OllamaError::Io { path: path(), source: io() }, OllamaError::Program(io())] {
+            assert_eq!(with_causes(&e).matches("the disk is gone").count(), 1, "{e:?}");
         }
     }
 }

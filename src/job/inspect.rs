@@ -4,7 +4,7 @@ use super::result::size_of;
 use super::{JobError, Size, open_model};
 use crate::ggml::Type;
 use crate::gguf::Value;
-use crate::model::{Arch, Carriers, ExpertParams, Family, Heads, Model};
+use crate::model::{Arch, ExpertParams, Family, Heads, Model, OutputArchs};
 use crate::pipeline::{Settings, check_budget};
 use std::borrow::Cow;
 use std::path::Path;
@@ -39,7 +39,7 @@ pub struct Inspection {
     /// How experts are used, if there are some.
     pub experts: Option<ExpertParams>,
     /// The architecture that a pruned model is written in.
-    pub carrier: Family,
+    pub output_arch: Family,
     /// Why that one.
     pub why: String,
     /// Blocks may get head counts and widths of their own.
@@ -59,10 +59,10 @@ pub fn inspect(path: &Path) -> Result<Inspection, JobError> {
     let params = |part: fn((usize, usize)) -> usize| h.blocks.iter().map(|b| part(h.block_params(b))).sum();
     let tied = model.output == model.token_embd;
     let heads = 1 + usize::from(!tied);
-    let carriers = Settings::default().carriers(&model);
-    let (carrier, mut why) = carrier(&model, &carriers);
-    if let Some(other) = model.carriers(Heads::PerBlock, Arch::Auto).heads {
-        why += &format!("; with --heads per-layer heads go block by block, in {}", other.name());
+    let output_archs = Settings::default().output_archs(&model);
+    let (output_arch, mut why) = output_arch(&model, &output_archs);
+    if let Some(other) = model.output_archs(Heads::PerLayer, Arch::Auto).heads {
+        why += &format!("; heads can be removed layer by layer in {}", other.name());
     }
     let can = |percent: &u32| {
         let settings = Settings { sparsity: f64::from(*percent) / 100.0, ..Settings::default() };
@@ -81,48 +81,48 @@ pub fn inspect(path: &Path) -> Result<Inspection, JobError> {
         embedding_params: heads * h.n_embd * h.n_vocab,
         types: types(&model),
         experts: h.experts,
-        carrier,
+        output_arch,
         why,
-        per_block: carriers.per_block.is_some(),
+        per_block: output_archs.per_block.is_some(),
         reachable: f64::from((1..100).rev().find(can).unwrap_or(0)) / 100.0,
         size,
     })
 }
 
 /// Where the pruned model goes, and why.
-fn carrier(model: &Model, carriers: &Carriers) -> (Family, String) {
+fn output_arch(model: &Model, output_archs: &OutputArchs) -> (Family, String) {
     let family = model.hparams.family;
     let (name, traits) = (family.name(), family.traits());
-    match (carriers.per_block, traits.uneven) {
-        (Some(carrier), _) if carrier == family => {
-            (carrier, format!("{name} reads head counts and widths per block"))
+    match (output_archs.per_block, traits.per_layer_arch) {
+        (Some(output_arch), _) if output_arch == family => {
+            (output_arch, format!("{name} reads head counts and widths per block"))
         }
-        (Some(carrier), _) => {
-            let other = carrier.name();
-            let own = if traits.stays {
+        (Some(output_arch), _) => {
+            let other = output_arch.name();
+            let own = if traits.loads_fewer_heads {
                 format!("; stays {name} if all blocks end up equal")
             } else {
                 format!("; {name} itself takes no fewer heads and no new biases")
             };
             let why =
                 format!("{other} computes the same blocks and reads head counts and widths per block{own}");
-            (carrier, why)
+            (output_arch, why)
         }
-        (None, Some(carrier)) => {
-            let lacks = model.no_room_in(carrier.traits()).unwrap_or("such blocks");
-            let why = format!("{}, which reads sizes per block, has no room for {lacks}", carrier.name());
-            (family, why + &all_equal(name, carriers))
+        (None, Some(output_arch)) => {
+            let lacks = model.no_room_in(output_arch.traits()).unwrap_or("such blocks");
+            let why = format!("{}, which reads sizes per block, has no room for {lacks}", output_arch.name());
+            (family, why + &all_equal(name, output_archs))
         }
         (None, None) => {
             let why = "no stock architecture computes such blocks in different sizes";
-            (family, why.to_string() + &all_equal(name, carriers))
+            (family, why.to_string() + &all_equal(name, output_archs))
         }
     }
 }
 
 /// What is left to a model that no architecture carries with blocks of different sizes.
-fn all_equal(name: &str, carriers: &Carriers) -> String {
-    match carriers.fewer_heads {
+fn all_equal(name: &str, output_archs: &OutputArchs) -> String {
+    match output_archs.fewer_heads {
         true => ", so all stay equal".into(),
         false => format!(", and {name} takes no fewer heads: only feed-forwards shrink, all alike"),
     }

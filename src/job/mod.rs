@@ -1,27 +1,27 @@
 //! The whole way from a GGUF to a pruned and verified GGUF.
 
 mod announce;
+mod checkpoint;
 mod error;
 mod eval;
 mod inspect;
-mod limit;
 mod output;
 mod prepared;
+mod quality_limit;
+mod quant_baselines;
 mod result;
-mod rivals;
-mod state;
 mod verify;
 
-pub use error::JobError;
+pub use error::{ImatrixUse, JobError, with_causes};
 pub use eval::{EvalJob, EvalOutcome, eval};
 pub use inspect::{Inspection, inspect};
-pub use limit::Limit;
 #[cfg(unix)]
 pub(crate) use output::usual_mode;
 pub use output::{check_distinct, check_output, remove_temporary, write_whole};
 pub(crate) use output::{resolved, temporary_folder};
 pub use prepared::calibration;
-pub use rivals::Rival;
+pub use quality_limit::QualityLimit;
+pub use quant_baselines::QuantBaseline;
 pub use verify::{Check, VerifyJob, verify};
 
 use crate::assemble::Provenance;
@@ -30,13 +30,13 @@ use crate::evaluate::EvaluateError;
 use crate::forward::whole_windows;
 use crate::ggml::{FileType, RunMemory, run_memory};
 use crate::gguf::GgufError;
-use crate::model::{BlockShape, Family, KvCache, Model, ModelError, Piece};
+use crate::model::{BlockShape, Family, FfnUnit, KvCache, Model, ModelError};
 use crate::pipeline::{self, Calibration, Forecast, HeldOut, Observer, Settings, Target};
 use announce::{announce_all, work_after};
+use checkpoint::DiskCheckpoint;
 use output::{check_paths, folder_of};
-use prepared::{Memory, Prepared};
+use prepared::{HeadOrderCache, Prepared};
 use result::{copy_as_is, size_of};
-use state::State;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -70,7 +70,7 @@ pub struct Job {
     /// Also measure what quantisation alone makes of as many bytes.
     pub compare_quant: bool,
     /// Take the largest sparsity that stays within this, instead of one that is given.
-    pub limit: Option<Limit>,
+    pub limit: Option<QualityLimit>,
     /// Bytes of memory to do with, the mapped files not counted.
     pub max_memory: Option<u64>,
     /// Bytes of each device's memory to do with; without it, most of what is free there.
@@ -155,11 +155,11 @@ pub struct Outcome {
     /// The result.
     pub after: Size,
     /// The architecture of the result.
-    pub carrier: Family,
+    pub output_arch: Family,
     /// Share of the blocks' parameters that was removed.
     pub sparsity: f64,
     /// What feed-forwards lost.
-    pub piece: Piece,
+    pub ffn_unit: FfnUnit,
     /// What llama.cpp takes to run them; absent where it was not asked.
     pub running: Option<Running>,
     /// What was measured; absent when nothing was pruned.
@@ -173,7 +173,7 @@ pub struct Outcome {
     /// Where the result comes from; absent when nothing was pruned.
     pub provenance: Option<Provenance>,
     /// The result, and the source in types that make files of about its size, if the job asked for it.
-    pub rivals: Vec<Rival>,
+    pub quant_baselines: Vec<QuantBaseline>,
     /// How source and result go on from the same words, if the job asked for it.
     pub samples: Option<Samples>,
     /// What shapes said beforehand; absent when nothing was pruned.
@@ -215,7 +215,7 @@ pub struct Samples {
 pub struct Quality {
     /// Source and result, by our forward.
     pub held_out: HeldOut,
-    /// The written file, by libllama; absent with `--no-verify`.
+    /// The written file, by libllama; absent where the job does not verify.
     pub file_ppl: Option<f64>,
     /// Tokens fitted on, and how many of them the model wrote itself.
     pub fit_tokens: (usize, usize),
@@ -247,7 +247,7 @@ pub fn run(job: &Job, observer: &mut dyn Observer) -> Result<Outcome, JobError> 
         (None, None) => p.prune(job, &mut (), later, observer)?,
     };
     let outcome = p.write(&Job { settings, ..job.clone() }, pruned, start, observer)?;
-    state.into_iter().for_each(State::remove);
+    state.into_iter().for_each(DiskCheckpoint::remove);
     Ok(outcome)
 }
 
@@ -292,7 +292,7 @@ pub fn run_nested(
     let mut start = Instant::now();
     announce_all(&jobs, &source, observer);
     let p = Prepared::new(&jobs[0], source, observer)?;
-    let mut memory = Memory::new(&p, &jobs[0]);
+    let mut memory = HeadOrderCache::new(&p, &jobs[0]);
     let later = work_after(&jobs, p.model(), &Calibration::from(&p.windows));
     for (job, later) in jobs.into_iter().zip(later) {
         let (settings, pruned) = p.prune(&job, &mut memory, Some(later), observer)?;
@@ -316,7 +316,7 @@ pub struct DryRun {
     /// Tokens that would pass through a block at a time.
     pub chunk_tokens: usize,
     /// What feed-forwards would lose.
-    pub piece: Piece,
+    pub ffn_unit: FfnUnit,
     /// Tokens of context that the result is to run with.
     pub run_ctx: usize,
     /// Keys and values of the source.
@@ -338,7 +338,7 @@ pub fn dry_run(job: &Job) -> Result<DryRun, JobError> {
     let forecast = forecast(&source, &expected_calibration(job), &settings)?;
     Ok(DryRun {
         before: size_of(&source),
-        piece: settings.piece(&source),
+        ffn_unit: settings.ffn_unit(&source),
         run_ctx: run_ctx(job, &source),
         kv_cache: KvCache::new(&source.hparams, &source.hparams.blocks),
         chunk_tokens: whole_windows(settings.chunk_tokens, job.recipe.n_ctx),
@@ -366,9 +366,8 @@ fn settings(job: &Job, source: &Model) -> Result<Settings, JobError> {
     pipeline::check_budget(source, &settings)?;
     let n_ctx_train = source.hparams.n_ctx_train;
     if job.recipe.n_ctx > n_ctx_train {
-        let problem =
-            format!("was trained for {n_ctx_train} tokens; --ctx-size {} is more", job.recipe.n_ctx);
-        return Err(JobError::Model { path: job.input.clone(), source: ModelError::Unusable(problem) });
+        let (path, n_ctx) = (job.input.clone(), job.recipe.n_ctx);
+        return Err(JobError::WindowsTooLong { path, n_ctx, n_ctx_train });
     }
     let calibration = expected_calibration(job);
     if let Some(limit) = device_memory(job) {
@@ -435,6 +434,7 @@ fn open_model(path: &Path) -> Result<Model, JobError> {
         // These name the file already.
         ModelError::Gguf(
             e @ (GgufError::Io { .. }
+            | GgufError::NoFile { .. }
             | GgufError::Magic { .. }
             | GgufError::LfsPointer(_)
             | GgufError::Header { .. }
@@ -448,14 +448,15 @@ fn open_model(path: &Path) -> Result<Model, JobError> {
 /// Refuses importance matrices of experts, and to quantise what is quantised already, unless it was asked for.
 fn check_types(job: &Job, source: &Model) -> Result<(), JobError> {
     if source.hparams.experts.is_some() {
+        let of_experts = |wanted| Err(JobError::OfExperts { path: job.input.clone(), wanted });
         if job.imatrix_out.is_some() {
-            return Err(JobError::OfExperts("--imatrix-out"));
+            return of_experts(ImatrixUse::Output);
         }
         if job.quantise.is_some() {
-            return Err(JobError::OfExperts("--type"));
+            return of_experts(ImatrixUse::Quantise);
         }
         if job.compare_quant {
-            return Err(JobError::OfExperts("--compare-quant"));
+            return of_experts(ImatrixUse::Baselines);
         }
     }
     let quantised = source.file.tensors().iter().find(|t| t.ty.is_quantized());

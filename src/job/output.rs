@@ -24,9 +24,8 @@ pub(super) fn check_paths(job: &Job, source: &GgufFile) -> Result<(), JobError> 
         TextFile::open(path, job.recipe.encoding).map_err(CalibrateError::from)?;
     }
     if job.verify && job.output.to_str().is_none() {
-        let problem = "is no UTF-8 path, which llama.cpp needs to verify it";
-        let source = std::io::Error::new(std::io::ErrorKind::InvalidInput, problem);
-        return Err(JobError::Io { path: job.output.clone(), source });
+        let problem = "is no UTF-8 path, which llama.cpp needs to verify the result; choose another name";
+        return Err(JobError::BadOutput { path: job.output.clone(), problem });
     }
     Ok(())
 }
@@ -71,20 +70,18 @@ fn part_path(output: &Path, i: usize, n: usize) -> PathBuf {
 /// Refuses an output that is a folder or device, there already (but with `force`), or in a place where none can be made.
 ///
 /// # Errors
-/// [`JobError::Exists`] or [`JobError::Io`].
+/// [`JobError::Exists`], [`JobError::BadOutput`] or [`JobError::Io`].
 pub fn check_output(output: &Path, force: bool) -> Result<(), JobError> {
-    let refused =
-        |kind, text: &str| Err(JobError::Io { path: output.into(), source: std::io::Error::new(kind, text) });
+    let refused = |problem| Err(JobError::BadOutput { path: output.into(), problem });
     if output.is_dir()
         || output.file_name().is_none()
         || output.as_os_str().as_encoded_bytes().ends_with(b"/")
     {
-        return refused(std::io::ErrorKind::IsADirectory, "is a folder; name a file for the output");
+        return refused("is a folder; name a file for the output");
     }
     // Only files make way: a device, pipe or socket would be gone, for all programs.
     if output.metadata().is_ok_and(|found| !found.is_file()) {
-        let text = "is a device, pipe or socket, which is not replaced; name a file for the output";
-        return refused(std::io::ErrorKind::InvalidInput, text);
+        return refused("is a device, pipe or socket, which is not replaced; name a file for the output");
     }
     match output.symlink_metadata() {
         // A dangling link exists, too.
@@ -152,7 +149,8 @@ pub(super) fn temporary(output: &Path) -> Result<tempfile::NamedTempFile, JobErr
     let folder = folder_of(output);
     let name = output.file_name().unwrap_or_default().to_string_lossy();
     // File systems take names of 255 bytes, and something is added here.
-    let name = &name[..name.floor_char_boundary(200)];
+    let short = (0..=name.len().min(200)).rev().find(|&i| name.is_char_boundary(i)).unwrap_or(0);
+    let name = &name[..short];
     let temp = tempfile::Builder::new()
         .prefix(&format!(".{name}."))
         .suffix(".part")

@@ -1,38 +1,37 @@
 //! What a job works on whatever the sparsity, and the passes over it, once or more often.
 
 use super::announce::announce;
+use super::checkpoint::DiskCheckpoint;
 use super::output::temporary;
-use super::state::State;
-use super::{Job, JobError, Limit, Quantise, ask_memory, limit, on_target, open, run_ctx};
+use super::{Job, JobError, QualityLimit, Quantise, ask_memory, on_target, open, quality_limit, run_ctx};
 use crate::assemble::importance;
 use crate::calibrate::{self, CalibrateError, Origin, Recipe, Windows};
 use crate::ggml::{GgmlError, LlamaModel, Offload, RunMemory, Token, quantize_file};
 use crate::gguf::GgufError;
 use crate::model::Model;
-use crate::pipeline::{self, Journal, Observer, Plan, Settings, Settled};
-use crate::prune::LazyGreedy;
+use crate::pipeline::{self, Checkpoint, HEADS, Observer, Plan, Record, Settings};
 use std::path::Path;
 
 /// The order in which groups go. Where blocks may keep different numbers, it does not depend on how many go.
-pub(super) struct Memory {
+pub(super) struct HeadOrderCache {
     per_block: bool,
-    heads: Option<LazyGreedy>,
+    heads: Option<Record>,
 }
 
-impl Memory {
-    pub(super) fn new(p: &Prepared, job: &Job) -> Memory {
-        Memory { per_block: job.settings.carriers(p.model()).of_heads().is_some(), heads: None }
+impl HeadOrderCache {
+    pub(super) fn new(p: &Prepared, job: &Job) -> HeadOrderCache {
+        HeadOrderCache { per_block: job.settings.output_archs(p.model()).of_heads().is_some(), heads: None }
     }
 }
 
-impl Journal for Memory {
-    fn settled(&mut self) -> Result<Settled, GgufError> {
-        Ok(Settled { heads: self.heads.clone(), ..Settled::default() })
+impl Checkpoint for HeadOrderCache {
+    fn load(&mut self, name: &str) -> Result<Option<Record>, GgufError> {
+        Ok(self.heads.clone().filter(|_| name == HEADS))
     }
 
-    fn heads(&mut self, search: &LazyGreedy) -> Result<(), GgufError> {
-        if self.per_block {
-            self.heads = Some(search.clone());
+    fn save(&mut self, name: &str, record: Record) -> Result<(), GgufError> {
+        if self.per_block && name == HEADS {
+            self.heads = Some(record);
         }
         Ok(())
     }
@@ -47,7 +46,7 @@ pub(super) struct Prepared {
     pub(super) notes: Vec<String>,
     /// The source in the types that the result shall have, if these are others. The map goes before the file.
     quantised: Option<(Model, tempfile::NamedTempFile)>,
-    pub(super) state: Option<State>,
+    pub(super) state: Option<DiskCheckpoint>,
     /// What llama.cpp takes to run the source.
     pub(super) to_run: RunMemory,
 }
@@ -75,7 +74,7 @@ impl Prepared {
             }
             Some(keep) => {
                 let sha = sha256()?;
-                let state = State::open(&keep.folder, keep.resume, job, &source, &sha)?;
+                let state = DiskCheckpoint::open(&keep.folder, keep.resume, job, &source, &sha)?;
                 let windows = match state.windows()? {
                     Some(windows) => windows,
                     None => {
@@ -101,17 +100,18 @@ impl Prepared {
     pub(super) fn prune(
         &self,
         job: &Job,
-        journal: &mut dyn Journal,
+        checkpoint: &mut dyn Checkpoint,
         later: Option<f64>,
         observer: &mut dyn Observer,
-    ) -> Result<(Settings, pipeline::Outcome), JobError> {
+    ) -> Result<(Settings, pipeline::Pruned), JobError> {
         let settings = match self.quantised {
             Some(_) => on_target(self.model(), job.settings.clone())?,
             None => job.settings.clone(),
         };
         let c = pipeline::Calibration::from(&self.windows);
         announce(job, self.model(), &c, &settings, later, observer);
-        let pruned = pipeline::run(self.model(), &self.source, &self.windows, &settings, journal, observer)?;
+        let pruned =
+            pipeline::run(self.model(), &self.source, &self.windows, &settings, checkpoint, observer)?;
         Ok((settings, pruned))
     }
 
@@ -119,14 +119,14 @@ impl Prepared {
     pub(super) fn prune_within(
         &self,
         job: &Job,
-        limit: Limit,
+        limit: QualityLimit,
         observer: &mut dyn Observer,
-    ) -> Result<(Settings, pipeline::Outcome), JobError> {
+    ) -> Result<(Settings, pipeline::Pruned), JobError> {
         let at = |percent: u32| Settings { sparsity: f64::from(percent) / 100.0, ..job.settings.clone() };
         let can = |percent: &u32| pipeline::check_budget(self.model(), &at(*percent)).is_ok();
-        let mut memory = Memory::new(self, job);
+        let mut memory = HeadOrderCache::new(self, job);
         let mut best = None;
-        let mut search = limit::Search::new(limit, (1..100).rev().find(can).unwrap_or(0));
+        let mut search = quality_limit::Search::new(limit, (1..100).rev().find(can).unwrap_or(0));
         while let Some(percent) = search.next() {
             let job = Job { settings: at(percent), ..job.clone() };
             let found = self.prune(&job, &mut memory, None, observer)?;
@@ -184,7 +184,7 @@ pub(super) fn llama(job: &Job, path: &Path) -> Result<LlamaModel, GgmlError> {
     if job.max_memory.is_some() { LlamaModel::load_mapped(path) } else { LlamaModel::load(path) }
 }
 
-/// Bytes of KV cache that generating calibration text may take, and their largest share of `--max-memory`.
+/// Bytes of KV cache that generating calibration text may take, and their largest share of the memory limit.
 const KV_BYTES: usize = 512 << 20;
 const KV_SHARE: u64 = 4;
 

@@ -1,46 +1,46 @@
 //! The largest sparsity at which the result is still good enough.
 
-use crate::pipeline::HeldOut;
+use crate::evaluate::Metrics;
 use std::fmt;
 
 /// What the result shall not lose more than, on the held-out windows.
 #[derive(Clone, Copy, Debug, PartialEq)]
-pub enum Limit {
+pub enum QualityLimit {
     /// Mean KL divergence from the source's predictions, in nats.
     Kld(f64),
     /// Perplexity divided by the source's.
     PplRatio(f64),
 }
 
-impl Limit {
+impl QualityLimit {
     /// What is measured against it.
-    pub fn of(self, found: &HeldOut) -> f64 {
+    pub fn of(self, found: &Metrics) -> f64 {
         match self {
-            Limit::Kld(_) => found.kl,
-            Limit::PplRatio(_) => found.pruned_ppl / found.dense_ppl,
+            QualityLimit::Kld(_) => found.kl.mean,
+            QualityLimit::PplRatio(_) => found.ppl / found.base_ppl,
         }
     }
 
     /// The same as something that is 0 where nothing is removed, and grows about as its square.
     fn loss(self, value: f64) -> f64 {
         match self {
-            Limit::Kld(_) => value,
-            Limit::PplRatio(_) => value.ln(),
+            QualityLimit::Kld(_) => value,
+            QualityLimit::PplRatio(_) => value.ln(),
         }
     }
 
     fn most(self) -> f64 {
         match self {
-            Limit::Kld(most) | Limit::PplRatio(most) => most,
+            QualityLimit::Kld(most) | QualityLimit::PplRatio(most) => most,
         }
     }
 }
 
-impl fmt::Display for Limit {
+impl fmt::Display for QualityLimit {
     fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
         match self {
-            Limit::Kld(most) => write!(f, "a KL divergence of {most}"),
-            Limit::PplRatio(most) => write!(f, "{most} times the perplexity"),
+            QualityLimit::Kld(most) => write!(f, "a KL divergence of {most}"),
+            QualityLimit::PplRatio(most) => write!(f, "{most} times the perplexity"),
         }
     }
 }
@@ -50,7 +50,7 @@ const FIRST: u32 = 25;
 
 /// A search over whole hundredths, by what was measured so far.
 pub(super) struct Search {
-    limit: Limit,
+    limit: QualityLimit,
     /// The largest that is within the limit, and the smallest that is not or cannot be; with their losses, if known.
     within: (u32, f64),
     beyond: (u32, Option<f64>),
@@ -59,7 +59,7 @@ pub(super) struct Search {
 
 impl Search {
     /// Up to `most` hundredths.
-    pub(super) fn new(limit: Limit, most: u32) -> Search {
+    pub(super) fn new(limit: QualityLimit, most: u32) -> Search {
         Search { limit, within: (0, 0.0), beyond: (most + 1, None), least: None }
     }
 
@@ -111,7 +111,7 @@ mod tests {
     use super::*;
 
     /// Measurements that a search takes, and what it finds, where `loss` is what a share costs.
-    fn found(limit: Limit, most: u32, loss: impl Fn(f64) -> f64) -> (usize, Option<u32>) {
+    fn found(limit: QualityLimit, most: u32, loss: impl Fn(f64) -> f64) -> (usize, Option<u32>) {
         let mut search = Search::new(limit, most);
         let (mut n, mut best) = (0, None);
         while let Some(percent) = search.next() {
@@ -128,21 +128,21 @@ mod tests {
         for power in [1.0, 1.5, 2.0, 3.0] {
             let loss = |s: f64| 6.0 * s.powf(power);
             for goal in [0.03, 0.2, 0.7, 2.0, 10.0] {
-                let (n, best) = found(Limit::Kld(goal), 90, loss);
+                let (n, best) = found(QualityLimit::Kld(goal), 90, loss);
                 let expected = (1..=90).rev().find(|&p| loss(f64::from(p) / 100.0) <= goal);
                 assert_eq!(best, expected, "{goal} {power}");
                 assert!(n <= 9, "{n} steps for {goal} with power {power}");
             }
         }
-        let (_, best) = found(Limit::PplRatio(1.5), 90, |s| (3.0 * s).exp());
+        let (_, best) = found(QualityLimit::PplRatio(1.5), 90, |s| (3.0 * s).exp());
         assert_eq!(best, Some(13));
     }
 
     #[test]
     fn what_cannot_be_is_not_found() {
-        assert_eq!(found(Limit::Kld(0.01), 90, |_| 1.0).1, None);
-        assert_eq!(found(Limit::Kld(0.01), 0, |_| 0.0), (0, None));
-        assert_eq!(found(Limit::Kld(1.0), 50, |_| f64::NAN).1, None);
-        assert_eq!(found(Limit::Kld(1.0), 50, |_| 0.0).1, Some(50));
+        assert_eq!(found(QualityLimit::Kld(0.01), 90, |_| 1.0).1, None);
+        assert_eq!(found(QualityLimit::Kld(0.01), 0, |_| 0.0), (0, None));
+        assert_eq!(found(QualityLimit::Kld(1.0), 50, |_| f64::NAN).1, None);
+        assert_eq!(found(QualityLimit::Kld(1.0), 50, |_| 0.0).1, Some(50));
     }
 }

@@ -4,7 +4,7 @@ use super::output::temporary;
 use super::prepared::{Prepared, llama};
 use super::{Job, JobError};
 use crate::assemble::importance;
-use crate::evaluate::{self, Evaluation, Protocol};
+use crate::evaluate::{self, Metrics, Protocol};
 use crate::ggml::{FileType, quantize_file};
 use crate::pipeline::{self, Observer, Plan};
 use std::path::Path;
@@ -15,17 +15,13 @@ const MIXES: [&str; 10] =
 
 /// A file, and what it does on the held-out windows, by libllama.
 #[derive(Clone, Debug)]
-pub struct Rival {
+pub struct QuantBaseline {
     /// `pruned`, or the mix of types.
     pub name: String,
     /// Bytes.
     pub bytes: u64,
-    /// Perplexity.
-    pub ppl: f64,
-    /// Mean KL divergence from the source's predictions, in nats.
-    pub kl: f64,
-    /// Share of positions where both think the same token likeliest.
-    pub top1: f64,
+    /// Comparison with the source.
+    pub metrics: Metrics,
 }
 
 impl Prepared {
@@ -34,13 +30,13 @@ impl Prepared {
     ///
     /// # Errors
     /// [`JobError`] if libllama fails.
-    pub(super) fn rivals(
+    pub(super) fn quant_baselines(
         &self,
         job: &Job,
         output: &Path,
         goal: u64,
         observer: &mut dyn Observer,
-    ) -> Result<Vec<Rival>, JobError> {
+    ) -> Result<Vec<QuantBaseline>, JobError> {
         let whole = Plan::whole(&self.source);
         let squares = pipeline::input_squares(&self.source, &whole, &self.windows, &job.settings, observer)?;
         let importance = importance(&self.source, &squares, &self.windows);
@@ -77,12 +73,12 @@ impl Prepared {
         let mut judge = |name: &str, path: &Path, bytes: u64, done: usize| {
             let file = llama(job, path).map_err(JobError::does_not_load)?;
             let n_threads = job.settings.n_threads;
-            let found: Evaluation =
+            let found =
                 evaluate::evaluate(&file, Some(&source), &windows, Protocol::Hf, n_threads, |_, _| true)
                     .map_err(failed)?;
             observer.step(done, "");
-            let (kl, top1) = found.divergence.map_or((f64::NAN, f64::NAN), |d| (d.mean, d.top1));
-            Ok::<_, JobError>(Rival { name: name.into(), bytes, ppl: found.ppl, kl, top1 })
+            let metrics = found.compared.expect("it was compared with the source");
+            Ok::<_, JobError>(QuantBaseline { name: name.into(), bytes, metrics })
         };
         let mut all = vec![judge("pruned", output, goal, 2)?];
         for (i, (name, temp, bytes)) in [below, above].into_iter().flatten().enumerate() {

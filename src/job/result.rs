@@ -3,15 +3,14 @@
 use super::output::{finish, finish_parts, outputs, temporary};
 use super::prepared::{Prepared, llama};
 use super::verify::{RECORDED, matches_record};
-use super::{Job, JobError, Outcome, Quality, Running, Samples, Size, forecast, run_ctx};
+use super::{Job, JobError, Outcome, Quality, Running, Samples, Size, forecast, run_ctx, with_causes};
 use crate::assemble::{Provenance, Written, assemble, write_imatrix, writes_exactly};
 use crate::calibrate::{Windows, oddities};
 use crate::evaluate::{self, Protocol};
 use crate::ggml::{GgmlError, LlamaModel, run_memory};
 use crate::gguf::{OutTensor, write_gguf};
 use crate::model::{BlockShape, Family, KvCache, Model};
-use crate::pipeline::{self, Calibration, Method, Observer, Plan, Target};
-use crate::prune::Choice;
+use crate::pipeline::{self, Calibration, Observer, Plan, Target};
 use std::io::{BufWriter, Write};
 use std::path::Path;
 use std::time::Instant;
@@ -30,7 +29,7 @@ impl Prepared {
     pub(super) fn write(
         &self,
         job: &Job,
-        pruned: pipeline::Outcome,
+        pruned: pipeline::Pruned,
         start: Instant,
         observer: &mut dyn Observer,
     ) -> Result<Outcome, JobError> {
@@ -44,12 +43,10 @@ impl Prepared {
             source_sha256: self.source_sha256.clone(),
             sparsity: job.settings.sparsity,
             sparsity_reached: sparsity,
-            method: method_name(job.settings.method).into(),
-            neurons_by: pruned.neurons_by.map(Choice::name),
+            method: job.settings.method.name().into(),
             calibration: calibration_text(job, windows),
             seed: job.recipe.seed,
-            twins: job.settings.copies() - 1,
-            tune: if pruned.tuned { job.settings.tune } else { 0 },
+            stages: pruned.provenance,
             check_tokens: checked.to_vec(),
             check_nll: pruned
                 .losses
@@ -67,8 +64,16 @@ impl Prepared {
                 let squares = pipeline::input_squares(model, &pruned.plan, windows, &job.settings, observer)?;
                 let temp = temporary(path)?;
                 let mut out = BufWriter::new(temp.as_file());
-                let carrier = pruned.plan.carrier(model);
-                write_imatrix(&mut out, path, model, carrier, &squares, windows, &provenance.calibration)?;
+                let output_arch = pruned.plan.output_arch(model);
+                write_imatrix(
+                    &mut out,
+                    path,
+                    model,
+                    output_arch,
+                    &squares,
+                    windows,
+                    &provenance.calibration,
+                )?;
                 drop(out);
                 Some((path, temp))
             }
@@ -77,7 +82,7 @@ impl Prepared {
         let temp = temporary(&job.output)?;
         let mut out = BufWriter::with_capacity(1 << 20, temp.as_file());
         let mix = job.quantise.map(|q| q.to);
-        let Written { carrier, fallbacks } =
+        let Written { output_arch, fallbacks } =
             assemble(model, &pruned.plan, &provenance, mix, &mut out, &job.output)?;
         out.flush().map_err(|source| JobError::Io { path: job.output.clone(), source })?;
         drop(out);
@@ -89,8 +94,8 @@ impl Prepared {
             held_out_tokens: windows.n_held_out * windows.n_ctx,
         };
         if job.verify {
-            // What is only a carrier for us we write and do not read.
-            if !carrier.traits().carrier_only {
+            // What is only a output architecture for us we write and do not read.
+            if !output_arch.traits().output_only {
                 matches_record(temp.path(), &job.output, job.settings.n_threads)?;
             }
             let held_out = windows.held_out();
@@ -107,7 +112,7 @@ impl Prepared {
             if observer.interrupted() {
                 return Err(JobError::Interrupted);
             }
-            let own = quality.held_out.pruned_ppl;
+            let own = quality.held_out.ppl;
             // A NaN on either side is no agreement.
             let bound = PARITY.ln() + 1.0 / (quality.held_out_tokens as f64).sqrt();
             let agrees = (file / own).ln().abs() <= bound;
@@ -143,14 +148,15 @@ impl Prepared {
         warnings.extend(fallbacks);
         warnings.extend(self.notes.iter().cloned());
         warnings.extend(oddities(windows, &pruned.dense_window_nll));
-        let rivals = match job.compare_quant.then(|| self.rivals(job, &output, bytes, observer)) {
-            None => Vec::new(),
-            Some(Ok(rivals)) => rivals,
-            Some(Err(e)) => {
-                warnings.push(format!("not compared with quantisation alone: {e}"));
-                Vec::new()
-            }
-        };
+        let quant_baselines =
+            match job.compare_quant.then(|| self.quant_baselines(job, &output, bytes, observer)) {
+                None => Vec::new(),
+                Some(Ok(quant_baselines)) => quant_baselines,
+                Some(Err(e)) => {
+                    warnings.push(format!("not compared with quantisation baselines: {}", with_causes(&e)));
+                    Vec::new()
+                }
+            };
         let shapes = pruned.plan.shapes(model);
         let before = size_of(source);
         let after = Size {
@@ -178,14 +184,14 @@ impl Prepared {
                 "it was trained for {trained} tokens of context; {asked} are more than it knows"
             ));
         }
-        let deci_biases = carrier == Family::Deci && source.blocks.iter().any(|b| b.qkv_bias.is_some());
-        warnings.extend(advice(sparsity, &quality, carrier, deci_biases));
+        let deci_biases = output_arch == Family::Deci && source.blocks.iter().any(|b| b.qkv_bias.is_some());
+        warnings.extend(advice(sparsity, &quality, output_arch, deci_biases));
         Ok(Outcome {
             before,
             after,
-            carrier,
+            output_arch,
             sparsity,
-            piece: job.settings.piece(model),
+            ffn_unit: job.settings.ffn_unit(model),
             running,
             quality: Some(quality),
             output,
@@ -193,7 +199,7 @@ impl Prepared {
             block_losses: pruned.block_losses,
             provenance: Some(provenance),
             samples,
-            rivals,
+            quant_baselines,
             forecast: Some(forecast),
             warnings,
             time: start.elapsed(),
@@ -259,8 +265,8 @@ pub(super) fn copy_as_is(
     Ok(Outcome {
         after: Size { bytes, ..before.clone() },
         before,
-        carrier: model.hparams.family,
-        piece: job.settings.piece(model),
+        output_arch: model.hparams.family,
+        ffn_unit: job.settings.ffn_unit(model),
         sparsity: 0.0,
         running: None,
         quality: None,
@@ -269,7 +275,7 @@ pub(super) fn copy_as_is(
         block_losses: None,
         provenance: None,
         samples: None,
-        rivals: Vec::new(),
+        quant_baselines: Vec::new(),
         forecast: None,
         warnings: Vec::new(),
         time: start.elapsed(),
@@ -291,14 +297,6 @@ fn removed_params(model: &Model, shapes: &[BlockShape]) -> usize {
     h.blocks_params(&h.blocks) - h.blocks_params(shapes)
 }
 
-pub(super) fn method_name(method: Method) -> &'static str {
-    match method {
-        Method::Putri => "putri",
-        Method::Paper => "paper",
-        Method::TwoStage => "2ssp",
-    }
-}
-
 fn calibration_text(job: &Job, w: &Windows) -> String {
     let files: Vec<_> = job
         .recipe
@@ -314,7 +312,7 @@ fn calibration_text(job: &Job, w: &Windows) -> String {
 }
 
 /// What a user needs to hear about a result like this.
-fn advice(sparsity: f64, q: &Quality, carrier: Family, deci_biases: bool) -> Vec<String> {
+fn advice(sparsity: f64, q: &Quality, output_arch: Family, deci_biases: bool) -> Vec<String> {
     let mut out = Vec::new();
     if sparsity >= 0.4 {
         out.push(format!(
@@ -323,10 +321,10 @@ fn advice(sparsity: f64, q: &Quality, carrier: Family, deci_biases: bool) -> Vec
             sparsity * 100.0
         ));
     }
-    if q.held_out.pruned_ppl > 2.0 * q.held_out.dense_ppl {
+    if q.held_out.ppl > 2.0 * q.held_out.base_ppl {
         out.push("perplexity more than doubled: compare with a smaller quant or a smaller model before you ship this".into());
     }
-    let since = match carrier {
+    let since = match output_arch {
         // With biases of Q, K and V: llama.cpp's pull request 21245.
         Family::Deci if deci_biases => Some("llama.cpp since April 2026 and Ollama since 0.30"),
         Family::Deci | Family::OpenElm => Some("llama.cpp since March 2025 and Ollama since 0.9.3"),
@@ -334,7 +332,7 @@ fn advice(sparsity: f64, q: &Quality, carrier: Family, deci_biases: bool) -> Vec
         _ => None,
     };
     if let Some(since) = since {
-        let name = carrier.name();
+        let name = output_arch.name();
         out.push(format!(
             "the file is of architecture {name}, in which blocks may differ in size, for {since}"
         ));

@@ -1,24 +1,24 @@
-//! The families of models that are supported: a row of a table each.
+//! Supported model families, one table row each.
 
 use super::traits::{
     Activation, ExpertTraits, Norm, OutputHead, Parallel, Positions, QkNorm, RopeFactors, Scales,
     SharedExpert, Sliding, SlidingRope, Traits,
 };
 
-/// The families, and the row of each.
+/// Defines the families and the row of each.
 macro_rules! families {
     ($($(#[$doc:meta])* $family:ident = $row:ident,)*) => {
-        /// Block structure: which graph a model's blocks are.
+        /// Model family: the graph of a model's blocks.
         #[derive(Clone, Copy, Debug, PartialEq, Eq)]
         pub enum Family {
             $($(#[$doc])* $family,)*
         }
 
         impl Family {
-            /// All that are supported.
+            /// All families.
             pub const ALL: &'static [Family] = &[$(Family::$family,)*];
 
-            /// What tells it from the others.
+            /// Traits of the family.
             pub fn traits(self) -> &'static Traits {
                 match self {
                     $(Family::$family => &$row,)*
@@ -31,7 +31,7 @@ macro_rules! families {
 families! {
     /// `llama`: Llama 1 to 3.x, Mistral, SmolLM, TinyLlama and others with the same blocks; Mixtral.
     Llama = LLAMA,
-    /// `deci`: the same blocks with their own head counts and widths each.
+    /// `deci`: the blocks of `llama`, each with its own head counts and width.
     Deci = DECI,
     /// `mistral3`: Ministral 3 and others, where attention has a temperature.
     Mistral3 = MISTRAL3,
@@ -43,9 +43,9 @@ families! {
     Qwen2Moe = QWEN2_MOE,
     /// `qwen3moe`: Qwen 3, mixtures of experts.
     Qwen3Moe = QWEN3_MOE,
-    /// `openelm`: OpenELM, and Qwen 3 with blocks that have their own head counts and widths each.
+    /// `openelm`: OpenELM, and Qwen 3 whose blocks have their own head counts and widths.
     OpenElm = OPENELM,
-    /// `step35`: Qwen 3 with blocks that have their own head counts.
+    /// `step35`: Qwen 3 whose blocks have their own head counts.
     Step35 = STEP35,
     /// `gemma2`: Gemma 2.
     Gemma2 = GEMMA2,
@@ -99,12 +99,12 @@ families! {
 
 const LLAMA: Traits = Traits {
     name: "llama",
-    uneven: Some(Family::Deci),
-    uneven_heads: None,
-    carrier_only: false,
+    per_layer_arch: Some(Family::Deci),
+    per_layer_heads_arch: None,
+    output_only: false,
     attention_free: false,
-    stays: true,
-    even: None,
+    loads_fewer_heads: true,
+    uniform_arch: None,
     one_qkv: false,
     fused_gate_up: false,
     head: OutputHead::Either,
@@ -134,14 +134,14 @@ const LLAMA: Traits = Traits {
     attn_softcap: None,
 };
 
-/// Llama's blocks with neither frequency factors nor biases of attn_output and the feed-forward.
+/// Llama's blocks with neither frequency factors nor biases of attn_output and the FFN.
 const BARE: Traits = Traits { experts: None, rope_factors: RopeFactors::None, output_biases: false, ..LLAMA };
 
-/// The same where no stock architecture takes blocks of different sizes.
-const EQUAL: Traits = Traits { uneven: None, ..BARE };
+/// Blocks as [`BARE`], for which no stock architecture takes per-layer sizes.
+const EQUAL: Traits = Traits { per_layer_arch: None, ..BARE };
 
-/// The same where the loader takes no fewer heads either.
-const ALL_HEADS: Traits = Traits { stays: false, ..EQUAL };
+/// Blocks as [`EQUAL`], whose loader does not take fewer heads either.
+const ALL_HEADS: Traits = Traits { loads_fewer_heads: false, ..EQUAL };
 
 const DECI: Traits = Traits { name: "deci", attention_free: true, experts: None, ..LLAMA };
 
@@ -151,10 +151,10 @@ const QWEN2: Traits = Traits { name: "qwen2", positions: Positions::RopeNeox, ..
 
 const QWEN3: Traits = Traits {
     name: "qwen3",
-    uneven: Some(Family::OpenElm),
-    uneven_heads: Some(Family::Step35),
-    stays: true,
-    even: None,
+    per_layer_arch: Some(Family::OpenElm),
+    per_layer_heads_arch: Some(Family::Step35),
+    loads_fewer_heads: true,
+    uniform_arch: None,
     qk_norm: Some(QkNorm::Heads),
     ..QWEN2
 };
@@ -198,11 +198,11 @@ const OLMOE: Traits = Traits {
 };
 
 const OPENELM: Traits =
-    Traits { name: "openelm", uneven_heads: None, one_qkv: true, head: OutputHead::Tied, ..QWEN3 };
+    Traits { name: "openelm", per_layer_heads_arch: None, one_qkv: true, head: OutputHead::Tied, ..QWEN3 };
 
-// Without experts and gates, and with a window that no text fills: the blocks of Qwen 3.
+// Without experts and gates, and with a window longer than any text, these are the blocks of Qwen 3.
 const STEP35: Traits =
-    Traits { name: "step35", uneven: None, uneven_heads: None, carrier_only: true, ..QWEN3 };
+    Traits { name: "step35", per_layer_arch: None, per_layer_heads_arch: None, output_only: true, ..QWEN3 };
 
 const GEMMA2: Traits = Traits {
     name: "gemma2",
@@ -251,10 +251,10 @@ const PHI3: Traits = Traits {
     ..INTERNLM2
 };
 
-// deci could carry it only with its scales folded into quantised matrices.
+// deci could hold it only with its scales folded into quantised matrices.
 const GRANITE: Traits = Traits {
     name: "granite",
-    uneven: None,
+    per_layer_arch: None,
     scales: Some(Scales::Granite { rope_switch: true }),
     experts: None,
     ..LLAMA
@@ -317,7 +317,8 @@ const EXAONE4: Traits = Traits {
     ..OLMO2
 };
 
-const INTERNLM2: Traits = Traits { name: "internlm2", stays: false, even: Some(Family::Llama), ..BARE };
+const INTERNLM2: Traits =
+    Traits { name: "internlm2", loads_fewer_heads: false, uniform_arch: Some(Family::Llama), ..BARE };
 
 const ERNIE45: Traits = Traits { name: "ernie4_5", output_biases: true, ..INTERNLM2 };
 
@@ -393,22 +394,22 @@ const NEMOTRON: Traits = Traits {
 };
 
 impl Family {
-    /// The family of `general.architecture`.
+    /// Family with the `general.architecture` value `name`.
     pub fn from_name(name: &str) -> Option<Family> {
         Family::sources().find(|f| f.name() == name)
     }
 
-    /// The prefix of its metadata keys.
+    /// Value of `general.architecture`, and prefix of the metadata keys.
     pub fn name(self) -> &'static str {
         self.traits().name
     }
 
-    /// Those that models come in.
+    /// Families that source models may have.
     fn sources() -> impl Iterator<Item = Family> {
-        Family::ALL.iter().copied().filter(|f| !f.traits().carrier_only)
+        Family::ALL.iter().copied().filter(|f| !f.traits().output_only)
     }
 
-    /// Names of these, for messages.
+    /// Names of the source families, for messages.
     pub(super) fn names() -> String {
         Family::sources().map(|f| f.name()).collect::<Vec<_>>().join(", ")
     }

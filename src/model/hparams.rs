@@ -9,13 +9,13 @@ use crate::gguf::{GgufError, GgufFile, Value};
 /// Sizes of one block.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct BlockShape {
-    /// Query heads.
+    /// Number of query heads.
     pub n_head: usize,
-    /// Key/value heads; each with its n_head / n_head_kv query heads is a group.
+    /// Number of key/value heads; each with its n_head / n_head_kv query heads is a group.
     pub n_head_kv: usize,
-    /// Feed-forward neurons, of each expert if there are some.
+    /// Number of FFN neurons, per expert if there are experts.
     pub n_ff: usize,
-    /// Experts; 0 where there is one feed-forward for all tokens.
+    /// Number of experts; 0 if there is one FFN for all tokens.
     pub n_expert: usize,
 }
 
@@ -25,110 +25,110 @@ impl BlockShape {
         self.n_head.checked_div(self.n_head_kv).unwrap_or(0)
     }
 
-    /// Feed-forwards side by side: experts, or the one that there is.
+    /// Number of parallel FFNs: the experts, or 1.
     pub fn n_feed_forwards(&self) -> usize {
         self.n_expert.max(1)
     }
 
-    /// How many pieces there are.
-    pub fn n_pieces(&self, piece: Piece) -> usize {
-        match piece {
-            Piece::Neuron => self.n_ff,
-            Piece::Expert => self.n_expert,
+    /// Number of FFN units of the kind `ffn_unit`.
+    pub fn n_units(&self, ffn_unit: FfnUnit) -> usize {
+        match ffn_unit {
+            FfnUnit::Neuron => self.n_ff,
+            FfnUnit::Expert => self.n_expert,
         }
     }
 
-    /// What is left with the experts and neurons of [`super::BlockWeights::keep_pieces`].
+    /// Shape after [`super::BlockWeights::keep_units`] with the same `experts` and `neurons`.
     pub fn with_kept(self, experts: &[usize], neurons: &[usize]) -> BlockShape {
         BlockShape { n_ff: neurons.len() / experts.len().max(1), n_expert: experts.len(), ..self }
     }
 
-    /// The same with other pieces.
-    pub fn with_pieces(self, piece: Piece, n: usize) -> BlockShape {
-        match piece {
-            Piece::Neuron => BlockShape { n_ff: n, ..self },
-            Piece::Expert => BlockShape { n_expert: n, ..self },
+    /// Shape with `n` FFN units of the kind `ffn_unit`.
+    pub fn with_units(self, ffn_unit: FfnUnit, n: usize) -> BlockShape {
+        match ffn_unit {
+            FfnUnit::Neuron => BlockShape { n_ff: n, ..self },
+            FfnUnit::Expert => BlockShape { n_expert: n, ..self },
         }
     }
 }
 
-/// What feed-forwards lose one by one.
+/// Unit in which an FFN is pruned.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Piece {
-    /// A neuron; of a mixture, one of every expert, of each expert another.
+pub enum FfnUnit {
+    /// Neuron; in a mixture of experts, one of each expert, chosen per expert.
     Neuron,
-    /// A whole expert.
+    /// Whole expert.
     Expert,
 }
 
-impl Piece {
-    /// What several are called.
+impl FfnUnit {
+    /// Plural of the name.
     pub fn plural(self) -> &'static str {
         match self {
-            Piece::Neuron => "neurons",
-            Piece::Expert => "experts",
+            FfnUnit::Neuron => "neurons",
+            FfnUnit::Expert => "experts",
         }
     }
 }
 
-/// How queries grow with their position (`llm_graph_input_attn_temp` of llama.cpp).
+/// Growth of queries with their position (`llm_graph_input_attn_temp` of llama.cpp).
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Temperature {
-    /// How fast.
+    /// Factor of the growth.
     pub scale: f32,
-    /// From which position on.
+    /// Position from which queries grow.
     pub floor: usize,
 }
 
-/// Hyper-parameters of a dense decoder.
+/// Hyper-parameters of a decoder.
 #[derive(Clone, Debug)]
 pub struct Hparams {
-    /// Block structure.
+    /// Family, which determines the block structure.
     pub family: Family,
     /// Width of the residual stream.
     pub n_embd: usize,
-    /// Tokens in the vocabulary.
+    /// Number of tokens in the vocabulary.
     pub n_vocab: usize,
-    /// Context length that the model was trained for.
+    /// Context length that the model was trained for, in tokens.
     pub n_ctx_train: usize,
-    /// Width of a head (keys and values alike).
+    /// Width of a head (the same for keys and values).
     pub head_dim: usize,
     /// Epsilon of the norms.
     pub norm_eps: f32,
     /// Rotary embedding.
     pub rope: RopeParams,
-    /// Frequency factors are chosen by context length (`rope_factors_long`, `rope_factors_short`).
+    /// Whether frequency factors depend on the context length (`rope_factors_long`, `rope_factors_short`).
     pub longrope: bool,
-    /// Attention to a window in some of the blocks.
+    /// Sliding window of some of the blocks.
     pub sliding: Option<SlidingWindow>,
     /// Factor of the token embeddings.
     pub embd_scale: f32,
-    /// Factor of what attention and feed-forward add to the stream.
+    /// Factor of the contributions of attention and FFN to the residual stream.
     pub residual_scale: f32,
     /// Factor of the logits.
     pub logit_scale: f32,
-    /// Factor of the products of queries and keys, where it is not what their width says.
+    /// Factor of the products of queries and keys, if it does not follow from their width.
     pub kq_scale: Option<f32>,
-    /// Queries and keys are rotated, in all blocks but those that [`Traits`] names.
+    /// Whether queries and keys are rotated, except in the blocks that [`Traits`] names.
     pub rotates: bool,
-    /// Queries are multiplied by 1 + scale · ln(⌊position / floor⌋ + 1).
+    /// Temperature of attention: queries are multiplied by 1 + scale · ln(⌊position / floor⌋ + 1).
     pub temperature: Option<Temperature>,
-    /// Logits are c · tanh(logits / c).
+    /// Cap c of the logits: they are c · tanh(logits / c).
     pub softcap: Option<f32>,
-    /// The same for the products of queries and keys.
+    /// Cap of the products of queries and keys, in the same way.
     pub attn_softcap: Option<f32>,
-    /// How experts are used, if there are some.
+    /// Usage of the experts, if there are any.
     pub experts: Option<ExpertParams>,
-    /// Sizes per block.
+    /// Sizes of each block.
     pub blocks: Vec<BlockShape>,
 }
 
-/// How a block's experts are used.
+/// Usage of a block's experts.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct ExpertParams {
-    /// Experts that a token passes through.
+    /// Number of experts that a token passes through.
     pub n_used: usize,
-    /// Neurons of the one that all tokens pass through besides, or 0.
+    /// Number of neurons of the shared expert, or 0.
     pub n_ff_shared: usize,
 }
 
@@ -213,7 +213,7 @@ impl Hparams {
                 format!("is {n_rot}, but key_length is {head_dim}"),
             ));
         }
-        // For images; llama.cpp then rotates by three positions.
+        // Models for images have this key; llama.cpp then rotates by three positions.
         if file.get(&key("rope.dimension_sections")).is_some() {
             return Err(bad(
                 &key("rope.dimension_sections"),
@@ -288,8 +288,8 @@ impl Hparams {
             && !(full && traits.sliding.is_some_and(|s| s.full_unrotated))
     }
 
-    /// Factor of the products of queries and keys where the first block has `n_head` heads
-    /// (`f_attention_scale` of llama.cpp, which for one model depends on them).
+    /// Factor of the products of queries and keys if the first block has `n_head` heads
+    /// (`f_attention_scale` of llama.cpp, which depends on them for one model).
     pub fn attention_scale(&self, n_head: usize) -> f32 {
         if let Some(scale) = self.kq_scale {
             return scale;
@@ -303,11 +303,12 @@ impl Hparams {
         self.family.traits().width_scaled == Some(self.n_layer())
     }
 
-    /// Whether the family's own loader and graph take fewer heads and compute the same with them, if all blocks have as
-    /// many: a scale that changes with their number has to be made up for by a norm of queries.
+    /// Whether the family's own loader and graph take fewer heads and compute the same with them, if all
+    /// blocks have equally many.
+    /// A query norm has to compensate a scale that changes with the number of heads.
     pub fn takes_fewer_heads(&self) -> bool {
         let traits = self.family.traits();
-        traits.stays && (traits.qk_norm.is_some() || !self.scaled_by_width())
+        traits.loads_fewer_heads && (traits.qk_norm.is_some() || !self.scaled_by_width())
     }
 
     /// Number of blocks.
@@ -320,7 +321,7 @@ impl Hparams {
         (2 * b.heads_per_group() + 2) * self.head_dim * self.n_embd
     }
 
-    /// Matrices of a feed-forward: gate where there is one, up and down.
+    /// Number of matrices of an FFN: gate if there is one, up and down.
     pub fn ffn_matrices(&self) -> usize {
         if self.family.traits().activation.gated() { 3 } else { 2 }
     }
@@ -330,30 +331,30 @@ impl Hparams {
         self.ffn_matrices() * self.n_embd
     }
 
-    /// Parameters of a piece of the feed-forward; to an expert belongs its row of the router.
-    pub fn piece_params(&self, b: &BlockShape, piece: Piece) -> usize {
-        match piece {
-            Piece::Neuron => b.n_feed_forwards() * self.neuron_params(),
-            Piece::Expert => b.n_ff * self.neuron_params() + self.n_embd,
+    /// Parameters of an FFN unit; an expert includes its row of the router.
+    pub fn unit_params(&self, b: &BlockShape, ffn_unit: FfnUnit) -> usize {
+        match ffn_unit {
+            FfnUnit::Neuron => b.n_feed_forwards() * self.neuron_params(),
+            FfnUnit::Expert => b.n_ff * self.neuron_params() + self.n_embd,
         }
     }
 
-    /// Pieces that a feed-forward cannot do without: of experts, those of a token.
-    pub fn fewest_pieces(&self, piece: Piece) -> usize {
-        match (piece, self.experts) {
-            (Piece::Expert, Some(e)) => e.n_used,
+    /// Smallest number of FFN units: for experts, the number that each token uses.
+    pub fn fewest_units(&self, ffn_unit: FfnUnit) -> usize {
+        match (ffn_unit, self.experts) {
+            (FfnUnit::Expert, Some(e)) => e.n_used,
             _ => 1,
         }
     }
 
-    /// Prunable parameters of a block, attention and feed-forward (|A| and |F| of the paper; norms
-    /// and biases are left out).
+    /// Prunable parameters of a block's attention and FFN: |A| and |F| of the paper, without norms and
+    /// biases.
     pub fn block_params(&self, b: &BlockShape) -> (usize, usize) {
-        let ffn = b.n_ff * self.piece_params(b, Piece::Neuron) + b.n_expert * self.n_embd;
+        let ffn = b.n_ff * self.unit_params(b, FfnUnit::Neuron) + b.n_expert * self.n_embd;
         (b.n_head_kv * self.group_params(b), ffn)
     }
 
-    /// The same of `blocks` in all.
+    /// Total of [`Hparams::block_params`] over `blocks`.
     pub fn blocks_params(&self, blocks: &[BlockShape]) -> usize {
         let params = |b: &BlockShape| {
             let (attention, ffn) = self.block_params(b);
@@ -363,22 +364,22 @@ impl Hparams {
     }
 }
 
-/// What a file is that goes with a model and is none.
+/// Description of a file that accompanies a model but is none; `None` for a model.
 fn no_model(file: &GgufFile) -> Result<Option<&'static str>, GgufError> {
     Ok(match (file.get_str("general.type")?, file.get_str("general.architecture")?) {
         (Some("adapter"), _) => {
-            Some("is a LoRA adapter: merge it into its model first; it does not fit a pruned one")
+            Some("it is a LoRA adapter: merge it into its model first; it does not fit a pruned one")
         }
         (Some("mmproj"), _) | (_, Some("clip")) => {
-            Some("is a projector of images or sound: prune its language model, which it fits as before")
+            Some("it is a projector of images or sound: prune its language model, which it fits as before")
         }
-        (Some("imatrix"), _) => Some("is an importance matrix, not a model"),
+        (Some("imatrix"), _) => Some("it is an importance matrix, not a model"),
         _ => None,
     })
 }
 
-/// How many experts there are and how they are used; `n_ff` becomes their width (`llama_model_base::load_hparams` and
-/// the loaders of the families in llama.cpp).
+/// Reads the number of experts and their usage; `n_ff` becomes their width
+/// (`llama_model_base::load_hparams` and the families' loaders in llama.cpp).
 fn read_experts(
     file: &GgufFile,
     key: &impl Fn(&str) -> String,
@@ -411,7 +412,7 @@ fn read_experts(
     Ok((n_expert, Some(ExpertParams { n_used, n_ff_shared })))
 }
 
-/// Factors of a family that has them.
+/// Scale factors of a family that has them.
 struct Factors {
     embedding: f32,
     residual: f32,
@@ -420,7 +421,8 @@ struct Factors {
     rotates: bool,
 }
 
-/// Reads them as `src/models/granite.cpp`, `minicpm.cpp` and `command-r.cpp` of llama.cpp do, for which 0 is none.
+/// Reads the scale factors as `src/models/granite.cpp`, `minicpm.cpp` and `command-r.cpp` of llama.cpp do,
+/// for which 0 means none.
 fn read_scales(
     file: &GgufFile,
     key: &impl Fn(&str) -> String,
@@ -465,7 +467,7 @@ fn read_scales(
     }
 }
 
-/// The temperature of attention, if the family has one (`src/models/mistral3.cpp` of llama.cpp).
+/// Reads the temperature of attention, if the family has one (`src/models/mistral3.cpp` of llama.cpp).
 fn read_temperature(
     file: &GgufFile,
     key: &impl Fn(&str) -> String,
@@ -497,7 +499,7 @@ fn check_block(
             problem: format!("{problem} in block {i}"),
         }))
     };
-    // Far beyond any model, and small enough that no product of sizes overflows.
+    // The limit is far beyond any model, and small enough that no product of sizes overflows.
     let limit = 1 << 20;
     if b.n_ff > limit * 16 {
         return bad("feed_forward_length", format!("is {}", b.n_ff));
@@ -508,7 +510,7 @@ fn check_block(
             format!("or width is absurd ({} heads, {} neurons)", b.n_head, b.n_ff),
         );
     }
-    if *b != first && family.traits().uneven != Some(family) {
+    if *b != first && family.traits().per_layer_arch != Some(family) {
         return bad("attention.head_count", "or width differs".into());
     }
     if b.n_ff == 0 {

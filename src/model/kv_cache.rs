@@ -1,29 +1,30 @@
-//! How large the keys and values are that a runtime keeps.
+//! Size of the KV cache that a runtime allocates.
 
 use super::{BlockShape, Hparams};
 
-/// Cells come in so many.
+/// Number of cells that the KV cache grows by.
 const CELLS: usize = 256;
 
-/// Tokens that llama.cpp decodes at once by default, which a sliding window holds besides those it looks at.
+/// Tokens that llama.cpp decodes at once by default; a sliding-window cache holds them beside the window.
 const N_UBATCH: usize = 512;
 
-/// Bytes of an element: llama.cpp keeps F16 by default.
+/// Bytes per element: llama.cpp uses F16 by default.
 const BYTES: usize = 2;
 
-/// Keys and values of one sequence, as llama.cpp keeps them by default (`llama_kv_cache`, `llama_kv_cache_iswa`).
+/// KV cache of one sequence, as llama.cpp allocates it by default (`llama_kv_cache`,
+/// `llama_kv_cache_iswa`).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct KvCache {
-    /// Bytes per token of blocks that see all tokens.
+    /// Bytes per token of the blocks that see all tokens.
     full: usize,
-    /// Of those that see a sliding window.
+    /// Bytes per token of the blocks with a sliding window.
     sliding: usize,
-    /// Tokens of that.
+    /// Length of the sliding window in tokens.
     n_swa: usize,
 }
 
 impl KvCache {
-    /// That of blocks of the sizes `shapes` in a model that is else as `h` says.
+    /// KV cache of blocks with the sizes `shapes` in a model that is otherwise as `h`.
     pub fn new(h: &Hparams, shapes: &[BlockShape]) -> KvCache {
         let mut cache = KvCache { full: 0, sliding: 0, n_swa: h.sliding.as_ref().map_or(0, |s| s.n_swa) };
         for (il, shape) in shapes.iter().enumerate() {
@@ -33,7 +34,7 @@ impl KvCache {
         cache
     }
 
-    /// Bytes with a context of `n_ctx` tokens.
+    /// Size in bytes with a context of `n_ctx` tokens.
     pub fn bytes(&self, n_ctx: usize) -> u64 {
         let cells = n_ctx.next_multiple_of(CELLS);
         let window = (self.n_swa + N_UBATCH).min(cells).next_multiple_of(CELLS);

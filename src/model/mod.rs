@@ -1,21 +1,21 @@
-//! What a model is made of: hyper-parameters, tensors by role, and which architecture can carry it
-//! once it is pruned.
+//! Model description: hyper-parameters, tensors by role, and the possible output architectures after
+//! pruning.
 
-mod carrier;
 mod family;
 mod hparams;
 mod kv_cache;
 mod open;
+mod output_arch;
 mod rope;
 mod tensors;
 mod traits;
 mod weights;
 
-pub use carrier::{Arch, Carriers, Heads};
 pub use family::Family;
-pub use hparams::{BlockShape, ExpertParams, Hparams, Piece, Temperature};
+pub use hparams::{BlockShape, ExpertParams, FfnUnit, Hparams, Temperature};
 pub use kv_cache::KvCache;
 pub use open::Model;
+pub use output_arch::{Arch, Heads, OutputArchs};
 pub use rope::SlidingWindow;
 pub use tensors::{BlockTensors, BlockVector, ExpertTensors, Segment, SharedTensors};
 pub use traits::*;
@@ -24,7 +24,7 @@ pub use weights::{BlockWeights, ExpertWeights, Matrix, SharedWeights};
 
 use crate::gguf::GgufError;
 
-/// Why a model cannot be worked on.
+/// Reason why a model cannot be used.
 #[derive(Debug, thiserror::Error)]
 pub enum ModelError {
     /// The container is at fault.
@@ -33,13 +33,13 @@ pub enum ModelError {
     /// The architecture is not supported.
     #[error("architecture {0:?} is not supported; supported: {list}", list = Family::names())]
     Unsupported(String),
-    /// A mixture of experts.
+    /// The model is a mixture of experts, but its architecture is not known to have experts.
     #[error("this is a mixture of experts ({0} experts), which architecture {1} is not known to be")]
     Experts(usize, &'static str),
-    /// A tensor that the architecture does not have.
+    /// The architecture does not have this tensor.
     #[error("tensor {0} is not known in architecture {1}; the file would be carried over wrongly")]
     UnknownTensor(String, &'static str),
-    /// A part of the model that we do not handle.
+    /// A part of the model is not supported.
     #[error("{0}")]
     Unusable(String),
 }

@@ -1,4 +1,4 @@
-//! An open model.
+//! Open model.
 
 use super::tensors::Finder;
 use super::traits::{Norm, OutputHead, Parallel, Positions, RopeFactors, Traits};
@@ -8,23 +8,23 @@ use super::{
 };
 use crate::gguf::{GgufError, GgufFile, TensorInfo};
 
-/// An open model: the file, its hyper-parameters and its tensors by role.
+/// Open model: the file, its hyper-parameters and its tensors by role.
 pub struct Model {
-    /// The container.
+    /// GGUF container.
     pub file: GgufFile,
     /// Hyper-parameters.
     pub hparams: Hparams,
     /// Tensors per block.
     pub blocks: Vec<BlockTensors>,
-    /// Token embedding `[n_embd, n_vocab]`.
+    /// Token embedding, `ne` `[n_embd, n_vocab]`.
     pub token_embd: Segment,
-    /// A vector per position `[n_embd, n_ctx_train]`, where that is what tells them apart.
+    /// Position embedding, `ne` `[n_embd, n_ctx_train]`, if positions are learned.
     pub position_embd: Option<Segment>,
     /// Weight of the last norm.
     pub output_norm: Segment,
-    /// Its bias.
+    /// Bias of the last norm.
     pub output_norm_bias: Option<Segment>,
-    /// Output head `[n_embd, n_vocab]`; the token embedding where the model is tied.
+    /// Output head, `ne` `[n_embd, n_vocab]`; the token embedding if the model is tied.
     pub output: Segment,
     rope_factors: [Option<Segment>; 2],
 }
@@ -33,12 +33,12 @@ impl Model {
     /// Opens the model at `path` and checks every tensor's name, type and sizes.
     ///
     /// # Errors
-    /// [`ModelError`] naming what is wrong.
+    /// [`ModelError`] naming the fault.
     pub fn open(path: &std::path::Path) -> Result<Model, ModelError> {
         Model::new(GgufFile::open(path)?)
     }
 
-    /// The model in an open file.
+    /// Reads the model in an open file.
     ///
     /// # Errors
     /// As [`Model::open`].
@@ -98,23 +98,23 @@ impl Model {
         })
     }
 
-    /// What there is in this model that `carrier`, which computes such blocks, has no room for.
-    pub fn no_room_in(&self, carrier: &Traits) -> Option<&'static str> {
+    /// First feature of this model that `output_arch`, which computes such blocks, cannot represent.
+    pub fn no_room_in(&self, output_arch: &Traits) -> Option<&'static str> {
         let (h, own) = (&self.hparams, self.hparams.family.traits());
         let default_yarn = [h.rope.beta_fast, h.rope.beta_slow] == [rope::BETA_FAST, rope::BETA_SLOW];
         let log_multiplier = format!("{}.rope.scaling.yarn_log_multiplier", own.name);
         let yarn_keys = !default_yarn || self.file.get(&log_multiplier).is_some() || h.temperature.is_some();
-        if carrier.head == OutputHead::Tied && self.output != self.token_embd {
+        if output_arch.head == OutputHead::Tied && self.output != self.token_embd {
             Some("an output head of its own")
-        } else if carrier.one_qkv && self.blocks.iter().any(|b| b.qkv_bias.is_some()) {
+        } else if output_arch.one_qkv && self.blocks.iter().any(|b| b.qkv_bias.is_some()) {
             Some("biases of Q, K and V")
-        } else if self.hparams.experts.is_some() && carrier.experts.is_none() {
+        } else if self.hparams.experts.is_some() && output_arch.experts.is_none() {
             Some("experts")
-        } else if carrier.carrier_only && (h.rope.freq_scale != 1.0 || h.rope.ext_factor != 0.0) {
+        } else if output_arch.output_only && (h.rope.freq_scale != 1.0 || h.rope.ext_factor != 0.0) {
             Some("a stretched rotary embedding")
-        } else if !carrier.positions.partial() && h.rope.n_rot < h.head_dim {
+        } else if !output_arch.positions.partial() && h.rope.n_rot < h.head_dim {
             Some("heads that are rotated in part")
-        } else if !carrier.yarn_keys && own.yarn_keys && yarn_keys {
+        } else if !output_arch.yarn_keys && own.yarn_keys && yarn_keys {
             Some("a temperature of attention, or YaRN with bounds of its own")
         } else {
             None
@@ -126,7 +126,7 @@ impl Model {
         self.rope_factors.iter().any(Option::is_some)
     }
 
-    /// The tensor that a segment lies in.
+    /// Tensor that holds a segment.
     pub fn tensor(&self, s: &Segment) -> &TensorInfo {
         &self.file.tensors()[s.tensor]
     }
@@ -142,7 +142,7 @@ impl Model {
         chosen.as_ref().map(|s| self.vector(s)).transpose()
     }
 
-    /// A segment as a matrix.
+    /// Decodes a segment to a matrix.
     ///
     /// # Errors
     /// [`GgufError`] if it cannot be decoded.
@@ -151,13 +151,13 @@ impl Model {
         Ok(Matrix::new(t.ne[0], s.n, self.file.floats(t, s.start..s.start + s.n)?))
     }
 
-    /// The rows `rows` of a segment, in that order; no others are decoded.
+    /// Decodes the rows `rows` of a segment, in that order, and no others.
     ///
     /// # Errors
-    /// [`GgufError`] if one cannot be decoded.
+    /// [`GgufError`] if a row cannot be decoded.
     ///
     /// # Panics
-    /// If one is not in it.
+    /// If a row is not in the segment.
     pub fn rows(&self, s: &Segment, rows: &[usize]) -> Result<Matrix, GgufError> {
         let t = self.tensor(s);
         let mut data = Vec::with_capacity(rows.len() * t.ne[0]);
@@ -168,7 +168,7 @@ impl Model {
         Ok(Matrix::new(t.ne[0], rows.len(), data))
     }
 
-    /// A segment of a one-dimensional tensor.
+    /// Decodes a segment of a one-dimensional tensor.
     ///
     /// # Errors
     /// [`GgufError`] if it cannot be decoded.
@@ -177,7 +177,7 @@ impl Model {
         Ok(all[s.start..s.start + s.n].to_vec())
     }
 
-    /// Block `il` as floats.
+    /// Decodes the weights of block `il` to floats.
     ///
     /// # Errors
     /// [`GgufError`] if a tensor cannot be decoded.

@@ -1,51 +1,54 @@
-//! Which architecture stock llama.cpp can run the pruned model in.
+//! Output architecture: the one in which stock llama.cpp runs the pruned model.
 
 use super::{BlockShape, Family, Model};
 
-/// How heads may go.
+/// Distribution of the removed attention heads over the layers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
 pub enum Heads {
-    /// From each block as many as suit it where an architecture holds that, else as many from every block.
+    /// A different number per layer, where the output architecture supports it; else the same number in
+    /// every layer.
     #[default]
     Auto,
-    /// From each block as many as suit it, or the model is refused; in an architecture of less renown where there is no
-    /// other.
-    PerBlock,
-    /// As many from every block, and as many neurons, for readers that know one number only.
-    Equal,
-    /// None.
-    Keep,
+    /// A different number per layer, or an error.
+    /// If no other architecture supports it, a less common one that takes head counts per layer is used.
+    PerLayer,
+    /// The same number of heads and of neurons in every layer, for readers that know one number only.
+    Uniform,
+    /// No heads.
+    None,
 }
 
-/// Which architecture the result may have.
+/// Policy for the choice of the output architecture.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
 pub enum Arch {
-    /// The one that holds most of what may go.
+    /// Architecture that allows the most to be removed.
     #[default]
     Auto,
-    /// The source's.
+    /// Architecture of the source.
     Keep,
 }
 
-/// Where a pruned model may go.
+/// Possible output architectures of a pruned model.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Carriers {
-    /// With blocks of different sizes, if anywhere.
+pub struct OutputArchs {
+    /// Architecture for blocks of different sizes, if there is one.
     pub per_block: Option<Family>,
-    /// With blocks that differ in their heads only, where there is none for the former and it is asked for.
+    /// Architecture for blocks that differ only in their heads, if `per_block` is `None` and the caller
+    /// asks for it.
     pub heads: Option<Family>,
-    /// With equal blocks.
+    /// Architecture for equal blocks.
     pub equal: Family,
-    /// Whether the latter holds fewer heads than the source has.
+    /// Whether `equal` supports fewer heads than the source has.
     pub fewer_heads: bool,
 }
 
-impl Carriers {
-    /// The architecture for blocks of these shapes (`src/models/llama.cpp` of llama.cpp uses block 0's sizes for all
-    /// blocks, `src/models/deci.cpp` each block's own).
+impl OutputArchs {
+    /// Output architecture for blocks of these shapes.
+    /// `src/models/llama.cpp` of llama.cpp uses block 0's sizes for all blocks, `src/models/deci.cpp` each
+    /// block's own.
     ///
     /// # Panics
-    /// If blocks differ in size and there is none for that.
+    /// If blocks differ in size and no architecture supports that.
     pub fn of(&self, shapes: &[BlockShape]) -> Family {
         if shapes.iter().all(|s| *s == shapes[0]) {
             return self.equal;
@@ -57,12 +60,12 @@ impl Carriers {
             .unwrap_or_else(|| panic!("blocks of {} must be equal", self.equal.name()))
     }
 
-    /// Where blocks may keep different numbers of heads, if anywhere.
+    /// Architecture in which blocks may keep different numbers of heads, if there is one.
     pub fn of_heads(&self) -> Option<Family> {
         self.per_block.or(self.heads)
     }
 
-    /// Whether there is room for biases that pruning adds.
+    /// Whether all of them support the biases that pruning adds.
     pub fn have_biases(&self) -> bool {
         let all = [Some(self.equal), self.per_block, self.heads];
         all.into_iter().flatten().all(|f| f.traits().output_biases)
@@ -70,28 +73,29 @@ impl Carriers {
 }
 
 impl Model {
-    /// Where this model may go. Some loaders take no fewer heads at all, or no biases, which is no matter where there is
-    /// no other.
-    pub fn carriers(&self, heads: Heads, arch: Arch) -> Carriers {
+    /// Possible output architectures of this model.
+    /// Some loaders support no fewer heads at all, or no biases; that is accepted if there is no
+    /// alternative.
+    pub fn output_archs(&self, heads: Heads, arch: Arch) -> OutputArchs {
         let (own, traits) = (self.hparams.family, self.hparams.family.traits());
         let fits = |f: &Family| self.no_room_in(f.traits()).is_none();
         let fewer_heads = self.hparams.takes_fewer_heads();
-        let keeps = Carriers { per_block: None, heads: None, equal: own, fewer_heads };
-        let uneven = traits.uneven.filter(fits);
+        let keeps = OutputArchs { per_block: None, heads: None, equal: own, fewer_heads };
+        let per_layer_arch = traits.per_layer_arch.filter(fits);
         match (arch, heads) {
-            (Arch::Keep, Heads::Equal) => keeps,
-            (Arch::Keep, _) => Carriers { per_block: uneven.filter(|f| *f == own), ..keeps },
-            (Arch::Auto, Heads::Equal) => match traits.even.filter(fits) {
-                Some(even) => Carriers { equal: even, fewer_heads: true, ..keeps },
+            (Arch::Keep, Heads::Uniform) => keeps,
+            (Arch::Keep, _) => OutputArchs { per_block: per_layer_arch.filter(|f| *f == own), ..keeps },
+            (Arch::Auto, Heads::Uniform) => match traits.uniform_arch.filter(fits) {
+                Some(even) => OutputArchs { equal: even, fewer_heads: true, ..keeps },
                 None => keeps,
             },
-            (Arch::Auto, _) => match uneven {
-                Some(uneven) => {
-                    let equal = if traits.stays { own } else { uneven };
-                    Carriers { per_block: Some(uneven), equal, fewer_heads: true, ..keeps }
+            (Arch::Auto, _) => match per_layer_arch {
+                Some(per_layer_arch) => {
+                    let equal = if traits.loads_fewer_heads { own } else { per_layer_arch };
+                    OutputArchs { per_block: Some(per_layer_arch), equal, fewer_heads: true, ..keeps }
                 }
-                None if heads == Heads::PerBlock => {
-                    Carriers { heads: traits.uneven_heads.filter(fits), ..keeps }
+                None if heads == Heads::PerLayer => {
+                    OutputArchs { heads: traits.per_layer_heads_arch.filter(fits), ..keeps }
                 }
                 None => keeps,
             },

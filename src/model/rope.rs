@@ -1,22 +1,22 @@
-//! Positions, and how far attention sees, from metadata.
+//! Positions and sliding windows, from metadata.
 
 use super::ModelError;
 use super::traits::{RopeFactors, SlidingRope, Traits};
 use crate::ggml::RopeParams;
 use crate::gguf::{GgufError, GgufFile, Value};
 
-/// Attention to the last few tokens only, in some of the blocks.
+/// Sliding-window attention: some blocks attend only to the last few tokens.
 #[derive(Clone, Debug)]
 pub struct SlidingWindow {
-    /// Tokens that a query sees, its own included.
+    /// Number of tokens that a query sees, including its own.
     pub n_swa: usize,
-    /// Whether a block's attention slides.
+    /// Whether each block's attention slides.
     pub blocks: Vec<bool>,
-    /// Rotary embedding in those blocks.
+    /// Rotary embedding in the sliding blocks.
     pub rope: RopeParams,
 }
 
-/// Rope parameters as llama.cpp derives them (`load_hparams`, `llama_context` constructor).
+/// Reads the rope parameters as llama.cpp derives them (`load_hparams`, `llama_context` constructor).
 pub(super) fn read_rope(
     file: &GgufFile,
     key: &impl Fn(&str) -> String,
@@ -61,12 +61,13 @@ pub(super) fn read_rope(
     Ok((rope, longrope))
 }
 
-/// YaRN's bounds where metadata has no say.
+/// Default bounds of YaRN.
 pub(super) const BETA_FAST: f32 = 32.0;
 pub(super) const BETA_SLOW: f32 = 1.0;
 
-/// `yarn_attn_factor` of llama.cpp before the model's own factor: mscale(factor), by that of all dimensions if they
-/// have a multiplier, and divided by what ggml's YaRN multiplies by.
+/// Magnitude factor of YaRN: `yarn_attn_factor` of llama.cpp before the model's own factor.
+/// It is mscale(factor), divided by the mscale of all dimensions if they have a multiplier, and divided by
+/// the factor that ggml's YaRN applies.
 fn yarn_magnitude(yarn: bool, freq_scale: f32, log_multiplier: f32) -> f32 {
     if !yarn {
         return 1.0;
@@ -77,8 +78,9 @@ fn yarn_magnitude(yarn: bool, freq_scale: f32, log_multiplier: f32) -> f32 {
     mscale(1.0) / all / (1.0 + 0.1 * factor.ln())
 }
 
-/// The sliding window, if the family has one and the metadata gives its length. `rope` is that of the other
-/// blocks (llama.cpp: `load_swa_pattern`, `set_swa_pattern`, `get_rope_freq_base`, `get_rope_freq_scale`).
+/// Reads the sliding window, if the family has one and the metadata gives its length.
+/// `rope` is that of the other blocks (llama.cpp: `load_swa_pattern`, `set_swa_pattern`,
+/// `get_rope_freq_base`, `get_rope_freq_scale`).
 pub(super) fn read_sliding(
     file: &GgufFile,
     key: &impl Fn(&str) -> String,

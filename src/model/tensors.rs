@@ -1,10 +1,10 @@
-//! Tensors by role.
+//! Tensors of a model by role.
 
 use super::traits::{Norm, Parallel, QkNorm, SharedExpert, Traits};
 use super::{BlockShape, Hparams};
 use crate::gguf::{GgufError, GgufFile, TensorInfo};
 
-/// Some rows of a tensor: one role inside a tensor that may be shared (a fused attn_qkv).
+/// Rows of a tensor that have one role; a tensor may hold several roles (a fused attn_qkv).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Segment {
     /// Index into [`GgufFile::tensors`].
@@ -29,7 +29,7 @@ pub struct BlockTensors {
     pub qk_norm: Option<[Segment; 2]>,
     pub attn_output: Option<Segment>,
     pub attn_output_bias: Option<Segment>,
-    /// Norm of what attention puts out.
+    /// Norm of the attention output.
     pub attn_post_norm: Option<Segment>,
     pub ffn_norm: Option<Segment>,
     pub ffn_norm_bias: Option<Segment>,
@@ -39,9 +39,9 @@ pub struct BlockTensors {
     pub ffn_gate_bias: Option<Segment>,
     pub ffn_up_bias: Option<Segment>,
     pub ffn_down_bias: Option<Segment>,
-    /// Norm of what the feed-forward puts out.
+    /// Norm of the FFN output.
     pub ffn_post_norm: Option<Segment>,
-    /// In place of gate, up and down.
+    /// Experts, in place of gate, up and down.
     pub experts: Option<ExpertTensors>,
 }
 
@@ -49,27 +49,27 @@ pub struct BlockTensors {
 #[derive(Clone, Debug)]
 #[allow(missing_docs)]
 pub struct ExpertTensors {
-    /// A row per expert.
+    /// Router, one row per expert.
     pub router: Segment,
-    /// Per expert.
+    /// Gate of each expert.
     pub gate: Vec<Segment>,
     pub up: Vec<Segment>,
     pub down: Vec<Segment>,
     pub shared: Option<SharedTensors>,
 }
 
-/// Tensors of the expert that all tokens pass through.
+/// Tensors of the shared expert, through which all tokens pass.
 #[derive(Clone, Copy, Debug)]
 #[allow(missing_docs)]
 pub struct SharedTensors {
     pub gate: Segment,
     pub up: Segment,
     pub down: Segment,
-    /// What its output is gated by.
+    /// Weight of the gate on its output.
     pub scale: Option<Segment>,
 }
 
-/// A vector of a block that may get new values while the matrices stay what they are.
+/// Vector of a block that tuning may change while the matrices keep their values.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[allow(missing_docs)]
 pub enum BlockVector {
@@ -82,7 +82,7 @@ pub enum BlockVector {
 }
 
 impl BlockVector {
-    /// All of them, each at the index that it is as a number.
+    /// All vectors; each is at the index of its number.
     pub const ALL: [BlockVector; 6] = [
         BlockVector::AttnNorm,
         BlockVector::AttnOutputBias,
@@ -92,7 +92,7 @@ impl BlockVector {
         BlockVector::FfnPostNorm,
     ];
 
-    /// Whether it belongs to the attention.
+    /// Whether it belongs to attention.
     pub fn of_attention(self) -> bool {
         use BlockVector::{AttnNorm, AttnOutputBias, AttnPostNorm};
         matches!(self, AttnNorm | AttnOutputBias | AttnPostNorm)
@@ -105,7 +105,7 @@ impl BlockVector {
 }
 
 impl BlockTensors {
-    /// ffn_down, or that of the first expert, which lies in one tensor with the others.
+    /// Segment of ffn_down, or of the first expert's, which shares one tensor with the others.
     ///
     /// # Panics
     /// If there is neither.
@@ -114,7 +114,7 @@ impl BlockTensors {
         self.ffn_down.or_else(experts).expect("a block has ffn_down, or experts that do")
     }
 
-    /// Where the vector lies, if there is one.
+    /// Segment of the vector, if the block has it.
     pub fn vector(&self, v: BlockVector) -> Option<Segment> {
         match v {
             BlockVector::AttnNorm => self.attn_norm,
@@ -127,7 +127,7 @@ impl BlockTensors {
     }
 }
 
-/// Looks tensors up by name, checks their sizes and remembers which were used.
+/// Lookup of tensors by name that checks their sizes and remembers which are used.
 pub(super) struct Finder<'a> {
     file: &'a GgufFile,
     used: Vec<bool>,
@@ -138,7 +138,7 @@ impl<'a> Finder<'a> {
         Finder { file, used: vec![false; file.tensors().len()] }
     }
 
-    /// A tensor that was not looked up.
+    /// First tensor that is not looked up.
     pub(super) fn unused(&self) -> Option<&'a TensorInfo> {
         self.used.iter().position(|used| !used).map(|i| &self.file.tensors()[i])
     }
@@ -163,7 +163,7 @@ impl<'a> Finder<'a> {
         self.optional(name, ne)?.ok_or_else(|| GgufError::MissingTensor(name.into()))
     }
 
-    /// Q, K and V of sizes `n`, from one fused tensor or from three; `row` is the shape of a row.
+    /// Finds Q, K and V of the sizes `n`, in one fused tensor or in three; `row` is the shape of a row.
     fn qkv(
         &mut self,
         il: usize,
@@ -191,7 +191,7 @@ impl<'a> Finder<'a> {
         }
     }
 
-    /// The tensors of block `il`.
+    /// Finds the tensors of block `il`.
     pub(super) fn block(
         &mut self,
         il: usize,
@@ -261,7 +261,7 @@ impl<'a> Finder<'a> {
         })
     }
 
-    /// The experts of block `il`, of which one for all tokens has `n_ff_shared` neurons.
+    /// Finds the experts of block `il`; the shared one has `n_ff_shared` neurons.
     fn experts(
         &mut self,
         il: usize,
@@ -299,12 +299,12 @@ impl<'a> Finder<'a> {
         })
     }
 
-    /// What the norms before attention and feed-forward are called in block `il`, where there are any.
+    /// Names of the norms before attention and FFN in block `il`, if there are any.
     fn pre_norms(&self, il: usize, traits: &Traits) -> [Option<&'static str>; 2] {
         let has = |role: &str| self.file.find(&format!("blk.{il}.{role}.weight")).is_some();
         match traits.parallel {
             _ if !traits.pre_norms => [None, None],
-            // Of two, Falcon's first is the feed-forward's (`src/models/falcon.cpp` of llama.cpp).
+            // If there are two, Falcon's first is the FFN's (`src/models/falcon.cpp` of llama.cpp).
             Parallel::Always if has("attn_norm_2") => [Some("attn_norm_2"), Some("attn_norm")],
             Parallel::Always => [Some("attn_norm"), None],
             Parallel::WithoutNorm if !has(traits.ffn_norm) => [Some("attn_norm"), None],
@@ -312,7 +312,7 @@ impl<'a> Finder<'a> {
         }
     }
 
-    /// Weight and bias of a norm of the stream.
+    /// Finds weight and bias of a norm of the residual stream.
     fn norm(
         &mut self,
         il: usize,
@@ -328,7 +328,7 @@ impl<'a> Finder<'a> {
         Ok([Some(weight), bias])
     }
 
-    /// A tensor that the family has, or has not.
+    /// Finds a tensor if the family has it.
     pub(super) fn if_has(
         &mut self,
         has: bool,

@@ -1,119 +1,125 @@
-//! What can tell one family of models from another.
+//! Traits that distinguish the model families.
 
 use super::Family;
 
-/// What tells a family from the others, as llama.cpp's loader and graph for it have it
-/// (`src/models/<name>.cpp`).
+/// Traits of a model family, as in llama.cpp's loader and graph for it (`src/models/<name>.cpp`).
 #[derive(Clone, Copy, Debug)]
 pub struct Traits {
     /// Value of `general.architecture` and prefix of the metadata keys.
     pub name: &'static str,
-    /// The stock architecture that computes the same blocks and reads head counts and widths per block,
-    /// if there is one; else all blocks keep equal sizes. Where it has no room for all of a model, that model
-    /// goes without ([`Model::carriers`](super::Model::carriers)).
-    pub uneven: Option<Family>,
-    /// The same where it reads head counts per block, but one width. Such a model is only written there if it is asked for.
-    pub uneven_heads: Option<Family>,
-    /// Nothing but such an architecture: models that came in it are others.
-    pub carrier_only: bool,
-    /// Blocks may go without attention, but for the first.
+    /// Stock architecture that computes the same blocks and reads head counts and widths per block.
+    /// Without one, all blocks keep equal sizes. A model with a feature that it cannot represent does
+    /// without it ([`Model::output_archs`](super::Model::output_archs)).
+    pub per_layer_arch: Option<Family>,
+    /// Stock architecture that reads head counts per block, but only one width. It is used only on request.
+    pub per_layer_heads_arch: Option<Family>,
+    /// Whether the family serves as an output architecture only: source models of this architecture have
+    /// other blocks.
+    pub output_only: bool,
+    /// Whether blocks other than the first may have no attention.
     pub attention_free: bool,
-    /// Its own loader takes fewer heads than n_embd / head_dim, and the biases that pruning adds, if any. A pruned model
-    /// with equal blocks then stays what it is. Others are written in `uneven` or `even`, or keep their heads.
-    pub stays: bool,
-    /// The stock architecture that computes the same blocks in equal sizes with fewer heads, where its own does not.
-    pub even: Option<Family>,
-    /// Q, K and V of a block are rows of one tensor, none has a bias, and no block goes without.
+    /// Whether its own loader takes fewer heads than n_embd / head_dim, and the biases that pruning adds,
+    /// if any.
+    /// A pruned model with equal blocks then keeps its architecture. Others are written in `per_layer_arch`
+    /// or `uniform_arch`, or keep their heads.
+    pub loads_fewer_heads: bool,
+    /// Stock architecture that computes the same blocks, all of equal size, with fewer heads, if its own
+    /// does not.
+    pub uniform_arch: Option<Family>,
+    /// Whether Q, K and V of a block are rows of one tensor, none has a bias, and every block has them.
     pub one_qkv: bool,
-    /// Gate and up of a block are rows of one tensor, `ffn_up`, in this order.
+    /// Whether gate and up of a block are rows of one tensor, `ffn_up`, in this order.
     pub fused_gate_up: bool,
-    /// Whether the output head is a tensor of its own.
+    /// Output head: its own tensor or the token embedding.
     pub head: OutputHead,
-    /// What the stream passes through before attention, feed-forward and output head.
+    /// Norm of the residual stream before attention, FFN and output head.
     pub norm: Norm,
-    /// Attention and feed-forward see the stream through a norm.
+    /// Whether attention and FFN read the residual stream through a norm.
     pub pre_norms: bool,
-    /// The norm before the feed-forward, as its tensor is called.
+    /// Tensor name of the norm before the FFN.
     pub ffn_norm: &'static str,
-    /// What attention and feed-forward put out passes through an RMS norm before it is added to the stream.
+    /// Whether outputs of attention and FFN pass through an RMS norm before they are added to the residual
+    /// stream.
     pub post_norms: bool,
-    /// Whether the feed-forward sees the stream as it is before attention.
+    /// Whether the FFN reads the residual stream before attention.
     pub parallel: Parallel,
-    /// The RMS norm that queries and keys pass through.
+    /// RMS norm of queries and keys.
     pub qk_norm: Option<QkNorm>,
-    /// attn_output and the feed-forward may have biases. Those of Q, K and V may be there in any family.
+    /// Whether attn_output and the FFN may have biases. Q, K and V may have biases in any family.
     pub output_biases: bool,
-    /// Activation of the feed-forward.
+    /// Activation function of the FFN.
     pub activation: Activation,
-    /// Experts in place of a feed-forward.
+    /// Experts, in place of one FFN.
     pub experts: Option<ExpertTraits>,
-    /// What tells positions apart.
+    /// Encoding of positions.
     pub positions: Positions,
-    /// `rope_freqs` and the like are read.
+    /// Tensors of frequency factors that are read, such as `rope_freqs`.
     pub rope_factors: RopeFactors,
-    /// YaRN's bounds and its magnitude's multiplier are read, and the temperature of attention.
+    /// Whether YaRN's bounds, the multiplier of its magnitude, and the temperature of attention are read.
     pub yarn_keys: bool,
-    /// Of so many blocks in a row the last does not rotate queries and keys.
+    /// Period n of unrotated blocks: the last of every n blocks does not rotate queries and keys.
     pub unrotated: Option<usize>,
-    /// Attention to a window in some of the blocks.
+    /// Sliding window of some of the blocks.
     pub sliding: Option<Sliding>,
-    /// Embeddings are multiplied by sqrt(n_embd).
+    /// Whether embeddings are multiplied by sqrt(n_embd).
     pub scaled_embedding: bool,
-    /// Factors that are read from metadata.
+    /// Scale factors that are read from metadata.
     pub scales: Option<Scales>,
-    /// The number of blocks of the one model that scales attention by 1/sqrt(n_embd / n_head) instead of
+    /// Number of blocks of the one model that scales attention by 1/sqrt(n_embd / n_head) instead of
     /// 1/sqrt(head_dim).
     pub width_scaled: Option<usize>,
-    /// `final_logit_softcapping` is read, with this default: logits are c · tanh(logits / c) unless c is 0.
+    /// Default of `final_logit_softcapping`, if that is read: logits are c · tanh(logits / c) unless c is
+    /// 0.
     pub softcap: Option<f32>,
-    /// `attn_logit_softcapping` in the same way, for the products of queries and keys.
+    /// Default of `attn_logit_softcapping`, in the same way, for the products of queries and keys.
     pub attn_softcap: Option<f32>,
 }
 
-/// The norm before a half of a block.
+/// Norm before a block half.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Norm {
     /// Divides by the root mean square.
     Rms,
-    /// Takes the mean off and divides by the standard deviation.
+    /// Subtracts the mean and divides by the standard deviation.
     Layer,
-    /// The same, and adds a bias at the end.
+    /// Subtracts the mean, divides by the standard deviation, and adds a bias.
     LayerWithBias,
 }
 
-/// The output head.
+/// Output head of a family.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum OutputHead {
-    /// Always the token embedding.
+    /// The token embedding, always.
     Tied,
-    /// The token embedding unless there is a tensor of its own.
+    /// Its own tensor if there is one, else the token embedding.
     Either,
 }
 
-/// When the feed-forward sees the stream as it is before attention, so that both are added to it side by side. Where it
-/// has no norm of its own, it then shares that of attention.
+/// Condition for a parallel FFN, which reads the residual stream before attention, so that both are added
+/// side by side.
+/// Without its own norm, the FFN then shares that of attention.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Parallel {
     /// Never.
     Never,
     /// In every model.
     Always,
-    /// In models without a norm before the feed-forward.
+    /// In models without a norm before the FFN.
     WithoutNorm,
 }
 
-/// How queries and keys are normed.
+/// Norm of queries and keys.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum QkNorm {
-    /// Head by head, before they are rotated.
+    /// Head by head, before the rotation.
     Heads,
-    /// Head by head, after that.
+    /// Head by head, after the rotation.
     RotatedHeads,
-    /// All heads of a token together, before they are rotated.
+    /// All heads of a token together, before the rotation.
     Whole,
 }
 
-/// How neurons become the input of ffn_down.
+/// Activation function, which gives the input of ffn_down.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Activation {
     /// silu(gate) · up.
@@ -127,59 +133,59 @@ pub enum Activation {
 }
 
 impl Activation {
-    /// Whether there is a gate besides up.
+    /// Whether there is a gate beside up.
     pub fn gated(self) -> bool {
         matches!(self, Activation::SwiGlu | Activation::GeGlu)
     }
 }
 
-/// Feed-forwards among which a router chooses for each token, by the softmax of what it gives them.
+/// Traits of FFNs among which a router chooses for each token, by the softmax of its outputs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct ExpertTraits {
-    /// There are models with one feed-forward, too.
+    /// Whether the family also has models with one FFN.
     pub optional: bool,
-    /// What the chosen count is divided by their sum.
+    /// Whether router weights of the chosen experts are divided by their sum.
     pub normed: bool,
-    /// Their width has a key of its own.
+    /// Whether the experts' width has its own key.
     pub own_width: bool,
-    /// One more that all tokens pass through.
+    /// Shared expert, through which all tokens pass.
     pub shared: SharedExpert,
 }
 
-/// The expert that all tokens pass through.
+/// Presence of a shared expert, through which all tokens pass.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum SharedExpert {
-    /// None.
+    /// No shared expert.
     Never,
-    /// If metadata gives it a width.
+    /// Shared expert if metadata gives its width.
     Optional,
-    /// Always, and multiplied by the sigmoid of a product with the token; as wide as metadata says of it or of a
-    /// feed-forward.
+    /// Shared expert in every model, multiplied by the sigmoid of a product with the token.
+    /// Metadata gives its width, or else that of an FFN.
     Gated,
 }
 
-/// What tells positions apart.
+/// Encoding of positions.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Positions {
-    /// Pairs (2j, 2j + 1) of queries and keys are rotated.
+    /// Rotation of the pairs (2j, 2j + 1) of queries and keys.
     Rope,
-    /// Pairs (j, j + n_rot/2).
+    /// Rotation of the pairs (j, j + n_rot/2).
     RopeNeox,
-    /// As [`Positions::Rope`], of the first n_rot numbers of a head.
+    /// As [`Positions::Rope`], for the first n_rot numbers of a head.
     PartialRope,
-    /// As [`Positions::RopeNeox`], of the first n_rot numbers of a head.
+    /// As [`Positions::RopeNeox`], for the first n_rot numbers of a head.
     PartialRopeNeox,
-    /// A vector per position is added to the embedding.
+    /// A learned vector per position, which is added to the embedding.
     Learned,
 }
 
 impl Positions {
-    /// Pairs (j, j + n_rot/2) instead of (2j, 2j + 1).
+    /// Whether pairs are (j, j + n_rot/2) instead of (2j, 2j + 1).
     pub fn neox(self) -> bool {
         matches!(self, Positions::RopeNeox | Positions::PartialRopeNeox)
     }
 
-    /// A head may have more numbers than are rotated.
+    /// Whether a head may have more numbers than are rotated.
     pub fn partial(self) -> bool {
         matches!(self, Positions::PartialRope | Positions::PartialRopeNeox)
     }
@@ -196,43 +202,43 @@ pub enum RopeFactors {
     Long,
 }
 
-/// Attention to the last few tokens in some of the blocks.
+/// Traits of sliding-window attention in some of the blocks.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Sliding {
-    /// Of so many blocks in a row the last sees all tokens, unless the metadata has a pattern of its own.
+    /// Period n: the last of every n blocks sees all tokens, unless the metadata has its own pattern.
     pub pattern: usize,
-    /// Length of the window if metadata has none; without that, all blocks see all tokens.
+    /// Default length of the window in tokens; without one, all blocks see all tokens.
     pub n_swa: Option<usize>,
-    /// Only in the model with this number of blocks.
+    /// Number of blocks of the only model that slides; `None` if all models do.
     pub n_layer: Option<usize>,
-    /// Rotary embedding in those blocks.
+    /// Rotary embedding in the sliding blocks.
     pub rope: SlidingRope,
-    /// Blocks that see all tokens do not rotate queries and keys.
+    /// Whether blocks that see all tokens do not rotate queries and keys.
     pub full_unrotated: bool,
 }
 
-/// Rotary embedding in blocks that slide.
+/// Rotary embedding in the sliding blocks.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum SlidingRope {
-    /// As in the others, with `rope.freq_base_swa` if metadata has it.
+    /// As in the other blocks, with `rope.freq_base_swa` if metadata has it.
     SameOrBase,
-    /// As in the others.
+    /// As in the other blocks.
     Same,
-    /// `rope.freq_base_swa`, or this, and not stretched.
+    /// `rope.freq_base_swa`, or this default, without frequency scaling.
     Base(f32),
-    /// As in the others, but neither stretched nor made stronger.
+    /// As in the other blocks, without frequency scaling, YaRN and magnitude factor.
     Plain,
 }
 
-/// Factors from metadata.
+/// Scale factors from metadata.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Scales {
     /// `embedding_scale`, `residual_scale`, `attention.scale` and `logit_scale`, by which logits are divided.
     Granite {
-        /// `rope.scaling.finetuned` says whether there is a rotary embedding.
+        /// Whether `rope.scaling.finetuned` switches the rotary embedding.
         rope_switch: bool,
     },
-    /// The first, second and fourth, with defaults of MiniCPM's.
+    /// `embedding_scale`, `residual_scale` and `logit_scale`, with MiniCPM's defaults.
     MiniCpm,
     /// `logit_scale`, by which logits are multiplied.
     Cohere,

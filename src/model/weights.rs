@@ -1,21 +1,21 @@
-//! A block's weights as floats.
+//! Weights of a block as floats.
 
 use super::{BlockShape, BlockVector};
 use std::sync::Arc;
 
-/// A dense matrix of floats in ggml's layout: `n_out` rows of `n_in` numbers, y = M x.
+/// Dense matrix of floats, `[n_out, n_in]` row-major: y = M x.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Matrix {
-    /// ne\[0\]: length of a row.
+    /// Row length, ne\[0\].
     pub n_in: usize,
-    /// ne\[1\]: number of rows.
+    /// Number of rows, ne\[1\].
     pub n_out: usize,
-    /// Row-major values; shared with the graphs that compute with them where they are.
+    /// Row-major values, shared with the graphs that use them in place.
     pub data: Arc<Vec<f32>>,
 }
 
 impl Matrix {
-    /// A matrix from its rows.
+    /// Creates a matrix from its rows.
     ///
     /// # Panics
     /// If the length of `data` is not `n_in · n_out`.
@@ -24,80 +24,80 @@ impl Matrix {
         Matrix { n_in, n_out, data: Arc::new(data) }
     }
 
-    /// The rows `rows`, in that order.
+    /// Selects the rows `rows`, in that order.
     pub fn select_rows(&self, rows: &[usize]) -> Matrix {
         let data = rows.iter().flat_map(|&r| &self.data[r * self.n_in..][..self.n_in]).copied().collect();
         Matrix::new(self.n_in, rows.len(), data)
     }
 
-    /// The columns `cols`, in that order.
+    /// Selects the columns `cols`, in that order.
     pub fn select_cols(&self, cols: &[usize]) -> Matrix {
         let data = self.data.chunks_exact(self.n_in).flat_map(|row| cols.iter().map(|&c| row[c])).collect();
         Matrix::new(cols.len(), self.n_out, data)
     }
 }
 
-/// A block's weights as floats.
+/// Weights of a block as floats; matrices are row-major.
 #[derive(Clone, Debug)]
 #[allow(missing_docs)]
 pub struct BlockWeights {
     pub shape: BlockShape,
-    /// Attention sees a sliding window only.
+    /// Whether attention sees a sliding window only.
     pub sliding: bool,
-    /// Queries and keys are rotated.
+    /// Whether queries and keys are rotated.
     pub rotated: bool,
-    /// The feed-forward sees the stream as it is before attention; without a norm of its own, through that of
+    /// Whether the FFN reads the residual stream before attention; without its own norm, through that of
     /// attention.
     pub parallel: bool,
     pub attn_norm: Option<Vec<f32>>,
     pub attn_norm_bias: Option<Vec<f32>>,
-    /// `[n_embd, n_head·head_dim]`, `[n_embd, n_head_kv·head_dim]` twice.
+    /// Q, K and V: `[n_head·head_dim, n_embd]`, and twice `[n_head_kv·head_dim, n_embd]`.
     pub qkv: [Matrix; 3],
     pub qkv_bias: Option<[Vec<f32>; 3]>,
-    /// `[head_dim]` twice, or a number per row of `qkv`: of queries and of keys.
+    /// Norms of queries and keys: `[head_dim]` each, or one number per row of `qkv`.
     pub qk_norm: Option<[Vec<f32>; 2]>,
-    /// `[n_head·head_dim, n_embd]`.
+    /// Output matrix of attention, `[n_embd, n_head·head_dim]`.
     pub attn_output: Matrix,
     pub attn_output_bias: Option<Vec<f32>>,
     pub attn_post_norm: Option<Vec<f32>>,
     pub ffn_norm: Option<Vec<f32>>,
     pub ffn_norm_bias: Option<Vec<f32>>,
-    /// `[n_embd, n_ff]`.
+    /// Gate matrix, `[n_ff, n_embd]`.
     pub ffn_gate: Option<Matrix>,
-    /// `[n_embd, n_ff]`.
+    /// Up matrix, `[n_ff, n_embd]`.
     pub ffn_up: Matrix,
-    /// `[n_ff, n_embd]`.
+    /// Down matrix, `[n_embd, n_ff]`.
     pub ffn_down: Matrix,
     pub ffn_gate_bias: Option<Vec<f32>>,
     pub ffn_up_bias: Option<Vec<f32>>,
     pub ffn_down_bias: Option<Vec<f32>>,
     pub ffn_post_norm: Option<Vec<f32>>,
-    /// In place of gate, up and down, which are empty then.
+    /// Experts, in place of gate, up and down, which are then empty.
     pub experts: Option<ExpertWeights>,
 }
 
-/// The weights of a block's experts.
+/// Weights of a block's experts; matrices are row-major.
 #[derive(Clone, Debug)]
 #[allow(missing_docs)]
 pub struct ExpertWeights {
-    /// `[n_embd, n_expert]`.
+    /// Router, `[n_expert, n_embd]`.
     pub router: Matrix,
-    /// Per expert `[n_embd, n_ff]`.
+    /// Gate of each expert, `[n_ff, n_embd]`.
     pub gate: Vec<Matrix>,
     pub up: Vec<Matrix>,
-    /// Per expert `[n_ff, n_embd]`.
+    /// Down matrix of each expert, `[n_embd, n_ff]`.
     pub down: Vec<Matrix>,
     pub shared: Option<SharedWeights>,
 }
 
-/// Those of the expert that all tokens pass through.
+/// Weights of the shared expert, through which all tokens pass.
 #[derive(Clone, Debug)]
 #[allow(missing_docs)]
 pub struct SharedWeights {
     pub gate: Matrix,
     pub up: Matrix,
     pub down: Matrix,
-    /// `[n_embd]`: what its output is gated by.
+    /// Weight of the gate on its output, `[n_embd]`.
     pub scale: Option<Vec<f32>>,
 }
 
@@ -120,7 +120,7 @@ impl BlockWeights {
         self.shape.n_head_kv = groups.len();
     }
 
-    /// The vector's values, if there are any.
+    /// Values of the vector, if the block has it.
     pub fn vector(&self, v: BlockVector) -> Option<&[f32]> {
         let vector = match v {
             BlockVector::AttnNorm => self.attn_norm.as_ref(),
@@ -133,7 +133,7 @@ impl BlockWeights {
         vector.map(Vec::as_slice)
     }
 
-    /// Gives the vector new values.
+    /// Sets new values of the vector.
     pub fn set_vector(&mut self, v: BlockVector, values: Vec<f32>) {
         let vector = match v {
             BlockVector::AttnNorm => &mut self.attn_norm,
@@ -146,7 +146,7 @@ impl BlockWeights {
         *vector = Some(values);
     }
 
-    /// Gives ffn_down new values; `[n_ff, n_embd]` of each expert lie one behind the other.
+    /// Sets new values of ffn_down, `[n_embd, n_ff]`; those of all experts follow one another.
     pub fn set_ffn_down(&mut self, new: Matrix) {
         match &mut self.experts {
             None => self.ffn_down = new,
@@ -158,12 +158,12 @@ impl BlockWeights {
         }
     }
 
-    /// Keeps the experts `experts`, of which there may be none, and of all neurons those numbered `neurons`, in that order:
-    /// neuron j of expert e is number e · n_ff + j, and the experts that stay have as many each.
+    /// Keeps the experts `experts` (there may be none) and the neurons `neurons`, in that order.
+    /// Neuron j of expert e has the number e · n_ff + j. All kept experts keep the same number of neurons.
     ///
     /// # Panics
-    /// If one is not there, or is not one of the expert's whose turn it is.
-    pub fn keep_pieces(&mut self, experts: &[usize], neurons: &[usize]) {
+    /// If an expert or neuron does not exist, or a neuron does not belong to the expert at its place.
+    pub fn keep_units(&mut self, experts: &[usize], neurons: &[usize]) {
         let n_ff = self.shape.n_ff;
         self.shape = self.shape.with_kept(experts, neurons);
         if let Some(e) = &mut self.experts {
@@ -195,7 +195,7 @@ impl BlockWeights {
     }
 }
 
-/// Row numbers of `groups` where each group has `per_group` rows.
+/// Row indices of `groups` where each group has `per_group` rows.
 pub(crate) fn group_rows(groups: &[usize], per_group: usize) -> Vec<usize> {
     groups.iter().flat_map(|&g| g * per_group..(g + 1) * per_group).collect()
 }

@@ -72,10 +72,8 @@ pub enum OllamaError {
         advice: &'static str,
     },
     /// `ollama` cannot be run.
-    #[error(
-        "cannot run `ollama` ({0}); install it and put it on the PATH, or write a Modelfile for use elsewhere"
-    )]
-    Program(std::io::Error),
+    #[error("cannot run `ollama`, which has to be installed and on the PATH")]
+    Program(#[source] std::io::Error),
     /// No server answers.
     #[error("no answer from Ollama's server; start it (`ollama serve`): `ollama list` said: {0}")]
     Server(String),
@@ -88,12 +86,12 @@ pub enum OllamaError {
         said: String,
     },
     /// A file cannot be read or written.
-    #[error("{}: {cause}", path.display())]
+    #[error("cannot read or write {}", path.display())]
     Io {
         /// The file.
         path: PathBuf,
-        /// What the system said. Not called `source`: the message has it already, and callers print sources after it.
-        cause: std::io::Error,
+        /// What the system said.
+        source: std::io::Error,
     },
     /// A manifest or blob does not hold what it should.
     #[error("{}: {problem}", path.display())]
@@ -157,7 +155,7 @@ pub fn create(name: &str, model: &Path, source: Option<&Stored>) -> Result<(), O
     let text = whole_modelfile(model, source)?;
     let file = temporary()?;
     let written = std::io::Write::write_all(&mut file.as_file(), text.as_bytes());
-    written.map_err(|cause| OllamaError::Io { path: std::env::temp_dir(), cause })?;
+    written.map_err(|source| OllamaError::Io { path: std::env::temp_dir(), source })?;
     let out = Command::new("ollama").args(["create", name, "-f"]).arg(file.path()).output();
     let out = out.map_err(OllamaError::Program)?;
     if out.status.success() {
@@ -169,7 +167,7 @@ pub fn create(name: &str, model: &Path, source: Option<&Stored>) -> Result<(), O
 /// The Modelfile for the GGUF at `model`, named by its absolute path, with nothing left out.
 fn whole_modelfile(model: &Path, source: Option<&Stored>) -> Result<String, OllamaError> {
     let absolute =
-        std::path::absolute(model).map_err(|cause| OllamaError::Io { path: model.into(), cause })?;
+        std::path::absolute(model).map_err(|source| OllamaError::Io { path: model.into(), source })?;
     let from = absolute.to_str();
     let what = from.map_or_else(|| vec![modelfile::PATH.into()], |from| cannot_hold(from, source));
     if let (Some(from), []) = (from, &what[..]) {
@@ -186,7 +184,7 @@ fn whole_modelfile(model: &Path, source: Option<&Stored>) -> Result<String, Olla
 /// A file for a Modelfile that `ollama` reads.
 fn temporary() -> Result<tempfile::NamedTempFile, OllamaError> {
     let made = tempfile::Builder::new().prefix("Modelfile.").tempfile();
-    made.map_err(|e| OllamaError::Io { path: std::env::temp_dir(), cause: without_path(e) })
+    made.map_err(|e| OllamaError::Io { path: std::env::temp_dir(), source: without_path(e) })
 }
 
 /// The last line that a failed program printed.

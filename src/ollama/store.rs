@@ -192,7 +192,7 @@ impl Blob {
 
     /// The path, once the bytes have the digest.
     fn checked(self) -> Result<PathBuf, OllamaError> {
-        let io = |cause| OllamaError::Io { path: self.path.clone(), cause };
+        let io = |source| OllamaError::Io { path: self.path.clone(), source };
         let file = std::fs::File::open(&self.path).map_err(io)?;
         let map = crate::ggml::FileMap::new(&file, &self.path).map_err(io)?;
         if !sha256([&map[..]]).eq_ignore_ascii_case(&self.hex) {
@@ -208,7 +208,7 @@ fn damaged(path: &Path, problem: impl Into<String>) -> OllamaError {
 }
 
 fn read(path: &Path) -> Result<Vec<u8>, OllamaError> {
-    std::fs::read(path).map_err(|cause| OllamaError::Io { path: path.into(), cause })
+    std::fs::read(path).map_err(|source| OllamaError::Io { path: path.into(), source })
 }
 
 /// The text of a licence: many are older than UTF-8.
@@ -338,8 +338,8 @@ mod tests {
     #[test]
     fn a_cause_is_said_once() {
         let e = read(Path::new("/nowhere/blob")).unwrap_err();
-        assert!(e.to_string().starts_with("/nowhere/blob: ") && e.source().is_none(), "{e}");
-        let e = OllamaError::Program(std::io::ErrorKind::NotFound.into());
-        assert!(e.source().is_none());
+        let cause = e.source().unwrap().to_string();
+        assert!(e.to_string().contains("/nowhere/blob") && !e.to_string().contains(&cause), "{e}");
+        assert_eq!(crate::with_causes(&e), format!("{e}: {cause}"));
     }
 }

@@ -1,9 +1,9 @@
 //! How much goes: groups and neurons for a sparsity, in steps and places that the architecture can hold.
 
-use super::heads::removable_groups;
-use super::{Method, PruneError, Settings, Target, file_size};
+use super::stages::removable_groups;
+use super::{PruneError, Settings, Target, file_size};
 use crate::ggml::Type;
-use crate::model::{BlockShape, Heads, Model, Piece};
+use crate::model::{BlockShape, FfnUnit, Heads, Model};
 use crate::prune::{self, Budget, BudgetError};
 
 /// Checks that the sparsity can be reached in the types that `model` has, and heads can go as they shall.
@@ -11,10 +11,10 @@ use crate::prune::{self, Budget, BudgetError};
 /// # Errors
 /// [`PruneError::Budget`] with what can be had, or [`PruneError::HeadsPerBlock`].
 pub fn check_budget(model: &Model, s: &Settings) -> Result<(), PruneError> {
-    if s.heads == Heads::PerBlock && s.carriers(model).of_heads().is_none() {
+    if s.heads == Heads::PerLayer && s.output_archs(model).of_heads().is_none() {
         return Err(PruneError::HeadsPerBlock(model.hparams.family.name()));
     }
-    if model.hparams.experts.is_some() && s.method != Method::Putri {
+    if model.hparams.experts.is_some() && !s.method.takes_experts() {
         return Err(PruneError::Experts);
     }
     let budgets = budgets(model, s);
@@ -24,9 +24,10 @@ pub fn check_budget(model: &Model, s: &Settings) -> Result<(), PruneError> {
     Ok(())
 }
 
-/// The settings as far as the architecture of `model` can hold what comes of them.
+/// The settings as their method wants them, as far as the architecture of `model` can hold what comes of them.
 pub(super) fn within_family(model: &Model, s: &Settings) -> Settings {
-    let carriers = s.carriers(model);
+    let s = &s.method.settings(s.clone());
+    let output_archs = s.output_archs(model);
     if model.hparams.experts.is_some() {
         // Experts stay what they are without those beside them, and no gradients go back through them.
         return Settings {
@@ -38,8 +39,8 @@ pub(super) fn within_family(model: &Model, s: &Settings) -> Settings {
         };
     }
     Settings {
-        per_block_widths: s.per_block_widths && s.sensitivity_tokens > 0 && carriers.per_block.is_some(),
-        biases: s.biases && carriers.have_biases(),
+        per_block_widths: s.per_block_widths && s.sensitivity_tokens > 0 && output_archs.per_block.is_some(),
+        biases: s.biases && output_archs.have_biases(),
         ..s.clone()
     }
 }
@@ -47,24 +48,19 @@ pub(super) fn within_family(model: &Model, s: &Settings) -> Settings {
 /// Groups to remove, capped by the budget and by what may go: the first block keeps one, and where all
 /// blocks must stay equal every block keeps as many, or all, and rather too many go than feed-forwards have to give what they cannot.
 pub(super) fn groups_to_remove(model: &Model, budgets: &[Budget], s: &Settings) -> usize {
-    if s.heads == Heads::Keep {
+    if s.heads == Heads::None {
         return 0;
     }
-    let carriers = s.carriers(model);
+    let output_archs = s.output_archs(model);
     let total: usize = budgets.iter().map(Budget::params).sum();
     let largest = budgets.iter().map(|b| b.group_params).max().unwrap_or(0).max(1);
     let affordable = (total as f64 * s.sparsity) as usize / largest;
-    let (wanted, fewest) = match (s.groups, s.method) {
-        (Some(groups), _) => (groups, 0),
-        (None, Method::Putri) => {
-            (prune::head_groups(budgets, s.sparsity), prune::fewest_head_groups(budgets, s.sparsity))
-        }
-        (None, Method::Paper | Method::TwoStage) => (prune::head_groups_paper(budgets, s.sparsity), 0),
-    };
+    let by_formula = || s.method.head_groups(budgets, s.sparsity);
+    let (wanted, fewest) = s.groups.map_or_else(by_formula, |groups| (groups, 0));
     let wanted = wanted.max(fewest).min(affordable);
-    let whole_blocks = s.method == Method::TwoStage;
-    let Some(carrier) = carriers.of_heads() else {
-        if whole_blocks || !carriers.fewer_heads {
+    let whole_blocks = s.method.removes_whole_attention();
+    let Some(output_arch) = output_archs.of_heads() else {
+        if whole_blocks || !output_archs.fewer_heads {
             return 0;
         }
         let n_blocks = budgets.len();
@@ -73,7 +69,7 @@ pub(super) fn groups_to_remove(model: &Model, budgets: &[Budget], s: &Settings) 
         let per_block = per_block.min(affordable / n_blocks).max(fewest.div_ceil(n_blocks));
         return per_block.min(budgets[0].n_groups.saturating_sub(1)) * n_blocks;
     };
-    let limits = removable_groups(carrier, budgets);
+    let limits = removable_groups(output_arch, budgets);
     let counts = |(limit, b): &(usize, &Budget)| !whole_blocks || *limit == b.n_groups;
     let available: usize = limits.into_iter().zip(budgets).filter(counts).map(|(limit, _)| limit).sum();
     let wanted = wanted.min(available);
@@ -87,7 +83,7 @@ pub(super) fn neurons_to_remove(
     attention_removed: usize,
 ) -> Result<usize, BudgetError> {
     let params = prune::ffn_params_to_remove(budgets, s.sparsity, attention_removed)?;
-    Ok(params.div_ceil(budgets[0].piece_params))
+    Ok(params.div_ceil(budgets[0].unit_params))
 }
 
 /// Widths that are the same for all blocks, or as nearly as steps allow if they may differ, where `n_groups` of the smallest
@@ -111,7 +107,7 @@ pub(super) fn equally_narrowed(
 ) -> Vec<usize> {
     let widths: Vec<_> = budgets.iter().map(prune::possible_widths).collect();
     let mut widths = prune::uniform(&widths, n_remove);
-    if s.carriers(model).per_block.is_none() {
+    if s.output_archs(model).per_block.is_none() {
         let narrowest = widths.iter().copied().min().unwrap_or(0);
         widths.fill(narrowest);
     }
@@ -132,11 +128,11 @@ pub(super) fn neurons_for_target(
         let blocks = model.hparams.blocks.iter().zip(groups).zip(narrowed(n_remove));
         let shapes = blocks.map(|((b, &n_head_kv), width)| {
             let n_head = n_head_kv * b.heads_per_group();
-            BlockShape { n_head, n_head_kv, ..b.with_pieces(s.piece(model), width) }
+            BlockShape { n_head, n_head_kv, ..b.with_units(s.ffn_unit(model), width) }
         });
         file_size(model, s, &shapes.collect::<Vec<_>>()).is_within(target)
     };
-    let (mut too_few, mut enough) = (0, budgets.iter().map(|b| b.n_pieces - b.fewest.min(b.n_pieces)).sum());
+    let (mut too_few, mut enough) = (0, budgets.iter().map(|b| b.n_units - b.fewest.min(b.n_units)).sum());
     while enough > too_few {
         let middle = (too_few + enough) / 2;
         if fits(middle) { enough = middle } else { too_few = middle + 1 }
@@ -146,28 +142,28 @@ pub(super) fn neurons_for_target(
 
 /// What every block can give up.
 pub fn budgets(model: &Model, s: &Settings) -> Vec<Budget> {
-    let (h, piece) = (&model.hparams, s.piece(model));
+    let (h, ffn_unit) = (&model.hparams, s.ffn_unit(model));
     let mut budgets: Vec<Budget> = h
         .blocks
         .iter()
         .zip(&model.blocks)
         .map(|(b, t)| {
-            let step = match piece {
-                Piece::Neuron => ff_step(s.types.ffn_down.unwrap_or(model.tensor(&t.down()).ty)),
-                Piece::Expert => 1,
+            let step = match ffn_unit {
+                FfnUnit::Neuron => ff_step(s.types.ffn_down.unwrap_or(model.tensor(&t.down()).ty)),
+                FfnUnit::Expert => 1,
             };
             Budget {
                 n_groups: b.n_head_kv,
                 group_params: h.group_params(b),
-                n_pieces: b.n_pieces(piece),
-                piece_params: h.piece_params(b, piece),
-                fixed: h.block_params(b).1 - b.n_pieces(piece) * h.piece_params(b, piece),
+                n_units: b.n_units(ffn_unit),
+                unit_params: h.unit_params(b, ffn_unit),
+                fixed: h.block_params(b).1 - b.n_units(ffn_unit) * h.unit_params(b, ffn_unit),
                 step,
-                fewest: h.fewest_pieces(piece).max(step).max(least_width(b.n_pieces(piece), s)),
+                fewest: h.fewest_units(ffn_unit).max(step).max(least_width(b.n_units(ffn_unit), s)),
             }
         })
         .collect();
-    if s.carriers(model).per_block.is_none() {
+    if s.output_archs(model).per_block.is_none() {
         // All take the widest step, so that all can take the same widths.
         let widest = budgets.iter().map(|b| b.step).max().unwrap_or(1);
         for b in &mut budgets {
@@ -178,9 +174,9 @@ pub fn budgets(model: &Model, s: &Settings) -> Vec<Budget> {
     budgets
 }
 
-/// The fewest of `n_pieces` that a block keeps whatever its losses say.
-fn least_width(n_pieces: usize, s: &Settings) -> usize {
-    (n_pieces as f64 * (1.0 - s.sparsity) * s.least_width) as usize
+/// The fewest of `n_units` that a block keeps whatever its losses say.
+fn least_width(n_units: usize, s: &Settings) -> usize {
+    (n_units as f64 * (1.0 - s.sparsity) * s.least_width) as usize
 }
 
 /// Widths change in steps that keep ffn_down in its type, and rows long enough for vector kernels.

@@ -1,64 +1,98 @@
-//! What a run settles, step by step, so that one that was interrupted can go on where it was.
+//! What a run keeps, stage by stage, so that one that was interrupted can go on where it was.
+//!
+//! A stage encodes what it settled as a [`Record`] and reads it back itself; a [`Checkpoint`] knows records by their names
+//! only.
 
-use super::BlockPlan;
-use crate::gguf::GgufError;
-use crate::prune::{Choice, LazyGreedy};
+use crate::ggml::Type;
+use crate::gguf::{GgufError, Value};
 
-/// What an earlier run of the same job settled.
+/// Named values and tensors of a stage.
 #[derive(Clone, Debug, Default)]
-pub struct Settled {
-    /// The search for heads as it was after a step.
-    pub heads: Option<LazyGreedy>,
-    /// Width per block.
-    pub widths: Option<Vec<usize>>,
-    /// What neurons go by.
-    pub choice: Option<Choice>,
-    /// The first blocks, pruned and requantised, and what the user should know of each.
-    pub blocks: Vec<(BlockPlan, Vec<String>)>,
+pub struct Record {
+    /// Values by name.
+    pub values: Vec<(String, Value)>,
+    /// Tensors.
+    pub tensors: Vec<KeptTensor>,
 }
 
-/// Who remembers what is settled. By default nothing is.
-pub trait Journal {
-    /// What was settled before.
+/// A tensor of a record.
+#[derive(Clone, Debug)]
+pub struct KeptTensor {
+    /// Name.
+    pub name: String,
+    /// Element type.
+    pub ty: Type,
+    /// Sizes, ne\[0\] first.
+    pub ne: Vec<usize>,
+    /// Encoded rows.
+    pub bytes: Vec<u8>,
+}
+
+impl KeptTensor {
+    /// Its values, of a tensor of 32-bit floats.
+    pub fn floats(&self) -> Vec<f32> {
+        self.bytes.as_chunks().0.iter().map(|b| f32::from_ne_bytes(*b)).collect()
+    }
+}
+
+impl Record {
+    /// Adds a value.
+    pub fn with(mut self, key: &str, value: Value) -> Record {
+        self.values.push((key.into(), value));
+        self
+    }
+
+    /// Adds a list of numbers.
+    pub fn with_numbers(self, key: &str, numbers: impl IntoIterator<Item = usize>) -> Record {
+        let numbers: Vec<u64> = numbers.into_iter().map(|n| n as u64).collect();
+        self.with(key, Value::u64_array(&numbers))
+    }
+
+    /// The value called `key`.
+    pub fn get(&self, key: &str) -> Option<&Value> {
+        self.values.iter().find(|(k, _)| k == key).map(|(_, value)| value)
+    }
+
+    /// The list of numbers called `key`.
+    pub fn numbers(&self, key: &str) -> Option<Vec<usize>> {
+        let numbers = self.get(key).and_then(Value::as_unsigned_array)?;
+        Some(numbers.into_iter().map(|n| n as usize).collect())
+    }
+
+    /// The tensor called `name`.
+    pub fn tensor(&self, name: &str) -> Option<&KeptTensor> {
+        self.tensors.iter().find(|t| t.name == name)
+    }
+}
+
+/// Keeps records from one run to the next. By default nothing is kept.
+pub trait Checkpoint {
+    /// The record that an earlier run of the same job kept under `name`.
     ///
     /// # Errors
     /// [`GgufError`] if it cannot be read.
-    fn settled(&mut self) -> Result<Settled, GgufError> {
-        Ok(Settled::default())
+    fn load(&mut self, _name: &str) -> Result<Option<Record>, GgufError> {
+        Ok(None)
     }
 
-    /// One more group has gone.
+    /// Whether there is a record called `name`.
+    fn holds(&self, _name: &str) -> bool {
+        false
+    }
+
+    /// Keeps `record` under `name`, in the place of an earlier one.
     ///
     /// # Errors
     /// [`GgufError`] if it cannot be written.
-    fn heads(&mut self, _search: &LazyGreedy) -> Result<(), GgufError> {
+    fn save(&mut self, _name: &str, _record: Record) -> Result<(), GgufError> {
         Ok(())
     }
 
-    /// Widths are chosen.
-    ///
-    /// # Errors
-    /// [`GgufError`] if it cannot be written.
-    fn widths(&mut self, _widths: &[usize]) -> Result<(), GgufError> {
-        Ok(())
-    }
-
-    /// It is known what neurons go by.
-    ///
-    /// # Errors
-    /// [`GgufError`] if it cannot be written.
-    fn choice(&mut self, _choice: Choice) -> Result<(), GgufError> {
-        Ok(())
-    }
-
-    /// Block `il` is done.
-    ///
-    /// # Errors
-    /// [`GgufError`] if it cannot be written.
-    fn block(&mut self, _il: usize, _plan: &BlockPlan, _warnings: &[String]) -> Result<(), GgufError> {
-        Ok(())
+    /// The error that says that `part` of the record `name` is not what its stage wrote.
+    fn damaged(&self, name: &str, part: &str) -> GgufError {
+        GgufError::BadKey { key: format!("{name}.{part}"), problem: "is not what was kept".into() }
     }
 }
 
-/// Remembers nothing.
-impl Journal for () {}
+/// Keeps nothing.
+impl Checkpoint for () {}

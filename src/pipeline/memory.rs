@@ -3,7 +3,7 @@
 use super::{Calibration, Settings, forecast};
 use crate::model::Model;
 use crate::prune::BudgetError;
-use crate::spill::Shelf;
+use crate::spill::SpillStore;
 use std::path::Path;
 
 /// The settings with which a run stays within `limit` bytes, without the mapped file: streams go into files of
@@ -18,7 +18,7 @@ pub fn within_memory(
     limit: u64,
     folder: &Path,
 ) -> Result<Settings, NoRoom> {
-    let spilling = Settings { shelf: Shelf::in_files(folder.into()), ..settings.clone() };
+    let spilling = Settings { spill: SpillStore::in_files(folder.into()), ..settings.clone() };
     let smaller: Vec<Settings> = with_less_at_a_time(&spilling).collect();
     let mut least = (f64::INFINITY, "");
     for s in [settings.clone(), spilling].into_iter().chain(smaller) {

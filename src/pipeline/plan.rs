@@ -1,7 +1,7 @@
 //! What stays of a model.
 
 use crate::gguf::GgufError;
-use crate::model::{Arch, BlockShape, BlockVector, BlockWeights, Carriers, Family, Heads, Model};
+use crate::model::{Arch, BlockShape, BlockVector, BlockWeights, Family, Heads, Model, OutputArchs};
 use crate::prune::{Budget, GroupId};
 use crate::requant::Quantised;
 
@@ -13,7 +13,7 @@ pub struct BlockPlan {
     /// Experts of the source block, if it has some, in the order in which they are written.
     pub experts: Vec<usize>,
     /// Neurons of the source block's feed-forward, in the order in which they are written; of a mixture those of all experts
-    /// that stay, as [`BlockWeights::keep_pieces`] numbers them.
+    /// that stay, as [`BlockWeights::keep_units`] numbers them.
     pub neurons: Vec<usize>,
     /// New attn_output, if its values changed; its columns belong to `groups`.
     pub attn_output: Option<Quantised>,
@@ -39,7 +39,7 @@ impl BlockPlan {
 #[derive(Clone, Debug)]
 pub struct Plan {
     /// Where it may go.
-    pub carriers: Carriers,
+    pub output_archs: OutputArchs,
     /// Per block.
     pub blocks: Vec<BlockPlan>,
 }
@@ -55,13 +55,13 @@ impl Plan {
             ffn_down: None,
             vectors: Default::default(),
         };
-        let carriers = model.carriers(Heads::default(), Arch::default());
-        Plan { carriers, blocks: model.hparams.blocks.iter().map(whole).collect() }
+        let output_archs = model.output_archs(Heads::default(), Arch::default());
+        Plan { output_archs, blocks: model.hparams.blocks.iter().map(whole).collect() }
     }
 
     /// The architecture that it is written in.
-    pub fn carrier(&self, model: &Model) -> Family {
-        self.carriers.of(&self.shapes(model))
+    pub fn output_arch(&self, model: &Model) -> Family {
+        self.output_archs.of(&self.shapes(model))
     }
 
     /// Shapes of the pruned blocks.
@@ -87,7 +87,7 @@ impl Plan {
         if plan.groups.len() < w.shape.n_head_kv {
             w.keep_groups(&plan.groups, model.hparams.head_dim);
         }
-        w.keep_pieces(&plan.experts, &plan.neurons);
+        w.keep_units(&plan.experts, &plan.neurons);
         let read = |q: &Quantised, name: &str| {
             q.to_matrix()
                 .map_err(|source| GgufError::Tensor { name: format!("blk.{il}.{name}.weight"), source })

@@ -21,13 +21,13 @@ pub enum Loss {
 const TOP: usize = 64;
 
 /// Turns a final residual stream into a loss.
-pub(super) struct Judge {
+pub(super) struct PredictionLoss {
     head: Head,
-    wanted: Wanted,
+    wanted: Objective,
 }
 
 /// What a position is judged by.
-enum Wanted {
+enum Objective {
     /// The token that follows, if one does.
     Likelihood(Vec<Option<Token>>),
     /// The dense model's likeliest tokens, as numbers of the head's rows, with their probabilities. Divergences are
@@ -36,7 +36,7 @@ enum Wanted {
     Divergence(Vec<Vec<(u32, f32)>>),
 }
 
-impl Judge {
+impl PredictionLoss {
     /// Judges final streams of `model` on `tokens`. What they are compared with is the stream `dense` of
     /// `reference`, which is the same model, or has the same vocabulary.
     pub(super) fn new(
@@ -46,14 +46,14 @@ impl Judge {
         tokens: &[Token],
         dense: &[f32],
         loss: Loss,
-    ) -> Result<Judge, PruneError> {
+    ) -> Result<PredictionLoss, PruneError> {
         let n_ctx = forward.n_ctx();
         if loss == Loss::Likelihood {
             let next = |i: usize| {
                 if (i + 1).is_multiple_of(n_ctx) { None } else { Some(tokens[i + 1]) }
             };
-            let wanted = Wanted::Likelihood((0..tokens.len()).map(next).collect());
-            return Ok(Judge { head: forward.head(model)?, wanted });
+            let wanted = Objective::Likelihood((0..tokens.len()).map(next).collect());
+            return Ok(PredictionLoss { head: forward.head(model)?, wanted });
         }
         let whole = forward.head(reference)?;
         let (top, known) = likely(forward, &whole, dense)?;
@@ -65,17 +65,17 @@ impl Judge {
             wanted.par_extend(positions.map(|(row, ids)| probabilities(row, &known, ids)));
         })?;
         let head = if std::ptr::eq(model, reference) { head } else { forward.head_of(model, &known)? };
-        Ok(Judge { head, wanted: Wanted::Divergence(wanted) })
+        Ok(PredictionLoss { head, wanted: Objective::Divergence(wanted) })
     }
 
     /// Mean loss over the positions of the final residual stream `stream`.
     pub(super) fn loss(&self, forward: &mut Forward, stream: &[f32]) -> Result<f64, PruneError> {
         match &self.wanted {
-            Wanted::Likelihood(targets) => {
+            Objective::Likelihood(targets) => {
                 let nll = forward.nll(&self.head, stream, targets)?;
                 Ok(nll.iter().sum::<f64>() / nll.len() as f64)
             }
-            Wanted::Divergence(wanted) => {
+            Objective::Divergence(wanted) => {
                 let mut sum = 0.0;
                 forward.logits(&self.head, stream, |start, rows| {
                     let positions = rows.par_chunks(self.head.n_vocab()).zip(&wanted[start..]);

@@ -1,27 +1,11 @@
 //! What can be set, and what it is where nothing is said.
 
-use super::{Loss, Target};
+use super::{Loss, Method, Target};
 use crate::forward::CHUNK_TOKENS;
 use crate::ggml::{Compute, Device, Type};
-use crate::model::{Arch, Carriers, Heads, Model, Piece};
-use crate::prune::Choice;
-use crate::spill::Shelf;
-
-/// How to prune.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
-pub enum Method {
-    /// Heads first by lazy greedy search, widths per block from loss curves, one sequential pass that
-    /// refits towards a mixture of the block's own output and the dense model's stream, and norms and biases
-    /// tuned on the whole.
-    #[default]
-    Putri,
-    /// The paper's method as its authors' code does it: neurons first by its score with equal widths,
-    /// refit to the block's own output, then heads in rounds by perplexity on one sequence.
-    Paper,
-    /// A simpler rival, after 2SSP (arXiv 2501.17771): neurons by the norm of their activations with equal
-    /// widths and no refit, then whole blocks' attention by perplexity.
-    TwoStage,
-}
+use crate::model::{Arch, FfnUnit, Heads, Model, OutputArchs};
+use crate::prune::NeuronCriterion;
+use crate::spill::SpillStore;
 
 /// Settings of the passes.
 #[derive(Clone, Debug)]
@@ -36,7 +20,7 @@ pub struct Settings {
     /// How heads may go.
     pub heads: Heads,
     /// What mixtures of experts lose.
-    pub of_mixtures: Piece,
+    pub moe_unit: FfnUnit,
     /// Which architecture the result may have.
     pub arch: Arch,
     /// Threads.
@@ -44,7 +28,7 @@ pub struct Settings {
     /// Devices that blocks pass through, instead of the CPU.
     pub devices: Vec<Device>,
     /// Weight of the dense model's stream in the refit's target.
-    pub mixture: f64,
+    pub dense_target_weight: f64,
     /// How far a token's error counts relative to its residual stream, which the next norm divides by:
     /// 0 counts all errors alike, so that the few tokens with massive activations decide; 1 counts
     /// relative errors.
@@ -74,16 +58,16 @@ pub struct Settings {
     /// widths per block, which are equal without. 0 counts all outputs alike.
     pub sensitivity_tokens: usize,
     /// What neurons go by; if nothing is said, both ways are tried on the model, where outputs do not all count alike.
-    pub choice: Option<Choice>,
+    pub criterion: Option<NeuronCriterion>,
     /// Every block gets its own width.
     pub per_block_widths: bool,
     /// The least width of a block where each gets its own, relative to what would stay if all lost the same share.
     pub least_width: f64,
-    /// Twins of every fitted window, which blocks are fitted to, too: the same text, with some tokens drawn anew from the dense
+    /// Twins of every fitted window, which blocks are fitted to, too: the same text, with some tokens resampled from the dense
     /// model's predictions.
-    pub twins: usize,
-    /// Share of a twin's tokens, from 0 to 1, that are drawn anew.
-    pub twins_drawn: f64,
+    pub resample_copies: usize,
+    /// Share of a resampled copy's tokens, from 0 to 1, that are resampled.
+    pub resample_share: f64,
     /// Biases take over the mean of what was removed.
     pub biases: bool,
     /// Times that tuning goes over its part of the calibration windows; 0 is no tuning.
@@ -96,13 +80,13 @@ pub struct Settings {
     pub tune_tokens: usize,
     /// Share of the tokens, from 0 to 1, that tuning draws anew from the dense model's predictions, in half of the windows
     /// of a step.
-    pub tune_drawn: f64,
+    pub tune_resample_share: f64,
     /// Types of the matrices that get new values.
     pub types: TensorTypes,
     /// Tokens that pass through a block in one graph, at least one window.
     pub chunk_tokens: usize,
     /// Where the streams of all tokens live.
-    pub shelf: Shelf,
+    pub spill: SpillStore,
 }
 
 impl Settings {
@@ -111,14 +95,14 @@ impl Settings {
         Compute { n_threads: self.n_threads, devices: self.devices.clone() }
     }
 
-    /// How often blocks are fitted to each window: as it is, and where windows have twins, to these, too.
+    /// How often blocks are fitted to each window: as it is, and where windows have resampled copies, to these, too.
     pub fn copies(&self) -> usize {
-        if self.method == Method::Putri { 1 + self.twins } else { 1 }
+        1 + self.resample_copies
     }
 
     /// Ridge of what makes up for neurons that go out of `n_ff`, where fits see `n_tokens` tokens: `ridge_ffn`, and more
     /// where these are few, up to what an input has by itself on average. Sums over few tokens know little of most directions,
-    /// and nothing of some where tokens are fewer than neurons; a close fit learns these tokens by heart. Those of twins are not
+    /// and nothing of some where tokens are fewer than neurons; a close fit learns these tokens by heart. Those of resampled copies are not
     /// to be counted: few want the same ridge with them.
     pub fn ridge_of_neurons(&self, n_ff: usize, n_tokens: usize) -> f64 {
         let few = n_ff as f64 / n_tokens as f64 / ENOUGH;
@@ -126,13 +110,13 @@ impl Settings {
     }
 
     /// Where `model` may go.
-    pub fn carriers(&self, model: &Model) -> Carriers {
-        model.carriers(self.heads, self.arch)
+    pub fn output_archs(&self, model: &Model) -> OutputArchs {
+        model.output_archs(self.heads, self.arch)
     }
 
     /// What the feed-forwards of `model` lose.
-    pub fn piece(&self, model: &Model) -> Piece {
-        if model.hparams.experts.is_some() { self.of_mixtures } else { Piece::Neuron }
+    pub fn ffn_unit(&self, model: &Model) -> FfnUnit {
+        if model.hparams.experts.is_some() { self.moe_unit } else { FfnUnit::Neuron }
     }
 }
 
@@ -156,11 +140,11 @@ impl Default for Settings {
             target: None,
             method: Method::Putri,
             heads: Heads::Auto,
-            of_mixtures: Piece::Expert,
+            moe_unit: FfnUnit::Expert,
             arch: Arch::Auto,
             n_threads: 1,
             devices: Vec::new(),
-            mixture: 0.35,
+            dense_target_weight: 0.35,
             token_weight: 1.0,
             ridge_stream: 0.1,
             ridge_ffn: 1e-3,
@@ -173,20 +157,20 @@ impl Default for Settings {
             curve_tokens: 4096,
             sensitivity_tokens: 2048,
             error_feedback: true,
-            choice: None,
+            criterion: None,
             per_block_widths: true,
             least_width: 0.0,
-            twins: 1,
-            twins_drawn: 0.5,
+            resample_copies: 1,
+            resample_share: 0.5,
             biases: true,
             tune: 1,
             tune_rate: 0.005,
             tune_limit: 16384,
             tune_tokens: 2048,
-            tune_drawn: 0.5,
+            tune_resample_share: 0.5,
             types: TensorTypes::default(),
             chunk_tokens: CHUNK_TOKENS,
-            shelf: Shelf::default(),
+            spill: SpillStore::default(),
         }
     }
 }

@@ -1,9 +1,9 @@
 //! How large a pruned model is, from shapes alone; and how much has to go for a size that was asked for.
 
-use super::amounts::{equal_widths, groups_to_remove, within_family};
+use super::allocation::{equal_widths, groups_to_remove, within_family};
 use super::{Settings, budgets};
 use crate::ggml::Type;
-use crate::model::{BlockShape, BlockTensors, KvCache, Model, Piece, Segment};
+use crate::model::{BlockShape, BlockTensors, FfnUnit, KvCache, Model, Segment};
 use crate::prune::BudgetError;
 use crate::requant::output_type;
 
@@ -81,11 +81,11 @@ fn mib(bytes: u64) -> f64 {
 #[derive(Debug, thiserror::Error)]
 pub enum TargetError {
     /// The source is no larger.
-    #[error("the source is no larger than that: nothing has to go")]
+    #[error("the source is no larger than that, so nothing has to be removed")]
     Already,
     /// Not everything can go.
     #[error(
-        "too small: what must stay is {:.2} MiB{} and {:.2} million parameters, at sparsity {sparsity}",
+        "too small: what must be kept is {:.2} MiB{} and {:.2} million parameters, at sparsity {sparsity}",
         mib(least.bytes), least.cache_of(*target), least.params as f64 / 1e6
     )]
     OutOfReach {
@@ -153,7 +153,7 @@ pub(super) fn even_shapes(model: &Model, s: &Settings) -> Result<Vec<BlockShape>
         BlockShape {
             n_head: n_head_kv * b.heads_per_group(),
             n_head_kv,
-            ..b.with_pieces(s.piece(model), width)
+            ..b.with_units(s.ffn_unit(model), width)
         }
     });
     Ok(shapes.collect())
@@ -196,13 +196,13 @@ pub(super) fn new_matrices(model: &Model, s: &Settings, shapes: &[BlockShape]) -
 
 /// ffn_down, if it gets new values: that of experts does where they lose neurons.
 fn new_ffn_down(model: &Model, s: &Settings, t: &BlockTensors) -> Option<Segment> {
-    (s.piece(model) == Piece::Neuron).then(|| t.down())
+    (s.ffn_unit(model) == FfnUnit::Neuron).then(|| t.down())
 }
 
 /// The size of the file that holds `model` in blocks of the sizes `shapes`.
 pub(super) fn file_size(model: &Model, s: &Settings, shapes: &[BlockShape]) -> FileSize {
     let s = &within_family(model, s);
-    let carrier = s.carriers(model).of(shapes);
+    let output_arch = s.output_archs(model).of(shapes);
     let h = &model.hparams;
     let mut sizes: Vec<(usize, usize)> =
         model.file.tensors().iter().map(|t| (t.n_bytes(), t.n_elements())).collect();
@@ -231,7 +231,7 @@ pub(super) fn file_size(model: &Model, s: &Settings, shapes: &[BlockShape]) -> F
         let kept = [new.n_head_kv * group, new.n_head_kv * h.head_dim, new.n_head_kv * h.head_dim];
         let widest = qkv.clone().map(|q| model.tensor(q).ty).max_by_key(|ty| ty.row_bytes(h.n_embd));
         for (segment, n) in qkv.zip(kept) {
-            match widest.filter(|_| carrier.traits().one_qkv) {
+            match widest.filter(|_| output_arch.traits().one_qkv) {
                 Some(ty) => {
                     let (bytes, elements) = matrix(ty, h.n_embd, n);
                     sizes[segment.tensor].0 += bytes;

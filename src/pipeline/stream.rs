@@ -4,20 +4,20 @@ use super::{Observer, Plan, PruneError};
 use crate::forward::{Forward, whole_windows};
 use crate::ggml::Token;
 use crate::model::Model;
-use crate::spill::{Array, Shelf};
+use crate::spill::{SpillStore, SpillVec};
 
 /// Embeddings that are in memory besides where they are put, at least those of a window.
 const PART: usize = 2048;
 
-/// Embeddings `[n_tokens, n_embd]` of `tokens`, in windows of `forward`, on the shelf.
+/// Embeddings `[n_tokens, n_embd]` of `tokens`, in windows of `forward`, on the spill.
 pub(super) fn embedded(
     forward: &Forward,
     model: &Model,
     tokens: &[Token],
-    shelf: &Shelf,
-) -> Result<Array<f32>, PruneError> {
+    spill: &SpillStore,
+) -> Result<SpillVec<f32>, PruneError> {
     let n_embd = model.hparams.n_embd;
-    let mut out = shelf.zeros(tokens.len() * n_embd)?;
+    let mut out = spill.zeros(tokens.len() * n_embd)?;
     let part = whole_windows(PART, forward.n_ctx());
     for (tokens, out) in tokens.chunks(part).zip(out.chunks_mut(part * n_embd)) {
         out.copy_from_slice(&forward.embed(model, tokens)?);

@@ -1,31 +1,32 @@
-//! How many groups and neurons a sparsity costs (section 3.3 of the paper, and our own).
+//! Number of attention groups and neurons that a sparsity removes (section 3.3 of the paper, and our own
+//! method).
 
-/// Parameters of one block that can be removed, and in what pieces.
+/// Parameters of one block that can be removed, and in what units.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Budget {
-    /// Attention groups.
+    /// Number of attention groups.
     pub n_groups: usize,
     /// Parameters per group.
     pub group_params: usize,
-    /// Pieces of the feed-forward: neurons, or experts.
-    pub n_pieces: usize,
-    /// Parameters per piece.
-    pub piece_params: usize,
-    /// Parameters that are counted and do not go: the router of experts that all stay.
+    /// Number of FFN units: neurons, or experts.
+    pub n_units: usize,
+    /// Parameters per FFN unit.
+    pub unit_params: usize,
+    /// Parameters that are counted but never removed: the router, if all experts are kept.
     pub fixed: usize,
-    /// The step in which their number may change.
+    /// Step in which the number of FFN units may change.
     pub step: usize,
-    /// The fewest that the block may keep.
+    /// Fewest FFN units that the block may keep.
     pub fewest: usize,
 }
 
-/// The sparsity is out of reach.
+/// Error: the sparsity is out of reach.
 #[derive(Debug, thiserror::Error, PartialEq)]
 #[error("sparsity {asked} cannot be reached: at most {reachable:.3} of this model's blocks can be removed")]
 pub struct BudgetError {
-    /// What was asked for.
+    /// Requested sparsity.
     pub asked: f64,
-    /// What can be had.
+    /// Largest reachable sparsity.
     pub reachable: f64,
 }
 
@@ -35,30 +36,32 @@ impl Budget {
     }
 
     fn ffn(&self) -> usize {
-        self.n_pieces * self.piece_params + self.fixed
+        self.n_units * self.unit_params + self.fixed
     }
 
-    /// All parameters of the block that are counted.
+    /// Number of counted parameters of the block.
     pub fn params(&self) -> usize {
         self.attention() + self.ffn()
     }
 }
 
-/// Groups that attention gives up at `sparsity` in our method: the share `s^(|F|/|A|)` of them. As large as attention,
-/// feed-forwards lose the same share; the larger they are, the longer heads stay.
+/// Number of attention groups that our method removes at `sparsity`: the share `s^(|F|/|A|)` of all groups.
+/// If FFNs are as large as attention, both lose the same share. The larger FFNs are, the fewer groups are
+/// removed.
 pub fn head_groups(blocks: &[Budget], sparsity: f64) -> usize {
     (n_groups(blocks) as f64 * group_share(blocks, sparsity, 1.0)).round() as usize
 }
 
-/// The fewest groups that attention has to give up at `sparsity`, for feed-forwards cannot give more than they have; all
-/// that there are where that is not enough either.
+/// Fewest attention groups that `sparsity` removes, because FFNs can only give what they have.
+/// Returns the number of all groups if even that is not enough.
 pub fn fewest_head_groups(blocks: &[Budget], sparsity: f64) -> usize {
     let short = wanted(blocks, sparsity).saturating_sub(spare(blocks));
     short.div_ceil(smallest_group(blocks).max(1)).min(n_groups(blocks))
 }
 
-/// Groups that attention gives up in the paper: the share `s^((|F|/|A|)/1.5)`, rounded to whole blocks' worth as the authors' code
-/// does. Blocks of different shapes are taken by their totals.
+/// Number of attention groups that the paper removes: the share `s^((|F|/|A|)/1.5)`.
+/// The number is rounded to whole blocks, as in the authors' code. Blocks of different shapes count by
+/// their totals.
 pub fn head_groups_paper(blocks: &[Budget], sparsity: f64) -> usize {
     let n_blocks = blocks.len() as f64;
     let whole_blocks = (n_blocks * group_share(blocks, sparsity, 1.5)).round();
@@ -69,17 +72,17 @@ fn n_groups(blocks: &[Budget]) -> usize {
     blocks.iter().map(|b| b.n_groups).sum()
 }
 
-/// `s^((|F|/|A|)/d)`.
+/// Share `s^((|F|/|A|)/d)` of the attention groups.
 fn group_share(blocks: &[Budget], sparsity: f64, d: f64) -> f64 {
     let attention: usize = blocks.iter().map(Budget::attention).sum();
     let ffn: usize = blocks.iter().map(Budget::ffn).sum();
     if attention == 0 { 0.0 } else { sparsity.powf(ffn as f64 / attention as f64 / d) }
 }
 
-/// Parameters of feed-forwards left to remove at `sparsity` once attention gave up `attention_removed`.
+/// FFN parameters left to remove at `sparsity` after attention lost `attention_removed` parameters.
 ///
 /// # Errors
-/// [`BudgetError`] if the feed-forwards cannot give that much.
+/// [`BudgetError`] if the FFNs cannot give that much.
 pub fn ffn_params_to_remove(
     blocks: &[Budget],
     sparsity: f64,
@@ -95,19 +98,19 @@ pub fn ffn_params_to_remove(
     Ok(from_ffn)
 }
 
-/// Parameters of the smallest group: what one is assumed to give before it is known which.
+/// Parameters of the smallest group: the assumed gain per group before the search picks one.
 pub fn smallest_group(blocks: &[Budget]) -> usize {
     blocks.iter().filter(|b| b.n_groups > 0).map(|b| b.group_params).min().unwrap_or(0)
 }
 
-/// Parameters to remove at `sparsity`.
+/// Number of parameters to remove at `sparsity`.
 fn wanted(blocks: &[Budget], sparsity: f64) -> usize {
     (blocks.iter().map(Budget::params).sum::<usize>() as f64 * sparsity).round() as usize
 }
 
-/// Parameters that feed-forwards can give.
+/// Number of parameters that the FFNs can lose.
 fn spare(blocks: &[Budget]) -> usize {
-    blocks.iter().map(|b| b.n_pieces.saturating_sub(b.fewest) * b.piece_params).sum()
+    blocks.iter().map(|b| b.n_units.saturating_sub(b.fewest) * b.unit_params).sum()
 }
 
 #[cfg(test)]
@@ -118,8 +121,8 @@ mod tests {
         let b = Budget {
             n_groups: 3,
             group_params: 884_736 / 3,
-            n_pieces: 1536,
-            piece_params: 3 * 576,
+            n_units: 1536,
+            unit_params: 3 * 576,
             fixed: 0,
             step: 32,
             fewest: 32,
@@ -137,10 +140,10 @@ mod tests {
 
     #[test]
     fn heads_stay_longer_than_the_papers_the_larger_feed_forwards_are() {
-        // Three times as large as attention.
+        // FFNs are three times as large as attention.
         let groups = [0.0, 0.25, 0.5, 0.6].map(|s| head_groups(&smollm2(), s));
         assert_eq!(groups, [0, 1, 11, 19]);
-        let narrow: Vec<Budget> = smollm2().into_iter().map(|b| Budget { n_pieces: 512, ..b }).collect();
+        let narrow: Vec<Budget> = smollm2().into_iter().map(|b| Budget { n_units: 512, ..b }).collect();
         assert_eq!(head_groups(&narrow, 0.3), 27);
         let none: Vec<Budget> = smollm2().into_iter().map(|b| Budget { n_groups: 0, ..b }).collect();
         assert_eq!((head_groups(&none, 0.5), head_groups_paper(&none, 0.5)), (0, 0));

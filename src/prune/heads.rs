@@ -1,54 +1,56 @@
-//! Which attention groups go.
+//! Search for the attention groups to remove.
 
-/// An attention group: a KV head with its query heads.
+/// Attention group: a KV head with its query heads.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct GroupId {
-    /// Block.
+    /// Block index.
     pub block: usize,
-    /// KV head of the source block.
+    /// KV head index in the source block.
     pub group: usize,
 }
 
-/// Candidates that are scored again before the best of them is believed.
+/// Largest number of candidates that a step scores again before it removes the best of them.
 const MAX_FRESH: usize = 6;
 
-/// Candidates that are scored again together: the block sweep that scores one scores two cheaply.
+/// Candidates that are scored together: the block sweep that scores one scores two cheaply.
 const BATCH: usize = 2;
 
-/// A search that removes groups one after another, each time the one whose removal costs least (Minoux's lazy
-/// greedy): scores only order the list, and at each step its top is scored again until it is fresh.
+/// Lazy greedy search (Minoux) that removes one group at a time, the one whose removal costs least.
+/// Old scores only order the list. Each step scores the top of the list again until its score is fresh.
 #[derive(Clone, Debug, PartialEq, Default)]
 pub struct LazyGreedy {
-    /// Groups that went, in that order.
+    /// Removed groups, in the order of removal.
     pub removed: Vec<GroupId>,
-    /// Those that did not.
+    /// Groups that are not removed.
     pub candidates: Vec<Candidate>,
 }
 
-/// A group that may go.
+/// Group that may be removed.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Candidate {
-    /// The group.
+    /// Group.
     pub id: GroupId,
-    /// What the loss grows by without it.
+    /// Increase of the loss if the group is removed.
     pub score: f64,
-    /// How many groups had gone when it was scored; none if the score is only a rough one.
+    /// Number of groups that were removed when it was scored; `None` if the score is only a rough one.
     pub scored_at: Option<usize>,
 }
 
 impl LazyGreedy {
-    /// Before the first group goes; `rough` holds a first score of every candidate, which only orders the list.
+    /// Starts a search with no group removed. `rough` holds a first score of every candidate, which only
+    /// orders the list.
     pub fn new(rough: impl IntoIterator<Item = (GroupId, f64)>) -> LazyGreedy {
         let candidate = |(id, score)| Candidate { id, score, scored_at: None };
         LazyGreedy { removed: Vec::new(), candidates: rough.into_iter().map(candidate).collect() }
     }
 
-    /// Removes one more group. `may_remove` says whether a group may go, given those that went; `score` returns what
-    /// the loss grows by without each of the candidates, given those that went. Returns whether there was one to
-    /// remove.
+    /// Removes one more group. Returns whether there was one to remove.
+    ///
+    /// `may_remove` says whether a group may be removed, given the removed groups. `score` returns the
+    /// increase of the loss for each of the candidates, given the removed groups.
     ///
     /// # Errors
-    /// What `score` returns.
+    /// Returns the error of `score`.
     pub fn step<E>(
         &mut self,
         may_remove: impl Fn(&[GroupId], GroupId) -> bool,
@@ -74,19 +76,22 @@ impl LazyGreedy {
             fresh += ids.len();
             sort(list);
         }
-        // Scores from before are not comparable with fresh ones when the limit was hit.
+        // At the limit of scored candidates, old scores remain in the list. They are not comparable with
+        // fresh ones.
         let best = list.iter().position(|c| c.scored_at == now);
         self.removed.extend(best.map(|i| list.remove(i).id));
         Ok(best.is_some())
     }
 }
 
-/// The paper's search: in every round all candidates are scored, and the `per_round` best of that
-/// same list go at once. With `rescored`, rounds after the first score only so many of the candidates, those
-/// that were best the round before: nearly always the same outcome at a fraction of the cost.
+/// Search of the paper: every round scores all candidates and removes the `per_round` best of that one
+/// list.
+///
+/// With `rescored`, later rounds score only that many candidates: the best of the round before. This finds
+/// nearly always the same groups at a fraction of the cost.
 ///
 /// # Errors
-/// What `score` returns.
+/// Returns the error of `score`.
 pub fn rounds<E>(
     candidates: &[GroupId],
     n_remove: usize,
@@ -115,7 +120,7 @@ pub fn rounds<E>(
         if removed.len() == before {
             break;
         }
-        // The best first; those that were not scored keep their places behind.
+        // The best candidates come first; candidates without a score keep their places behind them.
         left.splice(..scored.len(), scored.into_iter().map(|s| s.1));
     }
     Ok(removed)
@@ -130,7 +135,8 @@ mod tests {
         (0..n).map(|i| GroupId { block: i / 3, group: i % 3 }).collect()
     }
 
-    /// Costs that grow with what went before in the same block: submodular, so lazy is exact.
+    /// Cost that grows with the groups already removed in the same block: submodular, so lazy greedy is
+    /// exact.
     fn cost(removed: &[GroupId], c: GroupId) -> f64 {
         let base = ((c.block * 3 + c.group) * 7919 % 101) as f64;
         base * (1.0 + removed.iter().filter(|r| r.block == c.block).count() as f64)

@@ -1,4 +1,4 @@
-//! Inverses of curvatures, in as many bits as they take.
+//! Inverses of curvatures, in 32 bits where those are precise enough, else in 64.
 
 use super::Singular;
 use super::refit::factor;
@@ -7,43 +7,45 @@ use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use rayon::prelude::*;
 
-/// How far off an inverse in 32 bits may be at any input, by [`InverseIn::rounding`].
+/// Largest error of an inverse in 32 bits at any input, as measured by [`InverseIn::rounding`].
 const ROUNDING: f64 = 0.01;
 
-/// Random signs that are tried.
+/// Number of random sign vectors that the error estimate tries.
 const PROBES: usize = 2;
 
-/// Parts in which a matrix is multiplied by a vector.
+/// Number of parts in which a matrix is multiplied by a vector.
 const PARTS: usize = 32;
 
-/// (H + λI)⁻¹ with λ = ridge · mean diag H: in 32 bits, which take half the time and memory, where that is precise enough.
+/// Inverse (H + λI)⁻¹ `[n, n]` with λ = ridge · mean diag H.
+/// It is stored in 32 bits, which take half the time and memory, where that is precise enough.
 #[derive(Clone)]
 pub enum Inverse {
-    /// In 32 bits.
+    /// Inverse in 32 bits.
     Single(InverseIn<f32>),
-    /// In 64 bits.
+    /// Inverse in 64 bits.
     Double(InverseIn<f64>),
 }
 
-/// An inverse in floats of one kind.
+/// Inverse in one floating-point type.
 #[derive(Clone)]
 pub struct InverseIn<T> {
-    /// By columns; what is above the diagonal is not used.
+    /// Elements `[n, n]`, column-major; those above the diagonal are unused.
     pub(super) columns: Vec<T>,
-    /// The diagonal of H.
+    /// Diagonal of H.
     pub(super) energies: Vec<f64>,
-    /// The ridge in use, relative to the mean of H's diagonal; more than was asked for where the factorisation needed it.
+    /// Ridge in use, relative to the mean of H's diagonal; larger than requested if the factorisation
+    /// needed it.
     pub(super) ridge: f64,
 }
 
 impl Inverse {
-    /// That of `h` with `ridge`.
+    /// Inverts `h` with `ridge`.
     ///
     /// # Errors
     /// [`Singular`] if no ridge makes the curvature positive definite.
     pub fn new(h: &SymMatrix, ridge: f64) -> Result<Inverse, Singular> {
         let lambda = ridge * h.mean_diagonal();
-        // No more ridge only to have it in 32 bits.
+        // The 32-bit inverse is not worth a larger ridge.
         if let Some(factored) = Cholesky::<f32>::new(h, None, lambda) {
             let inverse = InverseIn { columns: factored.into_inverse(), energies: h.diagonal(), ridge };
             if inverse.rounding(h, lambda) < ROUNDING {
@@ -55,7 +57,7 @@ impl Inverse {
 }
 
 impl InverseIn<f64> {
-    /// That of `h` with `ridge`.
+    /// Inverts `h` with `ridge`.
     ///
     /// # Errors
     /// [`Singular`] if no ridge makes the curvature positive definite.
@@ -66,8 +68,8 @@ impl InverseIn<f64> {
 }
 
 impl<T: Real> InverseIn<T> {
-    /// The least that each diagonal element can be, whichever inputs are left: 1 / (H_jj + λ), what it is where nothing is like
-    /// the input. Nothing where the ridge is infinite.
+    /// Lower bound of each diagonal element for any set of remaining inputs: 1 / (H_jj + λ).
+    /// An element reaches it if no other input resembles its own. The bound is 0 if the ridge is infinite.
     pub(super) fn least(&self) -> Vec<f64> {
         let lambda = self.ridge * self.energies.iter().sum::<f64>() / self.energies.len() as f64;
         self.energies
@@ -77,9 +79,12 @@ impl<T: Real> InverseIn<T> {
             .collect()
     }
 
-    /// How far its product with H + λI is from the identity E: the largest element of (product − E) s, with random signs
-    /// s. Inputs are measured in their own sizes; the rounding of Cholesky factors does not depend on them either. The largest,
-    /// since where a few of many inputs are nearly the same it is they whose part is lost.
+    /// Distance of the product with H + λI from the identity E: the largest element of (product − E) s for
+    /// random signs s.
+    ///
+    /// Inputs are measured in their own sizes, because the rounding of Cholesky factors does not depend on
+    /// them either. The largest element counts: if a few of many inputs are nearly the same, only their
+    /// part is lost.
     fn rounding(&self, h: &SymMatrix, lambda: f64) -> f64 {
         let n = h.n();
         let sizes: Vec<f64> = self.energies.iter().map(|e| (e + lambda).sqrt()).collect();
@@ -93,7 +98,7 @@ impl<T: Real> InverseIn<T> {
             let back = product(n, |i| &self.columns[i * n + i..(i + 1) * n], &through);
             for ((b, s), size) in back.iter().zip(&signs).zip(&sizes) {
                 let off = ((b - s) * size).abs();
-                // What is not a number is the worst there is.
+                // NaN counts as the largest error.
                 if off > most || off.is_nan() {
                     most = off;
                 }
@@ -106,7 +111,7 @@ impl<T: Real> InverseIn<T> {
     }
 }
 
-/// A symmetric matrix `[n, n]` times `v`; `row` gives its elements from the diagonal on.
+/// Product of a symmetric matrix `[n, n]` and `v`; `row` gives its elements from the diagonal on.
 fn product<'a, T: Real + 'a>(n: usize, row: impl Fn(usize) -> &'a [T] + Sync, v: &[f64]) -> Vec<f64> {
     let part = |first: usize| {
         let mut sums = vec![0.0; n];
@@ -117,7 +122,7 @@ fn product<'a, T: Real + 'a>(n: usize, row: impl Fn(usize) -> &'a [T] + Sync, v:
         }
         sums
     };
-    // In parts that do not depend on the number of threads.
+    // The parts do not depend on the number of threads.
     let parts: Vec<Vec<f64>> = (0..PARTS).into_par_iter().map(part).collect();
     (0..n).map(|i| parts.iter().map(|p| p[i]).sum()).collect()
 }
@@ -126,7 +131,7 @@ fn product<'a, T: Real + 'a>(n: usize, row: impl Fn(usize) -> &'a [T] + Sync, v:
 mod tests {
     use super::*;
 
-    /// Inputs of very different sizes; the last is the first once more, but for `apart`.
+    /// Gram matrix of inputs of very different sizes; the last input equals the first up to `apart`.
     fn gram(n: usize, apart: f64) -> SymMatrix {
         let mut rng = ChaCha8Rng::seed_from_u64(n as u64);
         let size = |j: usize| 10f64.powi(j as i32 % 7 - 3);
@@ -148,7 +153,7 @@ mod tests {
                 let inverse = Inverse::new(&h, 0.0).unwrap();
                 assert_eq!(matches!(inverse, Inverse::Single(_)), single, "{n} inputs, {apart} apart");
             }
-            // Where a ridge tells them apart, 32 bits do again.
+            // A ridge that tells the two inputs apart makes 32 bits precise enough.
             assert!(matches!(Inverse::new(&gram(n, 1e-6), 1.0), Ok(Inverse::Single(_))));
         }
         assert!(Inverse::new(&SymMatrix::from_fn(3, |_, _| f64::NAN), 1e-3).is_err());
@@ -160,7 +165,7 @@ mod tests {
             let (h, lambda) = (gram(n, 1.0), 1e-3);
             let mut inverse = InverseIn::new(&h, lambda / h.mean_diagonal()).unwrap();
             assert!(inverse.rounding(&h, lambda) < 1e-9);
-            // A whole inverse that is a tenth too large is so by a tenth of the identity.
+            // An inverse that is a tenth too large gives a product that is off by a tenth of the identity.
             inverse.columns.iter_mut().for_each(|v| *v *= 1.1);
             assert!((inverse.rounding(&h, lambda) - 0.1).abs() < 1e-9);
         }

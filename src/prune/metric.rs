@@ -1,4 +1,4 @@
-//! What errors of a map's outputs cost, where they do not all cost the same.
+//! Metric on the outputs of a map, for outputs whose errors cost differently.
 
 use super::refit::factor;
 use super::{Singular, dense};
@@ -7,19 +7,20 @@ use crate::numeric::SymMatrix;
 use faer::linalg::matmul::matmul;
 use faer::{Accum, Mat, Par};
 
-/// What is added to every output's cost, as a share of their mean: a few samples leave directions unseen, and
-/// errors are not so small that none but the first order counts.
+/// Damping that is added to every output's cost, as a share of the mean cost.
+/// A few samples leave directions unseen, and errors are too large for the first order alone to count.
 const DAMPING: f64 = 0.01;
 
-/// A quadratic form on outputs: an error e costs eᵀ F e.
+/// Quadratic form on outputs: an error e costs eᵀ F e.
 pub struct Metric {
     /// R `[n, n]` with Rᵀ R = F.
     root: Mat<f64>,
 }
 
 impl Metric {
-    /// F = Σ s sᵀ over the rows s of `samples` `[n_samples, n]`, scaled to a mean diagonal of 1, and damped. Where
-    /// all samples are zero, all outputs cost alike.
+    /// Builds F = Σ s sᵀ over the rows s of `samples` `[n_samples, n]`, scaled to a mean diagonal of 1 and
+    /// damped.
+    /// If all samples are zero, all outputs cost alike.
     ///
     /// # Errors
     /// [`Singular`] if the samples are not finite.
@@ -38,7 +39,7 @@ impl Metric {
         Ok(Metric { root: factored.lower().transpose().to_owned() })
     }
 
-    /// R W: the squares of its outputs are what those of `w` cost.
+    /// Product R W: the squares of its outputs are the costs of the outputs of `w`.
     ///
     /// # Panics
     /// If `w` has another number of outputs.

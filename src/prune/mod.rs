@@ -1,7 +1,7 @@
-//! The mathematics of pruning: how much, which, and how what stays makes up for it.
+//! Mathematics of pruning: how much is removed, which groups and neurons, and how the rest compensates.
 //!
-//! Pure functions of matrices; nothing here knows files, devices or threads of a model. Sizes follow
-//! `model`: a weight matrix W has `n_out` rows of `n_in` numbers, and H = Σ x xᵀ over its inputs.
+//! Pure functions of matrices: this module knows no files, devices or model threads. Shapes follow `model`:
+//! a weight matrix W is `[n_out, n_in]` row-major, and H = Σ x xᵀ is `[n_in, n_in]` over its inputs x.
 
 mod budget;
 mod heads;
@@ -25,13 +25,16 @@ pub use heads::{Candidate, GroupId, LazyGreedy, rounds};
 pub use inverse::{Inverse, InverseIn};
 pub use metric::Metric;
 pub(crate) use obs::PENDING;
-pub use obs::{Choice, Obs};
+pub use obs::{NeuronCriterion, Obs};
 pub(crate) use refit::factor;
 pub use refit::{Refit, bias_change, refit};
-pub use select::{Narrowing, busiest, greedy, heaviest, loudest, narrow, paper_keep};
+pub use select::{
+    Narrowing, greedy, narrow, paper_keep, top_by_activation_norm, top_by_router_weighted_norm,
+    top_by_weight_norm,
+};
 pub use widths::{Curve, allocate, possible_widths, uniform};
 
-/// Weights `[n_out, n_in]`, as the algebra takes them.
+/// Converts weights `[n_out, n_in]` to a faer matrix.
 pub(crate) fn dense<T: Real>(w: &Matrix) -> Mat<T> {
     let mut m = Mat::zeros(w.n_out, w.n_in);
     m.par_col_iter_mut().enumerate().for_each(|(j, column)| {
@@ -40,7 +43,7 @@ pub(crate) fn dense<T: Real>(w: &Matrix) -> Mat<T> {
     m
 }
 
-/// The matrix could not be factored, whatever the ridge.
+/// Error: no ridge makes the matrix positive definite.
 #[derive(Debug, thiserror::Error)]
 #[error("the activations of this layer have no usable second moments (they are not finite)")]
 pub struct Singular;

@@ -1,4 +1,4 @@
-//! Optimal brain surgeon over blocks of inputs (Hassibi and Stork 1993; SlimGPT's algebra).
+//! Optimal brain surgeon (OBS) over blocks of inputs (Hassibi and Stork 1993; SlimGPT's algebra).
 
 use super::refit::factor;
 use super::{InverseIn, dense};
@@ -9,72 +9,75 @@ use faer::linalg::matmul::triangular::{self, BlockStructure};
 use faer::{Accum, Mat, MatMut, MatRef, Par};
 use rayon::prelude::*;
 
-/// Inputs that go before the inverse is brought up to date: each update of it goes through all of its memory,
-/// whatever the number of inputs.
+/// Inputs that are removed between two updates of the inverse.
+/// Each update goes through all of the inverse's memory, whatever the number of inputs.
 pub(crate) const PENDING: usize = 256;
 
-/// What inputs go by.
+/// Criterion by which neurons (inputs of `ffn_down`) are removed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Choice {
-    /// What the loss grows by if an input goes alone and the others make up for it: Σ_i W_ij² / \[H⁻¹\]_jj.
-    Loss,
-    /// The square of the length of an input's weights times its energy (that about its mean, where H is centred),
-    /// Σ_i W_ij² H_jj², whatever others could make up for: between what would be missing without the input, Σ_i W_ij² H_jj, and
-    /// its energy alone, by which 2SSP (arXiv 2501.17771) chooses.
-    Energy,
+pub enum NeuronCriterion {
+    /// Increase of the loss if one input is removed and the others compensate: Σ_i W_ij² / \[H⁻¹\]_jj.
+    Obs,
+    /// Squared norm of an input's weights times its squared energy: Σ_i W_ij² H_jj².
+    /// The energy is about the mean if H is centred. The criterion ignores compensation by other inputs. It
+    /// lies between the loss of the input alone, Σ_i W_ij² H_jj, and its energy alone, by which 2SSP (arXiv
+    /// 2501.17771) chooses.
+    Magnitude,
 }
 
-impl Choice {
-    /// All there are, the usual one first.
-    pub const ALL: [Choice; 2] = [Choice::Loss, Choice::Energy];
+impl NeuronCriterion {
+    /// All criteria, the default first.
+    pub const ALL: [NeuronCriterion; 2] = [NeuronCriterion::Obs, NeuronCriterion::Magnitude];
 
-    /// That which is called `name`.
-    pub fn named(name: &str) -> Option<Choice> {
-        Choice::ALL.into_iter().find(|c| c.name() == name)
+    /// Criterion with the name `name`.
+    pub fn named(name: &str) -> Option<NeuronCriterion> {
+        NeuronCriterion::ALL.into_iter().find(|c| c.name() == name)
     }
 
-    /// What it is called.
+    /// Name on the command line.
     pub fn name(self) -> &'static str {
         match self {
-            Choice::Loss => "loss",
-            Choice::Energy => "energy",
+            NeuronCriterion::Obs => "obs",
+            NeuronCriterion::Magnitude => "magnitude",
         }
     }
 }
 
-/// A map W at the minimum of a quadratic loss with curvature H + λI, whose inputs are taken out a few at a
-/// time; what stays is moved to the new minimum each time.
+/// Map W at the minimum of a quadratic loss with curvature H + λI, whose inputs are removed a few at a
+/// time.
+/// Each removal moves the remaining weights to the new minimum.
 pub struct Obs<T> {
-    /// What inputs are judged by.
+    /// Map whose columns give the saliency of the inputs.
     judged: Follower<T>,
-    /// The map, where that is another.
+    /// Map that is pruned, if it is another one.
     carried: Option<Follower<T>>,
-    /// (H + λI)⁻¹ of the inputs that were left at the last update, by columns; what is above the diagonal is not used.
+    /// Inverse (H + λI)⁻¹ of the inputs left at the last update, column-major; elements above the diagonal
+    /// are unused.
     h_inv: Vec<T>,
-    /// Input that each column is, ascending, and whether it is left.
+    /// Source input of each column, ascending, and whether the input is left.
     inputs: Vec<usize>,
     left: Vec<bool>,
     alive: usize,
-    /// Squared length of each column of what inputs are judged by, and the diagonal of the inverse, as they are now.
+    /// Squared norm of each column of the judged map, and the diagonal of the inverse, both up to date.
     lengths: Vec<f64>,
     diagonal: Vec<f64>,
-    /// The least that the diagonal can be, by input: rounding must not make an input out to be worth more than it is
-    /// where nothing else is like it.
+    /// Lower bound of the diagonal, by input.
+    /// It keeps rounding from overrating an input that no other input resembles.
     least: Vec<f64>,
-    /// The diagonal of H by input, where inputs go by energy.
+    /// Diagonal of H by input, if inputs are removed by energy.
     energies: Option<Vec<f64>>,
-    /// What to take from `h_inv`: across · gainsᵀ, in their first `pending` columns.
+    /// Pending correction of `h_inv`: subtract across · gainsᵀ, in their first `pending` columns.
     across: Mat<T>,
     gains: Mat<T>,
     pending: usize,
-    /// The ridge in use, relative to the mean of H's diagonal.
+    /// Ridge in use, relative to the mean of H's diagonal.
     pub ridge: f64,
 }
 
-/// A map `[n_out, n]` that is moved when inputs go; as of the last update.
+/// Map `[n_out, n]` that follows the removals, as of the last update.
 struct Follower<T> {
     w: Mat<T>,
-    /// What to take from it: gone · gainsᵀ, in the first `pending` columns.
+    /// Pending correction of `w`: subtract gone · gainsᵀ, in the first `pending` columns.
     gone: Mat<T>,
 }
 
@@ -83,22 +86,23 @@ impl<T: Real> Follower<T> {
         Follower { w: dense(w), gone: Mat::zeros(w.n_out, PENDING) }
     }
 
-    /// Takes out the columns `go`, whose rows of the pending gains are `rows` `[go.len(), pending]`. Returns them as they
-    /// are now.
+    /// Takes out the columns `go`, whose rows of the pending gains are `rows` `[go.len(), pending]`.
+    /// Returns the columns up to date, `[n_out, go.len()]`.
     fn take(&mut self, go: &[usize], rows: &Mat<T>, par: Par) -> Mat<T> {
         let (k, pending) = (go.len(), rows.ncols());
         let mut gone = Mat::from_fn(self.w.nrows(), k, |i, a| self.w[(i, go[a])]);
         let before = self.gone.subcols(0, pending);
         matmul(gone.as_mut(), Accum::Add, before, rows.transpose(), T::of(-1.0), par);
         if pending + k > self.gone.ncols() {
-            // More at a time than there is room for: nothing is pending then.
+            // A removal larger than the room for pending columns comes after an update: nothing else is
+            // pending.
             self.gone = Mat::zeros(self.w.nrows(), k);
         }
         self.gone.subcols_mut(pending, k).copy_from(&gone);
         gone
     }
 
-    /// Brings the map up to date by all `gains` `[n, pending]` and leaves the columns `keep`.
+    /// Applies all pending `gains` `[n, pending]` to the map and keeps the columns `keep`.
     fn update(&mut self, gains: MatRef<T>, keep: &[usize]) {
         let gone = self.gone.subcols(0, gains.ncols());
         matmul(self.w.as_mut(), Accum::Add, gone, gains.transpose(), T::of(-1.0), Par::rayon(0));
@@ -110,19 +114,25 @@ impl<T: Real> Follower<T> {
         self.w.truncate(self.w.nrows(), keep.len());
     }
 
-    /// Squared lengths of the columns.
+    /// Squared norms of the columns.
     fn lengths(&self) -> Vec<f64> {
         (0..self.w.ncols()).into_par_iter().map(|j| self.w.col(j).squared_norm_l2().into()).collect()
     }
 }
 
 impl<T: Real> Obs<T> {
-    /// Starts from `w` `[n_in, n_out]`, which is the minimum where the curvature is that which `inverse` is of. Inputs go by
-    /// `choice`, judged by their outputs through `costs`, or through `w` itself.
+    /// Starts from `w` `[n_out, n_in]`, the minimum of the loss whose curvature `inverse` inverts.
+    /// Inputs are removed by `criterion`, judged by their outputs through `costs` if given, else through
+    /// `w` itself.
     ///
     /// # Panics
     /// If the sizes disagree.
-    pub fn new(w: &Matrix, costs: Option<&Matrix>, inverse: InverseIn<T>, choice: Choice) -> Obs<T> {
+    pub fn new(
+        w: &Matrix,
+        costs: Option<&Matrix>,
+        inverse: InverseIn<T>,
+        criterion: NeuronCriterion,
+    ) -> Obs<T> {
         let least = inverse.least();
         let InverseIn { columns: h_inv, energies, ridge } = inverse;
         let n = energies.len();
@@ -134,7 +144,7 @@ impl<T: Real> Obs<T> {
             carried: costs.map(|_| Follower::new(w)),
             diagonal: (0..n).map(|j| h_inv[j * n + j].into()).collect(),
             least,
-            energies: (choice == Choice::Energy).then_some(energies),
+            energies: (criterion == NeuronCriterion::Magnitude).then_some(energies),
             h_inv,
             inputs: (0..n).collect(),
             left: vec![true; n],
@@ -146,7 +156,7 @@ impl<T: Real> Obs<T> {
         }
     }
 
-    /// Inputs that are left.
+    /// Number of inputs that are left.
     pub fn alive(&self) -> usize {
         self.alive
     }
@@ -156,12 +166,12 @@ impl<T: Real> Obs<T> {
         (0..self.left.len()).filter(|&j| self.left[j])
     }
 
-    /// The inputs that are left, in the source's numbering, ascending.
+    /// Inputs that are left, in the source's numbering, ascending.
     pub fn kept(&self) -> Vec<usize> {
         self.columns().map(|j| self.inputs[j]).collect()
     }
 
-    /// The map on the inputs [`Obs::kept`], in that order.
+    /// Map `[n_out, kept]` on the inputs [`Obs::kept`], in that order.
     pub fn weights(&mut self) -> Matrix {
         self.update();
         let w = &self.carried.as_ref().unwrap_or(&self.judged).w;
@@ -172,7 +182,7 @@ impl<T: Real> Obs<T> {
         Matrix::new(w.ncols(), w.nrows(), data)
     }
 
-    /// What the input at column `j` is judged by.
+    /// Saliency of the input at column `j`.
     fn saliency(&self, j: usize) -> f64 {
         match &self.energies {
             None => self.lengths[j] / self.diagonal[j],
@@ -180,8 +190,8 @@ impl<T: Real> Obs<T> {
         }
     }
 
-    /// Takes out the `k` inputs with the least saliency, together, and moves the others to the minimum without
-    /// them. Returns what the loss grew by.
+    /// Removes the `k` inputs with the least saliency together and moves the others to the new minimum.
+    /// Returns the increase of the loss.
     pub fn remove_least(&mut self, k: usize) -> f64 {
         assert!(k > 0 && k < self.alive);
         if self.pending + k > PENDING {
@@ -196,9 +206,9 @@ impl<T: Real> Obs<T> {
 
     fn take_out(&mut self, go: &[usize]) -> f64 {
         let (n, k, pending) = (self.left.len(), go.len(), self.pending);
-        // A single column would be summed up in as many parts as there are threads.
+        // In parallel, a single column would be summed in as many parts as there are threads.
         let par = if k == 1 { Par::Seq } else { Par::rayon(0) };
-        // [H⁻¹]_(all, go) as it is now, S = [H⁻¹]_(go, go), and the gains S⁻¹ [H⁻¹]_(go, all).
+        // [H⁻¹]_(all, go) up to date, S = [H⁻¹]_(go, go), and the gains S⁻¹ [H⁻¹]_(go, all).
         let mut across = Mat::from_fn(n, k, |i, a| self.h_inv[i.min(go[a]) * n + i.max(go[a])]);
         let rows = Mat::from_fn(k, pending, |a, p| self.gains[(go[a], p)]);
         matmul(
@@ -214,13 +224,14 @@ impl<T: Real> Obs<T> {
             let s: f64 = across[(go[b], a)].into();
             if a == b { s.max(least(go[a])) } else { s }
         });
-        // Positive definite but for rounding, which the ridge makes up for where it must.
+        // S is positive definite up to rounding, which the ridge compensates where needed.
         let factored = factor(&s, None, 0.0, s.mean_diagonal());
         let factored =
             factored.expect("a principal block of a positive definite matrix is positive definite").0;
         let mut gains = across.transpose().to_owned();
         factored.solve_in_place(gains.as_mut());
-        // Columns change by −G g_j, with G those that go: their lengths by g_jᵀ GᵀG g_j − 2 g_jᵀ Gᵀ w_j.
+        // Columns change by −G g_j, with G the removed columns. Their squared norms change by g_jᵀ GᵀG g_j
+        // − 2 g_jᵀ Gᵀ w_j.
         let gone = self.judged.take(go, &rows, par);
         let square = gone.transpose() * &gone;
         let mut scaled = square.clone();
@@ -246,7 +257,7 @@ impl<T: Real> Obs<T> {
             c.take(go, &rows, par);
         }
         if pending + k > self.across.ncols() {
-            // More at a time than there is room for: `update` has just been called.
+            // A removal larger than the room for pending columns comes right after an `update`.
             (self.across, self.gains) = (Mat::zeros(n, k), Mat::zeros(n, k));
         }
         self.across.subcols_mut(pending, k).copy_from(&across);
@@ -255,7 +266,7 @@ impl<T: Real> Obs<T> {
         loss
     }
 
-    /// Brings inverse and maps up to date and drops what is gone.
+    /// Applies the pending corrections to the inverse and the maps, and drops removed inputs.
     fn update(&mut self) {
         if self.pending == 0 {
             return;
@@ -276,9 +287,9 @@ impl<T: Real> Obs<T> {
         let columns: Vec<usize> = self.columns().collect();
         let followers = [Some(&mut self.judged), self.carried.as_mut()];
         followers.into_iter().flatten().for_each(|f| f.update(gains, &columns));
-        // Without what rounding has added up in the meantime.
+        // Recomputed, which drops the accumulated rounding errors.
         self.lengths = self.judged.lengths();
-        // In place: what is copied from lies behind what it is copied to.
+        // In place: each source element lies behind its destination.
         let n = columns.len();
         for (to, &from) in columns.iter().enumerate() {
             for (i, &row) in columns.iter().enumerate().skip(to) {

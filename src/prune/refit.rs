@@ -1,4 +1,4 @@
-//! Least-squares refit of a linear map on the inputs that stay.
+//! Least-squares refit of a linear map on its kept inputs.
 
 use super::Singular;
 use crate::model::Matrix;
@@ -8,23 +8,25 @@ use faer::{Accum, Mat, MatMut, Par};
 use rayon::prelude::*;
 use std::sync::Arc;
 
-/// Factorisations that are tried, each with ten times the ridge of the one before.
+/// Number of factorisations that are tried, each with ten times the ridge of the one before.
 const MAX_TRIES: i32 = 12;
 
-/// A refitted map and what it took.
+/// Refitted map and the ridge that it needed.
 #[derive(Clone, Debug)]
 pub struct Refit {
-    /// `[keep.len(), n_out]`.
+    /// Weights `[n_out, keep.len()]`.
     pub weights: Matrix,
-    /// The ridge that was applied, relative to the mean of H's diagonal; more than was asked for
-    /// where the factorisation needed it.
+    /// Ridge in use, relative to the mean of H's diagonal; larger than requested if the factorisation
+    /// needed it.
     pub ridge: f64,
 }
 
-/// Weights on the inputs `keep` that minimise
-/// Σ ‖x_keep W'ᵀ − (x Wᵀ + μ r)‖² + λ ‖W' − W_keep‖², with λ = `ridge` · mean diag H: equation 5 of the
-/// paper with a target beyond the map's own output and a pull towards the weights before. `moments`
-/// holds H = Σ x xᵀ and Σ x rᵀ over all inputs; `mu` weighs the residual r.
+/// Weights on the inputs `keep` that minimise Σ ‖x_keep W'ᵀ − (x Wᵀ + μ r)‖² + λ ‖W' − W_keep‖², with λ =
+/// `ridge` · mean diag H.
+///
+/// This is equation 5 of the paper with two changes: the target includes the residual r, and λ pulls
+/// towards the old weights. `moments` holds H = Σ x xᵀ and Σ x rᵀ over all inputs; `mu` weighs the residual
+/// r.
 ///
 /// # Errors
 /// [`Singular`] if no ridge makes H_keep positive definite.
@@ -33,8 +35,8 @@ pub fn refit(w: &Matrix, moments: &Moments, mu: f64, keep: &[usize], ridge: f64)
     let h = &moments.gram;
     let all = keep.iter().copied().eq(0..n);
     let (factored, ridge) = factor::<f64>(h, (!all).then_some(keep), ridge, h.mean_diagonal())?;
-    // The unknown is the change of W_keep: what is left to explain is the output of the inputs that go,
-    // (x W_goneᵀ)ᵀ x_keep = W_gone H[gone, keep], and the residual. A column per output.
+    // The unknown is the change of W_keep, one column per output. It has to explain the output of the
+    // removed inputs, (x W_goneᵀ)ᵀ x_keep = W_gone H[gone, keep], and the residual.
     let mut change = vec![0.0; k * w.n_out];
     if mu != 0.0 {
         change.par_chunks_exact_mut(k).zip(moments.cross.par_chunks_exact(n)).for_each(|(column, cross)| {
@@ -43,9 +45,9 @@ pub fn refit(w: &Matrix, moments: &Moments, mu: f64, keep: &[usize], ridge: f64)
     }
     let mut rhs = MatMut::from_column_major_slice_mut(&mut change, k, w.n_out);
     if !all {
-        let mut stays = vec![false; n];
-        keep.iter().for_each(|&j| stays[j] = true);
-        let gone: Vec<usize> = (0..n).filter(|&j| !stays[j]).collect();
+        let mut loads_fewer_heads = vec![false; n];
+        keep.iter().for_each(|&j| loads_fewer_heads[j] = true);
+        let gone: Vec<usize> = (0..n).filter(|&j| !loads_fewer_heads[j]).collect();
         let w_gone = Mat::from_fn(gone.len(), w.n_out, |b, i| f64::from(w.data[i * n + gone[b]]));
         let h_across = Mat::from_fn(k, gone.len(), |a, b| h.get(keep[a], gone[b]));
         matmul(rhs.as_mut(), Accum::Add, h_across.as_ref(), w_gone.as_ref(), 1.0, Par::rayon(0));
@@ -56,8 +58,9 @@ pub fn refit(w: &Matrix, moments: &Moments, mu: f64, keep: &[usize], ridge: f64)
     if weights.data.iter().all(|v| v.is_finite()) { Ok(Refit { weights, ridge }) } else { Err(Singular) }
 }
 
-/// What the bias of a map must grow by once `new` on the inputs `keep` takes the place of `old`, for the
-/// mean of its outputs to be what it was plus `mu` times the mean residual. `moments` are centred.
+/// Increase of the bias after `new` on the inputs `keep` replaces `old`, `[n_out]`.
+/// With it, the mean of the outputs is the old mean plus `mu` times the mean residual. `moments` are
+/// centred.
 pub fn bias_change(old: &Matrix, new: &Matrix, keep: &[usize], moments: &Moments, mu: f64) -> Vec<f32> {
     let dot = |row: &[f32], x: &mut dyn Iterator<Item = f64>| -> f64 {
         row.iter().zip(x).map(|(w, x)| f64::from(*w) * x).sum()
@@ -71,9 +74,10 @@ pub fn bias_change(old: &Matrix, new: &Matrix, keep: &[usize], moments: &Moments
         .collect()
 }
 
-/// Cholesky factor of H + ridge · scale · I on the inputs `keep`, or all, with the ridge raised until it exists. Where H is
-/// nothing at all, so that there is nothing to fit, it is that of I: every change costs what it is long. The ridge is
-/// infinite then.
+/// Cholesky factor of H + ridge · scale · I on the inputs `keep`, or on all, and the ridge in use.
+///
+/// The ridge is raised until the factor exists. If H is zero, there is nothing to fit: the factor is that
+/// of I, every change costs its squared norm, and the ridge is infinite.
 pub(crate) fn factor<T: Real>(
     h: &SymMatrix,
     keep: Option<&[usize]>,

@@ -1,34 +1,36 @@
-//! Which neurons stay.
+//! Selection of the neurons and experts to keep.
 
 use super::refit::factor;
-use super::{Choice, Inverse, Obs, Refit, Singular, dense};
+use super::{Inverse, NeuronCriterion, Obs, Refit, Singular, dense};
 use crate::model::Matrix;
 use crate::numeric::{Real, SymMatrix};
 
-/// Neurons that are taken out together at most, up to 4096 of them. Smaller is more exact and slower.
+/// Largest number of neurons that are removed together, in layers of up to 4096. Smaller is more exact and
+/// slower.
 const MAX_STEP: usize = 16;
 
-/// Keeps `n_keep` neurons, taking out those that `choice` finds least a few at a time and repairing the
-/// others each time. `w` `[n_ff, n_out]` is at the minimum of its loss with the curvature that `inverse` is of; neurons
-/// are judged by their outputs through `costs`, if it is given. Returns the neurons that stay, ascending, and the map on
-/// them at its minimum.
+/// Removes neurons greedily until `n_keep` are left: a few at a time, those that `criterion` rates least.
+///
+/// The remaining weights move to the new minimum each time. `w` `[n_out, n_ff]` is at the minimum of its
+/// loss with the curvature that `inverse` inverts. If `costs` is given, neurons are judged by their outputs
+/// through it. Returns the kept neurons, ascending, and the map on them at its minimum.
 ///
 /// # Errors
-/// [`Singular`] if the map that is left is not finite.
+/// [`Singular`] if the remaining map is not finite.
 ///
 /// # Panics
-/// If the sizes disagree, or not at least one neuron stays.
+/// If the sizes disagree, or not at least one neuron is kept.
 pub fn greedy(
     w: &Matrix,
     costs: Option<&Matrix>,
     inverse: Inverse,
     n_keep: usize,
-    choice: Choice,
+    criterion: NeuronCriterion,
 ) -> Result<(Vec<usize>, Refit), Singular> {
     assert!(n_keep > 0 && n_keep <= w.n_in);
     match inverse {
-        Inverse::Single(i) => taken_down(w.n_in, Obs::new(w, costs, i, choice), n_keep),
-        Inverse::Double(i) => taken_down(w.n_in, Obs::new(w, costs, i, choice), n_keep),
+        Inverse::Single(i) => taken_down(w.n_in, Obs::new(w, costs, i, criterion), n_keep),
+        Inverse::Double(i) => taken_down(w.n_in, Obs::new(w, costs, i, criterion), n_keep),
     }
 }
 
@@ -43,25 +45,25 @@ fn taken_down<T: Real>(n_ff: usize, mut obs: Obs<T>, n_keep: usize) -> Result<(V
     Ok((obs.kept(), Refit { weights, ridge: obs.ridge }))
 }
 
-/// What the greedy selection makes of a layer as it narrows.
+/// Result of the greedy selection in one layer at falling widths.
 pub struct Narrowing {
-    /// Loss at each width that was asked for.
+    /// Loss at each requested width.
     pub losses: Vec<f64>,
-    /// The neurons that are left at the probe width, ascending.
+    /// Neurons left at the probe width, ascending.
     pub kept: Vec<usize>,
-    /// The map on them.
+    /// Map `[n_out, kept.len()]` on them.
     pub weights: Matrix,
 }
 
-/// Loss of the greedy selection at each of the falling `widths`, the first of which is all of them, and
-/// the layer as it is at the width `probe`, which is one of them.
+/// Loss of the greedy selection at each of the falling `widths`, and the layer at the width `probe`.
+/// The first width is the full one; `probe` is one of the widths.
 ///
 /// # Panics
 /// If the sizes disagree, or `probe` is none of the widths.
 pub fn narrow(w: &Matrix, inverse: Inverse, widths: &[usize], probe: usize) -> Narrowing {
     match inverse {
-        Inverse::Single(i) => narrowed(w.n_in, Obs::new(w, None, i, Choice::Loss), widths, probe),
-        Inverse::Double(i) => narrowed(w.n_in, Obs::new(w, None, i, Choice::Loss), widths, probe),
+        Inverse::Single(i) => narrowed(w.n_in, Obs::new(w, None, i, NeuronCriterion::Obs), widths, probe),
+        Inverse::Double(i) => narrowed(w.n_in, Obs::new(w, None, i, NeuronCriterion::Obs), widths, probe),
     }
 }
 
@@ -82,14 +84,15 @@ fn narrowed<T: Real>(n_ff: usize, mut obs: Obs<T>, widths: &[usize], probe: usiz
     Narrowing { losses, kept, weights }
 }
 
-/// Neurons that go together when `alive` of `n_ff` are left: few enough that they hardly depend on
-/// each other, and in a wide layer more, since the number of steps is what costs time.
+/// Number of neurons to remove together when `alive` of `n_ff` are left.
+/// It is small enough that they hardly depend on each other. It is larger in a wide layer, since time goes
+/// with the number of steps.
 fn step(n_ff: usize, alive: usize) -> usize {
     (alive / 64).clamp(1, MAX_STEP.max(n_ff / 256))
 }
 
-/// The `n_keep` neurons with the highest score of the authors' code: Σ_i E\[y_i²\] · W_ij² / U_jj²,
-/// with U the upper Cholesky factor of H⁻¹. Without damping unless the factorisation needs it.
+/// Keeps the `n_keep` neurons with the highest score of the authors' code: Σ_i E\[y_i²\] · W_ij² / U_jj².
+/// U is the upper Cholesky factor of H⁻¹. There is no damping unless the factorisation needs it.
 ///
 /// # Errors
 /// [`Singular`] if `h` cannot be factored.
@@ -117,22 +120,23 @@ pub fn paper_keep(w: &Matrix, h: &SymMatrix, n_tokens: usize, n_keep: usize) -> 
     Ok(keep)
 }
 
-/// The `n_keep` inputs with the largest norm over the tokens (2SSP's first stage), ascending.
-pub fn loudest(h: &SymMatrix, n_keep: usize) -> Vec<usize> {
+/// Keeps the `n_keep` inputs with the largest norm over the tokens (2SSP's first stage), ascending.
+pub fn top_by_activation_norm(h: &SymMatrix, n_keep: usize) -> Vec<usize> {
     largest(&h.diagonal(), n_keep)
 }
 
-/// The `n_keep` experts that do most for the tokens that choose them, ascending: by the mean over these of the length of
-/// the output times what it counts, of which `energy` is the sum (REAP, arXiv 2510.13999). One that no token chose goes
-/// first.
-pub fn busiest(energy: &[f64], n_tokens: &[usize], n_keep: usize) -> Vec<usize> {
+/// Keeps the `n_keep` experts with the largest router-weighted output norm (REAP, arXiv 2510.13999),
+/// ascending.
+/// The score is the mean, over the tokens that choose the expert, of the output's norm times its router
+/// weight; `energy` holds the sums. Experts that no token chose are removed first.
+pub fn top_by_router_weighted_norm(energy: &[f64], n_tokens: &[usize], n_keep: usize) -> Vec<usize> {
     let means: Vec<f64> = energy.iter().zip(n_tokens).map(|(e, &n)| e / n.max(1) as f64).collect();
     largest(&means, n_keep)
 }
 
-/// The `n_keep` neurons of a feed-forward whose weights are largest, ascending: by the product of the norms of their
-/// rows of `gate` and `up` and their column of `down`, for one that nothing is known of.
-pub fn heaviest(gate: &Matrix, up: &Matrix, down: &Matrix, n_keep: usize) -> Vec<usize> {
+/// Keeps the `n_keep` neurons of an FFN with the largest weights, ascending; needs no activations.
+/// The score is the product of the norms of the rows of `gate` and `up` and of the column of `down`.
+pub fn top_by_weight_norm(gate: &Matrix, up: &Matrix, down: &Matrix, n_keep: usize) -> Vec<usize> {
     let square = |values: &mut dyn Iterator<Item = f32>| values.map(|v| f64::from(v).powi(2)).sum::<f64>();
     let row = |m: &Matrix, j: usize| square(&mut m.data[j * m.n_in..][..m.n_in].iter().copied());
     let column = |j: usize| square(&mut (0..down.n_out).map(|i| down.data[i * down.n_in + j]));
@@ -140,7 +144,7 @@ pub fn heaviest(gate: &Matrix, up: &Matrix, down: &Matrix, n_keep: usize) -> Vec
     largest(&scores, n_keep)
 }
 
-/// The numbers of the `n` largest, ascending.
+/// Indices of the `n` largest scores, ascending.
 fn largest(scores: &[f64], n: usize) -> Vec<usize> {
     let mut order: Vec<usize> = (0..scores.len()).collect();
     order.sort_by(|&a, &b| scores[b].total_cmp(&scores[a]).then(a.cmp(&b)));
@@ -149,7 +153,7 @@ fn largest(scores: &[f64], n: usize) -> Vec<usize> {
     order
 }
 
-/// E\[y_i²\] of every output: the diagonal of W H Wᵀ / T.
+/// Energy E\[y_i²\] of every output: the diagonal of W H Wᵀ / T.
 fn output_energies(w: &Matrix, h: &SymMatrix, n_tokens: usize) -> Vec<f64> {
     let n = w.n_in;
     let wm = dense::<f64>(w);

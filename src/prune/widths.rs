@@ -1,26 +1,26 @@
-//! How many neurons each block keeps.
+//! Allocation: number of neurons that each block keeps.
 
 use super::Budget;
 
-/// What a block loses at falling widths.
+/// Loss of a block at falling widths.
 #[derive(Clone, Debug)]
 pub struct Curve {
-    /// Widths that the block may have, falling, beginning with the one it has.
+    /// Possible widths of the block, falling, starting with the current one.
     pub widths: Vec<usize>,
     /// Loss at each width.
     pub losses: Vec<f64>,
-    /// What losses are divided by to be comparable with those of other blocks.
+    /// Unit that makes losses comparable between blocks; losses are divided by it.
     pub unit: f64,
 }
 
-/// Widths for a feed-forward of so many pieces: itself, then the multiples of the step below it.
+/// Possible widths of an FFN of `n_units` units: the full width, then the multiples of the step below it.
 pub fn possible_widths(b: &Budget) -> Vec<usize> {
-    let below = (1..b.n_pieces.div_ceil(b.step)).rev().map(|i| i * b.step).filter(|n| *n >= b.fewest);
-    std::iter::once(b.n_pieces).chain(below).collect()
+    let below = (1..b.n_units.div_ceil(b.step)).rev().map(|i| i * b.step).filter(|n| *n >= b.fewest);
+    std::iter::once(b.n_units).chain(below).collect()
 }
 
-/// Width per block once at least `n_remove` neurons have gone in all, each step taken from the block
-/// where it costs least per neuron.
+/// Width per block after at least `n_remove` neurons are removed in all.
+/// Each step takes neurons from the block where they cost least each.
 ///
 /// # Panics
 /// If the blocks cannot give that many.
@@ -42,8 +42,8 @@ pub fn allocate(curves: &[Curve], n_remove: usize) -> Vec<usize> {
     curves.iter().zip(at).map(|(c, i)| c.widths[i]).collect()
 }
 
-/// Width per block once at least `n_remove` neurons have gone in all and all blocks are as equally
-/// wide as steps allow: always the widest block gives next.
+/// Width per block after at least `n_remove` neurons are removed in all, as uniform as the steps allow.
+/// Each step takes neurons from the widest block.
 ///
 /// # Panics
 /// If the blocks cannot give that many.
@@ -65,8 +65,8 @@ pub fn uniform(widths: &[Vec<usize>], n_remove: usize) -> Vec<usize> {
 mod tests {
     use super::*;
 
-    fn of(n_pieces: usize, step: usize, fewest: usize) -> Budget {
-        Budget { n_groups: 0, group_params: 0, n_pieces, piece_params: 1, fixed: 0, step, fewest }
+    fn of(n_units: usize, step: usize, fewest: usize) -> Budget {
+        Budget { n_groups: 0, group_params: 0, n_units, unit_params: 1, fixed: 0, step, fewest }
     }
 
     #[test]

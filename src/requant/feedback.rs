@@ -1,5 +1,7 @@
-//! Quantising with error feedback: what rounding one block of columns does wrong, the columns that are
-//! still to be rounded make up for (GPTQ's idea, at the granularity of ggml's blocks).
+//! Quantising with error feedback.
+//!
+//! Columns that are still to be rounded compensate the rounding error of one block of columns (GPTQ's idea,
+//! at the granularity of ggml's blocks).
 
 use super::{Quantised, output_type};
 use crate::ggml::{GgmlError, Type};
@@ -10,7 +12,7 @@ use faer::linalg::matmul::matmul;
 use faer::linalg::triangular_solve::solve_upper_triangular_in_place;
 use faer::{Accum, Mat, Par};
 
-/// Why quantising failed.
+/// Reason why quantising failed.
 #[derive(Debug, thiserror::Error)]
 pub enum FeedbackError {
     /// The Gram matrix cannot be factored.
@@ -19,15 +21,17 @@ pub enum FeedbackError {
     /// ggml cannot encode the type.
     #[error(transparent)]
     Ggml(#[from] GgmlError),
-    /// So many times as large as before.
+    /// New values are this many times as large as the old ones.
     #[error("new values are {0:.0} times as large as those before")]
     Grown(f32),
 }
 
-/// Encodes `m` `[n_in, n_out]`, whose inputs are those numbered `keep` in the Gram matrix `gram`, in `wanted` or its
-/// fallback, so that the error of its outputs over the calibration tokens is small. Blocks of columns are
-/// rounded from the last to the first, each by ggml's own quantiser with the curvature of the loss
-/// as importance. Types without blocks round so little that they are written plainly.
+/// Encodes `m` `[n_out, n_in]` in `wanted` or its fallback with a small error of its outputs over the
+/// calibration tokens.
+///
+/// Column j of `m` is the input `keep[j]` of the Gram matrix `gram`. Blocks of columns are rounded from the
+/// last to the first, each by ggml's own quantiser with the curvature of the loss as importance. Types
+/// without blocks are written plainly, since they round very little.
 ///
 /// # Errors
 /// [`FeedbackError`] if the Gram matrix is degenerate or ggml cannot encode the type.
@@ -64,10 +68,12 @@ pub fn quantise_with_feedback(
     Ok(Quantised::new(ty, m.n_in, m.n_out, bytes))
 }
 
-/// A map W at the minimum of a quadratic loss with curvature H + λI = L Lᵀ, whose columns are fixed from the last to
-/// the first. The loss of a change Δ is ‖Δ L‖², and L is lower triangular: whatever the columns before will be, they
-/// can undo what those behind have put into theirs of Δ L (Babai's nearest plane, which GPTQ is). So the factor of the
-/// whole is all that is needed.
+/// Map W at the minimum of a quadratic loss with curvature H + λI = L Lᵀ, whose columns are fixed from the
+/// last to the first.
+///
+/// The loss of a change Δ is ‖Δ L‖², and L is lower triangular. Earlier columns can therefore undo the
+/// contribution of later ones to their own columns of Δ L (Babai's nearest plane algorithm, to which GPTQ
+/// is equivalent). One factor of the whole matrix is enough.
 struct Rounding {
     w: Mat<f64>,
     factor: Cholesky,
@@ -85,7 +91,7 @@ impl Rounding {
         Ok(Rounding { w: dense::<f64>(w), factor, change, left: w.n_in })
     }
 
-    /// What the last `k` columns that are left should be to make up for those behind them: `[n_out, k]`.
+    /// Target values of the last `k` unfixed columns that compensate the columns behind them: `[n_out, k]`.
     fn wanted(&self, k: usize) -> Mat<f64> {
         let (start, end) = (self.left - k, self.left);
         let behind = self.w.ncols() - end;
@@ -93,21 +99,21 @@ impl Rounding {
         let (change, below) =
             (self.change.subcols(end, behind), self.factor.lower().submatrix(end, start, behind, k));
         matmul(undo.as_mut(), Accum::Replace, change, below, -1.0, Par::rayon(0));
-        // X L_kk = undo, by its transpose.
+        // Solves X L_kk = undo by its transpose.
         let mut x = undo.transpose().to_owned();
         let corner = self.factor.lower().submatrix(start, start, k, k);
         solve_upper_triangular_in_place(corner.transpose(), x.as_mut(), Par::Seq);
         self.w.subcols(start, k) + x.transpose()
     }
 
-    /// What an error in each of the last `k` columns that are left costs once those before it have made up for it
-    /// as well as they can: the diagonal of L_kk L_kkᵀ.
+    /// Cost of an error in each of the last `k` unfixed columns after the earlier ones compensate it as
+    /// well as they can: the diagonal of L_kk L_kkᵀ.
     fn curvature(&self, k: usize) -> Vec<f64> {
         let (start, l) = (self.left - k, self.factor.lower());
         (start..self.left).map(|i| (start..=i).map(|j| l[(i, j)].powi(2)).sum()).collect()
     }
 
-    /// Fixes the last columns that are left at `values` `[n_out, k]`.
+    /// Fixes the last unfixed columns at `values` `[n_out, k]`.
     fn settle(&mut self, values: &Mat<f64>) {
         let k = values.ncols();
         self.left -= k;
@@ -137,14 +143,14 @@ mod tests {
             let mut settled = Mat::<f64>::zeros(m, n);
             while rounding.left > 0 {
                 let left = rounding.left;
-                // The minimum over all that are left, by its own equations: Δ_lead H_ll = -Δ_tail H_tl.
+                // The minimum over all unfixed columns from its own equations: Δ_lead H_ll = -Δ_tail H_tl.
                 let lead = h.submatrix(0, 0, left, left).llt(Side::Lower).unwrap();
                 let tail = Mat::from_fn(m, n - left, |i, j| {
                     settled[(i, left + j)] - f64::from(w.data[i * n + left + j])
                 });
                 let pull = tail * h.submatrix(left, 0, n - left, left);
                 let change = lead.solve(pull.transpose());
-                // What errors of the last k cost when the others before them are free: ([H_ll⁻¹]_kk)⁻¹.
+                // The cost of errors in the last k when the others before them are free: ([H_ll⁻¹]_kk)⁻¹.
                 let inverse = lead.inverse();
                 let cost = inverse
                     .submatrix(left - k, left - k, k, k)

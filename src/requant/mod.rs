@@ -1,4 +1,4 @@
-//! From changed floats back to quantised tensors, and slices of tensors that did not change.
+//! Quantising of changed matrices, and slices of tensors that do not change.
 
 mod feedback;
 mod quantise;

@@ -1,42 +1,42 @@
-//! Quantising a changed matrix.
+//! Quantising of a changed matrix.
 
 use super::FeedbackError;
 use crate::ggml::{GgmlError, Type};
 use crate::model::Matrix;
-use crate::spill::{Array, Shelf};
+use crate::spill::{SpillStore, SpillVec};
 use std::sync::Arc;
 
-/// A matrix as it will stand in the file.
+/// Matrix as it is written to the file.
 #[derive(Clone, Debug)]
 pub struct Quantised {
     /// Element type.
     pub ty: Type,
-    /// ne\[0\].
+    /// Number of columns, ne\[0\].
     pub n_in: usize,
-    /// ne\[1\].
+    /// Number of rows, ne\[1\].
     pub n_out: usize,
     /// Encoded rows.
-    pub bytes: Arc<Array<u8>>,
+    pub bytes: Arc<SpillVec<u8>>,
 }
 
 impl Quantised {
-    /// Rows of `n_in` elements, encoded by `ty`.
+    /// Wraps rows of `n_in` elements that are encoded in `ty`.
     pub fn new(ty: Type, n_in: usize, n_out: usize, bytes: Vec<u8>) -> Quantised {
         Quantised { ty, n_in, n_out, bytes: Arc::new(bytes.into()) }
     }
 
-    /// The same on a shelf.
+    /// Moves the bytes to `spill`.
     ///
     /// # Errors
-    /// What the system says if a file cannot be made or the disk is full.
-    pub fn on(self, shelf: &Shelf) -> std::io::Result<Quantised> {
-        if shelf.is_memory() {
+    /// Returns the system's error if a file cannot be made or the disk is full.
+    pub fn on(self, spill: &SpillStore) -> std::io::Result<Quantised> {
+        if spill.is_memory() {
             return Ok(self);
         }
-        Ok(Quantised { bytes: Arc::new(shelf.put(self.bytes.to_vec())?), ..self })
+        Ok(Quantised { bytes: Arc::new(spill.put(self.bytes.to_vec())?), ..self })
     }
 
-    /// The values that a reader of the file will see.
+    /// Values that a reader of the file sees.
     ///
     /// # Errors
     /// [`GgmlError`] if ggml cannot decode the type.
@@ -47,19 +47,18 @@ impl Quantised {
     }
 }
 
-/// How many times as large as the largest value before a new one may be: what is more is no repair.
+/// Largest growth of the largest value that a repair may cause; beyond it the new matrix is rejected.
 const MOST_GROWTH: f32 = 1e3;
 
-/// The values of `q` as a reader will see them, where they are no larger than those of `old`, which they take the place
-/// of, within reason.
+/// Decodes `q` if its values are at most a thousand times as large as those of `old`, which they replace.
 ///
 /// # Errors
-/// [`FeedbackError::Grown`] if they are, or [`FeedbackError::Ggml`].
+/// [`FeedbackError::Grown`] if they are larger, or [`FeedbackError::Ggml`].
 pub fn within_reason(q: &Quantised, old: &Matrix) -> Result<Matrix, FeedbackError> {
     let new = q.to_matrix()?;
     let largest = |m: &Matrix| m.data.iter().fold(0f32, |most, v| most.max(v.abs()));
     let (before, now) = (largest(old), largest(&new));
-    // What was nothing may become something.
+    // A zero matrix may get any values.
     if before == 0.0 || now <= MOST_GROWTH * before {
         Ok(new)
     } else {
@@ -67,9 +66,10 @@ pub fn within_reason(q: &Quantised, old: &Matrix) -> Result<Matrix, FeedbackErro
     }
 }
 
-/// The type in which a tensor of type `wanted` can be written with rows of `n_per_row` elements:
-/// itself where rows are whole blocks and ggml can encode it, else llama-quantize's fallback
-/// (`tensor_type_fallback` in `src/llama-quant.cpp`), else F16.
+/// Type in which a tensor of type `wanted` can be written with rows of `n_per_row` elements.
+///
+/// This is `wanted` itself if rows are whole blocks and ggml can encode it. Otherwise it is
+/// llama-quantize's fallback (`tensor_type_fallback` in `src/llama-quant.cpp`), else F16.
 pub fn output_type(wanted: Type, n_per_row: usize) -> Type {
     let fits = |t: Type| n_per_row.is_multiple_of(t.block_size()) && t.can_quantize();
     if fits(wanted) {
@@ -86,8 +86,9 @@ pub fn output_type(wanted: Type, n_per_row: usize) -> Type {
     if fits(fallback) { fallback } else { Type::F16 }
 }
 
-/// Encodes `m` in `wanted` or its fallback. `importance[j]` weighs the error of column j (mean of x_j²
-/// over calibration tokens, as llama.cpp's importance matrix).
+/// Encodes `m` in `wanted` or its fallback.
+/// `importance[j]` weighs the error of column j: the mean of x_j² over calibration tokens, as in
+/// llama.cpp's importance matrix.
 ///
 /// # Errors
 /// [`GgmlError`] if ggml cannot encode it.

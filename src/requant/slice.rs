@@ -2,14 +2,14 @@
 
 use crate::ggml::Type;
 
-/// Rows `rows` of a tensor with rows of `n_per_row` elements, byte for byte.
+/// Selects the rows `rows` of a tensor with `n_per_row` elements per row, byte for byte.
 pub fn select_rows(bytes: &[u8], ty: Type, n_per_row: usize, rows: &[usize]) -> Vec<u8> {
     let size = ty.row_bytes(n_per_row);
     rows.iter().flat_map(|&r| &bytes[r * size..(r + 1) * size]).copied().collect()
 }
 
-/// Columns in runs of `run` elements, `runs` of them by number, byte for byte; nothing if a run is
-/// not made of whole blocks of the type.
+/// Selects the columns in the runs `runs` of `run` elements each, byte for byte.
+/// Returns `None` if a run is not made of whole blocks of the type.
 pub fn select_columns(
     bytes: &[u8],
     ty: Type,

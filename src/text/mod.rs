@@ -28,10 +28,18 @@ const REST: usize = 4;
 #[derive(Debug, thiserror::Error)]
 pub enum TextError {
     /// The system refuses.
-    #[error("{}: {source}", path.display())]
+    #[error("cannot read {}", path.display())]
     Io {
         /// The file.
         path: PathBuf,
+        /// The system's error.
+        source: std::io::Error,
+    },
+    /// What can be read once only cannot be copied.
+    #[error("cannot copy the text of a pipe to {}", folder.display())]
+    Copy {
+        /// The folder of temporary files.
+        folder: PathBuf,
         /// The system's error.
         source: std::io::Error,
     },
@@ -301,7 +309,7 @@ impl Iterator for Pieces<'_> {
 /// A temporary file without a name that holds `head` and the rest of `source`, and its length.
 fn copied(head: &[u8], source: &mut File) -> Result<(File, u64), TextError> {
     // What goes wrong is the temporary folder's far more often than the pipe's.
-    let io = |e| TextError::Io { path: std::env::temp_dir(), source: without_path(e) };
+    let io = |e| TextError::Copy { folder: std::env::temp_dir(), source: without_path(e) };
     let mut copy = tempfile::tempfile().map_err(io)?;
     copy.write_all(head).map_err(io)?;
     let n_rest = std::io::copy(source, &mut copy).map_err(io)?;

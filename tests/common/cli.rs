@@ -1,9 +1,9 @@
-//! Runs the command as a user would.
+//! Runs the command as a user does.
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
-/// A temporary folder and the command in it.
+/// Temporary folder, and the command in it.
 pub struct Cli {
     pub dir: tempfile::TempDir,
 }
@@ -25,7 +25,7 @@ impl Cli {
             .unwrap()
     }
 
-    /// Runs, and expects success.
+    /// Runs the command and expects success.
     pub fn ok(&self, args: &[&str]) -> String {
         let out = self.run(args);
         let (stdout, stderr) = texts(&out);
@@ -33,8 +33,8 @@ impl Cli {
         stdout
     }
 
-    /// Runs, and expects exit code `code` with one line on stderr that holds each of `parts`; no
-    /// file may appear or change.
+    /// Runs the command and expects exit code `code` with one line on stderr that holds each of `parts`.
+    /// No file may appear or change.
     pub fn fails(&self, args: &[&str], code: i32, parts: &[&str]) {
         let before = self.listing();
         let out = self.run(args);
@@ -48,12 +48,12 @@ impl Cli {
         assert_eq!(self.listing(), before, "{args:?} left something behind");
     }
 
-    /// Names and contents of the folder.
+    /// Names and contents of the files in the folder.
     pub fn listing(&self) -> Vec<(PathBuf, Vec<u8>)> {
         self.listing_of("")
     }
 
-    /// Names and contents of a folder in it.
+    /// Names and contents of the files in the subfolder `name`.
     pub fn listing_of(&self, name: &str) -> Vec<(PathBuf, Vec<u8>)> {
         let mut all: Vec<_> = std::fs::read_dir(self.dir.path().join(name))
             .unwrap()
@@ -69,7 +69,7 @@ fn texts(out: &Output) -> (String, String) {
     (String::from_utf8_lossy(&out.stdout).into_owned(), String::from_utf8_lossy(&out.stderr).into_owned())
 }
 
-/// A path as an argument.
+/// Converts a path to an argument.
 pub fn arg(p: &Path) -> &str {
     p.to_str().unwrap()
 }

@@ -1,8 +1,8 @@
-//! What the tests share: the real model, and small generated ones.
+//! Shared parts of the tests: the real model, and small generated ones.
 #![allow(dead_code)]
 
 pub mod cli;
-pub mod small;
+pub mod test_model;
 
 use putri_gguf::ggml::Type;
 use putri_gguf::gguf::{GgufFile, OutTensor, write_gguf};
@@ -11,7 +11,7 @@ use std::fs::File;
 use std::io::{BufWriter, Write};
 use std::path::{Path, PathBuf};
 
-/// Who hears of no stage and never interrupts.
+/// Progress listener that hears nothing and never interrupts.
 pub struct Silent;
 
 impl putri_gguf::pipeline::Observer for Silent {
@@ -19,7 +19,7 @@ impl putri_gguf::pipeline::Observer for Silent {
     fn step(&mut self, _: usize, _: &str) {}
 }
 
-/// SmolLM2-135M-Instruct, fetched by `make model`.
+/// Path of SmolLM2-135M-Instruct, which `make model` fetches.
 pub fn smollm2() -> PathBuf {
     let default = concat!(env!("CARGO_MANIFEST_DIR"), "/models/SmolLM2-135M-Instruct.Q4_1.gguf");
     let path = std::env::var_os("PUTRI_TEST_MODEL").map_or_else(|| PathBuf::from(default), PathBuf::from);
@@ -27,7 +27,7 @@ pub fn smollm2() -> PathBuf {
     path
 }
 
-/// Plain English that no model file or calibration contains: written for these tests.
+/// Plain English that no model file or calibration text contains: written for these tests.
 pub const TEXT: &str = "The lighthouse keeper wrote down the weather every morning, because the \
 harbour office asked for it and because it gave the day a beginning. On the first of March there was \
 fog until noon, then a light wind from the south-west. Two trawlers came in early with half their \
@@ -37,12 +37,13 @@ replaced a cracked pane on the seaward side and read three chapters of a book ab
 cartography. He learned that early maps showed islands which had never existed, copied from one chart \
 to the next for two hundred years, since no captain wanted to be the one who failed to see them. ";
 
-/// Writes `source` anew: with the metadata that `keep` keeps, and the tensors in `ty` if that is given.
+/// Writes a copy of `source` with the metadata that `keep` selects; the tensors have the type `ty`, if
+/// given.
 pub fn rewrite(source: &GgufFile, target: &Path, keep: impl Fn(&str) -> bool, ty: Option<Type>) {
     write_again(source, target, keep, |_| ty);
 }
 
-/// Writes `source` anew, with tensors in the types that `ty` gives by name.
+/// Writes a copy of `source` whose tensors have the types that `ty` gives by name.
 pub fn retype(source: &GgufFile, target: &Path, ty: impl Fn(&str) -> Option<Type>) {
     write_again(source, target, |_| true, ty);
 }
@@ -78,7 +79,7 @@ fn write_again(
     file.flush().unwrap();
 }
 
-/// libllama's logits `[n_tokens, n_vocab]` for one window, with its default settings.
+/// Logits of libllama, `[n_tokens, n_vocab]`, for one window, with its default settings.
 pub fn libllama_logits(path: &std::path::Path, tokens: &[i32]) -> Vec<f32> {
     use putri_gguf::ggml::{BatchToken, Context, LlamaModel};
     let model = LlamaModel::load(path).unwrap();
@@ -89,13 +90,14 @@ pub fn libllama_logits(path: &std::path::Path, tokens: &[i32]) -> Vec<f32> {
     (0..tokens.len()).flat_map(|i| ctx.logits(i).to_vec()).collect()
 }
 
-/// Our logits for the same window.
+/// Logits of our forward pass for the same window, `[n_tokens, n_vocab]`.
 pub fn our_logits(path: &std::path::Path, tokens: &[i32]) -> Vec<f32> {
     let model = putri_gguf::model::Model::open(path).unwrap();
     logits(&model, tokens, 1, |il| model.block(il).unwrap())
 }
 
-/// Our logits of `model` with the blocks that `block` gives, by what computes.
+/// Logits of our forward pass of `model` with the blocks that `block` gives, on the given compute
+/// resources.
 pub fn logits(
     model: &putri_gguf::model::Model,
     tokens: &[i32],
@@ -109,7 +111,7 @@ pub fn logits(
     logits
 }
 
-/// The stream behind the last of these blocks, and the forward that made it.
+/// Residual stream behind the last of these blocks, and the forward pass that made it.
 pub fn last_stream(
     model: &putri_gguf::model::Model,
     tokens: &[i32],

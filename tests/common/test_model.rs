@@ -6,26 +6,27 @@ use putri_gguf::model::{Family, Norm, Parallel, Positions, QkNorm, RopeFactors, 
 use std::borrow::Cow;
 use std::path::Path;
 
-/// What a generated model looks like.
+/// Description of a generated model.
 #[derive(Clone)]
-pub struct Small {
+pub struct TestModel {
     pub arch: &'static str,
     pub n_embd: usize,
     pub head_dim: usize,
-    /// Query heads, KV heads and width per block.
+    /// Number of query heads, number of KV heads and width, per block.
     pub blocks: Vec<(usize, usize, usize)>,
     pub n_vocab: usize,
-    /// Tokens that it claims to be trained for.
+    /// Context length in its metadata, in tokens.
     pub n_ctx_train: usize,
     pub biases: bool,
     pub tied: bool,
     pub rope_freqs: bool,
     pub fused_qkv: bool,
-    /// Numbers of a head that are rotated, if not all.
+    /// Rotated numbers per head, if not all.
     pub n_rot: Option<usize>,
-    /// Where a family comes in two: without a norm before the feed-forward (StableLM), with two norms (Falcon).
+    /// Second variant of a family that has two: without a norm before the FFN (StableLM), or with two norms
+    /// (Falcon).
     pub parallel: bool,
-    /// Experts, how many a token uses, and neurons of the one that all use.
+    /// Number of experts, of experts per token, and of neurons of the shared expert.
     pub experts: Option<[usize; 3]>,
     /// Extra metadata, under the architecture's prefix.
     pub extra: Vec<(&'static str, Value)>,
@@ -34,25 +35,25 @@ pub struct Small {
     pub seed: u64,
 }
 
-impl Small {
-    /// A Gemma 3 of seven blocks, so that with the usual pattern one of them sees all tokens.
-    pub fn gemma3() -> Small {
+impl TestModel {
+    /// Gemma 3 with seven blocks; with the usual pattern, one of them sees all tokens.
+    pub fn gemma3() -> TestModel {
         let extra =
             vec![("attention.sliding_window", Value::U32(24)), ("final_logit_softcapping", Value::F32(8.0))];
-        Small { arch: "gemma3", n_embd: 48, blocks: vec![(4, 2, 96); 7], extra, ..Small::default() }
+        TestModel { arch: "gemma3", n_embd: 48, blocks: vec![(4, 2, 96); 7], extra, ..TestModel::default() }
     }
 }
 
-impl Small {
-    /// Models of the families beside Llama's and Gemma 3, in the variants that they come in.
-    pub fn rows() -> Vec<(&'static str, Small)> {
+impl TestModel {
+    /// Models of the families other than Llama's and Gemma 3, in all their variants.
+    pub fn variants() -> Vec<(&'static str, TestModel)> {
         let granite = vec![
             ("logit_scale", Value::F32(3.0)),
             ("residual_scale", Value::F32(0.4)),
             ("embedding_scale", Value::F32(6.0)),
             ("attention.scale", Value::F32(0.1)),
         ];
-        let of = |arch| Small { arch, blocks: vec![(4, 2, 96); 5], ..Small::default() };
+        let of = |arch| TestModel { arch, blocks: vec![(4, 2, 96); 5], ..TestModel::default() };
         let orig = |n| ("rope.scaling.original_context_length", Value::U32(n));
         let yarn = vec![
             ("rope.scaling.type", Value::Str("yarn".into())),
@@ -63,7 +64,7 @@ impl Small {
             ("rope.scaling.yarn_log_multiplier", Value::F32(0.8)),
             ("attention.temperature_scale", Value::F32(0.3)),
         ];
-        let gemma2 = Small {
+        let gemma2 = TestModel {
             extra: vec![
                 ("attention.sliding_window", Value::U32(24)),
                 ("attn_logit_softcapping", Value::F32(2.0)),
@@ -75,20 +76,20 @@ impl Small {
         let logits = vec![("logit_scale", Value::F32(0.5))];
         vec![
             ("mistral3", of("mistral3")),
-            ("mistral3, temperature, YaRN", Small { extra: yarn, ..of("mistral3") }),
+            ("mistral3, temperature, YaRN", TestModel { extra: yarn, ..of("mistral3") }),
             ("gemma2", gemma2.clone()),
             (
                 "gemma2, biases, own base",
-                Small {
+                TestModel {
                     biases: true,
                     extra: [gemma2.extra.clone(), vec![("rope.freq_base_swa", Value::F32(500.0))]].concat(),
                     ..gemma2
                 },
             ),
-            ("phi3", Small { fused_qkv: true, ..of("phi3") }),
+            ("phi3", TestModel { fused_qkv: true, ..of("phi3") }),
             (
                 "phi3, long",
-                Small {
+                TestModel {
                     rope_freqs: true,
                     fused_qkv: true,
                     tied: false,
@@ -97,56 +98,59 @@ impl Small {
                     ..of("phi3")
                 },
             ),
-            ("phi3, rotated in part", Small { n_rot: Some(12), rope_freqs: true, ..of("phi3") }),
-            ("minicpm", Small { biases: true, ..of("minicpm") }),
-            ("glm4", Small { biases: true, n_rot: Some(8), tied: false, ..of("glm4") }),
-            ("olmo2", Small { tied: false, ..of("olmo2") }),
-            ("olmo2, sliding", Small { tied: false, extra: window.clone(), ..of("olmo2") }),
-            ("exaone4", Small { rope_freqs: true, ..of("exaone4") }),
+            ("phi3, rotated in part", TestModel { n_rot: Some(12), rope_freqs: true, ..of("phi3") }),
+            ("minicpm", TestModel { biases: true, ..of("minicpm") }),
+            ("glm4", TestModel { biases: true, n_rot: Some(8), tied: false, ..of("glm4") }),
+            ("olmo2", TestModel { tied: false, ..of("olmo2") }),
+            ("olmo2, sliding", TestModel { tied: false, extra: window.clone(), ..of("olmo2") }),
+            ("exaone4", TestModel { rope_freqs: true, ..of("exaone4") }),
             ("hunyuan-dense", of("hunyuan-dense")),
-            ("arcee", Small { rope_freqs: true, ..of("arcee") }),
-            ("starcoder2", Small { biases: true, ..of("starcoder2") }),
-            ("stablelm", Small { biases: true, tied: false, n_rot: Some(4), ..of("stablelm") }),
-            ("stablelm, parallel", Small { parallel: true, tied: false, n_rot: Some(4), ..of("stablelm") }),
-            ("gpt2", Small { biases: true, fused_qkv: true, blocks: vec![(4, 4, 96); 5], ..of("gpt2") }),
-            ("command-r", Small { extra: logits.clone(), ..of("command-r") }),
-            ("cohere2", Small { extra: [logits, window].concat(), ..of("cohere2") }),
-            ("falcon", Small { fused_qkv: true, blocks: vec![(4, 1, 96); 5], ..of("falcon") }),
-            ("falcon, two norms", Small { fused_qkv: true, parallel: true, tied: false, ..of("falcon") }),
-            ("nemotron", Small { n_rot: Some(8), tied: false, ..of("nemotron") }),
-            ("nemotron, biases", Small { biases: true, n_rot: Some(8), tied: false, ..of("nemotron") }),
-            ("qwen2", Small { biases: true, ..of("qwen2") }),
-            ("qwen2, untied, fused", Small { biases: true, tied: false, fused_qkv: true, ..of("qwen2") }),
+            ("arcee", TestModel { rope_freqs: true, ..of("arcee") }),
+            ("starcoder2", TestModel { biases: true, ..of("starcoder2") }),
+            ("stablelm", TestModel { biases: true, tied: false, n_rot: Some(4), ..of("stablelm") }),
+            (
+                "stablelm, parallel",
+                TestModel { parallel: true, tied: false, n_rot: Some(4), ..of("stablelm") },
+            ),
+            ("gpt2", TestModel { biases: true, fused_qkv: true, blocks: vec![(4, 4, 96); 5], ..of("gpt2") }),
+            ("command-r", TestModel { extra: logits.clone(), ..of("command-r") }),
+            ("cohere2", TestModel { extra: [logits, window].concat(), ..of("cohere2") }),
+            ("falcon", TestModel { fused_qkv: true, blocks: vec![(4, 1, 96); 5], ..of("falcon") }),
+            ("falcon, two norms", TestModel { fused_qkv: true, parallel: true, tied: false, ..of("falcon") }),
+            ("nemotron", TestModel { n_rot: Some(8), tied: false, ..of("nemotron") }),
+            ("nemotron, biases", TestModel { biases: true, n_rot: Some(8), tied: false, ..of("nemotron") }),
+            ("qwen2", TestModel { biases: true, ..of("qwen2") }),
+            ("qwen2, untied, fused", TestModel { biases: true, tied: false, fused_qkv: true, ..of("qwen2") }),
             ("qwen3", of("qwen3")),
-            ("qwen3, fused", Small { fused_qkv: true, ..of("qwen3") }),
-            ("granite", Small { extra: granite.clone(), ..of("granite") }),
+            ("qwen3, fused", TestModel { fused_qkv: true, ..of("qwen3") }),
+            ("granite", TestModel { extra: granite.clone(), ..of("granite") }),
             (
                 "granite, biases, not rotated",
-                Small {
+                TestModel {
                     biases: true,
                     extra: [granite, vec![("rope.scaling.finetuned", Value::Bool(false))]].concat(),
                     ..of("granite")
                 },
             ),
-            ("openelm", Small { fused_qkv: true, ..of("openelm") }),
-            ("qwen3, untied, wide heads", Small { tied: false, head_dim: 32, ..of("qwen3") }),
+            ("openelm", TestModel { fused_qkv: true, ..of("openelm") }),
+            ("qwen3, untied, wide heads", TestModel { tied: false, head_dim: 32, ..of("qwen3") }),
             ("smollm3", of("smollm3")),
-            ("internlm2", Small { tied: false, ..of("internlm2") }),
+            ("internlm2", TestModel { tied: false, ..of("internlm2") }),
             ("ernie4_5", of("ernie4_5")),
-            ("exaone", Small { rope_freqs: true, ..of("exaone") }),
-            ("seed_oss", Small { biases: true, head_dim: 32, ..of("seed_oss") }),
+            ("exaone", TestModel { rope_freqs: true, ..of("exaone") }),
+            ("seed_oss", TestModel { biases: true, head_dim: 32, ..of("seed_oss") }),
         ]
     }
 }
 
-impl Small {
-    /// Mixtures of experts, of every family that has them.
-    pub fn mixtures() -> Vec<(&'static str, Small)> {
-        let of = |arch, experts| Small {
+impl TestModel {
+    /// Mixtures of experts of every family that has them.
+    pub fn mixtures() -> Vec<(&'static str, TestModel)> {
+        let of = |arch, experts| TestModel {
             arch,
             experts: Some(experts),
             blocks: vec![(4, 2, 96); 4],
-            ..Small::default()
+            ..TestModel::default()
         };
         let scales = vec![
             ("logit_scale", Value::F32(3.0)),
@@ -155,14 +159,14 @@ impl Small {
             ("attention.scale", Value::F32(0.1)),
         ];
         vec![
-            ("mixtral", Small { tied: false, ..of("llama", [8, 2, 0]) }),
+            ("mixtral", TestModel { tied: false, ..of("llama", [8, 2, 0]) }),
             ("qwen3moe", of("qwen3moe", [12, 3, 0])),
-            ("olmoe", Small { tied: false, blocks: vec![(4, 4, 96); 4], ..of("olmoe", [8, 3, 0]) }),
-            ("qwen2moe", Small { tied: false, biases: true, ..of("qwen2moe", [10, 2, 64]) }),
-            ("granitemoe", Small { extra: scales.clone(), ..of("granitemoe", [8, 2, 0]) }),
+            ("olmoe", TestModel { tied: false, blocks: vec![(4, 4, 96); 4], ..of("olmoe", [8, 3, 0]) }),
+            ("qwen2moe", TestModel { tied: false, biases: true, ..of("qwen2moe", [10, 2, 64]) }),
+            ("granitemoe", TestModel { extra: scales.clone(), ..of("granitemoe", [8, 2, 0]) }),
             (
                 "granitemoe, shared, a switch that is not read",
-                Small {
+                TestModel {
                     extra: [scales, vec![("rope.scaling.finetuned", Value::Bool(false))]].concat(),
                     ..of("granitemoe", [8, 2, 64])
                 },
@@ -171,9 +175,9 @@ impl Small {
     }
 }
 
-impl Default for Small {
-    fn default() -> Small {
-        Small {
+impl Default for TestModel {
+    fn default() -> TestModel {
+        TestModel {
             arch: "llama",
             n_embd: 64,
             head_dim: 16,
@@ -194,7 +198,7 @@ impl Default for Small {
     }
 }
 
-/// A small, fast, seeded generator (SplitMix64): numbers in [-1, 1).
+/// Small, fast, seeded generator (SplitMix64) of numbers in [-1, 1).
 pub struct Rng(pub u64);
 
 impl Rng {
@@ -215,13 +219,13 @@ impl Rng {
     }
 }
 
-impl Small {
-    /// What tells its family from others; libllama judges whether that is right.
+impl TestModel {
+    /// Traits of its family; libllama judges whether they are right.
     fn traits(&self) -> &'static Traits {
         Family::from_name(self.arch).unwrap_or(Family::Llama).traits()
     }
 
-    /// Metadata as a converter would write it.
+    /// Metadata as a converter writes it.
     pub fn metadata(&self) -> Vec<(String, Value)> {
         let per_block = |f: fn(&(usize, usize, usize)) -> usize| {
             let v: Vec<u32> = self.blocks.iter().map(|b| f(b) as u32).collect();
@@ -266,7 +270,7 @@ impl Small {
         m
     }
 
-    /// A byte-level SentencePiece vocabulary: three special tokens, 256 bytes, then filler.
+    /// Byte-level SentencePiece vocabulary: three special tokens, 256 bytes, then filler.
     fn tokenizer(&self) -> Vec<(String, Value)> {
         let mut tokens = vec!["<unk>".to_string(), "<s>".into(), "</s>".into()];
         tokens.extend((0..256).map(|b| format!("<0x{b:02X}>")));
@@ -294,7 +298,7 @@ impl Small {
         ]
     }
 
-    /// Names, types, sizes and values of all tensors.
+    /// Names, types, sizes (`ne` order) and values of all tensors.
     pub fn tensors(&self) -> Vec<(String, Type, Vec<usize>, Vec<f32>)> {
         let mut rng = Rng(self.seed);
         let with_values = |(name, ty, ne, norm): (String, Type, Vec<usize>, bool)| {
@@ -311,7 +315,7 @@ impl Small {
         self.layout().into_iter().map(with_values).collect()
     }
 
-    /// Names, types and sizes of all tensors, and whether they are weights of norms.
+    /// Names, types and sizes (`ne` order) of all tensors, and whether they are norm weights.
     pub fn layout(&self) -> Vec<(String, Type, Vec<usize>, bool)> {
         let mut out = Vec::new();
         let d = self.n_embd;

@@ -1,83 +1,269 @@
 //! One pass over the blocks that refits, selects and requantises.
 
-use super::stream::embedded;
-use super::{BlockPlan, Method, PruneError, Run, token_scales};
-use crate::forward::{Block, Collect, Wanted};
+use super::Stage;
+use crate::forward::{Block, BlockOutputs, Collect};
 use crate::ggml::Type;
-use crate::model::{BlockVector, BlockWeights, Matrix};
+use crate::gguf::Value;
+use crate::model::{BlockShape, BlockVector, BlockWeights, Matrix};
 use crate::numeric::Moments;
+use crate::pipeline::forecast::{BASE_BYTES, StageForecast, Work, inverse_ops, removal_ops};
+use crate::pipeline::run::Run;
+use crate::pipeline::stream::embedded;
+use crate::pipeline::{BlockPlan, KeptTensor, PruneError, Record, token_scales};
 use crate::prune::{self, Singular};
 use crate::requant::{FeedbackError, Quantised, quantise, quantise_with_feedback, within_reason};
-use crate::spill::Array;
+use crate::spill::SpillVec;
 use std::ops::Range;
+use std::sync::Arc;
 
 /// The two residual streams `[n_tokens, n_embd]` of all windows, at the input of the same block.
-pub(super) struct Streams {
-    pub(super) dense: Array<f32>,
-    pub(super) pruned: Array<f32>,
+pub(in crate::pipeline) struct Streams {
+    pub(in crate::pipeline) dense: SpillVec<f32>,
+    pub(in crate::pipeline) pruned: SpillVec<f32>,
+}
+
+/// Narrows every block to its width, one after another: refits `attn_output`, chooses neurons or experts, refits `ffn_down`,
+/// and requantises both. Each block sees the pruned and requantised blocks before it.
+pub(in crate::pipeline) struct Blocks {
+    /// Both maps are refitted towards the dense model's residual stream; else `ffn_down` alone, to what it gave before.
+    towards_dense: bool,
+    selection: Selection,
+}
+
+/// How neurons are chosen.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Selection {
+    /// Greedily, by the run's criterion.
+    Greedy,
+    /// By the paper's score.
+    PaperScore,
+    /// By the norm of their activations, without a refit.
+    ActivationNorm,
+}
+
+impl Blocks {
+    pub(in crate::pipeline) const TOWARDS_DENSE: Blocks =
+        Blocks { towards_dense: true, selection: Selection::Greedy };
+    pub(in crate::pipeline) const PAPER: Blocks =
+        Blocks { towards_dense: false, selection: Selection::PaperScore };
+    /// 2SSP's.
+    pub(in crate::pipeline) const TWO_STAGE: Blocks =
+        Blocks { towards_dense: false, selection: Selection::ActivationNorm };
+}
+
+/// Name of the record that block `il` is kept under.
+pub(super) fn record_name(il: usize) -> String {
+    format!("block-{il:03}")
+}
+
+impl Stage for Blocks {
+    fn forecast(&self, w: &Work) -> Vec<StageForecast> {
+        let (n_all, n_fit, n_ctx, e) = (w.n_all(), w.n_fitted(), w.c.n_ctx, w.n_embd());
+        let ours = self.towards_dense;
+        let (mut operations, mut algebra) = (0.0, 0.0);
+        let blocks = w.whole().into_iter().zip(w.headless()).zip(w.pruned());
+        for (il, ((whole, headless), pruned)) in blocks.enumerate() {
+            operations += w.block_ops(il, whole, n_all, n_ctx) + w.heads_ops(il, headless, n_all, n_ctx);
+            let ffn = 2.0 * w.ffn_matrices() * e;
+            operations += 2.0 * e * headless.q * n_all + ffn * headless.ff * n_fit;
+            operations += ffn * pruned.ff * n_all;
+            if ours {
+                operations += w.moment_ops(headless.q, e, n_fit) + 2.0 * e * headless.q * n_fit;
+                algebra += 2.0 / 3.0 * headless.q.powi(3) + 3.0 * e * headless.q.powi(2);
+            }
+            if let Some([n_used, n_expert]) = w.experts() {
+                operations += 2.0 * e * (headless.router * n_fit + pruned.router * n_all);
+                let n = headless.refitted;
+                if n > 0.0 {
+                    // Of the chosen experts, gate and up only; the tokens of all of them.
+                    operations -= ffn * headless.ff * n_fit;
+                    operations += n_used * (4.0 * e * n * n_fit + w.moment_ops(n, 0.0, n_fit));
+                    let width = pruned.refitted;
+                    algebra +=
+                        n_expert * (inverse_ops(n) + removal_ops(n, width, 2.0 * e) + width.powi(3) / 3.0);
+                }
+                continue;
+            }
+            operations += w.moment_ops(headless.ff, w.n_residuals(), n_fit);
+            algebra += (headless.ff.powi(3) + pruned.ff.powi(3)) / 3.0 + e * pruned.ff.powi(2);
+            if ours {
+                algebra += 2.0 * e * headless.ff.powi(2) + w.metric_ops(headless.ff);
+                algebra += inverse_ops(headless.ff) + removal_ops(headless.ff, pruned.ff, 3.0 * e);
+            }
+        }
+        let streams = w.stream_bytes(n_all * (2.0 * e + w.max_q()));
+        let n_out = w.n_residuals();
+        let moments = 4.0 * w.max_ff().powi(2) + 8.0 * w.max_ff() * n_out;
+        let sums = w.sums_bytes(w.max_ff(), n_out);
+        // Of the pruned block, what is not the dense one's.
+        let crossing = 2.0 * w.block_bytes() + w.graph_bytes(n_ctx, n_fit) + sums;
+        let collecting = w.block_bytes() + moments + w.moment_graph_bytes(n_ctx, n_fit) + sums;
+        let maps = 2.0 * 4.0 * w.max_ff() * e;
+        // Fits and the paper's score are in 64 bits.
+        let choosing = w.block_bytes() + maps + w.choosing_bytes(n_out, true, if ours { 8.0 } else { 12.0 });
+        let width = w.pruned().iter().map(|b| b.refitted).fold(0.0, f64::max);
+        let rounded = 8.0 * width.powi(2) + 16.0 * width * e;
+        let rounding = w.block_bytes() + maps + moments + rounded + sums;
+        vec![StageForecast {
+            name: "blocks",
+            operations,
+            algebra,
+            memory: BASE_BYTES
+                + streams
+                + w.sensitivity_bytes()
+                + w.new_bytes()
+                + crossing.max(collecting).max(choosing).max(rounding),
+            on_devices: w.kept_graph_bytes()
+                + w.block_bytes()
+                + sums.max(w.block_bytes() + w.sums_bytes(w.max_q(), n_out)),
+        }]
+    }
+
+    fn records(&self, n_layer: usize) -> Vec<String> {
+        (0..n_layer).map(record_name).collect()
+    }
+
+    fn run(&self, run: &mut Run) -> Result<(), PruneError> {
+        let (fitted, spill) = (Arc::clone(&run.fitted), &run.settings.spill);
+        let mut streams = Streams {
+            dense: embedded(&run.forward, run.reference, &fitted.tokens, spill)?,
+            pruned: embedded(&run.forward, run.model, &fitted.tokens, spill)?,
+        };
+        let n_layer = run.widths.len();
+        run.observer.stage("blocks", n_layer);
+        for il in 0..n_layer {
+            run.check_interrupted()?;
+            let note = if run.take_over(il, &mut streams)? {
+                "from before".into()
+            } else {
+                // What comes behind it saw another block.
+                run.blocks_resume = false;
+                self.narrow(run, il, &mut streams)?
+            };
+            run.observer.step(il + 1, &note);
+        }
+        run.sensitivity = None;
+        run.streams = Some(streams);
+        Ok(())
+    }
+}
+
+impl Blocks {
+    /// Prunes block `il`, and says what came of it.
+    fn narrow(&self, run: &mut Run, il: usize, streams: &mut Streams) -> Result<String, PruneError> {
+        let (n_warnings, width) = (run.warnings.len(), run.widths[il]);
+        let whole = run.reference.block(il)?;
+        let dense_block = run.forward.upload(&whole)?;
+        let mut w = if std::ptr::eq(run.model, run.reference) {
+            whole
+        } else {
+            let mut w = run.model.block(il)?;
+            // Matrices that get new values start from the source's, of which the rest is of no use any more.
+            let of_source = |source: BlockWeights| (source.attn_output, source.ffn_down);
+            let (attn_output, ffn_down) = of_source(whole);
+            w.ffn_down = ffn_down;
+            if self.towards_dense {
+                w.attn_output = attn_output;
+            }
+            w
+        };
+        let groups = &run.plan.blocks[il].groups;
+        if groups.len() < w.shape.n_head_kv {
+            w.keep_groups(groups, run.model.hparams.head_dim);
+        }
+        let attn_out_input = run.attention_step(self, il, dense_block, &mut w, streams)?;
+        let note = match w.experts {
+            None => run.ffn_step(self, il, &mut w, width, attn_out_input, streams)?,
+            Some(_) => run.expert_step(il, &mut w, width, attn_out_input, streams)?,
+        };
+        run.checkpoint.save(&record_name(il), encode(&run.plan.blocks[il], &run.warnings[n_warnings..]))?;
+        let held_out = run.forward.span(&(run.fitted.n_fit..run.fitted.n_windows()));
+        let [dense, pruned] = [&streams.dense, &streams.pruned].map(|s| &s[held_out.clone()]);
+        let off = mean_distance(dense, pruned, run.forward.n_embd());
+        Ok(format!("{note}, stream {:.1} % off", off * 100.0))
+    }
+}
+
+/// A pruned block, with what the user should know of it, as a record.
+fn encode(plan: &BlockPlan, warnings: &[String]) -> Record {
+    let mut record = Record::default()
+        .with_numbers("groups", plan.groups.iter().copied())
+        .with_numbers("experts", plan.experts.iter().copied())
+        .with_numbers("neurons", plan.neurons.iter().copied())
+        .with("warnings", Value::StrArray(warnings.iter().map(|w| w.as_bytes().to_vec()).collect()));
+    for (name, m) in [("attn_output", &plan.attn_output), ("ffn_down", &plan.ffn_down)] {
+        record.tensors.extend(m.as_ref().map(|m| KeptTensor {
+            name: name.into(),
+            ty: m.ty,
+            ne: vec![m.n_in, m.n_out],
+            bytes: m.bytes.to_vec(),
+        }));
+    }
+    for v in BlockVector::ALL {
+        record.tensors.extend(plan.vector(v).as_ref().map(|values| KeptTensor {
+            name: format!("{v:?}"),
+            ty: Type::F32,
+            ne: vec![values.len()],
+            bytes: bytemuck::cast_slice(values).to_vec(),
+        }));
+    }
+    record
+}
+
+/// The block that a record holds, of a source block of `shape`, with its warnings; or the part that is not what was kept.
+fn decode(record: &Record, shape: &BlockShape) -> Result<(BlockPlan, Vec<String>), &'static str> {
+    let subset = |key: &'static str, n: usize| {
+        let found = record.numbers(key).ok_or(key)?;
+        let mut sorted = found.clone();
+        sorted.sort_unstable();
+        sorted.dedup();
+        let sound = sorted.len() == found.len() && sorted.last().is_none_or(|&last| last < n);
+        if sound { Ok(found) } else { Err(key) }
+    };
+    let matrix = |key| {
+        record.tensor(key).map(|t| {
+            let n_rows = t.ne.iter().skip(1).product();
+            Quantised::new(t.ty, t.ne[0], n_rows, t.bytes.clone())
+        })
+    };
+    let vector = |v: BlockVector| record.tensor(&format!("{v:?}")).map(|t| t.floats());
+    let plan = BlockPlan {
+        groups: subset("groups", shape.n_head_kv)?,
+        experts: subset("experts", shape.n_expert)?,
+        neurons: subset("neurons", shape.n_feed_forwards() * shape.n_ff)?,
+        attn_output: matrix("attn_output"),
+        ffn_down: matrix("ffn_down"),
+        vectors: BlockVector::ALL.map(vector),
+    };
+    let left = shape.with_kept(&plan.experts, &plan.neurons);
+    let of_its_own =
+        |(i, n): (usize, &usize)| Some(&(n / shape.n_ff)) == plan.experts.get(i / left.n_ff.max(1));
+    let in_order = shape.n_expert == 0 || plan.neurons.iter().enumerate().all(of_its_own);
+    // Experts that are kept whole are taken over as they are.
+    let fits = plan.ffn_down.as_ref().map_or(shape.n_expert > 0, |m| m.n_in == left.n_ff);
+    if !fits || !in_order {
+        return Err("ffn_down");
+    }
+    let Some(Value::StrArray(warnings)) = record.get("warnings") else { return Err("warnings") };
+    Ok((plan, warnings.iter().map(|w| String::from_utf8_lossy(w).into_owned()).collect()))
 }
 
 impl Run<'_> {
-    /// Narrows every block to its width, but for the first, which are `done`. Returns the streams behind the last
-    /// block.
-    pub(super) fn sequential_pass(
-        &mut self,
-        widths: &[usize],
-        done: Vec<(BlockPlan, Vec<String>)>,
-    ) -> Result<Streams, PruneError> {
-        let (tokens, shelf) = (&self.fitted.tokens, &self.settings.shelf);
-        let mut streams = Streams {
-            dense: embedded(&self.forward, self.reference, tokens, shelf)?,
-            pruned: embedded(&self.forward, self.model, tokens, shelf)?,
+    /// Takes block `il` over from an earlier run, if there is one, and moves both streams over it. Returns whether there is.
+    fn take_over(&mut self, il: usize, streams: &mut Streams) -> Result<bool, PruneError> {
+        let name = record_name(il);
+        let Some(record) = self.blocks_resume.then(|| self.checkpoint.load(&name)).transpose()?.flatten()
+        else {
+            return Ok(false);
         };
-        self.observer.stage("blocks", widths.len());
-        let n_done = done.len();
-        for (il, (plan, warnings)) in done.into_iter().enumerate() {
-            self.checkpoint()?;
-            let shelved = |q: Option<Quantised>| q.map(|q| q.on(&self.settings.shelf)).transpose();
-            self.plan.blocks[il] = BlockPlan {
-                attn_output: shelved(plan.attn_output)?,
-                ffn_down: shelved(plan.ffn_down)?,
-                ..plan
-            };
-            self.warnings.extend(warnings);
-            self.carry_over(il, &mut streams)?;
-            self.observer.step(il + 1, "from before");
-        }
-        for (il, &width) in widths.iter().enumerate().skip(n_done) {
-            self.checkpoint()?;
-            let n_warnings = self.warnings.len();
-            let whole = self.reference.block(il)?;
-            let dense_block = self.forward.upload(&whole)?;
-            let mut w = if std::ptr::eq(self.model, self.reference) {
-                whole
-            } else {
-                let mut w = self.model.block(il)?;
-                // What gets new values starts from the source's. The rest of that has no use any more.
-                let of_source = |source: BlockWeights| (source.attn_output, source.ffn_down);
-                let (attn_output, ffn_down) = of_source(whole);
-                w.ffn_down = ffn_down;
-                if self.settings.method == Method::Putri {
-                    w.attn_output = attn_output;
-                }
-                w
-            };
-            let groups = &self.plan.blocks[il].groups;
-            if groups.len() < w.shape.n_head_kv {
-                w.keep_groups(groups, self.model.hparams.head_dim);
-            }
-            let heads = self.attention_step(il, dense_block, &mut w, &mut streams)?;
-            let note = match w.experts {
-                None => self.ffn_step(il, &mut w, width, heads, &mut streams)?,
-                Some(_) => self.expert_step(il, &mut w, width, heads, &mut streams)?,
-            };
-            self.journal.block(il, &self.plan.blocks[il], &self.warnings[n_warnings..])?;
-            let held_out = self.forward.span(&(self.fitted.n_fit..self.fitted.n_windows()));
-            let [dense, pruned] = [&streams.dense, &streams.pruned].map(|s| &s[held_out.clone()]);
-            let off = mean_distance(dense, pruned, self.forward.n_embd());
-            self.observer.step(il + 1, &format!("{note}, stream {:.1} % off", off * 100.0));
-        }
-        Ok(streams)
+        let kept = decode(&record, &self.model.hparams.blocks[il]);
+        let (plan, warnings) = kept.map_err(|part| self.checkpoint.damaged(&name, part))?;
+        let spilled = |q: Option<Quantised>| q.map(|q| q.on(&self.settings.spill)).transpose();
+        self.plan.blocks[il] =
+            BlockPlan { attn_output: spilled(plan.attn_output)?, ffn_down: spilled(plan.ffn_down)?, ..plan };
+        self.warnings.extend(warnings);
+        self.carry_over(il, streams)?;
+        Ok(true)
     }
 
     /// Moves both streams over block `il`, which the plan holds, in the steps in which a block that is being pruned
@@ -91,15 +277,15 @@ impl Run<'_> {
             self.forward.block(&dense_block, &streams.dense[span.clone()], Some(&mut mid), &mut out)?;
             streams.dense[span.clone()].copy_from_slice(&out);
             let x = &mut streams.pruned[span];
-            let heads = self.forward.heads(&block, x, None)?;
+            let attn_out_input = self.forward.attn_out_input(&block, x, None)?;
             if block.is_parallel() {
-                let wanted = Wanted { out: Some(&mut out), ..Wanted::default() };
-                self.forward.from_heads(&block, x, &heads, wanted)?;
+                let wanted = BlockOutputs { out: Some(&mut out), ..BlockOutputs::default() };
+                self.forward.from_attn_out_input(&block, x, &attn_out_input, wanted)?;
                 x.copy_from_slice(&out);
                 continue;
             }
-            let wanted = Wanted { mid: Some(&mut mid), ..Wanted::default() };
-            self.forward.from_heads(&block, x, &heads, wanted)?;
+            let wanted = BlockOutputs { mid: Some(&mut mid), ..BlockOutputs::default() };
+            self.forward.from_attn_out_input(&block, x, &attn_out_input, wanted)?;
             self.forward.ffn(&block, &mid, x)?;
         }
         Ok(())
@@ -110,18 +296,19 @@ impl Run<'_> {
     /// dense stream is one block ahead of the pruned one afterwards.
     fn attention_step(
         &mut self,
+        stage: &Blocks,
         il: usize,
         dense_block: Block,
         w: &mut BlockWeights,
         streams: &mut Streams,
-    ) -> Result<Array<f32>, PruneError> {
+    ) -> Result<SpillVec<f32>, PruneError> {
         let block = self.forward.upload(w)?;
-        let refits = self.settings.method == Method::Putri && block.has_attention();
+        let refits = stage.towards_dense && block.has_attention();
         let (n_in, n_out) = (w.attn_output.n_in, w.attn_output.n_out);
         let mut moments = refits.then(|| self.forward.gathering(&block, n_in, n_out)).transpose()?;
         let row = if block.has_attention() { w.attn_output.n_in } else { 0 };
         let n_embd = self.forward.n_embd();
-        let mut heads = self.settings.shelf.zeros(streams.pruned.len() / n_embd * row)?;
+        let mut attn_out_input = self.settings.spill.zeros(streams.pruned.len() / n_embd * row)?;
         for (chunk, fit) in self.all_chunks() {
             let span = self.forward.span(&chunk);
             let x = &mut streams.dense[span.clone()];
@@ -132,7 +319,11 @@ impl Run<'_> {
             let into = moments.as_mut().filter(|_| fit);
             let collect = into.map(|into| Collect { target: Some(&mid), scales: &scales, into });
             let at = span.start / n_embd * row..span.end / n_embd * row;
-            heads[at].copy_from_slice(&self.forward.heads(&block, &streams.pruned[span], collect)?);
+            attn_out_input[at].copy_from_slice(&self.forward.attn_out_input(
+                &block,
+                &streams.pruned[span],
+                collect,
+            )?);
         }
         // The algebra needs the room.
         drop((dense_block, block));
@@ -144,7 +335,7 @@ impl Run<'_> {
             let keep: Vec<usize> = (0..w.attn_output.n_in).collect();
             let s = self.settings;
             let failed = at_block(il, "attn_output");
-            let refit = prune::refit(&w.attn_output, &moments, s.mixture, &keep, s.ridge_stream);
+            let refit = prune::refit(&w.attn_output, &moments, s.dense_target_weight, &keep, s.ridge_stream);
             let refit = refit.map_err(|e| failed(e.into()))?;
             self.report_ridge(il, "attn_output", refit.ridge, s.ridge_stream);
             let segment =
@@ -155,44 +346,45 @@ impl Run<'_> {
             let old = std::mem::replace(&mut w.attn_output, new);
             let maps = [&old, &w.attn_output];
             w.attn_output_bias =
-                self.adapted_bias(w.attn_output_bias.take(), maps, &keep, &moments, s.mixture);
+                self.adapted_bias(w.attn_output_bias.take(), maps, &keep, &moments, s.dense_target_weight);
             self.plan.blocks[il].set_vector(BlockVector::AttnOutputBias, w.attn_output_bias.clone());
-            self.plan.blocks[il].attn_output = Some(q.on(&s.shelf)?);
+            self.plan.blocks[il].attn_output = Some(q.on(&s.spill)?);
         }
-        Ok(heads)
+        Ok(attn_out_input)
     }
 
     /// Chooses the neurons of block `il`, refits ffn_down, and moves the pruned stream over the block.
     fn ffn_step(
         &mut self,
+        stage: &Blocks,
         il: usize,
         w: &mut BlockWeights,
         width: usize,
-        heads: Array<f32>,
+        attn_out_input: SpillVec<f32>,
         streams: &mut Streams,
     ) -> Result<String, PruneError> {
         let block = self.forward.upload(w)?;
-        let n_out = if self.settings.method == Method::Putri { w.ffn_down.n_out } else { 0 };
+        let n_out = if stage.towards_dense { w.ffn_down.n_out } else { 0 };
         let mut moments = self.forward.gathering(&block, w.ffn_down.n_in, n_out)?;
         let (n_embd, n_tokens) = (self.forward.n_embd(), self.fitted.tokens.len());
-        let row = heads.len() / n_tokens;
+        let row = attn_out_input.len() / n_tokens;
         let of = |span: &Range<usize>| span.start / n_embd * row..span.end / n_embd * row;
         for (chunk, fit) in self.all_chunks() {
             let span = self.forward.span(&chunk);
-            let a = &heads[of(&span)];
+            let a = &attn_out_input[of(&span)];
             let mut mid = vec![0.0; span.len()];
             let dense = &streams.dense[span.clone()];
             let target = (n_out > 0).then_some(dense);
             let scales = token_scales(dense, self.forward.n_embd(), self.settings.token_weight);
             let collect = fit.then_some(Collect { target, scales: &scales, into: &mut moments });
-            let wanted = Wanted { mid: Some(&mut mid), out: None, moments: collect };
-            self.forward.from_heads(&block, &streams.pruned[span.clone()], a, wanted)?;
+            let wanted = BlockOutputs { mid: Some(&mut mid), out: None, moments: collect };
+            self.forward.from_attn_out_input(&block, &streams.pruned[span.clone()], a, wanted)?;
             if !block.is_parallel() {
                 streams.pruned[span].copy_from_slice(&mid);
             }
         }
         // The algebra needs the room. A feed-forward beside attention has to begin before both again.
-        let heads = block.is_parallel().then_some(heads);
+        let attn_out_input = block.is_parallel().then_some(attn_out_input);
         drop(block);
         let mut moments = moments.finish();
         if self.settings.biases {
@@ -200,30 +392,31 @@ impl Run<'_> {
         }
         let failed = at_block(il, "ffn_down");
         let ridge = self.settings.ridge_of_neurons(w.shape.n_ff, moments.n_tokens / self.settings.copies());
-        let chosen = self.choose_neurons(il, w, &moments, ridge, width);
+        let chosen = self.choose_neurons(stage.selection, il, w, &moments, ridge, width);
         let (keep, refit) = chosen.map_err(|e| failed(e.into()))?;
-        let wanted_ridge = if self.settings.method == Method::Putri { ridge } else { 0.0 };
+        let wanted_ridge = if stage.towards_dense { ridge } else { 0.0 };
         self.report_ridge(il, "ffn_down", refit.ridge, wanted_ridge);
         let ty = self.type_of_ffn_down(il);
         let q = self.requantise(&refit.weights, &moments, &keep, ridge, ty).map_err(failed)?;
         let new = within_reason(&q, &w.ffn_down).map_err(at_block(il, "ffn_down"))?;
-        let (maps, mixture) = ([&w.ffn_down, &new], self.settings.mixture);
-        w.ffn_down_bias = self.adapted_bias(w.ffn_down_bias.take(), maps, &keep, &moments, mixture);
+        let (maps, dense_target_weight) = ([&w.ffn_down, &new], self.settings.dense_target_weight);
+        w.ffn_down_bias =
+            self.adapted_bias(w.ffn_down_bias.take(), maps, &keep, &moments, dense_target_weight);
         self.plan.blocks[il].set_vector(BlockVector::FfnDownBias, w.ffn_down_bias.clone());
-        w.keep_pieces(&[], &keep);
+        w.keep_units(&[], &keep);
         w.ffn_down = new;
         self.plan.blocks[il].neurons = keep;
-        self.plan.blocks[il].ffn_down = Some(q.on(&self.settings.shelf)?);
+        self.plan.blocks[il].ffn_down = Some(q.on(&self.settings.spill)?);
 
         let block = self.forward.upload(w)?;
         for (chunk, _) in self.all_chunks() {
             let span = self.forward.span(&chunk);
             let mut out = vec![0.0; span.len()];
             let x = &mut streams.pruned[span.clone()];
-            match &heads {
-                Some(heads) => {
-                    let wanted = Wanted { out: Some(&mut out), ..Wanted::default() };
-                    self.forward.from_heads(&block, x, &heads[of(&span)], wanted)?;
+            match &attn_out_input {
+                Some(attn_out_input) => {
+                    let wanted = BlockOutputs { out: Some(&mut out), ..BlockOutputs::default() };
+                    self.forward.from_attn_out_input(&block, x, &attn_out_input[of(&span)], wanted)?;
                 }
                 None => self.forward.ffn(&block, x, &mut out)?,
             }
@@ -234,18 +427,18 @@ impl Run<'_> {
 
     /// What becomes of the bias of a map that changes from `old` to `new` on the inputs `keep`, fitted with
     /// `mixture`: nothing if biases are to stay as they are.
-    pub(super) fn adapted_bias(
+    pub(in crate::pipeline) fn adapted_bias(
         &self,
         bias: Option<Vec<f32>>,
         [old, new]: [&Matrix; 2],
         keep: &[usize],
         moments: &Moments,
-        mixture: f64,
+        dense_target_weight: f64,
     ) -> Option<Vec<f32>> {
         if !self.settings.biases {
             return bias;
         }
-        let change = prune::bias_change(old, new, keep, moments, mixture);
+        let change = prune::bias_change(old, new, keep, moments, dense_target_weight);
         Some(match bias {
             Some(bias) => bias.iter().zip(change).map(|(b, c)| b + c).collect(),
             None => change,
@@ -254,6 +447,7 @@ impl Run<'_> {
 
     fn choose_neurons(
         &self,
+        selection: Selection,
         il: usize,
         w: &BlockWeights,
         moments: &Moments,
@@ -261,23 +455,23 @@ impl Run<'_> {
         width: usize,
     ) -> Result<(Vec<usize>, prune::Refit), Singular> {
         let (s, ffn_down) = (self.settings, &w.ffn_down);
-        if s.method == Method::Paper {
+        if selection == Selection::PaperScore {
             let keep = prune::paper_keep(ffn_down, &moments.gram, moments.n_tokens, width)?;
             let refit = prune::refit(ffn_down, moments, 0.0, &keep, 0.0)?;
             return Ok((keep, refit));
         }
-        if s.method == Method::TwoStage {
-            let keep = prune::loudest(&moments.gram, width);
+        if selection == Selection::ActivationNorm {
+            let keep = prune::top_by_activation_norm(&moments.gram, width);
             return Ok((keep.clone(), prune::Refit { weights: ffn_down.select_cols(&keep), ridge: 0.0 }));
         }
         let all: Vec<usize> = (0..ffn_down.n_in).collect();
         // What neurons that go leave undone is mostly a matter of those that stay; what other blocks did
         // wrong is mostly not, and fitting it closely fits this text alone.
-        let corrected = prune::refit(ffn_down, moments, s.mixture, &all, s.ridge_stream)?;
+        let corrected = prune::refit(ffn_down, moments, s.dense_target_weight, &all, s.ridge_stream)?;
         let costs = self.sensitivity.as_ref().map(|s| s.costs(il, w, &corrected.weights)).transpose()?;
         let inverse = prune::Inverse::new(&moments.gram, ridge)?;
         let (keep, mut refit) =
-            prune::greedy(&corrected.weights, costs.as_ref(), inverse, width, self.choice)?;
+            prune::greedy(&corrected.weights, costs.as_ref(), inverse, width, self.criterion)?;
         if corrected.ridge > s.ridge_stream {
             refit.ridge = refit.ridge.max(corrected.ridge);
         }
@@ -285,21 +479,21 @@ impl Run<'_> {
     }
 
     /// All windows in chunks, with whether they are fitted on.
-    pub(super) fn all_chunks(&self) -> Vec<(Range<usize>, bool)> {
-        let w = self.fitted;
+    pub(in crate::pipeline) fn all_chunks(&self) -> Vec<(Range<usize>, bool)> {
+        let w = &self.fitted;
         let fit = self.forward.chunks(0..w.n_fit).into_iter().map(|c| (c, true));
         let held_out = self.forward.chunks(w.n_fit..w.n_windows()).into_iter().map(|c| (c, false));
         fit.chain(held_out).collect()
     }
 
     /// The type that ffn_down of block `il` shall have.
-    pub(super) fn type_of_ffn_down(&self, il: usize) -> Type {
+    pub(in crate::pipeline) fn type_of_ffn_down(&self, il: usize) -> Type {
         let source = self.model.tensor(&self.model.blocks[il].down()).ty;
         self.settings.types.ffn_down.unwrap_or(source)
     }
 
     /// Encodes refitted weights on the inputs `keep`.
-    pub(super) fn requantise(
+    pub(in crate::pipeline) fn requantise(
         &self,
         weights: &Matrix,
         moments: &Moments,
@@ -313,7 +507,7 @@ impl Run<'_> {
         Ok(quantise(weights, ty, &importance(moments, keep))?)
     }
 
-    pub(super) fn report_ridge(&mut self, il: usize, part: &str, used: f64, wanted: f64) {
+    pub(in crate::pipeline) fn report_ridge(&mut self, il: usize, part: &str, used: f64, wanted: f64) {
         if used.is_infinite() {
             self.warnings.push(format!("block {il}, {part}: its inputs do not vary, so nothing was fitted"));
         } else if used > wanted {
@@ -336,7 +530,10 @@ fn mean_distance(dense: &[f32], stream: &[f32], n_embd: usize) -> f64 {
 }
 
 /// Puts block and tensor to what went wrong there.
-pub(super) fn at_block(block: usize, part: &'static str) -> impl Fn(FeedbackError) -> PruneError {
+pub(in crate::pipeline) fn at_block(
+    block: usize,
+    part: &'static str,
+) -> impl Fn(FeedbackError) -> PruneError {
     move |e| match e {
         FeedbackError::Singular(source) => PruneError::Singular { block, part, source },
         FeedbackError::Ggml(source) => PruneError::Ggml(source),

@@ -1,40 +1,42 @@
 //! Mixtures in the sequential pass: which experts stay, or which neurons of each.
 
-use super::sequential::{Streams, at_block};
-use super::{PruneError, Run, token_scales};
-use crate::forward::{Block, Chosen, ExpertUse, Wanted};
-use crate::model::{BlockWeights, Piece};
+use super::Streams;
+use super::blocks::at_block;
+use crate::forward::{Block, BlockOutputs, Chosen, ExpertUse};
+use crate::model::{BlockWeights, FfnUnit};
 use crate::numeric::Moments;
-use crate::prune::{self, Choice, Inverse};
+use crate::pipeline::run::Run;
+use crate::pipeline::{PruneError, token_scales};
+use crate::prune::{self, Inverse, NeuronCriterion};
 use crate::requant::{Quantised, quantise, within_reason};
-use crate::spill::Array;
+use crate::spill::SpillVec;
 
 impl Run<'_> {
-    /// Takes pieces out of the experts of block `il` until `n_keep` are left, and moves the pruned stream over the block.
-    pub(super) fn expert_step(
+    /// Takes units out of the experts of block `il` until `n_keep` are left, and moves the pruned stream over the block.
+    pub(in crate::pipeline) fn expert_step(
         &mut self,
         il: usize,
         w: &mut BlockWeights,
         n_keep: usize,
-        heads: Array<f32>,
+        attn_out_input: SpillVec<f32>,
         streams: &mut Streams,
     ) -> Result<String, PruneError> {
-        let piece = self.settings.piece(self.model);
+        let ffn_unit = self.settings.ffn_unit(self.model);
         let block = self.forward.upload(w)?;
         let (n_embd, n_tokens) = (self.forward.n_embd(), self.fitted.tokens.len());
-        let (row, n_expert, n_ff) = (heads.len() / n_tokens, w.shape.n_expert, w.shape.n_ff);
+        let (row, n_expert, n_ff) = (attn_out_input.len() / n_tokens, w.shape.n_expert, w.shape.n_ff);
         let mut used = ExpertUse::new(n_expert);
         let mut chosen: Vec<Chosen> = vec![Vec::new(); n_expert];
         for (chunk, fit) in self.all_chunks() {
             let span = self.forward.span(&chunk);
             let first = span.start / n_embd;
-            let a = &heads[first * row..span.end / n_embd * row];
+            let a = &attn_out_input[first * row..span.end / n_embd * row];
             let (mut mid, mut out) = (vec![0.0; span.len()], vec![0.0; span.len()]);
-            let wanted = Wanted { mid: Some(&mut mid), ..Wanted::default() };
-            self.forward.from_heads(&block, &streams.pruned[span.clone()], a, wanted)?;
-            match piece {
-                Piece::Expert if fit => self.forward.experts(&block, &mid, &mut out, Some(&mut used))?,
-                Piece::Neuron if fit && n_keep < n_ff => {
+            let wanted = BlockOutputs { mid: Some(&mut mid), ..BlockOutputs::default() };
+            self.forward.from_attn_out_input(&block, &streams.pruned[span.clone()], a, wanted)?;
+            match ffn_unit {
+                FfnUnit::Expert if fit => self.forward.experts(&block, &mid, &mut out, Some(&mut used))?,
+                FfnUnit::Neuron if fit && n_keep < n_ff => {
                     for (all, here) in chosen.iter_mut().zip(self.forward.choices(&block, &mid)?) {
                         all.extend(here.into_iter().map(|(t, weight)| (first + t, weight)));
                     }
@@ -43,17 +45,19 @@ impl Run<'_> {
             }
             streams.pruned[span].copy_from_slice(&mid);
         }
-        drop(heads);
-        match piece {
-            Piece::Expert => {
+        drop(attn_out_input);
+        match ffn_unit {
+            FfnUnit::Expert => {
                 drop(block);
-                let keep = prune::busiest(&used.energy, &used.n_tokens, n_keep);
+                let keep = prune::top_by_router_weighted_norm(&used.energy, &used.n_tokens, n_keep);
                 let neurons: Vec<usize> = keep.iter().flat_map(|e| e * n_ff..(e + 1) * n_ff).collect();
-                w.keep_pieces(&keep, &neurons);
+                w.keep_units(&keep, &neurons);
                 (self.plan.blocks[il].experts, self.plan.blocks[il].neurons) = (keep, neurons);
             }
-            Piece::Neuron if n_keep < n_ff => self.narrow_experts(il, block, w, n_keep, &chosen, streams)?,
-            Piece::Neuron => drop(block),
+            FfnUnit::Neuron if n_keep < n_ff => {
+                self.narrow_experts(il, block, w, n_keep, &chosen, streams)?
+            }
+            FfnUnit::Neuron => drop(block),
         }
 
         let block = self.forward.upload(w)?;
@@ -63,7 +67,7 @@ impl Run<'_> {
             self.forward.ffn(&block, &streams.pruned[span.clone()], &mut out)?;
             streams.pruned[span].copy_from_slice(&out);
         }
-        Ok(format!("{} groups, {n_keep} {}", w.shape.n_head_kv, piece.plural()))
+        Ok(format!("{} groups, {n_keep} {}", w.shape.n_head_kv, ffn_unit.plural()))
     }
 
     /// Narrows every expert to `width` neurons and refits its ffn_down to what it gave before, for the tokens that choose
@@ -83,18 +87,18 @@ impl Run<'_> {
         let (mut neurons, mut bytes, mut n_idle) = (Vec::new(), Vec::new(), 0);
         let mut written = ty;
         for (i, tokens) in chosen.iter().enumerate() {
-            self.checkpoint()?;
+            self.check_interrupted()?;
             let down = &e.down[i];
             let (keep, q) = if tokens.is_empty() {
                 n_idle += 1;
-                let keep = prune::heaviest(&e.gate[i], &e.up[i], down, width);
+                let keep = prune::top_by_weight_norm(&e.gate[i], &e.up[i], down, width);
                 let q = quantise(&down.select_cols(&keep), ty, &vec![1.0; width])?;
                 (keep, q)
             } else {
                 let moments = self.moments_of_expert(&block, i, tokens, n_ff, streams)?;
                 let ridge = self.settings.ridge_of_neurons(n_ff, moments.n_tokens / self.settings.copies());
                 let inverse = Inverse::new(&moments.gram, ridge);
-                let chosen = inverse.and_then(|i| prune::greedy(down, None, i, width, Choice::Loss));
+                let chosen = inverse.and_then(|i| prune::greedy(down, None, i, width, NeuronCriterion::Obs));
                 let (keep, refit) = chosen.map_err(|e| failed(e.into()))?;
                 self.report_ridge(il, &format!("ffn_down of expert {i}"), refit.ridge, ridge);
                 let q = self.requantise(&refit.weights, &moments, &keep, ridge, ty).map_err(&failed)?;
@@ -115,10 +119,10 @@ impl Run<'_> {
         drop(block);
         let q = Quantised::new(written, width, chosen.len() * n_embd, bytes);
         let experts: Vec<usize> = (0..chosen.len()).collect();
-        w.keep_pieces(&experts, &neurons);
+        w.keep_units(&experts, &neurons);
         w.set_ffn_down(q.to_matrix()?);
         self.plan.blocks[il].neurons = neurons;
-        self.plan.blocks[il].ffn_down = Some(q.on(&self.settings.shelf)?);
+        self.plan.blocks[il].ffn_down = Some(q.on(&self.settings.spill)?);
         Ok(())
     }
 

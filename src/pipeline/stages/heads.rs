@@ -1,61 +1,93 @@
 //! The search for attention groups to remove, over cached residual streams.
 
-use super::judge::{Judge, Loss};
-use super::stream::embedded;
-use super::{Method, Plan, PruneError, Run, Settings, forward};
-use crate::forward::{Block, Forward, MAX_GRADIENT_CTX, Wanted};
+use super::{Stage, sensitivity};
+use crate::forward::{Block, BlockOutputs, Forward, MAX_GRADIENT_CTX};
 use crate::ggml::Token;
-use crate::model::Family;
-use crate::prune::{Budget, GroupId, LazyGreedy, rounds};
-use crate::spill::Array;
-
-/// Tokens of the one sequence that the paper's search judges by.
-const PAPER_TOKENS: usize = 2048;
+use crate::model::{BlockShape, Family};
+use crate::pipeline::forecast::{BASE_BYTES, Sizes, StageForecast, Work};
+use crate::pipeline::prediction_loss::{Loss, PredictionLoss};
+use crate::pipeline::run::Run;
+use crate::pipeline::stream::embedded;
+use crate::pipeline::{Plan, PruneError, Record, Settings, forward};
+use crate::prune::{Budget, Candidate, GroupId, LazyGreedy};
+use crate::spill::SpillVec;
 
 /// Tokens, and tokens per window, that put the candidates in a first order where no gradients go back.
-pub(super) const ROUGH_TOKENS: usize = 256;
-pub(super) const ROUGH_CTX: usize = 128;
+pub(in crate::pipeline) const ROUGH_TOKENS: usize = 256;
+pub(in crate::pipeline) const ROUGH_CTX: usize = 128;
 
 /// Bytes that the candidates' residual streams may take at a time.
-pub(super) const STREAM_BYTES: usize = 256 << 20;
+pub(in crate::pipeline) const STREAM_BYTES: usize = 256 << 20;
 
-impl Run<'_> {
-    /// Takes `n_remove` groups out of the plan. Our search goes on from `begun`.
-    pub(super) fn search_heads(
-        &mut self,
-        budgets: &[Budget],
-        n_remove: usize,
-        begun: Option<LazyGreedy>,
-    ) -> Result<(), PruneError> {
-        if n_remove == 0 {
+/// Removes attention groups one at a time, each time the one that our search finds to change the predictions least.
+pub(in crate::pipeline) struct GreedyHeads;
+
+/// Name of the record that the search is kept under, after each group.
+pub(crate) const RECORD: &str = "heads";
+
+impl Stage for GreedyHeads {
+    fn forecast(&self, w: &Work) -> Vec<StageForecast> {
+        vec![forecast_first_look(w), forecast_search(w)]
+    }
+
+    fn records(&self, _: usize) -> Vec<String> {
+        vec![RECORD.into()]
+    }
+
+    fn run(&self, run: &mut Run) -> Result<(), PruneError> {
+        if run.n_groups == 0 {
             return Ok(());
         }
-        let limits = group_limits(self.plan.carriers.of_heads(), budgets, n_remove);
+        let limits = group_limits(run);
         let may_remove = |removed: &[GroupId], c: GroupId| {
             removed.iter().filter(|r| r.block == c.block).count() < limits[c.block]
         };
-        let groups =
-            |b: usize| self.plan.blocks[b].groups.iter().map(move |&group| GroupId { block: b, group });
-        let candidates: Vec<GroupId> = (0..self.plan.blocks.len()).flat_map(groups).collect();
-        let removed = match self.settings.method {
-            Method::Putri => self.least_divergent(candidates, n_remove, begun, may_remove)?,
-            Method::Paper => {
-                let n_kv = self.model.hparams.blocks[0].n_head_kv.max(1);
-                let rescored = self.settings.rescored;
-                self.observer.stage("heads", n_remove);
-                let n_ctx = PAPER_TOKENS.min(self.windows.n_ctx);
-                let tokens = self.windows.sample(PAPER_TOKENS, n_ctx);
-                let mut search = Search::new(self, &tokens, n_ctx, Loss::Likelihood, Unit::Group)?;
-                let score = |removed: &[GroupId], ask: &[GroupId]| search.score(removed, ask);
-                rounds(&candidates, n_remove, n_kv, rescored, may_remove, score)?
-            }
-            Method::TwoStage => {
-                let may_go_whole = |b: usize| limits[b] == budgets[b].n_groups;
-                self.whole_attentions(&candidates, n_remove, may_go_whole)?
-            }
-        };
-        removed.into_iter().for_each(|id| self.plan.remove_group(id));
+        let removed = run.least_divergent(candidates(run), run.n_groups, may_remove)?;
+        removed.into_iter().for_each(|id| run.plan.remove_group(id));
         Ok(())
+    }
+}
+
+/// All attention groups of the plan.
+pub(super) fn candidates(run: &Run) -> Vec<GroupId> {
+    let groups = |b: usize| run.plan.blocks[b].groups.iter().map(move |&group| GroupId { block: b, group });
+    (0..run.plan.blocks.len()).flat_map(groups).collect()
+}
+
+/// The search as a record.
+fn encode(search: &LazyGreedy) -> Record {
+    let removed = search.removed.iter().flat_map(|g| [g.block, g.group]);
+    let candidate = |c: &Candidate| {
+        let scored_at = c.scored_at.map_or(0, |n| n + 1);
+        [c.id.block, c.id.group, c.score.to_bits() as usize, scored_at]
+    };
+    let candidates = search.candidates.iter().flat_map(candidate);
+    Record::default().with_numbers("removed", removed).with_numbers("candidates", candidates)
+}
+
+/// The search that a record holds, of a model with these blocks; none if it holds no such search.
+fn decode(record: &Record, shapes: &[BlockShape]) -> Option<LazyGreedy> {
+    let group = |n: &[usize]| {
+        let [block, group] = n[..] else { return None };
+        let there = shapes.get(block).is_some_and(|s| group < s.n_head_kv);
+        there.then_some(GroupId { block, group })
+    };
+    let candidate = |n: &[usize]| {
+        let [block, at, score, scored_at] = n[..] else { return None };
+        let scored_at = scored_at.checked_sub(1);
+        Some(Candidate { id: group(&[block, at])?, score: f64::from_bits(score as u64), scored_at })
+    };
+    let removed = record.numbers("removed")?.chunks(2).map(group).collect::<Option<_>>()?;
+    let candidates = record.numbers("candidates")?.chunks(4).map(candidate).collect::<Option<_>>()?;
+    Some(LazyGreedy { removed, candidates })
+}
+
+impl Run<'_> {
+    /// The search of an earlier run.
+    fn kept_search(&mut self) -> Result<Option<LazyGreedy>, PruneError> {
+        let Some(record) = self.checkpoint.load(RECORD)? else { return Ok(None) };
+        let search = decode(&record, &self.model.hparams.blocks);
+        Ok(Some(search.ok_or_else(|| self.checkpoint.damaged(RECORD, "groups"))?))
     }
 
     /// Our search: one group at a time, ordered by a first look that only estimates.
@@ -63,14 +95,13 @@ impl Run<'_> {
         &mut self,
         candidates: Vec<GroupId>,
         n_remove: usize,
-        begun: Option<LazyGreedy>,
         may_remove: impl Fn(&[GroupId], GroupId) -> bool,
     ) -> Result<Vec<GroupId>, PruneError> {
         let n_ctx = window_of_heads(self.settings, self.windows.n_ctx);
         // Where nothing repeats itself, heads that copy from far back seem worth nothing.
         let tokens = self.windows.sample_twice(self.settings.head_tokens, n_ctx);
-        let mut greedy = match begun {
-            Some(begun) => begun,
+        let mut greedy = match self.kept_search()? {
+            Some(kept) => kept,
             None => LazyGreedy::new(self.first_look(candidates, &tokens, n_ctx)?),
         };
         if greedy.removed.len() < n_remove {
@@ -79,7 +110,7 @@ impl Run<'_> {
             while greedy.removed.len() < n_remove
                 && greedy.step(&may_remove, |removed, ask| search.score(removed, ask))?
             {
-                search.run.journal.heads(&greedy)?;
+                search.run.checkpoint.save(RECORD, encode(&greedy))?;
             }
         }
         // Those that go at a lower sparsity are the first of those that go at a higher one.
@@ -106,53 +137,34 @@ impl Run<'_> {
         let worth = self.worth_of_groups(STAGE, tokens, n_ctx)?;
         Ok(candidates.into_iter().map(|c| (c, worth[c.block][c.group])).collect())
     }
-
-    /// 2SSP's search: the whole attention of one block at a time, under the name of its first group.
-    fn whole_attentions(
-        &mut self,
-        candidates: &[GroupId],
-        n_remove: usize,
-        may_go: impl Fn(usize) -> bool,
-    ) -> Result<Vec<GroupId>, PruneError> {
-        let first = |c: &&GroupId| self.plan.blocks[c.block].groups[0] == c.group && may_go(c.block);
-        let whole: Vec<GroupId> = candidates.iter().filter(first).copied().collect();
-        let n_blocks = n_remove / self.model.hparams.blocks[0].n_head_kv.max(1);
-        let rescored = self.settings.rescored;
-        self.observer.stage("heads", n_blocks);
-        let n_ctx = PAPER_TOKENS.min(self.windows.n_ctx);
-        let tokens = self.windows.sample(self.settings.head_tokens, n_ctx);
-        let mut search = Search::new(self, &tokens, n_ctx, Loss::Likelihood, Unit::Attention)?;
-        let score = |removed: &[GroupId], ask: &[GroupId]| search.score(removed, ask);
-        let removed = rounds(&whole, n_blocks, 1, rescored, |_, _| true, score)?;
-        Ok(candidates.iter().copied().filter(|c| removed.iter().any(|r| r.block == c.block)).collect())
-    }
 }
 
 /// Tokens per window that our search compares candidates on, for calibration windows of `n_ctx`: an even number, that
 /// gradients go back through.
-pub(super) fn window_of_heads(s: &Settings, n_ctx: usize) -> usize {
+pub(in crate::pipeline) fn window_of_heads(s: &Settings, n_ctx: usize) -> usize {
     (s.head_ctx.min(n_ctx).min(MAX_GRADIENT_CTX) & !1).max(2)
 }
 
-/// How many of the groups may go from each block so that stock llama.cpp can run what is left, if `n_remove` go in all.
-fn group_limits(uneven: Option<Family>, budgets: &[Budget], n_remove: usize) -> Vec<usize> {
-    match uneven {
-        None => vec![n_remove / budgets.len(); budgets.len()],
-        Some(carrier) => removable_groups(carrier, budgets),
+/// Groups that each block may lose, so that stock llama.cpp can run the rest.
+pub(super) fn group_limits(run: &Run) -> Vec<usize> {
+    let budgets = &run.budgets;
+    match run.plan.output_archs.of_heads() {
+        None => vec![run.n_groups / budgets.len(); budgets.len()],
+        Some(output_arch) => removable_groups(output_arch, budgets),
     }
 }
 
 /// How many groups may go from each block where blocks may differ.
-pub(super) fn removable_groups(carrier: Family, budgets: &[Budget]) -> Vec<usize> {
+pub(in crate::pipeline) fn removable_groups(output_arch: Family, budgets: &[Budget]) -> Vec<usize> {
     // deci reads head_dim only if the first block has heads.
-    let keeps_one = |il: usize| il == 0 || !carrier.traits().attention_free;
+    let keeps_one = |il: usize| il == 0 || !output_arch.traits().attention_free;
     let limit = |(il, b): (usize, &Budget)| b.n_groups.saturating_sub(usize::from(keeps_one(il)));
     budgets.iter().enumerate().map(limit).collect()
 }
 
 /// What goes at a time.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Unit {
+pub(super) enum Unit {
     /// A group.
     Group,
     /// All groups of the block in which the group is.
@@ -160,23 +172,23 @@ enum Unit {
 }
 
 /// Cached state of the search.
-struct Search<'r, 'a> {
+pub(super) struct Search<'r, 'a> {
     run: &'r mut Run<'a>,
     forward: Forward,
     unit: Unit,
     /// Plan with the groups removed so far.
     plan: Plan,
     removed: usize,
-    judge: Judge,
+    judge: PredictionLoss,
     n_windows: usize,
     /// Input of every block under the plan, and the last block's output.
-    base: Vec<Array<f32>>,
+    base: Vec<SpillVec<f32>>,
     base_loss: f64,
 }
 
 impl<'r, 'a> Search<'r, 'a> {
     /// Caches the streams of `tokens` in windows of `n_ctx`.
-    fn new(
+    pub(super) fn new(
         run: &'r mut Run<'a>,
         tokens: &[Token],
         n_ctx: usize,
@@ -187,22 +199,22 @@ impl<'r, 'a> Search<'r, 'a> {
         let s = run.settings;
         let mut forward = forward(run.model, n_ctx, s)?;
         let plan = run.plan.clone();
-        let mut base = vec![embedded(&forward, run.model, tokens, &s.shelf)?];
+        let mut base = vec![embedded(&forward, run.model, tokens, &s.spill)?];
         for il in 0..run.model.hparams.n_layer() {
             let block = forward.upload(&plan.block(run.model, il)?)?;
             let x = &base[il];
-            let mut y = s.shelf.zeros(x.len())?;
+            let mut y = s.spill.zeros(x.len())?;
             forward.stream(&block, x, &mut y)?;
             base.push(y);
         }
         let last = &base[base.len() - 1];
-        let judge = Judge::new(&mut forward, run.model, run.model, tokens, last, loss)?;
+        let judge = PredictionLoss::new(&mut forward, run.model, run.model, tokens, last, loss)?;
         let base_loss = judge.loss(&mut forward, last)?;
         Ok(Search { run, forward, unit, plan, removed: 0, judge, n_windows, base, base_loss })
     }
 
     /// What the loss grows by without each of `ask`, once `removed` are gone.
-    fn score(&mut self, removed: &[GroupId], ask: &[GroupId]) -> Result<Vec<f64>, PruneError> {
+    pub(super) fn score(&mut self, removed: &[GroupId], ask: &[GroupId]) -> Result<Vec<f64>, PruneError> {
         let dirty = removed[self.removed..].iter().map(|r| r.block).min();
         for &id in &removed[self.removed..] {
             match self.unit {
@@ -235,7 +247,7 @@ impl<'r, 'a> Search<'r, 'a> {
         let start = ids.iter().map(|c| c.block).chain(dirty).min().unwrap_or(n_layer);
         let mut streams: Vec<Vec<f32>> = vec![Vec::new(); ids.len()];
         for il in start..n_layer {
-            self.run.checkpoint()?;
+            self.run.check_interrupted()?;
             let block = self.forward.upload(&self.plan.block(self.run.model, il)?)?;
             let forward = &mut self.forward;
             for (_, stream) in ids.iter().zip(&mut streams).filter(|(id, _)| id.block < il) {
@@ -284,7 +296,7 @@ fn without_each(
     let mut outs = vec![vec![0.0; x.len()]; columns.len()];
     for chunk in f.chunks(0..n_windows) {
         let span = f.span(&chunk);
-        let heads = f.heads(b, &x[span.clone()], None)?;
+        let heads = f.attn_out_input(b, &x[span.clone()], None)?;
         let row = heads.len() / (span.len() / f.n_embd());
         let width = row / n_groups;
         for (out, &c) in outs.iter_mut().zip(columns) {
@@ -292,9 +304,73 @@ fn without_each(
             if let Some(c) = c {
                 without.chunks_exact_mut(row).for_each(|r| r[c * width..(c + 1) * width].fill(0.0));
             }
-            let wanted = Wanted { out: Some(&mut out[span.clone()]), ..Wanted::default() };
-            f.from_heads(b, &x[span.clone()], &without, wanted)?;
+            let wanted = BlockOutputs { out: Some(&mut out[span.clone()]), ..BlockOutputs::default() };
+            f.from_attn_out_input(b, &x[span.clone()], &without, wanted)?;
         }
     }
     Ok(outs)
+}
+
+/// Whole models that a step of the search for heads comes to: the streams behind the group that was removed are refreshed,
+/// and a few candidates carried to the end (measured: 1.4 on SmolLM2).
+const SWEEPS_PER_STEP: f64 = 1.4;
+
+/// Samples of the curvature go back through all blocks; in mixtures, every candidate is carried through the blocks
+/// behind it once.
+fn forecast_first_look(w: &Work) -> StageForecast {
+    let name = "heads, first look";
+    if w.model.hparams.experts.is_none() {
+        let n_ctx = window_of_heads(w.s, w.c.n_ctx);
+        let n = w.sampled(w.s.head_tokens, n_ctx);
+        let stage = sensitivity::forecast_carried_back(w, name, &w.whole(), 0, n, n_ctx);
+        // attn_output once for all groups, and without each.
+        let products = |(b, of): (&Sizes, &BlockShape)| b.q * (1.0 + of.n_head_kv as f64);
+        let sum: f64 = w.whole().iter().zip(&w.model.hparams.blocks).map(products).sum();
+        let operations = stage.operations + 2.0 * n * w.n_embd() * sum;
+        // No groups go: there is no look at them.
+        return StageForecast { operations: if w.kept < 1.0 { operations } else { 0.0 }, ..stage };
+    }
+    let n_ctx = ROUGH_CTX.min(window_of_heads(w.s, w.c.n_ctx));
+    let n = w.sampled(ROUGH_TOKENS, n_ctx);
+    let (mut behind, mut sum) = (0.0, 0.0);
+    for (il, b) in w.whole().into_iter().enumerate().rev() {
+        let here = w.model.hparams.blocks[il].n_head_kv as f64;
+        sum += here * (w.rest_ops(b, n) + behind) + w.heads_ops(il, b, n, n_ctx);
+        behind += w.block_ops(il, b, n, n_ctx);
+    }
+    forecast_of(w, name, n, n_ctx, sum, w.n_groups())
+}
+
+/// A step per group that is removed.
+fn forecast_search(w: &Work) -> StageForecast {
+    let n_ctx = window_of_heads(w.s, w.c.n_ctx);
+    let n = w.sampled(w.s.head_tokens, n_ctx);
+    let sweeps = w.n_groups_removed as f64 * SWEEPS_PER_STEP * w.model_ops(&w.whole(), n, n_ctx);
+    forecast_of(w, "heads", n, n_ctx, sweeps, 4.0 * w.n_groups_removed as f64)
+}
+
+/// A search over `n` tokens that takes so many operations for its candidates, and `n_scores` losses.
+fn forecast_of(
+    w: &Work,
+    name: &'static str,
+    n: f64,
+    n_ctx: usize,
+    candidates: f64,
+    n_scores: f64,
+) -> StageForecast {
+    let whole = w.model_ops(&w.whole(), n, n_ctx);
+    let width = n * w.n_embd() * 4.0;
+    let streams = w.stream_bytes((w.n_layer() + 1.0) * n * w.n_embd());
+    let together = (n_scores * width).min(STREAM_BYTES as f64);
+    let searching = together + w.block_bytes() + w.graph_bytes(n_ctx, n) + 3.0 * width;
+    let judging = 4.0 * w.n_embd() * w.known(n) + w.block_bytes() + w.graph_bytes(n_ctx, n);
+    // No groups go: there is no search.
+    let runs = w.kept < 1.0;
+    StageForecast {
+        name,
+        operations: if runs { whole + candidates + w.judge_ops(n, 1.0 + n_scores) } else { 0.0 },
+        algebra: 0.0,
+        memory: BASE_BYTES + streams + searching.max(w.predicting_bytes()),
+        on_devices: judging.max(w.predicting_bytes()),
+    }
 }

@@ -3,12 +3,16 @@
 //! What a neuron that goes costs its own block says only so much about what it costs the whole model, and how much differs from
 //! model to model. So each way to choose is tried on many blocks at once, and the model's predictions decide.
 
-use super::judge::{Judge, Loss};
-use super::sensitivity::Sensitivity;
-use super::sequential::at_block;
-use super::stream::planned_stream;
-use super::{Plan, PruneError, Run, forward};
-use crate::prune::{self, Choice, Singular};
+use super::blocks::at_block;
+use super::{Sensitivity, Stage, widths};
+use crate::gguf::Value;
+use crate::model::FfnUnit;
+use crate::pipeline::forecast::{BASE_BYTES, StageForecast, Work, inverse_ops, removal_ops};
+use crate::pipeline::prediction_loss::{Loss, PredictionLoss};
+use crate::pipeline::run::Run;
+use crate::pipeline::stream::planned_stream;
+use crate::pipeline::{Plan, PruneError, Record, forward};
+use crate::prune::{self, NeuronCriterion, Singular};
 
 /// Share by which the other way's divergence must be lower than the usual one's: on a few thousand tokens, less is chance.
 const CLEAR: f64 = 0.01;
@@ -17,28 +21,109 @@ const CLEAR: f64 = 0.01;
 const MAX_TRIED: usize = 16;
 
 /// Whether block `il` of `n_layer` is narrowed on trial: all are, or [`MAX_TRIED`] spread evenly.
-pub(super) fn is_tried(il: usize, n_layer: usize) -> bool {
+pub(in crate::pipeline) fn is_tried(il: usize, n_layer: usize) -> bool {
     let before = |il: usize| il * MAX_TRIED.min(n_layer) / n_layer;
     before(il) < before(il + 1)
 }
 
+/// Name of the record that the criterion is kept under.
+pub(super) const RECORD: &str = "criterion";
+
+/// Chooses the criterion that neurons are removed by, where the settings name none.
+pub(in crate::pipeline) struct ChooseCriterion;
+
+impl Stage for ChooseCriterion {
+    /// As for the widths, but some blocks only, narrowed once for each criterion, and compared at the end.
+    fn forecast(&self, w: &Work) -> Vec<StageForecast> {
+        let n_ctx = w.c.n_ctx;
+        let (trial_ctx, n_trial) = w.probes();
+        let n = (widths::n_windows(w.s, n_ctx, w.c.n_fit) * n_ctx) as f64;
+        let ways = NeuronCriterion::ALL.len() as f64;
+        let e = w.n_embd();
+        let whole = w.whole();
+        let compared = w.model_ops(&whole, n_trial, trial_ctx) + w.judge_ops(n_trial, ways);
+        let (mut operations, mut algebra) = (compared, 0.0);
+        for (il, (b, narrowed)) in w.headless().into_iter().zip(w.pruned()).enumerate() {
+            operations += w.block_ops(il, b, n, n_ctx);
+            if !is_tried(il, whole.len()) {
+                operations += ways * w.block_ops(il, b, n_trial, trial_ctx);
+                continue;
+            }
+            operations += w.moment_ops(b.ff, 0.0, n);
+            operations += ways * w.block_ops(il, narrowed, n_trial, trial_ctx);
+            algebra += w.metric_ops(b.ff);
+            algebra += inverse_ops(b.ff) + ways * removal_ops(b.ff, narrowed.ff, 3.0 * e);
+        }
+        let streams = w.stream_bytes(n * e) + w.sensitivity_bytes();
+        let streams_tried = (2.0 + ways) * 4.0 * n_trial * e;
+        let (sums, moments) = (w.sums_bytes(w.max_ff(), 0.0), 4.0 * w.max_ff().powi(2));
+        let collecting = w.block_bytes() + moments + w.moment_graph_bytes(n_ctx, n) + sums;
+        // With the inverse for the way that comes after.
+        let trying = 2.0 * w.block_bytes() + 2.0 * moments + w.graph_bytes(trial_ctx, n_trial) + sums;
+        let maps = 4.0 * w.max_ff() * e;
+        let graphs = w.moment_graph_bytes(n_ctx, n);
+        let choosing = w.block_bytes() + maps + w.choosing_bytes(0.0, true, 8.0) + graphs;
+        let most = collecting.max(choosing).max(trying + maps).max(w.scratch_bytes() + w.predicting_bytes());
+        vec![StageForecast {
+            name: "neuron criterion",
+            // Without samples there is nothing to choose by.
+            operations: if w.s.sensitivity_tokens > 0 && w.s.criterion.is_none() { operations } else { 0.0 },
+            algebra,
+            memory: BASE_BYTES + streams + streams_tried + most,
+            on_devices: w.kept_graph_bytes()
+                + w.graph_bytes(trial_ctx, n_trial)
+                + (w.block_bytes() + sums).max(w.predicting_bytes()),
+        }]
+    }
+
+    fn records(&self, _: usize) -> Vec<String> {
+        vec![RECORD.into()]
+    }
+
+    fn run(&self, run: &mut Run) -> Result<(), PruneError> {
+        let kept = run.kept_criterion()?;
+        // Blocks of a run of which the criterion is not known are done anew.
+        run.blocks_resume = kept.is_some();
+        run.criterion = match kept.or(run.settings.criterion) {
+            Some(criterion) => criterion,
+            None => match run.sensitivity.take() {
+                None => NeuronCriterion::Obs,
+                Some(sensitivity) => {
+                    let chosen = run.try_neuron_criteria(&sensitivity);
+                    run.sensitivity = Some(sensitivity);
+                    chosen?
+                }
+            },
+        };
+        let name = Value::Str(run.criterion.name().into());
+        if run.settings.ffn_unit(run.model) == FfnUnit::Neuron {
+            run.provenance.push(("neuron_criterion", name.clone()));
+        }
+        Ok(run.checkpoint.save(RECORD, Record::default().with("criterion", name))?)
+    }
+}
+
 impl Run<'_> {
+    /// The criterion of an earlier run.
+    fn kept_criterion(&mut self) -> Result<Option<NeuronCriterion>, PruneError> {
+        let Some(record) = self.checkpoint.load(RECORD)? else { return Ok(None) };
+        let name = record.get("criterion").and_then(Value::as_text);
+        let criterion = name.and_then(|name| NeuronCriterion::named(&name));
+        Ok(Some(criterion.ok_or_else(|| self.checkpoint.damaged(RECORD, "criterion"))?))
+    }
+
     /// The way to choose neurons that leaves the predictions closest to the dense model's where blocks are narrowed to
     /// `widths`, all at once, each fitted to few tokens of the stream of whole feed-forwards; on other tokens, where there are others.
-    pub(super) fn choice_of_neurons(
-        &mut self,
-        widths: &[usize],
-        sensitivity: &Sensitivity,
-    ) -> Result<Choice, PruneError> {
-        let s = self.settings;
+    fn try_neuron_criteria(&mut self, sensitivity: &Sensitivity) -> Result<NeuronCriterion, PruneError> {
+        let (s, widths) = (self.settings, self.widths.clone());
         let (n_windows, mut stream) = self.few_windows()?;
         let mut trial = forward(self.model, sensitivity.n_ctx, s)?;
         let start = trial.embed(self.model, &sensitivity.tokens)?;
         let mut streams = [start.clone(), start];
         // The last step compares.
-        self.observer.stage("choice", widths.len() + 1);
+        self.observer.stage("neuron criterion", widths.len() + 1);
         for (il, &width) in widths.iter().enumerate() {
-            self.checkpoint()?;
+            self.check_interrupted()?;
             let w = self.plan.block(self.model, il)?;
             if !is_tried(il, widths.len()) {
                 let block = self.forward.upload(&w)?;
@@ -55,9 +140,9 @@ impl Run<'_> {
             let failed = |e: Singular| at_block(il, "ffn_down")(e.into());
             let costs = sensitivity.costs(il, &w, &w.ffn_down).map_err(failed)?;
             let inverse = self.inverse_of(il, &moments)?;
-            let ways = Choice::ALL.into_iter().zip([inverse.clone(), inverse]);
-            for ((choice, inverse), x) in ways.zip(&mut streams) {
-                let chosen = prune::greedy(&w.ffn_down, Some(&costs), inverse, width, choice);
+            let ways = NeuronCriterion::ALL.into_iter().zip([inverse.clone(), inverse]);
+            for ((criterion, inverse), x) in ways.zip(&mut streams) {
+                let chosen = prune::greedy(&w.ffn_down, Some(&costs), inverse, width, criterion);
                 let (keep, refit) = chosen.map_err(failed)?;
                 let less = trial.upload(&self.narrowed(w.clone(), keep, refit.weights, &moments))?;
                 trial.advance(&less, x)?;
@@ -67,14 +152,15 @@ impl Run<'_> {
         let whole = Plan::whole(self.reference);
         let (tokens, observer) = (&sensitivity.tokens, &*self.observer);
         let dense = planned_stream(&mut trial, self.reference, &whole, tokens, observer, |_| Ok(()))?;
-        let judge = Judge::new(&mut trial, self.model, self.reference, tokens, &dense, Loss::Divergence)?;
+        let judge =
+            PredictionLoss::new(&mut trial, self.model, self.reference, tokens, &dense, Loss::Divergence)?;
         let [by_loss, by_energy] = streams;
         let [by_loss, by_energy] = [judge.loss(&mut trial, &by_loss)?, judge.loss(&mut trial, &by_energy)?];
         let note = format!("divergence {by_loss:.4} by loss, {by_energy:.4} by energy");
         self.observer.step(widths.len() + 1, &note);
         // Against a way that gives none at all any is better.
         let better = by_energy < by_loss * (1.0 - CLEAR) || (by_loss.is_nan() && !by_energy.is_nan());
-        Ok(if better { Choice::Energy } else { Choice::Loss })
+        Ok(if better { NeuronCriterion::Magnitude } else { NeuronCriterion::Obs })
     }
 }
 

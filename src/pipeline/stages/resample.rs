@@ -1,55 +1,88 @@
-//! Twins of the windows that are fitted on: the same text, with some tokens drawn anew from what the dense model predicts for
+//! Twins of the windows that are fitted on: the same text, with some tokens resampled from what the dense model predicts for
 //! their places.
 //!
 //! A fit to a few thousand tokens knows them by heart, and is off on other text, most of all on text of another kind. Twins show
 //! it what else could have stood there, and every token that stays sees another past; that costs time, but no
 //! text.
 
-use super::stream::embedded;
-use super::{PruneError, Run, forward};
+use super::Stage;
 use crate::calibrate::Windows;
 use crate::forward::{Forward, ForwardError, Head};
 use crate::ggml::Token;
+use crate::gguf::Value;
+use crate::pipeline::forecast::{BASE_BYTES, StageForecast, Work};
+use crate::pipeline::run::Run;
+use crate::pipeline::stream::embedded;
+use crate::pipeline::{PruneError, forward};
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
+use std::sync::Arc;
+
+/// Makes resampled copies of the windows that blocks are fitted to.
+pub(in crate::pipeline) struct ResampleCopies;
+
+impl Stage for ResampleCopies {
+    fn forecast(&self, w: &Work) -> Vec<StageForecast> {
+        let (n_ctx, n) = (w.c.n_ctx, w.n_fit());
+        let drawn = (w.s.copies() - 1) as f64 * w.s.resample_share * n;
+        let operations = w.model_ops(&w.whole(), n, n_ctx) + w.logit_ops(w.n_vocab(), drawn);
+        // Graphs keep the largest of what they needed.
+        let passing = w.graph_bytes(n_ctx, n) + w.predicting_bytes().max(w.block_bytes());
+        vec![StageForecast {
+            name: "resample",
+            operations: if w.s.copies() > 1 { operations } else { 0.0 },
+            algebra: 0.0,
+            memory: BASE_BYTES + w.sensitivity_bytes() + w.stream_bytes(n * w.n_embd()) + passing,
+            on_devices: passing,
+        }]
+    }
+
+    fn run(&self, run: &mut Run) -> Result<(), PruneError> {
+        if let Some(windows) = run.resampled()? {
+            run.fitted = Arc::new(windows);
+        }
+        run.provenance.push(("resample_copies", Value::U32(run.settings.resample_copies as u32)));
+        Ok(())
+    }
+}
 
 impl Run<'_> {
-    /// The windows, with as many twins of each that is fitted on as the settings want, if they want any.
-    pub(super) fn twinned(&mut self) -> Result<Option<Windows>, PruneError> {
+    /// The windows, with as many resampled copies of each that is fitted on as the settings want, if they want any.
+    pub(in crate::pipeline) fn resampled(&mut self) -> Result<Option<Windows>, PruneError> {
         let (w, s, n_ctx) = (self.windows, self.settings, self.windows.n_ctx);
         if s.copies() == 1 {
             return Ok(None);
         }
         let n_layer = self.reference.hparams.n_layer();
         // The last step draws.
-        self.observer.stage("twins", n_layer + 1);
+        self.observer.stage("resample", n_layer + 1);
         let mut forward = forward(self.reference, n_ctx, s)?;
         let text = w.tokens_of(0..w.n_fit);
-        let mut stream = embedded(&forward, self.reference, text, &s.shelf)?;
+        let mut stream = embedded(&forward, self.reference, text, &s.spill)?;
         for il in 0..n_layer {
-            self.checkpoint()?;
+            self.check_interrupted()?;
             let block = forward.upload(&self.reference.block(il)?)?;
             forward.advance(&block, &mut stream)?;
             self.observer.step(il + 1, "");
         }
         let head = forward.head(self.reference)?;
         let mut rng = ChaCha8Rng::seed_from_u64(2);
-        let mut twins = text.repeat(s.twins);
-        for (i, twin) in twins.chunks_exact_mut(n_ctx).enumerate() {
-            self.checkpoint()?;
-            let places = places(&[0], 0, n_ctx, s.twins_drawn, &mut rng);
+        let mut resample_copies = text.repeat(s.resample_copies);
+        for (i, copy) in resample_copies.chunks_exact_mut(n_ctx).enumerate() {
+            self.check_interrupted()?;
+            let places = places(&[0], 0, n_ctx, s.resample_share, &mut rng);
             let window = i % w.n_fit;
             let span = forward.span(&(window..window + 1));
-            redraw(&mut forward, &head, twin, &places, &stream[span], &mut rng)?;
+            resample(&mut forward, &head, copy, &places, &stream[span], &mut rng)?;
         }
         self.observer.step(n_layer + 1, "");
-        Ok(Some(w.with_twins(&twins)))
+        Ok(Some(w.with_copies(&resample_copies)))
     }
 }
 
-/// Where tokens are drawn anew in windows of `n_ctx` that begin at `starts` of a text, but in none of the first `n_given`: places
+/// Where tokens are resampled in windows of `n_ctx` that begin at `starts` of a text, but in none of the first `n_given`: places
 /// in the windows put together, and in the text the token that each is predicted from.
-pub(super) fn places(
+pub(in crate::pipeline) fn places(
     starts: &[usize],
     n_given: usize,
     n_ctx: usize,
@@ -67,7 +100,7 @@ pub(super) fn places(
 
 /// Draws the tokens of `text` at `places` anew, each from what `head` predicts from the row of `stream` `[n_tokens, n_embd]` that
 /// is named beside it.
-pub(super) fn redraw(
+pub(in crate::pipeline) fn resample(
     forward: &mut Forward,
     head: &Head,
     text: &mut [Token],

@@ -6,22 +6,26 @@
 //! small. That norms and biases alone win back much of what pruning costs was found in PERP, arXiv 2312.15230.
 //!
 //! All that came before is fitted to the same text. So only half of the windows are gone over as they are: in the others
-//! some tokens are drawn anew, each time others, from what the dense model predicts for their places, and the dense model
+//! some tokens are resampled, each time others, from what the dense model predicts for their places, and the dense model
 //! reads the same.
 
-use super::judge::{self, Judge, Loss};
-use super::sequential::Streams;
-use super::stream::planned_stream;
-use super::twins::{places, redraw};
-use super::{Plan, PruneError, Run, forward};
+use super::resample::{places, resample};
+use super::{Stage, Streams};
 use crate::calibrate::Windows;
-use crate::forward::{BlockGradient, Forward, ForwardError, Head, MAX_GRADIENT_CTX, OnTheWay};
+use crate::forward::{BlockGradient, Forward, ForwardError, Head, MAX_GRADIENT_CTX, OnTheWay, whole_windows};
 use crate::ggml::Token;
+use crate::gguf::Value;
 use crate::model::BlockVector;
+use crate::pipeline::forecast::{BASE_BYTES, StageForecast, Work};
+use crate::pipeline::prediction_loss::{self, Loss, PredictionLoss};
+use crate::pipeline::run::Run;
+use crate::pipeline::stream::planned_stream;
+use crate::pipeline::{Plan, PruneError, forward};
 use rand::SeedableRng;
 use rand::seq::SliceRandom;
 use rand_chacha::ChaCha8Rng;
 use std::f32::consts::PI;
+use std::sync::Arc;
 
 /// Decay of the running means of gradients and of their squares (Adam, arXiv 1412.6980); the second shorter than
 /// usual, for there are few steps.
@@ -80,7 +84,7 @@ struct Lessons<'a> {
 }
 
 impl Lessons<'_> {
-    /// The windows numbered `batch`, in the second half of them the share `drawn` of the tokens drawn anew; and what is known of
+    /// The windows numbered `batch`, in the second half of them the share `drawn` of the tokens resampled; and what is known of
     /// the dense model's last stream of them, from the first token on.
     fn text(&mut self, batch: &[usize], drawn: f64) -> Result<(Vec<Token>, Vec<f32>), ForwardError> {
         let (n_ctx, n_embd) = (self.forward.n_ctx(), self.forward.n_embd());
@@ -89,7 +93,7 @@ impl Lessons<'_> {
             starts.iter().flat_map(|&at| &self.windows.tokens[at..][..n_ctx]).copied().collect();
         let n_given = batch.len().div_ceil(2);
         let places = places(&starts, n_given, n_ctx, drawn, &mut self.rng);
-        redraw(&mut self.forward, &self.dense, &mut text, &places, self.stream, &mut self.rng)?;
+        resample(&mut self.forward, &self.dense, &mut text, &places, self.stream, &mut self.rng)?;
         // In a cut window the dense model sees less than it saw.
         let known = starts[..if n_ctx < self.windows.n_ctx { 0 } else { n_given }].iter();
         let known = known.flat_map(|at| &self.stream[at * n_embd..][..n_ctx * n_embd]).copied().collect();
@@ -97,22 +101,82 @@ impl Lessons<'_> {
     }
 }
 
+/// Adjusts norms and biases on the whole model.
+pub(in crate::pipeline) struct Tune;
+
+impl Stage for Tune {
+    fn forecast(&self, w: &Work) -> Vec<StageForecast> {
+        vec![forecast_preparing(w), forecast_tuning(w)]
+    }
+
+    fn run(&self, run: &mut Run) -> Result<(), PruneError> {
+        let Some(mut streams) = run.streams.take() else { return Ok(()) };
+        let tuned = run.tune(&mut streams)?;
+        run.streams = Some(streams);
+        let passes = if tuned { run.settings.tune } else { 0 };
+        run.provenance.push(("tune", Value::U32(passes as u32)));
+        Ok(())
+    }
+}
+
+fn forecast_preparing(w: &Work) -> StageForecast {
+    let operations = w.judge_ops(w.n_held_out(), 1.0);
+    let streams = w.stream_bytes(w.n_embd() * 2.0 * w.n_all());
+    StageForecast {
+        name: "tune, preparing",
+        operations: if w.s.tune > 0 { operations } else { 0.0 },
+        algebra: 0.0,
+        memory: BASE_BYTES + streams + w.new_bytes() + w.scratch_bytes() + w.predicting_bytes(),
+        on_devices: w.kept_graph_bytes() + w.predicting_bytes(),
+    }
+}
+
+fn forecast_tuning(w: &Work) -> StageForecast {
+    let (n_ctx, n) = w.lessons();
+    let (pruned, n_held_out) = (w.pruned(), w.n_held_out());
+    // Half of the windows are read again, with tokens resampled; all, where they are cut.
+    let read = if n_ctx == w.c.n_ctx { n / 2.0 } else { n };
+    let step = n.min(whole_windows(w.s.tune_tokens, n_ctx) as f64);
+    let pass = w.model_ops(&w.whole(), read, n_ctx)
+        + w.logit_ops(w.n_vocab(), w.s.tune_resample_share * n / 2.0)
+        + w.model_ops(&pruned, n, n_ctx)
+        + pruned.iter().map(|b| w.gradient_ops(*b, n, n_ctx)).sum::<f64>()
+        + w.loss_ops(n, step, 3.0);
+    let held_out = w.model_ops(&pruned, n_held_out, w.c.n_ctx)
+        + w.logit_ops(2.0 * w.n_vocab() + w.known(n_held_out), n_held_out);
+    let streams = w.stream_bytes(w.n_embd() * (w.n_layer() * step + 2.0 * w.n_all()));
+    StageForecast {
+        name: "tune",
+        operations: if w.s.tune > 0 { w.s.tune as f64 * pass + held_out } else { 0.0 },
+        algebra: 0.0,
+        memory: BASE_BYTES
+            + streams
+            + w.new_bytes()
+            // At the end predictions before and after are compared.
+            + w.back_bytes(n_ctx, step).max(w.predicting_bytes() + w.logits_bytes())
+            + w.scratch_bytes().max(w.logits_bytes()),
+        on_devices: w.back_bytes(n_ctx, step) + w.kept_graph_bytes(),
+    }
+}
+
 impl Run<'_> {
-    /// Moves norms and biases to where predictions on the fitted windows, some of whose tokens are drawn anew, are closer
+    /// Moves norms and biases to where predictions on the fitted windows, some of whose tokens are resampled, are closer
     /// to the dense model's. `streams` are those behind the last block; the pruned one of the held-out windows is brought
     /// up to date. If they are no better off, everything stays as it was. Returns whether anything moved.
-    pub(super) fn tune(&mut self, streams: &mut Streams) -> Result<bool, PruneError> {
+    fn tune(&mut self, streams: &mut Streams) -> Result<bool, PruneError> {
         if self.settings.tune == 0 {
             return Ok(false);
         }
         self.observer.stage("tune, preparing", 1);
-        let held_out = self.fitted.n_fit..self.fitted.n_windows();
+        let fitted = Arc::clone(&self.fitted);
+        let held_out = fitted.n_fit..fitted.n_windows();
         let span = self.forward.span(&held_out);
-        let tokens = self.fitted.tokens_of(held_out);
+        let tokens = fitted.tokens_of(held_out);
         let dense = &streams.dense[span.clone()];
         let (model, reference) = (self.model, self.reference);
         // It reads a whole head, and is done with it before the lessons need theirs.
-        let judge = Judge::new(&mut self.forward, model, reference, tokens, dense, Loss::Divergence)?;
+        let judge =
+            PredictionLoss::new(&mut self.forward, model, reference, tokens, dense, Loss::Divergence)?;
         let mut lessons = self.lessons(self.windows, &streams.dense)?;
         let n_windows = lessons.starts.len();
         let per_step = (self.settings.tune_tokens / lessons.forward.n_ctx()).clamp(1, n_windows);
@@ -151,7 +215,7 @@ impl Run<'_> {
     }
 
     /// The fitted ones of `windows`, or some of them, spread evenly; `stream` is the dense model's last one, that of
-    /// these windows first, as twins are behind them.
+    /// these windows first, as resampled copies are behind them.
     fn lessons<'w>(&self, windows: &'w Windows, stream: &'w [f32]) -> Result<Lessons<'w>, PruneError> {
         let (w, s) = (windows, self.settings);
         let parts = w.n_ctx.div_ceil(MAX_GRADIENT_CTX);
@@ -175,7 +239,7 @@ impl Run<'_> {
         rate: f32,
         n: usize,
     ) -> Result<(), PruneError> {
-        let (tokens, mut target) = lessons.text(batch, self.settings.tune_drawn)?;
+        let (tokens, mut target) = lessons.text(batch, self.settings.tune_resample_share)?;
         let Lessons { forward, dense, .. } = lessons;
         let unknown = &tokens[target.len() / forward.n_embd()..];
         if !unknown.is_empty() {
@@ -184,16 +248,16 @@ impl Run<'_> {
         }
         let mut inputs = Vec::with_capacity(state.len());
         let keep = |x| {
-            inputs.push(self.settings.shelf.put(x)?);
+            inputs.push(self.settings.spill.put(x)?);
             Ok(())
         };
         let last = planned_stream(forward, self.model, &self.plan, &tokens, &*self.observer, keep)?;
-        let (_, likely) = judge::likely(forward, dense, &target)?;
+        let (_, likely) = prediction_loss::likely(forward, dense, &target)?;
         let (own, base) = self.output_heads(|model| forward.head_of(model, &likely))?;
         let mut grad = forward.divergence_gradient(&own, base.as_ref(), &last, &target)?;
         drop((own, base, last, target));
         for ((il, vectors), x) in state.iter_mut().enumerate().zip(inputs).rev() {
-            self.checkpoint()?;
+            self.check_interrupted()?;
             let block = forward.upload(&self.plan.block(self.model, il)?)?;
             let mut gradient = BlockGradient::default();
             let found = OnTheWay { vectors: Some(&mut gradient), ..OnTheWay::default() };

@@ -1,37 +1,117 @@
 //! Widths per block, from what each block loses as it narrows.
 
-use super::sensitivity::Sensitivity;
-use super::sequential::at_block;
-use super::stream::embedded;
-use super::{
-    PruneError, Run, Settings, equally_narrowed, forward, neurons_for_target, neurons_to_remove, token_scales,
-};
-use crate::forward::{Collect, Wanted};
+use super::blocks::at_block;
+use super::{Sensitivity, Stage};
+use crate::forward::{BlockOutputs, Collect};
 use crate::model::{BlockWeights, Matrix};
 use crate::numeric::Moments;
-use crate::prune::{self, Budget, Curve, Inverse, Singular};
-use crate::spill::Array;
+use crate::pipeline::forecast::{BASE_BYTES, Sizes, StageForecast, Work, inverse_ops, removal_ops};
+use crate::pipeline::run::Run;
+use crate::pipeline::stream::embedded;
+use crate::pipeline::{
+    PruneError, Record, Settings, equal_widths, equally_narrowed, forward, neurons_for_target,
+    neurons_to_remove, token_scales,
+};
+use crate::prune::{self, Curve, Inverse, Singular};
+use crate::spill::SpillVec;
 
 /// The least divergence in nats that is told from none.
 const MIN_DIVERGENCE: f64 = 1e-9;
 
 /// Windows that the curves are measured on, of `n_fit` to fit on: half of them at most, for what narrowing costs is
 /// measured on others.
-pub(super) fn n_windows(s: &Settings, n_ctx: usize, n_fit: usize) -> usize {
+pub(in crate::pipeline) fn n_windows(s: &Settings, n_ctx: usize, n_fit: usize) -> usize {
     s.curve_tokens.div_ceil(n_ctx).clamp(1, n_fit.div_ceil(2))
 }
 
+/// Name of the record that widths are kept under.
+pub(super) const RECORD: &str = "widths";
+
+/// Chooses a width per layer such that the sparsity or target is reached, by what each block loses as it narrows.
+pub(in crate::pipeline) struct LossCurveWidths;
+
+impl Stage for LossCurveWidths {
+    fn forecast(&self, w: &Work) -> Vec<StageForecast> {
+        let n_ctx = w.c.n_ctx;
+        let (probe_ctx, n_probe) = w.probes();
+        let n = (n_windows(w.s, n_ctx, w.c.n_fit) * n_ctx) as f64;
+        let (mut operations, mut algebra) = (0.0, 0.0);
+        for (il, b) in w.headless().into_iter().enumerate() {
+            let narrowed = Sizes { ff: b.ff * (1.0 - w.s.sparsity), ..b };
+            operations += w.block_ops(il, b, n, n_ctx) + w.moment_ops(b.ff, 0.0, n);
+            operations += w.block_ops(il, b, n_probe, probe_ctx);
+            operations += w.block_ops(il, narrowed, n_probe, probe_ctx);
+            algebra += inverse_ops(b.ff) + removal_ops(b.ff, 0.0, 2.0 * w.n_embd());
+        }
+        let streams = w.stream_bytes(n * w.n_embd()) + w.sensitivity_bytes();
+        let probes = 3.0 * 4.0 * n_probe * w.n_embd();
+        let sums = w.sums_bytes(w.max_ff(), 0.0);
+        let moments = 4.0 * w.max_ff().powi(2);
+        let collecting = w.block_bytes() + moments + w.moment_graph_bytes(n_ctx, n) + sums;
+        let probing = w.block_bytes() + w.graph_bytes(probe_ctx, n_probe);
+        // Of an inverse that is made beside its factor, half is never touched. Graphs keep what they needed.
+        let graphs = w.moment_graph_bytes(n_ctx, n);
+        let choosing = w.block_bytes() + w.choosing_bytes(0.0, false, 6.0) + graphs;
+        vec![StageForecast {
+            name: "widths",
+            operations: if w.s.per_block_widths { operations } else { 0.0 },
+            algebra,
+            memory: BASE_BYTES + streams + probes + collecting.max(choosing).max(moments + probing + sums),
+            on_devices: w.kept_graph_bytes() + probing.max(w.block_bytes() + sums),
+        }]
+    }
+
+    fn records(&self, _: usize) -> Vec<String> {
+        vec![RECORD.into()]
+    }
+
+    fn run(&self, run: &mut Run) -> Result<(), PruneError> {
+        run.widths = match run.kept_widths()? {
+            Some(widths) => widths,
+            None => {
+                let sensitivity = run.sensitivity.take();
+                let chosen = run.choose_widths(sensitivity.as_ref());
+                run.sensitivity = sensitivity;
+                chosen?
+            }
+        };
+        let record = Record::default().with_numbers("widths", run.widths.iter().copied());
+        Ok(run.checkpoint.save(RECORD, record)?)
+    }
+}
+
+/// Uniform widths, before it is known which attention groups are removed.
+pub(in crate::pipeline) struct UniformWidths;
+
+impl Stage for UniformWidths {
+    fn forecast(&self, _: &Work) -> Vec<StageForecast> {
+        Vec::new()
+    }
+
+    fn run(&self, run: &mut Run) -> Result<(), PruneError> {
+        run.widths = equal_widths(run.model, &run.budgets, run.settings, run.n_groups)?;
+        Ok(())
+    }
+}
+
 impl Run<'_> {
-    /// Width per block such that the sparsity is reached, or the target.
-    pub(super) fn choose_widths(
-        &mut self,
-        budgets: &[Budget],
-        attention_removed: usize,
-        sensitivity: Option<&Sensitivity>,
-    ) -> Result<Vec<usize>, PruneError> {
+    /// The widths of an earlier run.
+    fn kept_widths(&mut self) -> Result<Option<Vec<usize>>, PruneError> {
+        let Some(record) = self.checkpoint.load(RECORD)? else { return Ok(None) };
+        let (shapes, unit) = (&self.model.hparams.blocks, self.settings.ffn_unit(self.model));
+        let fits = |widths: &Vec<usize>| {
+            widths.len() == shapes.len()
+                && widths.iter().zip(shapes).all(|(&w, s)| w > 0 && w <= s.n_units(unit))
+        };
+        let widths = record.numbers("widths").filter(fits);
+        Ok(Some(widths.ok_or_else(|| self.checkpoint.damaged(RECORD, "widths"))?))
+    }
+
+    fn choose_widths(&mut self, sensitivity: Option<&Sensitivity>) -> Result<Vec<usize>, PruneError> {
+        let attention_removed = self.plan.attention_params_removed(&self.budgets);
         let by_loss = sensitivity.filter(|_| self.settings.per_block_widths);
-        let curves = by_loss.map(|s| self.loss_curves(budgets, s)).transpose()?;
-        let (model, s) = (self.model, self.settings);
+        let curves = by_loss.map(|s| self.loss_curves(s)).transpose()?;
+        let (model, s, budgets) = (self.model, self.settings, &self.budgets);
         let narrowed = |n_remove: usize| match &curves {
             Some(curves) => prune::allocate(curves, n_remove),
             None => equally_narrowed(model, budgets, s, n_remove),
@@ -57,11 +137,8 @@ impl Run<'_> {
     /// Loss curves of all blocks, on the model with its groups removed and its feed-forwards whole. A block's
     /// loss is that of its own output; what the model's predictions lose (in nats of KL divergence) where this block alone is
     /// narrowed, by the curvature, makes the losses of different blocks comparable.
-    fn loss_curves(
-        &mut self,
-        budgets: &[Budget],
-        sensitivity: &Sensitivity,
-    ) -> Result<Vec<Curve>, PruneError> {
+    fn loss_curves(&mut self, sensitivity: &Sensitivity) -> Result<Vec<Curve>, PruneError> {
+        let budgets = self.budgets.clone();
         let (n_windows, mut stream) = self.few_windows()?;
         let mut probe = forward(self.model, sensitivity.n_ctx, self.settings)?;
         let mut base = probe.embed(self.model, &sensitivity.tokens)?;
@@ -69,7 +146,7 @@ impl Run<'_> {
         let mut curves: Vec<Curve> = Vec::with_capacity(budgets.len());
         self.observer.stage("widths", budgets.len());
         for (il, budget) in budgets.iter().enumerate() {
-            self.checkpoint()?;
+            self.check_interrupted()?;
             let w = self.plan.block(self.model, il)?;
             let moments = self.moments_of_neurons(&w, n_windows, &mut stream)?;
             probe.stream(&probe.upload(&w)?, &base, &mut next)?;
@@ -94,39 +171,44 @@ impl Run<'_> {
     }
 
     /// How many windows blocks are narrowed on before all tokens are looked at, and the stream before the first block of them.
-    pub(super) fn few_windows(&self) -> Result<(usize, Array<f32>), PruneError> {
+    pub(in crate::pipeline) fn few_windows(&self) -> Result<(usize, SpillVec<f32>), PruneError> {
         let (s, n_ctx) = (self.settings, self.windows.n_ctx);
         let n_windows = n_windows(s, n_ctx, self.windows.n_fit);
         let tokens = self.windows.sample(n_windows * n_ctx, n_ctx);
-        Ok((n_windows, embedded(&self.forward, self.model, &tokens, &s.shelf)?))
+        Ok((n_windows, embedded(&self.forward, self.model, &tokens, &s.spill)?))
     }
 
     /// The inverse that neurons of block `il` are chosen by on few windows. Its ridge is that of the fit to come, which sees all
     /// tokens.
-    pub(super) fn inverse_of(&self, il: usize, moments: &Moments) -> Result<Inverse, PruneError> {
+    pub(in crate::pipeline) fn inverse_of(
+        &self,
+        il: usize,
+        moments: &Moments,
+    ) -> Result<Inverse, PruneError> {
         let n_fitted = self.windows.n_fit * self.windows.n_ctx;
         let ridge = self.settings.ridge_of_neurons(moments.gram.n(), n_fitted);
         Inverse::new(&moments.gram, ridge).map_err(|e| at_block(il, "ffn_down")(e.into()))
     }
 
     /// Moments at ffn_down of the block `w` over `stream`, of `n_windows`, which moves on to the stream behind the block.
-    pub(super) fn moments_of_neurons(
+    pub(in crate::pipeline) fn moments_of_neurons(
         &mut self,
         w: &BlockWeights,
         n_windows: usize,
-        stream: &mut Array<f32>,
+        stream: &mut SpillVec<f32>,
     ) -> Result<Moments, PruneError> {
         let block = self.forward.upload(w)?;
         let mut moments = self.forward.gathering(&block, w.shape.n_ff, 0)?;
         for chunk in self.forward.chunks(0..n_windows) {
             let span = self.forward.span(&chunk);
             let x = &stream[span.clone()];
-            let heads = self.forward.heads(&block, x, None)?;
+            let attn_out_input = self.forward.attn_out_input(&block, x, None)?;
             let mut out = vec![0.0; x.len()];
             let scales = token_scales(x, self.forward.n_embd(), self.settings.token_weight);
             let collect = Collect { target: None, scales: &scales, into: &mut moments };
-            let wanted = Wanted { out: Some(&mut out), moments: Some(collect), ..Wanted::default() };
-            self.forward.from_heads(&block, x, &heads, wanted)?;
+            let wanted =
+                BlockOutputs { out: Some(&mut out), moments: Some(collect), ..BlockOutputs::default() };
+            self.forward.from_attn_out_input(&block, x, &attn_out_input, wanted)?;
             stream[span].copy_from_slice(&out);
         }
         let mut moments = moments.finish();
@@ -137,7 +219,7 @@ impl Run<'_> {
     }
 
     /// Block `w` with the neurons `kept` and the map `weights` on them.
-    pub(super) fn narrowed(
+    pub(in crate::pipeline) fn narrowed(
         &self,
         mut w: BlockWeights,
         kept: Vec<usize>,
@@ -146,7 +228,7 @@ impl Run<'_> {
     ) -> BlockWeights {
         let maps = [&w.ffn_down, &weights];
         w.ffn_down_bias = self.adapted_bias(w.ffn_down_bias.clone(), maps, &kept, m, 0.0);
-        w.keep_pieces(&[], &kept);
+        w.keep_units(&[], &kept);
         w.ffn_down = weights;
         w
     }

@@ -1,14 +1,13 @@
 //! What a run will need, from shapes alone: operations and memory of every stage.
 //!
-//! Counts follow the passes as they are written in `pipeline`; tests hold them against what graphs count. What depends
+//! Each stage counts its own, beside its code in `stages/`; here is what they count with. Tests hold the counts against what graphs count. What depends
 //! on the weights is taken at its usual size: how often candidates are scored, and how many tokens are likely
 //! somewhere.
 
-mod stages;
-
+use super::stages::probes;
 use super::{
-    Method, NewMatrices, Settings, budgets, curves, equal_widths, even_shapes, file_size, groups_to_remove,
-    new_matrices, sensitivity, within_family,
+    NewMatrices, Settings, budgets, equal_widths, even_shapes, file_size, groups_to_remove, new_matrices,
+    within_family,
 };
 use crate::calibrate::Windows;
 use crate::forward::{
@@ -16,9 +15,12 @@ use crate::forward::{
     whole_windows,
 };
 use crate::ggml::Type;
-use crate::model::{BlockShape, BlockTensors, Family, KvCache, Model, Piece, Segment};
+use crate::model::{BlockShape, BlockTensors, Family, FfnUnit, KvCache, Model, Segment};
 use crate::prune::{self, BudgetError};
 use crate::requant::output_type;
+
+/// What the process takes besides arrays, and what the allocator does not give back between them.
+pub(super) const BASE_BYTES: f64 = 150e6;
 
 /// Calibration windows: tokens per window, windows to fit on, windows held out.
 #[derive(Clone, Copy, Debug)]
@@ -53,7 +55,7 @@ pub struct Forecast {
     /// The keys and values that llama.cpp keeps with it.
     pub kv_cache: KvCache,
     /// Its architecture, most likely.
-    pub carrier: Family,
+    pub output_arch: Family,
     /// The types of the matrices that get new values.
     pub new_matrices: Vec<NewMatrices>,
     /// In the order in which they run.
@@ -100,25 +102,12 @@ pub fn forecast(model: &Model, c: &Calibration, settings: &Settings) -> Result<F
     let all_groups: usize = budgets.iter().map(|b| b.n_groups).sum();
     let kept = if all_groups > 0 { 1.0 - n_groups as f64 / all_groups as f64 } else { 1.0 };
     let total: usize = budgets.iter().map(prune::Budget::params).sum();
-    let pieces: usize = budgets.iter().zip(&widths).map(|(b, w)| b.n_pieces - w).sum();
-    let removed = n_groups * prune::smallest_group(&budgets) + pieces * budgets[0].piece_params;
-    let (shapes, carriers) = (even_shapes(model, settings)?, s.carriers(model));
+    let units: usize = budgets.iter().zip(&widths).map(|(b, w)| b.n_units - w).sum();
+    let removed = n_groups * prune::smallest_group(&budgets) + units * budgets[0].unit_params;
+    let (shapes, output_archs) = (even_shapes(model, settings)?, s.output_archs(model));
     let size = file_size(model, s, &shapes);
-    let w = Work { model, c: *c, s, kept, widths: &widths };
-    let stages = match s.method {
-        Method::Putri => vec![
-            w.first_look(),
-            w.heads(n_groups),
-            w.sensitivity(),
-            w.widths(),
-            w.choice(),
-            w.twins(),
-            w.blocks(),
-            w.prepare_tuning(),
-            w.tune(),
-        ],
-        Method::Paper | Method::TwoStage => vec![w.blocks()],
-    };
+    let w = Work { model, c: *c, s, kept, n_groups_removed: n_groups, widths: &widths };
+    let stages = s.method.stages().into_iter().flat_map(|stage| stage.forecast(&w));
     Ok(Forecast {
         n_groups,
         mean_width: widths.iter().sum::<usize>() as f64 / widths.len() as f64,
@@ -127,73 +116,78 @@ pub fn forecast(model: &Model, c: &Calibration, settings: &Settings) -> Result<F
         params: size.params,
         kv_cache: size.kv_cache,
         // Widths of their own are hardly ever all the same.
-        carrier: carriers.per_block.filter(|_| s.per_block_widths).unwrap_or_else(|| carriers.of(&shapes)),
+        output_arch: output_archs
+            .per_block
+            .filter(|_| s.per_block_widths)
+            .unwrap_or_else(|| output_archs.of(&shapes)),
         new_matrices: new_matrices(model, s, &shapes),
         // Those that do run.
-        stages: stages.into_iter().filter(|s| s.operations > 0.0).collect(),
+        stages: stages.filter(|s| s.operations > 0.0).collect(),
     })
 }
 
 /// Sizes of one block, as far as work depends on them. Whole numbers but for means over blocks.
 #[derive(Clone, Copy)]
-struct Sizes {
+pub(super) struct Sizes {
     /// Width of all query heads, and of all key heads.
-    q: f64,
-    kv: f64,
+    pub(super) q: f64,
+    pub(super) kv: f64,
     /// Neurons that a token passes through.
-    ff: f64,
+    pub(super) ff: f64,
     /// Neurons that there are.
-    held: f64,
+    pub(super) held: f64,
     /// Neurons of a feed-forward that is refitted.
-    refitted: f64,
+    pub(super) refitted: f64,
     /// Experts that a router knows.
-    router: f64,
+    pub(super) router: f64,
 }
 
-struct Work<'a> {
-    model: &'a Model,
-    c: Calibration,
-    s: &'a Settings,
+pub(super) struct Work<'a> {
+    pub(super) model: &'a Model,
+    pub(super) c: Calibration,
+    pub(super) s: &'a Settings,
     /// Share of the attention that stays, in all blocks alike.
-    kept: f64,
-    widths: &'a [usize],
+    pub(super) kept: f64,
+    /// Attention groups that are removed.
+    pub(super) n_groups_removed: usize,
+    pub(super) widths: &'a [usize],
 }
 
 impl Work<'_> {
-    fn n_embd(&self) -> f64 {
+    pub(super) fn n_embd(&self) -> f64 {
         self.model.hparams.n_embd as f64
     }
 
-    fn n_vocab(&self) -> f64 {
+    pub(super) fn n_vocab(&self) -> f64 {
         self.model.hparams.n_vocab as f64
     }
 
-    fn ffn_matrices(&self) -> f64 {
+    pub(super) fn ffn_matrices(&self) -> f64 {
         self.model.hparams.ffn_matrices() as f64
     }
 
-    fn n_layer(&self) -> f64 {
+    pub(super) fn n_layer(&self) -> f64 {
         self.model.hparams.n_layer() as f64
     }
 
-    fn n_all(&self) -> f64 {
+    pub(super) fn n_all(&self) -> f64 {
         self.n_fitted() + self.n_held_out()
     }
 
-    /// Tokens that blocks are fitted to, of twins, too.
-    fn n_fitted(&self) -> f64 {
+    /// Tokens that blocks are fitted to, of resampled copies, too.
+    pub(super) fn n_fitted(&self) -> f64 {
         self.n_fit() * self.s.copies() as f64
     }
 
-    fn n_fit(&self) -> f64 {
+    pub(super) fn n_fit(&self) -> f64 {
         (self.c.n_fit * self.c.n_ctx) as f64
     }
 
-    fn n_held_out(&self) -> f64 {
+    pub(super) fn n_held_out(&self) -> f64 {
         (self.c.n_held_out * self.c.n_ctx) as f64
     }
 
-    fn sizes(&self, b: &BlockShape, kept: f64) -> Sizes {
+    pub(super) fn sizes(&self, b: &BlockShape, kept: f64) -> Sizes {
         let d = self.model.hparams.head_dim as f64 * kept;
         let (ff, held) = match self.model.hparams.experts {
             None => (b.n_ff, b.n_ff),
@@ -205,44 +199,44 @@ impl Work<'_> {
             ff: ff as f64,
             held: held as f64,
             // One at a time.
-            refitted: if self.s.piece(self.model) == Piece::Neuron { b.n_ff as f64 } else { 0.0 },
+            refitted: if self.s.ffn_unit(self.model) == FfnUnit::Neuron { b.n_ff as f64 } else { 0.0 },
             router: b.n_expert as f64,
         }
     }
 
     /// Experts that a token uses, and that there are.
-    fn experts(&self) -> Option<[f64; 2]> {
+    pub(super) fn experts(&self) -> Option<[f64; 2]> {
         let h = &self.model.hparams;
         h.experts.map(|e| [e.n_used as f64, h.blocks[0].n_expert as f64])
     }
 
     /// Every block whole, with fewer heads, and narrowed as well.
-    fn whole(&self) -> Vec<Sizes> {
+    pub(super) fn whole(&self) -> Vec<Sizes> {
         self.model.hparams.blocks.iter().map(|b| self.sizes(b, 1.0)).collect()
     }
 
-    fn headless(&self) -> Vec<Sizes> {
+    pub(super) fn headless(&self) -> Vec<Sizes> {
         self.model.hparams.blocks.iter().map(|b| self.sizes(b, self.kept)).collect()
     }
 
-    fn pruned(&self) -> Vec<Sizes> {
+    pub(super) fn pruned(&self) -> Vec<Sizes> {
         let blocks = self.model.hparams.blocks.iter().zip(self.widths);
-        let piece = self.s.piece(self.model);
-        blocks.map(|(b, &w)| self.sizes(&b.with_pieces(piece, w), self.kept)).collect()
+        let ffn_unit = self.s.ffn_unit(self.model);
+        blocks.map(|(b, &w)| self.sizes(&b.with_units(ffn_unit, w), self.kept)).collect()
     }
 
     /// Tokens that `Windows::sample` gives.
-    fn sampled(&self, n_tokens: usize, n_ctx: usize) -> f64 {
+    pub(super) fn sampled(&self, n_tokens: usize, n_ctx: usize) -> f64 {
         (n_tokens.div_ceil(n_ctx).clamp(1, self.c.n_fit) * n_ctx) as f64
     }
 
     /// Tokens that are likely at one of `n` positions, about.
-    fn known(&self, n: f64) -> f64 {
+    pub(super) fn known(&self, n: f64) -> f64 {
         (200.0 * n.sqrt()).min(self.n_vocab())
     }
 
     /// Up to the input of attn_output.
-    fn heads_ops(&self, il: usize, b: Sizes, n_tokens: f64, n_ctx: usize) -> f64 {
+    pub(super) fn heads_ops(&self, il: usize, b: Sizes, n_tokens: f64, n_ctx: usize) -> f64 {
         let slides = self.model.hparams.slides(il);
         let n_swa = self.model.hparams.sliding.as_ref().filter(|_| slides).map_or(n_ctx, |s| s.n_swa);
         let slice = query_slice(n_ctx);
@@ -257,20 +251,20 @@ impl Work<'_> {
     }
 
     /// attn_output and the feed-forward.
-    fn rest_ops(&self, b: Sizes, n_tokens: f64) -> f64 {
+    pub(super) fn rest_ops(&self, b: Sizes, n_tokens: f64) -> f64 {
         2.0 * n_tokens * self.n_embd() * (b.q + self.ffn_matrices() * b.ff + b.router)
     }
 
-    fn block_ops(&self, il: usize, b: Sizes, n_tokens: f64, n_ctx: usize) -> f64 {
+    pub(super) fn block_ops(&self, il: usize, b: Sizes, n_tokens: f64, n_ctx: usize) -> f64 {
         self.heads_ops(il, b, n_tokens, n_ctx) + self.rest_ops(b, n_tokens)
     }
 
-    fn model_ops(&self, blocks: &[Sizes], n_tokens: f64, n_ctx: usize) -> f64 {
+    pub(super) fn model_ops(&self, blocks: &[Sizes], n_tokens: f64, n_ctx: usize) -> f64 {
         blocks.iter().enumerate().map(|(il, b)| self.block_ops(il, *b, n_tokens, n_ctx)).sum()
     }
 
     /// Back through a block, the forward pass included.
-    fn gradient_ops(&self, b: Sizes, n_tokens: f64, n_ctx: usize) -> f64 {
+    pub(super) fn gradient_ops(&self, b: Sizes, n_tokens: f64, n_ctx: usize) -> f64 {
         // Forward, ffn_down is only needed where a norm follows it, and attn_output then once more.
         let maps = if self.model.hparams.family.traits().post_norms { b.q + b.ff } else { 0.0 };
         let ffn = 2.0 * self.ffn_matrices() - 1.0;
@@ -278,27 +272,27 @@ impl Work<'_> {
         n_tokens * (2.0 * self.n_embd() * matrices + 12.0 * b.q * n_ctx as f64)
     }
 
-    fn logit_ops(&self, n_vocab: f64, n_tokens: f64) -> f64 {
+    pub(super) fn logit_ops(&self, n_vocab: f64, n_tokens: f64) -> f64 {
         2.0 * self.n_embd() * n_vocab * n_tokens
     }
 
     /// Moments of `n` inputs and `m` residuals.
-    fn moment_ops(&self, n: f64, m: f64, n_tokens: f64) -> f64 {
+    pub(super) fn moment_ops(&self, n: f64, m: f64, n_tokens: f64) -> f64 {
         2.0 * n_tokens * moment_products(n.round() as usize, m as usize) as f64
     }
 
     /// A judge of `n_tokens` positions, and `n_losses` losses by it.
-    fn judge_ops(&self, n_tokens: f64, n_losses: f64) -> f64 {
+    pub(super) fn judge_ops(&self, n_tokens: f64, n_losses: f64) -> f64 {
         self.loss_ops(n_tokens, n_tokens, 1.0 + n_losses)
     }
 
     /// Logits of `n_tokens` positions, and products like them, `n_products` a token, for what is likely in batches of `batch`.
-    fn loss_ops(&self, n_tokens: f64, batch: f64, n_products: f64) -> f64 {
+    pub(super) fn loss_ops(&self, n_tokens: f64, batch: f64, n_products: f64) -> f64 {
         self.logit_ops(self.n_vocab() + n_products * self.known(batch), n_tokens)
     }
 
     /// Bytes of the largest block in floats.
-    fn block_bytes(&self) -> f64 {
+    pub(super) fn block_bytes(&self) -> f64 {
         let bytes = |b: &Sizes| {
             4.0 * self.n_embd() * (2.0 * b.q + 2.0 * b.kv + self.ffn_matrices() * b.held + b.router)
         };
@@ -306,26 +300,26 @@ impl Work<'_> {
     }
 
     /// Neurons of the widest feed-forward that is refitted.
-    fn max_ff(&self) -> f64 {
+    pub(super) fn max_ff(&self) -> f64 {
         self.whole().iter().map(|b| b.refitted).fold(0.0, f64::max)
     }
 
-    fn max_q(&self) -> f64 {
+    pub(super) fn max_q(&self) -> f64 {
         self.whole().iter().map(|b| b.q).fold(0.0, f64::max)
     }
 
     /// Bytes of streams of `n` numbers.
-    fn stream_bytes(&self, n: f64) -> f64 {
-        if self.s.shelf.is_memory() { 4.0 * n } else { 0.0 }
+    pub(super) fn stream_bytes(&self, n: f64) -> f64 {
+        if self.s.spill.is_memory() { 4.0 * n } else { 0.0 }
     }
 
     /// Tokens in one graph.
-    fn chunk(&self, n_ctx: usize, n_tokens: f64) -> f64 {
+    pub(super) fn chunk(&self, n_ctx: usize, n_tokens: f64) -> f64 {
         n_tokens.min(whole_windows(self.s.chunk_tokens, n_ctx) as f64)
     }
 
     /// Bytes of the graph of a block: what is alive at its widest place.
-    fn graph_bytes(&self, n_ctx: usize, n_tokens: f64) -> f64 {
+    pub(super) fn graph_bytes(&self, n_ctx: usize, n_tokens: f64) -> f64 {
         let chunk = self.chunk(n_ctx, n_tokens);
         let slice = query_slice(n_ctx) as f64;
         let head_dim = self.model.hparams.head_dim as f64;
@@ -336,52 +330,52 @@ impl Work<'_> {
     }
 
     /// Residuals per token in moments at ffn_down, where blocks are refitted.
-    fn n_residuals(&self) -> f64 {
-        if self.s.method == Method::Putri { self.n_embd() } else { 0.0 }
+    pub(super) fn n_residuals(&self) -> f64 {
+        if self.s.method.refits_towards_dense() { self.n_embd() } else { 0.0 }
     }
 
     /// Bytes of the sums of products that moments of `n` inputs and `n_out` residuals are made of.
-    fn sums_bytes(&self, n: f64, n_out: f64) -> f64 {
+    pub(super) fn sums_bytes(&self, n: f64, n_out: f64) -> f64 {
         4.0 * moment_products(n as usize, n_out as usize) as f64
     }
 
     /// Bytes of the graph that makes moments, without its sums.
-    fn moment_graph_bytes(&self, n_ctx: usize, n_tokens: f64) -> f64 {
+    pub(super) fn moment_graph_bytes(&self, n_ctx: usize, n_tokens: f64) -> f64 {
         let inputs = self.chunk(n_ctx, n_tokens) * (self.max_ff().max(self.max_q()) + 2.0 * self.n_embd());
         self.graph_bytes(n_ctx, n_tokens) + 4.0 * inputs
     }
 
     /// Bytes that the forward pass over calibration windows keeps for its graphs, once it summed moments.
-    fn scratch_bytes(&self) -> f64 {
+    pub(super) fn scratch_bytes(&self) -> f64 {
         let sums = self.sums_bytes(self.max_ff(), self.n_residuals());
         self.moment_graph_bytes(self.c.n_ctx, self.n_fitted()) + sums
     }
 
     /// Those on devices: of the products one at a time, for each is added to a total.
-    fn kept_graph_bytes(&self) -> f64 {
+    pub(super) fn kept_graph_bytes(&self) -> f64 {
         let largest = |n: f64| largest_product(n as usize, self.n_residuals() as usize) as f64;
         let product = largest(self.max_ff()).max(largest(self.max_q()));
         self.moment_graph_bytes(self.c.n_ctx, self.n_fitted()) + 4.0 * product
     }
 
     /// Bytes of a whole output head in floats.
-    fn head_bytes(&self) -> f64 {
+    pub(super) fn head_bytes(&self) -> f64 {
         4.0 * self.n_embd() * self.n_vocab()
     }
 
     /// Bytes of the logits that are in memory at a time.
-    fn logits_bytes(&self) -> f64 {
+    pub(super) fn logits_bytes(&self) -> f64 {
         4.0 * LOGIT_ROWS as f64 * self.n_vocab()
     }
 
     /// Bytes of a whole output head, and of the graph of its logits.
-    fn predicting_bytes(&self) -> f64 {
+    pub(super) fn predicting_bytes(&self) -> f64 {
         self.head_bytes() + 2.0 * self.logits_bytes()
     }
 
     /// Bytes of moments and of choosing neurons on them, with the sums that a graph keeps. `squares` are those of factors
     /// and inverses, for each pair of inputs.
-    fn choosing_bytes(&self, n_out: f64, carried: bool, squares: f64) -> f64 {
+    pub(super) fn choosing_bytes(&self, n_out: f64, carried: bool, squares: f64) -> f64 {
         let n = self.max_ff();
         let gram = 4.0 * n * n + 8.0 * n * n_out;
         let maps = if carried { 2.0 } else { 1.0 };
@@ -389,35 +383,30 @@ impl Work<'_> {
         gram + obs + self.sums_bytes(n, n_out)
     }
 
-    fn n_groups(&self) -> f64 {
+    pub(super) fn n_groups(&self) -> f64 {
         self.model.hparams.blocks.iter().map(|b| b.n_head_kv as f64).sum()
     }
 
     /// Operations of samples of the curvature made into a form, and of a map of `n_ff` inputs under it.
-    fn metric_ops(&self, n_ff: f64) -> f64 {
+    pub(super) fn metric_ops(&self, n_ff: f64) -> f64 {
         let e = self.n_embd();
         2.0 * e * e * n_ff + e.powi(3) * 4.0 / 3.0
     }
 
-    /// Length of the windows that samples of the curvature are taken on, and how many tokens these have.
-    fn probes(&self) -> (usize, f64) {
-        let n_ctx = sensitivity::CTX.min(self.c.n_ctx);
-        let n_fit = self.c.n_fit;
-        let beside = n_fit - curves::n_windows(self.s, self.c.n_ctx, n_fit);
-        let n_windows =
-            self.s.sensitivity_tokens.div_ceil(n_ctx).clamp(1, if beside > 0 { beside } else { n_fit });
-        (n_ctx, (n_windows * n_ctx) as f64)
+    /// Tokens per window that samples of the curvature are taken on, and tokens of all these windows.
+    pub(super) fn probes(&self) -> (usize, f64) {
+        probes(self.s, &self.c)
     }
 
     /// Bytes of these samples.
-    fn sensitivity_bytes(&self) -> f64 {
-        let runs = self.s.sensitivity_tokens > 0 && self.s.method == Method::Putri;
+    pub(super) fn sensitivity_bytes(&self) -> f64 {
+        let runs = self.s.sensitivity_tokens > 0 && self.s.method.measures_sensitivity();
         if runs { self.stream_bytes(self.n_layer() * self.n_embd() * 0.5 * self.probes().1) } else { 0.0 }
     }
 
     /// Bytes while streams of `n_tokens` go through all blocks and gradients back, the head they begin at included. Graphs keep
     /// the largest of what they needed.
-    fn back_bytes(&self, n_ctx: usize, n_tokens: f64) -> f64 {
+    pub(super) fn back_bytes(&self, n_ctx: usize, n_tokens: f64) -> f64 {
         let n = self.chunk(n_ctx, whole_windows(GRADIENT_TOKENS, n_ctx) as f64);
         let head_dim = self.model.hparams.head_dim as f64;
         let scores = 4.0 * self.max_q() / head_dim * n_ctx as f64 * n;
@@ -431,7 +420,7 @@ impl Work<'_> {
     }
 
     /// Tokens per window that gradients go through, and how many tokens there are to learn from.
-    fn lessons(&self) -> (usize, f64) {
+    pub(super) fn lessons(&self) -> (usize, f64) {
         let parts = self.c.n_ctx.div_ceil(MAX_GRADIENT_CTX);
         let n_ctx = self.c.n_ctx / parts;
         let n = (self.s.tune_limit / n_ctx).clamp(1, self.c.n_fit * parts);
@@ -439,7 +428,7 @@ impl Work<'_> {
     }
 
     /// Encoded bytes of a block's attn_output and ffn_down as they will be written.
-    fn new_block_bytes(&self, b: Sizes, shape: &BlockShape, t: &BlockTensors) -> f64 {
+    pub(super) fn new_block_bytes(&self, b: Sizes, shape: &BlockShape, t: &BlockTensors) -> f64 {
         let encoded = |wanted: Option<Type>, old: &Segment, n_in: f64, step: usize| {
             let ty = output_type(wanted.unwrap_or(self.model.tensor(old).ty), step);
             n_in * self.n_embd() * ty.row_bytes(ty.block_size()) as f64 / ty.block_size() as f64
@@ -455,8 +444,8 @@ impl Work<'_> {
     }
 
     /// Those of all blocks, as far as they are in memory.
-    fn new_bytes(&self) -> f64 {
-        if !self.s.shelf.is_memory() {
+    pub(super) fn new_bytes(&self) -> f64 {
+        if !self.s.spill.is_memory() {
             return 0.0;
         }
         let blocks = self.model.hparams.blocks.iter().zip(&self.model.blocks);
@@ -465,12 +454,12 @@ impl Work<'_> {
 }
 
 /// Operations of a Cholesky factor of `n` rows and its inverse, in 32 bits, of which two count as one.
-fn inverse_ops(n: f64) -> f64 {
+pub(super) fn inverse_ops(n: f64) -> f64 {
     0.5 * n.powi(3)
 }
 
 /// Operations, counted likewise, of taking inputs out from `n` down to `end`, where maps of `n_out` outputs in all are gone
 /// through: the one that inputs are judged by twice, for lengths and for values.
-fn removal_ops(n: f64, end: f64, n_out: f64) -> f64 {
+pub(super) fn removal_ops(n: f64, end: f64, n_out: f64) -> f64 {
     0.5 * ((n.powi(3) - end.powi(3)) / 3.0 + n_out * (n.powi(2) - end.powi(2)))
 }
