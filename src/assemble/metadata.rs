@@ -89,8 +89,13 @@ pub(super) fn metadata(
     let missing = shapes.left.into_iter().map(|(suffix, v)| (format!("{new}.{suffix}"), v));
     out.splice(at..at, missing);
     out.extend(provenance(p));
+    let names = plan.new_matrices().into_iter().map(|m| m.name().into()).collect();
+    out.push((NEW_MATRICES.into(), Value::StrArray(names)));
     out
 }
+
+/// Key of the names of the matrices with new values. All others are copies of the source's rows.
+pub(crate) const NEW_MATRICES: &str = "putri.new_matrices";
 
 /// Window of `step35` in tokens: a million, which llama.cpp can still multiply by its number of sequences.
 const STEP35_WINDOW: u32 = 1 << 20;

@@ -7,11 +7,11 @@ mod types;
 
 pub use imatrix::{importance, write_imatrix};
 pub use metadata::Provenance;
-pub(crate) use metadata::original_name;
+pub(crate) use metadata::{NEW_MATRICES, original_name};
 
 use crate::ggml::FileType;
 use crate::gguf::{GgufError, OutTensor, write_gguf};
-use crate::model::{BlockTensors, Family, Model, Segment};
+use crate::model::{BlockMatrix, BlockTensors, Family, Model, Segment};
 use crate::pipeline::{BlockPlan, Plan};
 use std::io::Write;
 use std::path::Path;
@@ -59,7 +59,7 @@ pub fn writes_exactly(model: &Model, plan: &Plan) -> bool {
         let fewer = t.qkv.is_some_and(|[_, k, _]| p.groups.len() * model.hparams.head_dim < k.n);
         let type_of = |s: &Segment| model.tensor(s).ty;
         let mixed = t.qkv.is_some_and(|[q, k, v]| type_of(&q) != type_of(&k) || type_of(&k) != type_of(&v));
-        (p.groups.is_empty() || p.attn_output.is_some() || !fewer) && !(one_qkv && mixed)
+        (p.groups.is_empty() || p.matrix(BlockMatrix::AttnOutput).is_some() || !fewer) && !(one_qkv && mixed)
     };
     plan.blocks.iter().zip(&model.blocks).all(block)
 }

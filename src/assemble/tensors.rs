@@ -2,7 +2,7 @@
 
 use crate::ggml::Type;
 use crate::gguf::{GgufError, OutTensor, TensorInfo};
-use crate::model::{BlockVector, Family, Model, Segment, group_rows};
+use crate::model::{BlockMatrix, BlockVector, Family, Model, Segment, group_rows};
 use crate::pipeline::Plan;
 use crate::requant::{Quantised, output_type, quantise, select_columns, select_rows};
 use std::borrow::Cow;
@@ -16,9 +16,9 @@ enum Action<'p> {
     /// Selects the same rows in each of this many stacked matrices.
     RowsOfEach(usize, Vec<usize>),
     /// Joins rows of several tensors into one tensor of that name.
-    Joined(String, Vec<(usize, Vec<usize>)>),
+    Joined(String, Vec<Part<'p>>),
     /// Splits into several tensors with these names and rows.
-    Split([(String, Vec<usize>); 2]),
+    Split([(String, Part<'p>); 2]),
     /// Selects these runs of columns of this length.
     Columns(usize, &'p [usize]),
     Replace(&'p Quantised),
@@ -26,6 +26,31 @@ enum Action<'p> {
     Values(&'p [f32]),
     /// Multiplies a vector by this factor.
     Scaled(f32),
+}
+
+/// Rows that become part of a tensor.
+#[derive(Clone)]
+struct Part<'p> {
+    from: Rows<'p>,
+    rows: Vec<usize>,
+}
+
+/// Where rows come from.
+#[derive(Clone, Copy)]
+enum Rows<'p> {
+    /// The source's tensor of this number.
+    Source(usize),
+    /// New values of a matrix.
+    New(&'p Quantised),
+}
+
+impl Rows<'_> {
+    fn ty(&self, model: &Model) -> Type {
+        match self {
+            Rows::Source(tensor) => model.file.tensors()[*tensor].ty,
+            Rows::New(q) => q.ty,
+        }
+    }
 }
 
 /// Tensors of the pruned model; their data is produced as it is written.
@@ -54,9 +79,8 @@ pub(super) fn tensors<'m>(
     for ((t, action), bias) in model.file.tensors().iter().zip(actions).zip(biases) {
         let renamed = |o: OutTensor<'m>| OutTensor { name: o.name.replace(&old, &new), ..o };
         if let Action::Split(parts) = action {
-            for (name, rows) in parts {
-                let part = output(model, t, Action::Rows(rows))?;
-                out.extend(part.map(|o| OutTensor { name, ..o }));
+            for (name, part) in parts {
+                out.push(join(model, name, t.ne[0], vec![part])?);
             }
             continue;
         }
@@ -110,33 +134,52 @@ fn plan_block<'p>(
         let turned = old && !new;
         let fewer_heads = p.groups.len() < shape.n_head_kv;
         let one = output_arch.traits().one_qkv;
-        if fewer_heads || turned || one {
-            let mut kept = [heads, head_dim, head_dim].map(|n| group_rows(&p.groups, n));
-            if turned {
-                kept[..2].iter_mut().for_each(|rows| pairs_together(rows, head_dim));
-            }
-            for segments in [&t.qkv, &t.qkv_bias].into_iter().flatten() {
-                let parts = joined(segments, &kept);
-                let at = |tensor: usize| Segment { tensor, start: 0, n: 0 };
-                if one && parts.len() > 1 {
+        let qkv = [BlockMatrix::AttnQ, BlockMatrix::AttnK, BlockMatrix::AttnV].map(|m| p.matrix(m));
+        if fewer_heads || turned || one || qkv.iter().any(Option::is_some) {
+            let order = |rows: Vec<usize>, turned: bool| {
+                if turned { pairs_together(&rows, head_dim) } else { rows }
+            };
+            let kept = [heads, head_dim, head_dim].map(|n| group_rows(&p.groups, n));
+            let turns = [turned, turned, false];
+            let part = |i: usize, s: &Segment, new: Option<&'p Quantised>| match new {
+                // New values are of the rows that are kept.
+                Some(q) => Part { from: Rows::New(q), rows: order((0..q.n_out).collect(), turns[i]) },
+                None => {
+                    let rows = order(kept[i].clone(), turns[i]).into_iter().map(|r| s.start + r).collect();
+                    Part { from: Rows::Source(s.tensor), rows }
+                }
+            };
+            let at = |tensor: usize| Segment { tensor, start: 0, n: 0 };
+            for (segments, new) in [(&t.qkv, qkv), (&t.qkv_bias, [None; 3])] {
+                let Some(segments) = segments else { continue };
+                let parts = |tensor: usize| {
+                    let here = (0..3).filter(move |&i| segments[i].tensor == tensor);
+                    here.map(|i| part(i, &segments[i], new[i])).collect::<Vec<_>>()
+                };
+                let mut tensors: Vec<usize> = segments.iter().map(|s| s.tensor).collect();
+                tensors.dedup();
+                if one && tensors.len() > 1 {
                     // The joined tensor takes the place of the first part.
-                    parts[1..].iter().for_each(|(tensor, _)| set(Some(&at(*tensor)), Action::Drop));
-                    let first = at(parts[0].0);
-                    set(Some(&first), Action::Joined(format!("blk.{il}.attn_qkv.weight"), parts));
+                    tensors[1..].iter().for_each(|tensor| set(Some(&at(*tensor)), Action::Drop));
+                    let all = tensors.iter().flat_map(|tensor| parts(*tensor)).collect();
+                    let name = format!("blk.{il}.attn_qkv.weight");
+                    set(Some(&at(tensors[0])), Action::Joined(name, all));
                 } else {
-                    parts.into_iter().for_each(|(tensor, rows)| set(Some(&at(tensor)), Action::Rows(rows)));
+                    for tensor in tensors {
+                        set(Some(&at(tensor)), rows_of(model, tensor, parts(tensor)));
+                    }
                 }
             }
         }
         if fewer_heads {
             set(t.attn_output.as_ref(), Action::Columns(heads, &p.groups));
         }
-        if let Some(q) = &p.attn_output {
+        if let Some(q) = p.matrix(BlockMatrix::AttnOutput) {
             set(t.attn_output.as_ref(), Action::Replace(q));
         }
     }
     units(model, plan, il, output_arch, &mut set);
-    if let Some(q) = &p.ffn_down {
+    if let Some(q) = p.matrix(BlockMatrix::FfnDown) {
         set(Some(&t.down()), Action::Replace(q));
     }
     for (v, new) in BlockVector::ALL.into_iter().zip(&p.vectors) {
@@ -169,6 +212,7 @@ fn units<'p>(
 ) {
     let (t, p, shape) = (&model.blocks[il], &plan.blocks[il], &model.hparams.blocks[il]);
     let fewer = p.neurons.iter().copied().ne(0..shape.n_feed_forwards() * shape.n_ff);
+    let [new_gate, new_up] = [BlockMatrix::FfnGate, BlockMatrix::FfnUp].map(|m| p.matrix(m));
     match (&t.experts, t.ffn_gate, t.ffn_up) {
         (Some(experts), ..) if fewer => {
             set(Some(&experts.router), Action::Rows(p.experts.clone()));
@@ -180,14 +224,21 @@ fn units<'p>(
             set(experts.down.first(), Action::RowsOfEach(p.experts.len(), rows));
         }
         (None, Some(gate), Some(up)) if gate.tensor == up.tensor => {
-            let [gate, up_rows] =
-                [gate, up].map(|s| p.neurons.iter().map(|n| s.start + n).collect::<Vec<_>>());
+            let part = |s: Segment, new: Option<&'p Quantised>| match new {
+                Some(q) => Part { from: Rows::New(q), rows: (0..q.n_out).collect() },
+                None => Part {
+                    from: Rows::Source(s.tensor),
+                    rows: p.neurons.iter().map(|n| s.start + n).collect(),
+                },
+            };
+            let [gate, up_rows] = [part(gate, new_gate), part(up, new_up)];
             if !output_arch.traits().fused_gate_up {
                 let name = |part: &str| format!("blk.{il}.ffn_{part}.weight");
                 set(Some(&up), Action::Split([(name("gate"), gate), (name("up"), up_rows)]));
-            } else if fewer {
-                set(Some(&up), Action::Rows([gate, up_rows].concat()));
+            } else if fewer || new_gate.is_some() || new_up.is_some() {
+                set(Some(&up), rows_of(model, up.tensor, vec![gate, up_rows]));
             }
+            return;
         }
         (None, gate, up) if fewer => {
             for s in [gate, up, t.ffn_gate_bias, t.ffn_up_bias] {
@@ -196,25 +247,51 @@ fn units<'p>(
         }
         _ => {}
     }
+    for (m, new) in [(BlockMatrix::FfnGate, new_gate), (BlockMatrix::FfnUp, new_up)] {
+        if let Some(q) = new {
+            set(t.matrix(m).as_ref(), Action::Replace(q));
+        }
+    }
 }
 
-/// Joins rows of several tensors into one, in the widest of their types; rows of other types are
-/// requantised.
-fn join(model: &Model, name: String, parts: Vec<(usize, Vec<usize>)>) -> Result<OutTensor<'_>, GgufError> {
-    let tensor = |(i, _): &(usize, Vec<usize>)| &model.file.tensors()[*i];
-    let n_in = tensor(&parts[0]).ne[0];
-    let types = parts.iter().map(|p| tensor(p).ty);
+/// The rows `parts` as the tensor of number `tensor`: copied as they are where all come from it.
+fn rows_of<'p>(model: &Model, tensor: usize, parts: Vec<Part<'p>>) -> Action<'p> {
+    if parts.iter().all(|p| matches!(p.from, Rows::Source(t) if t == tensor)) {
+        return Action::Rows(parts.into_iter().flat_map(|p| p.rows).collect());
+    }
+    Action::Joined(model.file.tensors()[tensor].name.clone(), parts)
+}
+
+/// Joins rows of `n_in` values into one tensor, in the widest of their types; rows of other types are requantised.
+fn join<'m>(
+    model: &'m Model,
+    name: String,
+    n_in: usize,
+    parts: Vec<Part<'m>>,
+) -> Result<OutTensor<'m>, GgufError> {
+    let types = parts.iter().map(|p| p.from.ty(model));
     let ty = types.max_by_key(|t| t.row_bytes(n_in)).map(|t| output_type(t, n_in)).expect("there are parts");
-    let n_rows = parts.iter().map(|p| p.1.len()).sum();
+    let n_rows = parts.iter().map(|p| p.rows.len()).sum();
+    let source_name = name.clone();
     let data = move || {
         let mut bytes = Vec::new();
-        for (i, rows) in &parts {
-            let t = &model.file.tensors()[*i];
-            let encoded = if t.ty == ty {
-                Cow::Borrowed(model.file.data(t))
-            } else {
-                let failed = |source| GgufError::Tensor { name: t.name.clone(), source };
-                Cow::Owned(ty.quantize(&model.file.floats(t, 0..t.n_rows())?, n_in, None).map_err(failed)?)
+        let failed = |source| GgufError::Tensor { name: source_name.clone(), source };
+        for Part { from, rows } in &parts {
+            let encoded = match from {
+                _ if from.ty(model) == ty => match from {
+                    Rows::Source(tensor) => Cow::Borrowed(model.file.data(&model.file.tensors()[*tensor])),
+                    Rows::New(q) => Cow::Borrowed(&q.bytes[..]),
+                },
+                Rows::Source(tensor) => {
+                    let t = &model.file.tensors()[*tensor];
+                    Cow::Owned(
+                        ty.quantize(&model.file.floats(t, 0..t.n_rows())?, n_in, None).map_err(failed)?,
+                    )
+                }
+                Rows::New(q) => {
+                    let values = q.to_matrix().map_err(failed)?;
+                    Cow::Owned(ty.quantize(&values.data, n_in, None).map_err(failed)?)
+                }
             };
             bytes.extend(select_rows(&encoded, ty, n_in, rows));
         }
@@ -226,23 +303,10 @@ fn join(model: &Model, name: String, parts: Vec<(usize, Vec<usize>)>) -> Result<
 /// Reorders the rows of each head from NEOX pairs (j, j + n/2), which are rotated together, to pairs (2j,
 /// 2j + 1), as `LlamaModel.permute` of llama.cpp's converter does.
 /// The same permutation of queries and keys changes none of their products.
-fn pairs_together(rows: &mut Vec<usize>, head_dim: usize) {
+fn pairs_together(rows: &[usize], head_dim: usize) -> Vec<usize> {
     let half = head_dim / 2;
     let head = |head: &[usize]| (0..head_dim).map(|i| head[i % 2 * half + i / 2]).collect::<Vec<_>>();
-    *rows = rows.chunks_exact(head_dim).flat_map(head).collect();
-}
-
-/// Kept rows per tensor; several segments may share one tensor.
-fn joined(segments: &[Segment; 3], kept: &[Vec<usize>; 3]) -> Vec<(usize, Vec<usize>)> {
-    let mut out: Vec<(usize, Vec<usize>)> = Vec::new();
-    for (s, rows) in segments.iter().zip(kept) {
-        let rows = rows.iter().map(|r| s.start + r);
-        match out.iter_mut().find(|(tensor, _)| *tensor == s.tensor) {
-            Some((_, all)) => all.extend(rows),
-            None => out.push((s.tensor, rows.collect())),
-        }
-    }
-    out
+    rows.chunks_exact(head_dim).flat_map(head).collect()
 }
 
 fn output<'m>(
@@ -281,7 +345,7 @@ fn output<'m>(
             let (row, ne) = (t.ne[0], vec![t.ne[0], rows.len() / matrices, matrices]);
             (t.ty, ne, Box::new(move || Ok(Cow::Owned(select_rows(model.file.data(t), t.ty, row, &rows)))))
         }
-        Action::Joined(name, parts) => return Ok(Some(join(model, name, parts)?)),
+        Action::Joined(name, parts) => return Ok(Some(join(model, name, t.ne[0], parts)?)),
         Action::Split(_) => unreachable!("its parts are rows"),
         Action::Columns(run, runs) => {
             let n_in = run * runs.len();

@@ -1,18 +1,20 @@
-//! Tells the observer which stages a job has ahead of it, and how much work each is.
+//! Announcement of a job's stages to the observer, with the work of each.
 //!
-//! Only what shapes say is announced: calibration text that the model writes, the passes, and the verification. Our own
-//! method only: of the others' stages the forecast knows one.
+//! Only what shapes determine is announced: the calibration text that the model generates, the passes, and
+//! the verification. Only putri-gguf's own method is covered: the forecast knows just one stage of the
+//! others.
 
 use super::{Job, expected_calibration, forecast, size_of};
 use crate::model::Model;
 use crate::pipeline::{Calibration, Observer, PlannedStage, Settings};
 
-/// How much longer libllama takes for the operations of a token that it writes than graphs take for as many: one token at a
-/// time reads all weights. On two cores, writing reaches 14 % of a plain product's rate, and graphs 65 %.
+/// Ratio of the time that libllama takes for the operations of a generated token to the time of as many
+/// operations in graphs. A single token at a time reads all weights. On two cores, generation reaches 14 % of
+/// a plain product's rate, and graphs 65 %.
 const WRITING: f64 = 4.6;
 
-/// Announces calibration text and passes of `jobs`, which share one calibration, before any work. Nothing is announced where
-/// a sparsity is still to be found.
+/// Announces the calibration text and passes of `jobs`, which share one calibration, before any work.
+/// Announces nothing if a sparsity is still to be found.
 pub(super) fn announce_all(jobs: &[Job], source: &Model, observer: &mut dyn Observer) {
     let known = |job: &Job| job.limit.is_none() && (job.quantise.is_none() || job.settings.target.is_none());
     let Some(first) = jobs.first().filter(|_| jobs.iter().all(known)) else {
@@ -43,8 +45,9 @@ pub(super) fn announce(
     observer.plan(&stages, later.is_some());
 }
 
-/// For each of `jobs`, which share one calibration, the work of those after it. Heads that one of them removed are not
-/// searched for again, where the order in which heads go does not depend on how many go.
+/// Work of the later jobs for each of `jobs`, which share one calibration.
+/// Heads that an earlier job removed are not searched for again, if the order of removal does not depend on
+/// their number.
 pub(super) fn work_after(jobs: &[Job], model: &Model, c: &Calibration) -> Vec<f64> {
     let mut searched = 0.0_f64;
     let work_of = |job: &Job| {
@@ -61,7 +64,7 @@ pub(super) fn work_after(jobs: &[Job], model: &Model, c: &Calibration) -> Vec<f6
     (0..works.len()).map(|i| works[i + 1..].iter().sum()).collect()
 }
 
-/// The passes of one result and its verification; nothing if the forecast does not know them.
+/// Passes of one result and its verification; empty if the forecast does not cover them.
 fn stages_of(job: &Job, model: &Model, c: &Calibration, settings: &Settings) -> Vec<PlannedStage> {
     if !settings.method.is_forecast() {
         return Vec::new();
@@ -70,14 +73,14 @@ fn stages_of(job: &Job, model: &Model, c: &Calibration, settings: &Settings) -> 
         return Vec::new();
     };
     let compute = |name, work| PlannedStage { name, work, bandwidth_bound: false };
-    // Of numbers in 64 bits half as many fit into a register.
+    // A register holds half as many numbers of 64 bits.
     let passes = forecast.stages.iter().map(|s| compute(s.name, s.operations + 2.0 * s.algebra));
     let judged = (c.n_held_out * c.n_ctx) as f64;
     let verify = job.verify.then(|| compute("verify", 2.0 * forecast.params as f64 * judged));
     passes.chain(verify).collect()
 }
 
-/// The calibration text that the model writes itself. Devices write at another rate than the one known here.
+/// Calibration text that the model generates itself. Devices generate at another rate than `WRITING` assumes.
 fn text(job: &Job, source: &Model) -> Option<PlannedStage> {
     let n_tokens = if job.windows.is_some() { 0 } else { job.recipe.self_written() };
     let work = WRITING * 2.0 * size_of(source).params as f64 * n_tokens as f64;

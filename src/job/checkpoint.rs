@@ -1,4 +1,4 @@
-//! What an interrupted run leaves behind for the next one: a folder of small GGUF files, each complete or absent.
+//! State of an interrupted run for the next one: a folder of small GGUF files, each complete or absent.
 
 use super::{Job, JobError};
 use crate::calibrate::{Recipe, Windows};
@@ -9,36 +9,38 @@ use std::borrow::Cow;
 use std::fs::{File, TryLockError};
 use std::path::{Path, PathBuf};
 
-/// On what terms the run was made: another run may only go on from here on the same.
+/// File with the terms of the run. Another run may only resume on the same terms.
 const TERMS: &str = "run.txt";
 const WINDOWS: &str = "windows.gguf";
-/// What is being written. Always the same name, so that a run that was killed leaves one at most, which the next
-/// one writes over or deletes.
+/// File that is being written. It always has the same name, so that a killed run leaves at most one, which
+/// the next run overwrites or deletes.
 const UNFINISHED: &str = "unfinished.part";
-/// Held by the run that works here. The system lets go of it however that ends.
+/// Lock file of the run that uses the folder. The system releases the lock however the run ends.
 const LOCK: &str = "lock";
 
-/// An open state folder.
+/// Checkpoint in an open folder.
 pub(super) struct DiskCheckpoint {
     folder: PathBuf,
-    /// Blocks of the source.
+    /// Number of blocks of the source.
     n_layer: usize,
     _lock: Lock,
 }
 
-/// The right to work in a folder, while it lives.
+/// Exclusive lock on a folder while the value lives.
 struct Lock(File);
 
 impl Lock {
+    /// Acquires the lock of `folder`.
+    ///
     /// # Errors
-    /// [`JobError`] if another has it, or there is no writing to the folder.
+    /// [`JobError`] if another run holds it, or the folder is not writable.
     fn of(folder: &Path) -> Result<Lock, JobError> {
         let io = |source| JobError::Io { path: folder.into(), source };
         let file = File::create(folder.join(LOCK)).map_err(io)?;
         match file.try_lock() {
             Ok(()) => {}
             Err(TryLockError::WouldBlock) => return Err(JobError::StateBusy(folder.into())),
-            // A file system without locks: one run at a time is up to the user there.
+            // On a file system without locks, the user must ensure that only one run uses the folder.
             Err(TryLockError::Error(e)) if e.kind() == std::io::ErrorKind::Unsupported => {}
             Err(TryLockError::Error(e)) => return Err(io(e)),
         }
@@ -47,19 +49,19 @@ impl Lock {
 }
 
 impl Drop for Lock {
-    /// To close the file is not enough: a process that is being started at this moment holds all files of this one until it
-    /// is another program.
+    /// Releases the lock explicitly. Closing the file is not enough: a process that is being started at this
+    /// moment holds all files of this one until it executes another program.
     fn drop(&mut self) {
         let _ = self.0.unlock();
     }
 }
 
 impl DiskCheckpoint {
-    /// Opens or makes `folder` for runs of `job` on a source with that checksum. What is there already is only
-    /// taken over with `resume`, and if it was made on the same terms.
+    /// Opens or creates `folder` for runs of `job` on a source with the checksum `source_sha256`.
+    /// Existing records are used only with `resume`, and only if they were made on the same terms.
     ///
     /// # Errors
-    /// [`JobError`] if there is a state that may not be used, or the folder cannot be made.
+    /// [`JobError`] if there is a state that may not be used, or the folder cannot be created.
     pub(super) fn open(
         folder: &Path,
         resume: bool,
@@ -77,14 +79,14 @@ impl DiskCheckpoint {
             Ok(_) if !resume => Err(JobError::StateExists(folder.into())),
             Ok(found) if found == terms => Ok(state),
             Ok(found) => {
-                // Of lines of the form `name: value`, the first that is not the same.
+                // Finds the first line of the form `name: value` that differs.
                 let mut lines = found.lines().zip(terms.lines()).filter(|(a, b)| a != b);
                 let (then, now) = lines.next().unwrap_or(("shorter", "longer"));
                 let [then, now] = [then, now].map(|l| l.trim().trim_end_matches(',').to_string());
                 Err(JobError::StateMismatch { path: folder.into(), then, now })
             }
             Err(e) if e.kind() == std::io::ErrorKind::NotFound => {
-                // Without its terms nobody can say what the rest belongs to.
+                // Without its terms, it is unknown to which run the rest belongs.
                 state.clear();
                 state.replace(TERMS, |file| {
                     let written = std::io::Write::write_all(file, terms.as_bytes());
@@ -96,7 +98,7 @@ impl DiskCheckpoint {
         }
     }
 
-    /// The calibration windows, if they were collected.
+    /// Calibration windows, if they were collected.
     pub(super) fn windows(&self) -> Result<Option<Windows>, GgufError> {
         let Some(file) = self.read(WINDOWS)? else { return Ok(None) };
         let numbers = |key| self.numbers(&file, key);
@@ -118,21 +120,21 @@ impl DiskCheckpoint {
         self.write(WINDOWS, &values, &[])
     }
 
-    /// Deletes what is kept here, and the folder if nothing else is in it.
+    /// Deletes all records, and the folder if it contains nothing else.
     pub(super) fn remove(self) {
         self.clear();
         let _ = std::fs::remove_file(self.folder.join(LOCK));
         let _ = std::fs::remove_dir(&self.folder);
     }
 
-    /// Deletes what is kept here, the terms first.
+    /// Deletes all records, the terms first.
     fn clear(&self) {
         let records = record_names(self.n_layer).into_iter().map(|name| file_of(&name));
         let others = [TERMS, WINDOWS, UNFINISHED].map(String::from);
         others.into_iter().chain(records).for_each(|name| drop(std::fs::remove_file(self.folder.join(name))));
     }
 
-    /// Writes a file beside its name, and gives it its name when it is complete and on the disk.
+    /// Writes a file under a temporary name, and renames it when it is complete and on the disk.
     fn replace(
         &self,
         name: &str,
@@ -209,7 +211,7 @@ impl Checkpoint for DiskCheckpoint {
     }
 }
 
-/// The file of a record.
+/// Name of the file of a record.
 fn file_of(record: &str) -> String {
     format!("{record}.gguf")
 }
@@ -218,10 +220,11 @@ fn numbers(values: impl IntoIterator<Item = usize>) -> Value {
     Value::u64_array(&values.into_iter().map(|n| n as u64).collect::<Vec<_>>())
 }
 
-/// Raised whenever the same terms come to other decisions and the version stays.
+/// Version of the decisions. It increases whenever the same terms lead to other decisions within one version
+/// of the program.
 const DECISIONS: u32 = 2;
 
-/// All that the outcome depends on, a line each; how many threads there are is not among it.
+/// All inputs that the result depends on, one per line. The number of threads is not among them.
 fn terms(job: &Job, source_sha256: &str) -> String {
     let settings = Settings { n_threads: 0, spill: Default::default(), ..job.settings.clone() };
     let given = job.windows.as_ref().map(|w| sha256([bytemuck::cast_slice(&w.tokens)]));

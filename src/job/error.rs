@@ -1,9 +1,10 @@
-//! What can go wrong, in the words that a user sees.
+//! Errors of jobs, in the words that a user sees.
 //!
-//! One rule for all error types of the library: an error that has another error as its cause returns it as its `source`
-//! and leaves it out of its own message. Whoever shows an error joins the messages of the chain, each once, as
-//! [`with_causes`] does. Transparent variants are the error that they hold. Messages are lower case, of one line without a
-//! full stop, and name no options of the command line: `cli/hints.rs` adds those.
+//! One rule holds for all error types of the library: an error with another error as its cause returns it as
+//! its `source` and leaves it out of its own message. The caller that shows an error joins the messages of
+//! the chain, each once, as [`with_causes`] does. Transparent variants are the error that they hold. Messages
+//! are lower case, one line without a full stop, and name no options of the command line: `cli/hints.rs` adds
+//! those.
 
 use super::QualityLimit;
 use crate::calibrate::CalibrateError;
@@ -16,7 +17,7 @@ use crate::text::TextError;
 use std::error::Error;
 use std::path::{Path, PathBuf};
 
-/// The message of `e`, followed by those of its causes, in one line.
+/// Message of `e`, followed by those of its causes, in one line.
 pub fn with_causes(e: &(dyn Error + 'static)) -> String {
     let mut message = e.to_string();
     let mut next = e.source();
@@ -27,18 +28,18 @@ pub fn with_causes(e: &(dyn Error + 'static)) -> String {
     message
 }
 
-/// What an importance matrix is needed for.
+/// Use of an importance matrix.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ImatrixUse {
-    /// To be written as a file.
+    /// The importance matrix is written to a file.
     Output,
-    /// To quantise the whole model.
+    /// The whole model is quantised.
     Quantise,
-    /// To make quantisation baselines.
+    /// Quantisation baselines are made.
     Baselines,
 }
 
-/// Why a job failed. Nothing is left behind, and the source is as it was.
+/// Error of a job. It leaves no files behind, and the source is unchanged.
 #[derive(Debug, thiserror::Error)]
 #[allow(missing_docs)]
 pub enum JobError {
@@ -106,7 +107,7 @@ pub enum JobError {
     Io { path: PathBuf, source: std::io::Error },
     #[error("the result does not load: {0}")]
     DoesNotLoad(String),
-    /// libllama, on a file that it names.
+    /// libllama failed on a file that its message names.
     #[error(transparent)]
     Llama(GgmlError),
     #[error(
@@ -124,7 +125,7 @@ pub enum JobError {
 }
 
 impl JobError {
-    /// libllama does not load what was written, which has no name of its own yet.
+    /// Error that libllama does not load the written file, which does not have its own name yet.
     pub(super) fn does_not_load(e: GgmlError) -> JobError {
         JobError::DoesNotLoad(match e {
             GgmlError::Load { reason, .. } => format!("llama.cpp {reason}"),
@@ -132,7 +133,7 @@ impl JobError {
         })
     }
 
-    /// What `source` says of the file at `path`, which it may name itself.
+    /// Error `source` of the file at `path`, which `source` may name itself.
     pub(super) fn evaluating(path: &Path, source: EvaluateError) -> JobError {
         match source {
             EvaluateError::Llama(e @ GgmlError::Load { .. }) => JobError::Llama(e),

@@ -1,4 +1,4 @@
-//! How a file does, by libllama, on texts and tasks; and beside another file.
+//! Evaluation of a file on texts and tasks by libllama, alone or in comparison with another file.
 
 use super::JobError;
 use crate::evaluate::{self, Evaluation, Protocol, Speed};
@@ -7,43 +7,43 @@ use crate::pipeline::Observer;
 use crate::text::{Encoding, TextError, TextFile};
 use std::path::{Path, PathBuf};
 
-/// What to measure.
+/// Description of an evaluation.
 #[derive(Clone, Debug)]
 pub struct EvalJob {
-    /// The file.
+    /// File to evaluate.
     pub model: PathBuf,
-    /// What it is compared with, most often the file that it was made from.
+    /// File that it is compared with, usually its source.
     pub base: Option<PathBuf>,
-    /// Texts, one after another.
+    /// Texts, concatenated.
     pub texts: Vec<PathBuf>,
     /// Encoding of texts and tasks that have no byte-order mark, if it is not UTF-8.
     pub encoding: Option<Encoding>,
-    /// Which tokens are scored.
+    /// Protocol that determines the scored tokens.
     pub protocol: Protocol,
-    /// Tokens per window.
+    /// Number of tokens per window.
     pub n_ctx: usize,
-    /// Windows at most.
+    /// Largest number of windows.
     pub n_windows: usize,
-    /// Tasks in llama-perplexity's format for HellaSwag, and how many of them at most.
+    /// Tasks in llama-perplexity's format for HellaSwag, and the largest number of them.
     pub tasks: Option<(PathBuf, usize)>,
-    /// Also measure tokens per second.
+    /// Whether to measure tokens per second as well.
     pub speed: bool,
-    /// Threads.
+    /// Number of threads.
     pub n_threads: usize,
-    /// What lies on devices.
+    /// Layers and buffers on devices.
     pub offload: Offload,
 }
 
-/// What was measured, of the file and of what it is compared with.
+/// Results of an evaluation, for the file and for the base if there is one.
 #[derive(Clone, Copy, Debug)]
 pub struct EvalOutcome {
-    /// Bytes.
+    /// Bytes of the files.
     pub bytes: (u64, Option<u64>),
-    /// On the texts.
+    /// Results on the texts.
     pub evaluation: Option<Evaluation>,
-    /// Share of tasks that were answered right, and how many there were.
+    /// Share of tasks that were answered correctly, and the number of tasks.
     pub accuracy: Option<(f64, Option<f64>, usize)>,
-    /// Tokens per second.
+    /// Speed in tokens per second.
     pub speed: Option<(Speed, Option<Speed>)>,
 }
 
@@ -53,7 +53,7 @@ pub struct EvalOutcome {
 /// [`JobError`] if a file cannot be read, or libllama fails.
 pub fn eval(job: &EvalJob, observer: &mut dyn Observer) -> Result<EvalOutcome, JobError> {
     let text = |path: &PathBuf| TextFile::open(path, job.encoding);
-    // What can be wrong with texts is said before models are loaded.
+    // Errors in texts are reported before models are loaded.
     let texts = job.texts.iter().map(text).collect::<Result<Vec<_>, TextError>>()?;
     let tasks = match &job.tasks {
         Some((path, n)) => {
@@ -107,7 +107,7 @@ pub fn eval(job: &EvalJob, observer: &mut dyn Observer) -> Result<EvalOutcome, J
     Ok(outcome)
 }
 
-/// The windows of `texts`.
+/// Windows of `texts`.
 fn windows(
     model: &LlamaModel,
     texts: &[TextFile],
@@ -116,7 +116,7 @@ fn windows(
 ) -> Result<Vec<Vec<Token>>, JobError> {
     let mut begun = false;
     let mut told = |done: u64, total: u64| {
-        // In KiB: only of a long text is anything told.
+        // Progress in KiB: only long texts report any.
         if !begun {
             observer.stage("reading text", (total >> 10) as usize);
             begun = true;

@@ -1,4 +1,4 @@
-//! What is in a model, and what could go, from its header alone.
+//! Content of a model and what could be removed from it, from its header alone.
 
 use super::result::size_of;
 use super::{JobError, Size, open_model};
@@ -9,46 +9,46 @@ use crate::pipeline::{Settings, check_budget};
 use std::borrow::Cow;
 use std::path::Path;
 
-/// A model as its header describes it.
+/// Description of a model from its header.
 #[derive(Clone, Debug)]
 pub struct Inspection {
-    /// `general.architecture`, and `general.name` if there is one.
+    /// `general.architecture`.
     pub arch: &'static str,
-    /// The model's name.
+    /// `general.name`, if there is one.
     pub name: Option<String>,
-    /// Bytes, parameters, blocks.
+    /// Sizes of the model.
     pub size: Size,
-    /// Width of the residual stream, of a head, tokens in the vocabulary, tokens that it was trained for.
+    /// Width of the residual stream.
     pub n_embd: usize,
     /// Width of a head.
     pub head_dim: usize,
-    /// Tokens in the vocabulary.
+    /// Number of tokens in the vocabulary.
     pub n_vocab: usize,
-    /// Tokens of context that it was trained for.
+    /// Number of tokens of context that the model was trained for.
     pub n_ctx_train: usize,
-    /// The output head is the token embedding.
+    /// Whether the output head is the token embedding.
     pub tied: bool,
-    /// Parameters of attention matrices, of feed-forward matrices, of embedding and output head.
+    /// Number of parameters of the attention matrices.
     pub attention_params: usize,
-    /// Of feed-forward matrices.
+    /// Number of parameters of the FFN matrices.
     pub ffn_params: usize,
-    /// Of embedding and output head.
+    /// Number of parameters of the embedding and the output head.
     pub embedding_params: usize,
-    /// Types, with their tensors and bytes, those with most bytes first.
+    /// Types with the numbers of their tensors and bytes, in descending order of bytes.
     pub types: Vec<(Type, usize, u64)>,
-    /// How experts are used, if there are some.
+    /// Parameters of the experts, if there are any.
     pub experts: Option<ExpertParams>,
-    /// The architecture that a pruned model is written in.
+    /// Output architecture of a pruned model.
     pub output_arch: Family,
-    /// Why that one.
+    /// Reason for the output architecture.
     pub why: String,
-    /// Blocks may get head counts and widths of their own.
+    /// Whether layers may have different head counts and widths.
     pub per_block: bool,
-    /// The largest share of the blocks' parameters that can be removed, in hundredths.
+    /// Largest share of the blocks' parameters that can be removed, in steps of a hundredth.
     pub reachable: f64,
 }
 
-/// Looks at the model at `path`; reads no tensor.
+/// Inspects the model at `path` without reading tensors.
 ///
 /// # Errors
 /// [`JobError`] if it cannot be opened or its architecture is not supported.
@@ -89,7 +89,7 @@ pub fn inspect(path: &Path) -> Result<Inspection, JobError> {
     })
 }
 
-/// Where the pruned model goes, and why.
+/// Output architecture of the pruned model, and the reason for it.
 fn output_arch(model: &Model, output_archs: &OutputArchs) -> (Family, String) {
     let family = model.hparams.family;
     let (name, traits) = (family.name(), family.traits());
@@ -120,7 +120,7 @@ fn output_arch(model: &Model, output_archs: &OutputArchs) -> (Family, String) {
     }
 }
 
-/// What is left to a model that no architecture carries with blocks of different sizes.
+/// Explanation for a model that no output architecture supports with layers of different sizes.
 fn all_equal(name: &str, output_archs: &OutputArchs) -> String {
     match output_archs.fewer_heads {
         true => ", so all stay equal".into(),

@@ -1,10 +1,11 @@
 //! Whether a pruned file is what was written, and does what was measured then.
 
 use super::{JobError, open_model};
+use crate::assemble::NEW_MATRICES;
 use crate::evaluate::{llama_losses, own_losses};
 use crate::ggml::{LlamaModel, Token};
 use crate::gguf::{GgufFile, Value};
-use crate::model::{BlockTensors, Model, Segment};
+use crate::model::{BlockMatrix, Model, Segment};
 use crate::pipeline::Observer;
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
@@ -172,17 +173,21 @@ fn rows_agree(model: &Model, source: &Model) -> Result<String, String> {
     for (il, (new, old)) in model.blocks.iter().zip(&source.blocks).enumerate() {
         let shape = &source.hparams.blocks[il];
         let head_dim = source.hparams.head_dim;
-        let of_group = [shape.heads_per_group() * head_dim, head_dim, head_dim];
-        let qkv = new.qkv.iter().flatten().zip(old.qkv.iter().flatten()).zip(of_group);
-        let heads: Vec<Part> = ["Q", "K", "V"]
-            .into_iter()
-            .zip(qkv)
-            .map(|(name, ((new, old), rows))| Part { name, new: *new, old: *old, rows })
-            .collect();
-        let [new, old] = [new, old].map(feed_forward);
-        let ffn = ["gate", "up"].into_iter().zip(new.into_iter().zip(old));
+        let part = |m: BlockMatrix, rows: usize| {
+            let copied = !is_new(model, m);
+            let (new, old) = (new.matrix(m).filter(|_| copied)?, old.matrix(m)?);
+            Some(Part { name: m.name(), new, old, rows })
+        };
+        let heads: Vec<Part> = [
+            part(BlockMatrix::AttnQ, shape.heads_per_group() * head_dim),
+            part(BlockMatrix::AttnK, head_dim),
+            part(BlockMatrix::AttnV, head_dim),
+        ]
+        .into_iter()
+        .flatten()
+        .collect();
         let neurons: Vec<Part> =
-            ffn.filter_map(|(name, (new, old))| Some(Part { name, new: new?, old: old?, rows: 1 })).collect();
+            [BlockMatrix::FfnGate, BlockMatrix::FfnUp].into_iter().filter_map(|m| part(m, 1)).collect();
         for parts in [heads, neurons] {
             n_compared += one_origin(model, source, &parts).map_err(|e| format!("block {il}: {e}"))?;
         }
@@ -198,13 +203,12 @@ struct Part {
     rows: usize,
 }
 
-/// Gate and up; those of experts lie one behind the other.
-fn feed_forward(t: &BlockTensors) -> [Option<Segment>; 2] {
-    let whole =
-        |each: &[Segment]| each.first().map(|first| Segment { n: each.iter().map(|s| s.n).sum(), ..*first });
-    match &t.experts {
-        Some(e) => [whole(&e.gate), whole(&e.up)],
-        None => [t.ffn_gate, t.ffn_up],
+/// Whether the file says that the matrix `m` has new values.
+fn is_new(model: &Model, m: BlockMatrix) -> bool {
+    match model.file.get(NEW_MATRICES) {
+        Some(Value::StrArray(names)) => names.iter().any(|name| name == m.name().as_bytes()),
+        // Files of version 0.1 that do not say have new values in these.
+        _ => matches!(m, BlockMatrix::AttnOutput | BlockMatrix::FfnDown),
     }
 }
 

@@ -17,7 +17,7 @@ pub use kv_cache::KvCache;
 pub use open::Model;
 pub use output_arch::{Arch, Heads, OutputArchs};
 pub use rope::SlidingWindow;
-pub use tensors::{BlockTensors, BlockVector, ExpertTensors, Segment, SharedTensors};
+pub use tensors::{BlockMatrix, BlockTensors, BlockVector, ExpertTensors, Segment, SharedTensors};
 pub use traits::*;
 pub(crate) use weights::group_rows;
 pub use weights::{BlockWeights, ExpertWeights, Matrix, SharedWeights};

@@ -104,7 +104,73 @@ impl BlockVector {
     }
 }
 
+/// Matrix of a block that can get new values. Those of experts are stacked, one expert behind the other.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[allow(missing_docs)]
+pub enum BlockMatrix {
+    AttnQ,
+    AttnK,
+    AttnV,
+    AttnOutput,
+    FfnGate,
+    FfnUp,
+    FfnDown,
+}
+
+impl BlockMatrix {
+    /// All matrices; each is at the index of its number.
+    pub const ALL: [BlockMatrix; 7] = [
+        BlockMatrix::AttnQ,
+        BlockMatrix::AttnK,
+        BlockMatrix::AttnV,
+        BlockMatrix::AttnOutput,
+        BlockMatrix::FfnGate,
+        BlockMatrix::FfnUp,
+        BlockMatrix::FfnDown,
+    ];
+
+    /// Name, as in the names of tensors (`blk.0.attn_q.weight`).
+    pub fn name(self) -> &'static str {
+        match self {
+            BlockMatrix::AttnQ => "attn_q",
+            BlockMatrix::AttnK => "attn_k",
+            BlockMatrix::AttnV => "attn_v",
+            BlockMatrix::AttnOutput => "attn_output",
+            BlockMatrix::FfnGate => "ffn_gate",
+            BlockMatrix::FfnUp => "ffn_up",
+            BlockMatrix::FfnDown => "ffn_down",
+        }
+    }
+
+    /// Whether it belongs to attention.
+    pub fn of_attention(self) -> bool {
+        use BlockMatrix::{AttnK, AttnOutput, AttnQ, AttnV};
+        matches!(self, AttnQ | AttnK | AttnV | AttnOutput)
+    }
+}
+
 impl BlockTensors {
+    /// Rows of the matrix `m` in the file; of experts those of all, which share one tensor. Nothing if the block has no such
+    /// matrix.
+    pub fn matrix(&self, m: BlockMatrix) -> Option<Segment> {
+        let stacked = |each: &[Segment]| {
+            each.first().map(|first| Segment { n: each.iter().map(|s| s.n).sum(), ..*first })
+        };
+        let qkv = |i: usize| self.qkv.map(|qkv| qkv[i]);
+        match (m, &self.experts) {
+            (BlockMatrix::AttnQ, _) => qkv(0),
+            (BlockMatrix::AttnK, _) => qkv(1),
+            (BlockMatrix::AttnV, _) => qkv(2),
+            (BlockMatrix::AttnOutput, _) => self.attn_output,
+            (BlockMatrix::FfnGate, Some(e)) => stacked(&e.gate),
+            (BlockMatrix::FfnUp, Some(e)) => stacked(&e.up),
+            (BlockMatrix::FfnDown, Some(e)) => stacked(&e.down),
+            (BlockMatrix::FfnGate, None) => self.ffn_gate,
+            (BlockMatrix::FfnUp, None) => self.ffn_up,
+            (BlockMatrix::FfnDown, None) => self.ffn_down,
+        }
+    }
+
     /// Segment of ffn_down, or of the first expert's, which shares one tensor with the others.
     ///
     /// # Panics

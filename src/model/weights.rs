@@ -1,6 +1,6 @@
 //! Weights of a block as floats.
 
-use super::{BlockShape, BlockVector};
+use super::{BlockMatrix, BlockShape, BlockVector};
 use std::sync::Arc;
 
 /// Dense matrix of floats, `[n_out, n_in]` row-major: y = M x.
@@ -146,15 +146,24 @@ impl BlockWeights {
         *vector = Some(values);
     }
 
-    /// Sets new values of ffn_down, `[n_embd, n_ff]`; those of all experts follow one another.
-    pub fn set_ffn_down(&mut self, new: Matrix) {
-        match &mut self.experts {
-            None => self.ffn_down = new,
-            Some(e) => {
-                let n = new.data.len() / e.down.len();
-                let parts = new.data.chunks_exact(n).map(<[f32]>::to_vec);
-                e.down = parts.map(|part| Matrix::new(new.n_in, n / new.n_in, part)).collect();
-            }
+    /// Sets new values of the matrix `m`; of experts those of all, stacked.
+    pub fn set_matrix(&mut self, m: BlockMatrix, new: Matrix) {
+        let stacked = |each: &mut Vec<Matrix>, new: Matrix| {
+            let n = new.data.len() / each.len();
+            let parts = new.data.chunks_exact(n).map(<[f32]>::to_vec);
+            *each = parts.map(|part| Matrix::new(new.n_in, n / new.n_in, part)).collect();
+        };
+        match (m, &mut self.experts) {
+            (BlockMatrix::AttnQ, _) => self.qkv[0] = new,
+            (BlockMatrix::AttnK, _) => self.qkv[1] = new,
+            (BlockMatrix::AttnV, _) => self.qkv[2] = new,
+            (BlockMatrix::AttnOutput, _) => self.attn_output = new,
+            (BlockMatrix::FfnGate, None) => self.ffn_gate = Some(new),
+            (BlockMatrix::FfnUp, None) => self.ffn_up = new,
+            (BlockMatrix::FfnDown, None) => self.ffn_down = new,
+            (BlockMatrix::FfnGate, Some(e)) => stacked(&mut e.gate, new),
+            (BlockMatrix::FfnUp, Some(e)) => stacked(&mut e.up, new),
+            (BlockMatrix::FfnDown, Some(e)) => stacked(&mut e.down, new),
         }
     }
 

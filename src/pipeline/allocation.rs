@@ -1,4 +1,5 @@
-//! How much goes: groups and neurons for a sparsity, in steps and places that the architecture can hold.
+//! Allocation: numbers of groups and neurons to remove for a sparsity, in steps and layers that the output
+//! architecture supports.
 
 use super::stages::removable_groups;
 use super::{PruneError, Settings, Target, file_size};
@@ -6,10 +7,12 @@ use crate::ggml::Type;
 use crate::model::{BlockShape, FfnUnit, Heads, Model};
 use crate::prune::{self, Budget, BudgetError};
 
-/// Checks that the sparsity can be reached in the types that `model` has, and heads can go as they shall.
+/// Checks that the sparsity can be reached with the types of `model`, and that heads can be removed as the
+/// settings ask.
 ///
 /// # Errors
-/// [`PruneError::Budget`] with what can be had, or [`PruneError::HeadsPerBlock`].
+/// [`PruneError::Budget`] with what can be reached, [`PruneError::HeadsPerBlock`], or
+/// [`PruneError::Experts`].
 pub fn check_budget(model: &Model, s: &Settings) -> Result<(), PruneError> {
     if s.heads == Heads::PerLayer && s.output_archs(model).of_heads().is_none() {
         return Err(PruneError::HeadsPerBlock(model.hparams.family.name()));
@@ -24,12 +27,13 @@ pub fn check_budget(model: &Model, s: &Settings) -> Result<(), PruneError> {
     Ok(())
 }
 
-/// The settings as their method wants them, as far as the architecture of `model` can hold what comes of them.
+/// Settings adapted to their method, and limited to what the output architecture of `model` supports.
 pub(super) fn within_family(model: &Model, s: &Settings) -> Settings {
     let s = &s.method.settings(s.clone());
     let output_archs = s.output_archs(model);
     if model.hparams.experts.is_some() {
-        // Experts stay what they are without those beside them, and no gradients go back through them.
+        // The other experts are unchanged when some are removed, and gradients are not implemented for
+        // experts.
         return Settings {
             per_block_widths: false,
             biases: false,
@@ -45,8 +49,9 @@ pub(super) fn within_family(model: &Model, s: &Settings) -> Settings {
     }
 }
 
-/// Groups to remove, capped by the budget and by what may go: the first block keeps one, and where all
-/// blocks must stay equal every block keeps as many, or all, and rather too many go than feed-forwards have to give what they cannot.
+/// Number of groups to remove, limited by the budget and by what is removable.
+/// The first block keeps one group. If all blocks must stay equal, every block keeps the same number, or all.
+/// Too many groups are then preferred to too few, so that the FFNs can give up the rest.
 pub(super) fn groups_to_remove(model: &Model, budgets: &[Budget], s: &Settings) -> usize {
     if s.heads == Heads::None {
         return 0;
@@ -65,7 +70,7 @@ pub(super) fn groups_to_remove(model: &Model, budgets: &[Budget], s: &Settings) 
         }
         let n_blocks = budgets.len();
         let per_block = (wanted as f64 / n_blocks as f64).round() as usize;
-        // Rather too many than a sparsity between two that can be had.
+        // Rounds `fewest` up: removing too many is better than a sparsity between two reachable ones.
         let per_block = per_block.min(affordable / n_blocks).max(fewest.div_ceil(n_blocks));
         return per_block.min(budgets[0].n_groups.saturating_sub(1)) * n_blocks;
     };
@@ -76,7 +81,7 @@ pub(super) fn groups_to_remove(model: &Model, budgets: &[Budget], s: &Settings) 
     if whole_blocks { wanted - wanted % budgets[0].n_groups.max(1) } else { wanted }
 }
 
-/// Neurons, or experts, to remove once attention gave up so many parameters.
+/// Number of neurons or experts to remove after the attention gave up `attention_removed` parameters.
 pub(super) fn neurons_to_remove(
     budgets: &[Budget],
     s: &Settings,
@@ -86,8 +91,8 @@ pub(super) fn neurons_to_remove(
     Ok(params.div_ceil(budgets[0].unit_params))
 }
 
-/// Widths that are the same for all blocks, or as nearly as steps allow if they may differ, where `n_groups` of the smallest
-/// groups go.
+/// Widths that are the same for all blocks, or as equal as the steps allow if they may differ, with
+/// `n_groups` of the smallest groups removed.
 pub(super) fn equal_widths(
     model: &Model,
     budgets: &[Budget],
@@ -98,7 +103,7 @@ pub(super) fn equal_widths(
     Ok(equally_narrowed(model, budgets, s, neurons_to_remove(budgets, s, attention_removed)?))
 }
 
-/// The same for so many neurons.
+/// The same widths for `n_remove` neurons.
 pub(super) fn equally_narrowed(
     model: &Model,
     budgets: &[Budget],
@@ -114,8 +119,9 @@ pub(super) fn equally_narrowed(
     widths
 }
 
-/// The fewest neurons to remove for a model within the target of `s` whose blocks keep `groups`, by the widths that
-/// `narrowed` gives; all that can go where there are not enough.
+/// Smallest number of neurons to remove for a model within the target of `s` whose blocks keep `groups`, with
+/// the widths that `narrowed` returns.
+/// It is the number of all removable neurons if they are not enough.
 pub(super) fn neurons_for_target(
     model: &Model,
     budgets: &[Budget],
@@ -140,7 +146,7 @@ pub(super) fn neurons_for_target(
     enough
 }
 
-/// What every block can give up.
+/// Budget of every block: the units that it can lose.
 pub fn budgets(model: &Model, s: &Settings) -> Vec<Budget> {
     let (h, ffn_unit) = (&model.hparams, s.ffn_unit(model));
     let mut budgets: Vec<Budget> = h
@@ -164,7 +170,7 @@ pub fn budgets(model: &Model, s: &Settings) -> Vec<Budget> {
         })
         .collect();
     if s.output_archs(model).per_block.is_none() {
-        // All take the widest step, so that all can take the same widths.
+        // All blocks use the widest step, so that all can have the same widths.
         let widest = budgets.iter().map(|b| b.step).max().unwrap_or(1);
         for b in &mut budgets {
             b.step = widest;
@@ -174,12 +180,12 @@ pub fn budgets(model: &Model, s: &Settings) -> Vec<Budget> {
     budgets
 }
 
-/// The fewest of `n_units` that a block keeps whatever its losses say.
+/// Smallest number out of `n_units` that a block keeps, whatever its losses are.
 fn least_width(n_units: usize, s: &Settings) -> usize {
     (n_units as f64 * (1.0 - s.sparsity) * s.least_width) as usize
 }
 
-/// Widths change in steps that keep ffn_down in its type, and rows long enough for vector kernels.
+/// Step of the widths. It keeps `ffn_down` in its type, and rows long enough for vector kernels.
 fn ff_step(ty: Type) -> usize {
     ty.block_size().max(32)
 }

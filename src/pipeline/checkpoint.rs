@@ -1,7 +1,7 @@
-//! What a run keeps, stage by stage, so that one that was interrupted can go on where it was.
+//! Records that a run keeps, stage by stage, so that an interrupted run can resume.
 //!
-//! A stage encodes what it settled as a [`Record`] and reads it back itself; a [`Checkpoint`] knows records by their names
-//! only.
+//! A stage encodes its result as a [`Record`] and reads it back itself. A [`Checkpoint`] knows only the names
+//! of records.
 
 use crate::ggml::Type;
 use crate::gguf::{GgufError, Value};
@@ -29,7 +29,7 @@ pub struct KeptTensor {
 }
 
 impl KeptTensor {
-    /// Its values, of a tensor of 32-bit floats.
+    /// Values of a tensor of 32-bit floats.
     pub fn floats(&self) -> Vec<f32> {
         self.bytes.as_chunks().0.iter().map(|b| f32::from_ne_bytes(*b)).collect()
     }
@@ -48,26 +48,26 @@ impl Record {
         self.with(key, Value::u64_array(&numbers))
     }
 
-    /// The value called `key`.
+    /// Value called `key`.
     pub fn get(&self, key: &str) -> Option<&Value> {
         self.values.iter().find(|(k, _)| k == key).map(|(_, value)| value)
     }
 
-    /// The list of numbers called `key`.
+    /// List of numbers called `key`.
     pub fn numbers(&self, key: &str) -> Option<Vec<usize>> {
         let numbers = self.get(key).and_then(Value::as_unsigned_array)?;
         Some(numbers.into_iter().map(|n| n as usize).collect())
     }
 
-    /// The tensor called `name`.
+    /// Tensor called `name`.
     pub fn tensor(&self, name: &str) -> Option<&KeptTensor> {
         self.tensors.iter().find(|t| t.name == name)
     }
 }
 
-/// Keeps records from one run to the next. By default nothing is kept.
+/// Store of records from one run to the next. The default methods keep nothing.
 pub trait Checkpoint {
-    /// The record that an earlier run of the same job kept under `name`.
+    /// Loads the record that an earlier run of the same job kept under `name`.
     ///
     /// # Errors
     /// [`GgufError`] if it cannot be read.
@@ -75,12 +75,12 @@ pub trait Checkpoint {
         Ok(None)
     }
 
-    /// Whether there is a record called `name`.
+    /// Returns whether there is a record called `name`.
     fn holds(&self, _name: &str) -> bool {
         false
     }
 
-    /// Keeps `record` under `name`, in the place of an earlier one.
+    /// Saves `record` under `name` and replaces an earlier one.
     ///
     /// # Errors
     /// [`GgufError`] if it cannot be written.
@@ -88,11 +88,11 @@ pub trait Checkpoint {
         Ok(())
     }
 
-    /// The error that says that `part` of the record `name` is not what its stage wrote.
+    /// Error that `part` of the record `name` is not what its stage wrote.
     fn damaged(&self, name: &str, part: &str) -> GgufError {
         GgufError::BadKey { key: format!("{name}.{part}"), problem: "is not what was kept".into() }
     }
 }
 
-/// Keeps nothing.
+/// Checkpoint that keeps nothing.
 impl Checkpoint for () {}

@@ -1,8 +1,8 @@
-//! What a run will need, from shapes alone: operations and memory of every stage.
+//! Forecast of a run from shapes alone: operations and memory of every stage.
 //!
-//! Each stage counts its own, beside its code in `stages/`; here is what they count with. Tests hold the counts against what graphs count. What depends
-//! on the weights is taken at its usual size: how often candidates are scored, and how many tokens are likely
-//! somewhere.
+//! Each stage counts its own, beside its code in `stages/`; this module holds what they count with. Tests
+//! compare the counts with those of the graphs. Quantities that depend on the weights have their usual size:
+//! how often candidates are scored, and how many tokens are likely at some position.
 
 use super::stages::probes;
 use super::{
@@ -19,17 +19,17 @@ use crate::model::{BlockShape, BlockTensors, Family, FfnUnit, KvCache, Model, Se
 use crate::prune::{self, BudgetError};
 use crate::requant::output_type;
 
-/// What the process takes besides arrays, and what the allocator does not give back between them.
+/// Bytes of the process besides arrays, and bytes that the allocator does not return between them.
 pub(super) const BASE_BYTES: f64 = 150e6;
 
-/// Calibration windows: tokens per window, windows to fit on, windows held out.
+/// Sizes of the calibration: tokens per window, windows to fit to, held-out windows.
 #[derive(Clone, Copy, Debug)]
 pub struct Calibration {
-    /// Tokens per window.
+    /// Number of tokens per window.
     pub n_ctx: usize,
-    /// Windows to fit on.
+    /// Number of windows that blocks are fitted to.
     pub n_fit: usize,
-    /// Windows held out.
+    /// Number of held-out windows.
     pub n_held_out: usize,
 }
 
@@ -39,58 +39,58 @@ impl From<&Windows> for Calibration {
     }
 }
 
-/// What a run will come to.
+/// Forecast of a run.
 #[derive(Clone, Debug)]
 pub struct Forecast {
-    /// Attention groups that go.
+    /// Number of attention groups that are removed.
     pub n_groups: usize,
-    /// Neurons that stay in a block, on average.
+    /// Mean number of neurons that are kept in a block.
     pub mean_width: f64,
-    /// Share of the blocks' parameters that goes.
+    /// Share of the blocks' parameters that is removed.
     pub sparsity: f64,
-    /// Bytes of the written file, about.
+    /// Approximate number of bytes of the written file.
     pub file_bytes: u64,
-    /// Its parameters.
+    /// Number of parameters of the written file.
     pub params: u64,
-    /// The keys and values that llama.cpp keeps with it.
+    /// KV cache of the pruned model in llama.cpp.
     pub kv_cache: KvCache,
-    /// Its architecture, most likely.
+    /// Most likely output architecture.
     pub output_arch: Family,
-    /// The types of the matrices that get new values.
+    /// Types of the matrices that get new values.
     pub new_matrices: Vec<NewMatrices>,
-    /// In the order in which they run.
+    /// Stages, in the order in which they run.
     pub stages: Vec<StageForecast>,
 }
 
-/// What one stage needs.
+/// Operations and memory of one stage.
 #[derive(Clone, Debug)]
 pub struct StageForecast {
-    /// As it is announced.
+    /// Name under which the stage is announced.
     pub name: &'static str,
     /// Floating-point operations of matrix products in graphs, in 32 bits.
     pub operations: f64,
-    /// Those of the algebra, in 64 bits; of those in 32 two count as one.
+    /// Floating-point operations of linear algebra in 64 bits; two operations in 32 bits count as one.
     pub algebra: f64,
-    /// Bytes in memory at its peak, without the mapped file.
+    /// Peak memory in bytes, not counting the memory-mapped source.
     pub memory: f64,
-    /// Bytes on a device at its peak, where graphs run on one.
+    /// Peak memory on a device in bytes, if graphs run on one.
     pub on_devices: f64,
 }
 
 impl Forecast {
-    /// Bytes in memory at the peak of all stages, without the mapped file.
+    /// Peak memory of all stages in bytes, not counting the memory-mapped source.
     pub fn memory(&self) -> f64 {
         self.stages.iter().map(|s| s.memory).fold(0.0, f64::max)
     }
 
-    /// Bytes on a device at the peak of all stages, where graphs run on one. Of several, each has its own graphs and a part of
-    /// the rest.
+    /// Peak memory of all stages on a device in bytes, if graphs run on one. Each of several devices holds
+    /// its own graphs and a part of the rest.
     pub fn on_devices(&self) -> f64 {
         self.stages.iter().map(|s| s.on_devices).fold(0.0, f64::max)
     }
 }
 
-/// What `settings` will need on `model`, for our own method.
+/// Forecast of a run of putri-gguf's own method with `settings` on `model`.
 ///
 /// # Errors
 /// [`BudgetError`] if the sparsity is out of reach.
@@ -115,30 +115,30 @@ pub fn forecast(model: &Model, c: &Calibration, settings: &Settings) -> Result<F
         file_bytes: size.bytes,
         params: size.params,
         kv_cache: size.kv_cache,
-        // Widths of their own are hardly ever all the same.
+        // Widths per block are hardly ever all the same.
         output_arch: output_archs
             .per_block
             .filter(|_| s.per_block_widths)
             .unwrap_or_else(|| output_archs.of(&shapes)),
         new_matrices: new_matrices(model, s, &shapes),
-        // Those that do run.
+        // Stages that do not run have no operations.
         stages: stages.filter(|s| s.operations > 0.0).collect(),
     })
 }
 
-/// Sizes of one block, as far as work depends on them. Whole numbers but for means over blocks.
+/// Sizes of one block on which the work depends. They are whole numbers, except for means over blocks.
 #[derive(Clone, Copy)]
 pub(super) struct Sizes {
-    /// Width of all query heads, and of all key heads.
+    /// Total width of the query heads, and of the key heads.
     pub(super) q: f64,
     pub(super) kv: f64,
-    /// Neurons that a token passes through.
+    /// Number of neurons that a token passes through.
     pub(super) ff: f64,
-    /// Neurons that there are.
+    /// Number of all neurons.
     pub(super) held: f64,
-    /// Neurons of a feed-forward that is refitted.
+    /// Number of neurons of an FFN that is refitted.
     pub(super) refitted: f64,
-    /// Experts that a router knows.
+    /// Number of experts of the router.
     pub(super) router: f64,
 }
 
@@ -146,9 +146,9 @@ pub(super) struct Work<'a> {
     pub(super) model: &'a Model,
     pub(super) c: Calibration,
     pub(super) s: &'a Settings,
-    /// Share of the attention that stays, in all blocks alike.
+    /// Share of the attention that is kept, the same in all blocks.
     pub(super) kept: f64,
-    /// Attention groups that are removed.
+    /// Number of attention groups that are removed.
     pub(super) n_groups_removed: usize,
     pub(super) widths: &'a [usize],
 }
@@ -174,7 +174,7 @@ impl Work<'_> {
         self.n_fitted() + self.n_held_out()
     }
 
-    /// Tokens that blocks are fitted to, of resampled copies, too.
+    /// Number of tokens that blocks are fitted to, including those of resampled copies.
     pub(super) fn n_fitted(&self) -> f64 {
         self.n_fit() * self.s.copies() as f64
     }
@@ -198,19 +198,20 @@ impl Work<'_> {
             kv: d * b.n_head_kv as f64,
             ff: ff as f64,
             held: held as f64,
-            // One at a time.
+            // Experts are refitted one at a time.
             refitted: if self.s.ffn_unit(self.model) == FfnUnit::Neuron { b.n_ff as f64 } else { 0.0 },
             router: b.n_expert as f64,
         }
     }
 
-    /// Experts that a token uses, and that there are.
+    /// Number of experts that a token uses, and of all experts.
     pub(super) fn experts(&self) -> Option<[f64; 2]> {
         let h = &self.model.hparams;
         h.experts.map(|e| [e.n_used as f64, h.blocks[0].n_expert as f64])
     }
 
-    /// Every block whole, with fewer heads, and narrowed as well.
+    /// Sizes of all blocks of the whole model. `headless` returns those with fewer heads; `pruned` also
+    /// narrows the FFNs.
     pub(super) fn whole(&self) -> Vec<Sizes> {
         self.model.hparams.blocks.iter().map(|b| self.sizes(b, 1.0)).collect()
     }
@@ -225,17 +226,17 @@ impl Work<'_> {
         blocks.map(|(b, &w)| self.sizes(&b.with_units(ffn_unit, w), self.kept)).collect()
     }
 
-    /// Tokens that `Windows::sample` gives.
+    /// Number of tokens that `Windows::sample` returns.
     pub(super) fn sampled(&self, n_tokens: usize, n_ctx: usize) -> f64 {
         (n_tokens.div_ceil(n_ctx).clamp(1, self.c.n_fit) * n_ctx) as f64
     }
 
-    /// Tokens that are likely at one of `n` positions, about.
+    /// Approximate number of tokens that are likely at one or more of `n` positions.
     pub(super) fn known(&self, n: f64) -> f64 {
         (200.0 * n.sqrt()).min(self.n_vocab())
     }
 
-    /// Up to the input of attn_output.
+    /// Operations up to the input of `attn_output`.
     pub(super) fn heads_ops(&self, il: usize, b: Sizes, n_tokens: f64, n_ctx: usize) -> f64 {
         let slides = self.model.hparams.slides(il);
         let n_swa = self.model.hparams.sliding.as_ref().filter(|_| slides).map_or(n_ctx, |s| s.n_swa);
@@ -250,7 +251,7 @@ impl Work<'_> {
         n_tokens * (2.0 * self.n_embd() * (b.q + 2.0 * b.kv) + 4.0 * b.q * pairs as f64 / n_ctx as f64)
     }
 
-    /// attn_output and the feed-forward.
+    /// Operations of `attn_output` and the FFN.
     pub(super) fn rest_ops(&self, b: Sizes, n_tokens: f64) -> f64 {
         2.0 * n_tokens * self.n_embd() * (b.q + self.ffn_matrices() * b.ff + b.router)
     }
@@ -263,9 +264,9 @@ impl Work<'_> {
         blocks.iter().enumerate().map(|(il, b)| self.block_ops(il, *b, n_tokens, n_ctx)).sum()
     }
 
-    /// Back through a block, the forward pass included.
+    /// Operations of the gradient through a block, including the forward pass.
     pub(super) fn gradient_ops(&self, b: Sizes, n_tokens: f64, n_ctx: usize) -> f64 {
-        // Forward, ffn_down is only needed where a norm follows it, and attn_output then once more.
+        // The forward pass needs `ffn_down` only if a norm follows it, and then `attn_output` once more.
         let maps = if self.model.hparams.family.traits().post_norms { b.q + b.ff } else { 0.0 };
         let ffn = 2.0 * self.ffn_matrices() - 1.0;
         let matrices = 4.0 * b.q + 4.0 * b.kv + ffn * b.ff + maps;
@@ -276,22 +277,23 @@ impl Work<'_> {
         2.0 * self.n_embd() * n_vocab * n_tokens
     }
 
-    /// Moments of `n` inputs and `m` residuals.
+    /// Operations of the moments of `n` inputs and `m` residuals.
     pub(super) fn moment_ops(&self, n: f64, m: f64, n_tokens: f64) -> f64 {
         2.0 * n_tokens * moment_products(n.round() as usize, m as usize) as f64
     }
 
-    /// A judge of `n_tokens` positions, and `n_losses` losses by it.
+    /// Operations to prepare a prediction loss on `n_tokens` positions and to compute it `n_losses` times.
     pub(super) fn judge_ops(&self, n_tokens: f64, n_losses: f64) -> f64 {
         self.loss_ops(n_tokens, n_tokens, 1.0 + n_losses)
     }
 
-    /// Logits of `n_tokens` positions, and products like them, `n_products` a token, for what is likely in batches of `batch`.
+    /// Operations of the logits of `n_tokens` positions and of `n_products` similar products per token over
+    /// the tokens that are likely in batches of `batch`.
     pub(super) fn loss_ops(&self, n_tokens: f64, batch: f64, n_products: f64) -> f64 {
         self.logit_ops(self.n_vocab() + n_products * self.known(batch), n_tokens)
     }
 
-    /// Bytes of the largest block in floats.
+    /// Bytes of the largest block in 32-bit floats.
     pub(super) fn block_bytes(&self) -> f64 {
         let bytes = |b: &Sizes| {
             4.0 * self.n_embd() * (2.0 * b.q + 2.0 * b.kv + self.ffn_matrices() * b.held + b.router)
@@ -299,7 +301,7 @@ impl Work<'_> {
         self.whole().iter().map(bytes).fold(0.0, f64::max)
     }
 
-    /// Neurons of the widest feed-forward that is refitted.
+    /// Number of neurons of the widest FFN that is refitted.
     pub(super) fn max_ff(&self) -> f64 {
         self.whole().iter().map(|b| b.refitted).fold(0.0, f64::max)
     }
@@ -308,17 +310,17 @@ impl Work<'_> {
         self.whole().iter().map(|b| b.q).fold(0.0, f64::max)
     }
 
-    /// Bytes of streams of `n` numbers.
+    /// Bytes in memory of residual streams of `n` numbers.
     pub(super) fn stream_bytes(&self, n: f64) -> f64 {
         if self.s.spill.is_memory() { 4.0 * n } else { 0.0 }
     }
 
-    /// Tokens in one graph.
+    /// Number of tokens in one graph.
     pub(super) fn chunk(&self, n_ctx: usize, n_tokens: f64) -> f64 {
         n_tokens.min(whole_windows(self.s.chunk_tokens, n_ctx) as f64)
     }
 
-    /// Bytes of the graph of a block: what is alive at its widest place.
+    /// Bytes of the graph of a block: the largest set of tensors that are alive at once.
     pub(super) fn graph_bytes(&self, n_ctx: usize, n_tokens: f64) -> f64 {
         let chunk = self.chunk(n_ctx, n_tokens);
         let slice = query_slice(n_ctx) as f64;
@@ -329,36 +331,37 @@ impl Work<'_> {
         4.0 * (attention.max(ffn) + chunk * 3.0 * self.n_embd()) + 8.0 * slice * n_ctx as f64
     }
 
-    /// Residuals per token in moments at ffn_down, where blocks are refitted.
+    /// Number of residuals per token in the moments at `ffn_down`, where blocks are refitted.
     pub(super) fn n_residuals(&self) -> f64 {
         if self.s.method.refits_towards_dense() { self.n_embd() } else { 0.0 }
     }
 
-    /// Bytes of the sums of products that moments of `n` inputs and `n_out` residuals are made of.
+    /// Bytes of the sums of products for the moments of `n` inputs and `n_out` residuals.
     pub(super) fn sums_bytes(&self, n: f64, n_out: f64) -> f64 {
         4.0 * moment_products(n as usize, n_out as usize) as f64
     }
 
-    /// Bytes of the graph that makes moments, without its sums.
+    /// Bytes of the graph that computes moments, without its sums.
     pub(super) fn moment_graph_bytes(&self, n_ctx: usize, n_tokens: f64) -> f64 {
         let inputs = self.chunk(n_ctx, n_tokens) * (self.max_ff().max(self.max_q()) + 2.0 * self.n_embd());
         self.graph_bytes(n_ctx, n_tokens) + 4.0 * inputs
     }
 
-    /// Bytes that the forward pass over calibration windows keeps for its graphs, once it summed moments.
+    /// Bytes that the forward pass over the calibration windows keeps for its graphs after it has summed
+    /// moments.
     pub(super) fn scratch_bytes(&self) -> f64 {
         let sums = self.sums_bytes(self.max_ff(), self.n_residuals());
         self.moment_graph_bytes(self.c.n_ctx, self.n_fitted()) + sums
     }
 
-    /// Those on devices: of the products one at a time, for each is added to a total.
+    /// Bytes of these graphs on devices. Products are added to a total one at a time.
     pub(super) fn kept_graph_bytes(&self) -> f64 {
         let largest = |n: f64| largest_product(n as usize, self.n_residuals() as usize) as f64;
         let product = largest(self.max_ff()).max(largest(self.max_q()));
         self.moment_graph_bytes(self.c.n_ctx, self.n_fitted()) + 4.0 * product
     }
 
-    /// Bytes of a whole output head in floats.
+    /// Bytes of a whole output head in 32-bit floats.
     pub(super) fn head_bytes(&self) -> f64 {
         4.0 * self.n_embd() * self.n_vocab()
     }
@@ -368,13 +371,13 @@ impl Work<'_> {
         4.0 * LOGIT_ROWS as f64 * self.n_vocab()
     }
 
-    /// Bytes of a whole output head, and of the graph of its logits.
+    /// Bytes of a whole output head and of the graph of its logits.
     pub(super) fn predicting_bytes(&self) -> f64 {
         self.head_bytes() + 2.0 * self.logits_bytes()
     }
 
-    /// Bytes of moments and of choosing neurons on them, with the sums that a graph keeps. `squares` are those of factors
-    /// and inverses, for each pair of inputs.
+    /// Bytes of the moments and of the choice of neurons on them, with the sums that a graph keeps.
+    /// `squares` is the number of bytes of factors and inverses per pair of inputs.
     pub(super) fn choosing_bytes(&self, n_out: f64, carried: bool, squares: f64) -> f64 {
         let n = self.max_ff();
         let gram = 4.0 * n * n + 8.0 * n * n_out;
@@ -387,25 +390,27 @@ impl Work<'_> {
         self.model.hparams.blocks.iter().map(|b| b.n_head_kv as f64).sum()
     }
 
-    /// Operations of samples of the curvature made into a form, and of a map of `n_ff` inputs under it.
+    /// Operations to build the quadratic form of the curvature samples and to apply it to a map of `n_ff`
+    /// inputs.
     pub(super) fn metric_ops(&self, n_ff: f64) -> f64 {
         let e = self.n_embd();
         2.0 * e * e * n_ff + e.powi(3) * 4.0 / 3.0
     }
 
-    /// Tokens per window that samples of the curvature are taken on, and tokens of all these windows.
+    /// Number of tokens per window of the curvature samples, and of the tokens of all these windows.
     pub(super) fn probes(&self) -> (usize, f64) {
         probes(self.s, &self.c)
     }
 
-    /// Bytes of these samples.
+    /// Bytes of the curvature samples.
     pub(super) fn sensitivity_bytes(&self) -> f64 {
         let runs = self.s.sensitivity_tokens > 0 && self.s.method.measures_sensitivity();
         if runs { self.stream_bytes(self.n_layer() * self.n_embd() * 0.5 * self.probes().1) } else { 0.0 }
     }
 
-    /// Bytes while streams of `n_tokens` go through all blocks and gradients back, the head they begin at included. Graphs keep
-    /// the largest of what they needed.
+    /// Bytes while residual streams of `n_tokens` go through all blocks and gradients go back, including the
+    /// head at which these begin.
+    /// Graphs keep the memory of their largest need.
     pub(super) fn back_bytes(&self, n_ctx: usize, n_tokens: f64) -> f64 {
         let n = self.chunk(n_ctx, whole_windows(GRADIENT_TOKENS, n_ctx) as f64);
         let head_dim = self.model.hparams.head_dim as f64;
@@ -414,12 +419,12 @@ impl Work<'_> {
         let known = self.known(n_tokens);
         let loss = 6.0 * 4.0 * LOSS_ROWS as f64 * known;
         let graphs = (4.0 * block).max(loss).max(self.logits_bytes()).max(self.graph_bytes(n_ctx, n_tokens));
-        // Logits, and the part of the head that losses are of, are there when no block is.
+        // Logits, and the part of the head for losses, are in memory while no block is.
         let part = 4.0 * self.n_embd() * known;
         self.head_bytes() + self.block_bytes().max(part).max(self.logits_bytes()) + graphs
     }
 
-    /// Tokens per window that gradients go through, and how many tokens there are to learn from.
+    /// Number of tokens per window that gradients go through, and of all tokens that tuning uses per pass.
     pub(super) fn lessons(&self) -> (usize, f64) {
         let parts = self.c.n_ctx.div_ceil(MAX_GRADIENT_CTX);
         let n_ctx = self.c.n_ctx / parts;
@@ -427,13 +432,13 @@ impl Work<'_> {
         (n_ctx, (n * n_ctx) as f64)
     }
 
-    /// Encoded bytes of a block's attn_output and ffn_down as they will be written.
+    /// Encoded bytes of a block's `attn_output` and `ffn_down` as they are written.
     pub(super) fn new_block_bytes(&self, b: Sizes, shape: &BlockShape, t: &BlockTensors) -> f64 {
         let encoded = |wanted: Option<Type>, old: &Segment, n_in: f64, step: usize| {
             let ty = output_type(wanted.unwrap_or(self.model.tensor(old).ty), step);
             n_in * self.n_embd() * ty.row_bytes(ty.block_size()) as f64 / ty.block_size() as f64
         };
-        // Rows of attn_output are made of whole groups.
+        // Rows of `attn_output` consist of whole groups.
         let group = shape.heads_per_group() * self.model.hparams.head_dim;
         let attn_output =
             t.attn_output.as_ref().map_or(0.0, |o| encoded(self.s.types.attn_output, o, b.q, group));
@@ -443,7 +448,7 @@ impl Work<'_> {
         attn_output + ffn_down
     }
 
-    /// Those of all blocks, as far as they are in memory.
+    /// Bytes of these matrices of all blocks, if they are in memory.
     pub(super) fn new_bytes(&self) -> f64 {
         if !self.s.spill.is_memory() {
             return 0.0;
@@ -453,13 +458,14 @@ impl Work<'_> {
     }
 }
 
-/// Operations of a Cholesky factor of `n` rows and its inverse, in 32 bits, of which two count as one.
+/// Operations of a Cholesky factor of `n` rows and its inverse, in 32 bits, two of which count as one.
 pub(super) fn inverse_ops(n: f64) -> f64 {
     0.5 * n.powi(3)
 }
 
-/// Operations, counted likewise, of taking inputs out from `n` down to `end`, where maps of `n_out` outputs in all are gone
-/// through: the one that inputs are judged by twice, for lengths and for values.
+/// Operations, counted in the same way, of removing inputs from `n` down to `end`.
+/// `n_out` is the total number of outputs of all maps that are updated. The map that ranks the inputs counts
+/// twice: for lengths and for values.
 pub(super) fn removal_ops(n: f64, end: f64, n_out: f64) -> f64 {
     0.5 * ((n.powi(3) - end.powi(3)) / 3.0 + n_out * (n.powi(2) - end.powi(2)))
 }

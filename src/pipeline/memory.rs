@@ -1,4 +1,4 @@
-//! How to do with less memory.
+//! Settings that reduce the memory of a run.
 
 use super::{Calibration, Settings, forecast};
 use crate::model::Model;
@@ -6,11 +6,13 @@ use crate::prune::BudgetError;
 use crate::spill::SpillStore;
 use std::path::Path;
 
-/// The settings with which a run stays within `limit` bytes, without the mapped file: streams go into files of
-/// `folder` where they must, and then less passes through a block at a time.
+/// Settings with which a run stays within `limit` bytes, not counting the memory-mapped source.
+///
+/// Residual streams are spilled to files in `folder` if needed. If that is not enough, fewer tokens pass
+/// through a block at a time.
 ///
 /// # Errors
-/// [`NoRoom`] with the least that is needed, or [`BudgetError`].
+/// [`NoRoom`] with the smallest limit that is enough, or [`BudgetError`].
 pub fn within_memory(
     model: &Model,
     c: &Calibration,
@@ -34,11 +36,11 @@ pub fn within_memory(
     Err(NoRoom::Memory { limit, least: least.0 as u64, stage: least.1 })
 }
 
-/// The settings with which graphs and their weights stay within `limit` bytes on a device: less passes through a block at a
-/// time where it must.
+/// Settings with which graphs and their weights stay within `limit` bytes on a device. If needed, fewer
+/// tokens pass through a block at a time.
 ///
 /// # Errors
-/// [`NoRoom`] with the least that is needed, or [`BudgetError`].
+/// [`NoRoom`] with the smallest limit that is enough, or [`BudgetError`].
 pub fn within_device_memory(
     model: &Model,
     c: &Calibration,
@@ -56,42 +58,42 @@ pub fn within_device_memory(
     Err(NoRoom::Device { limit, least: least as u64 })
 }
 
-/// The same settings with less and less that passes through a block at a time, down to a window.
+/// The same settings with fewer and fewer tokens that pass through a block at a time, down to one window.
 fn with_less_at_a_time(settings: &Settings) -> impl Iterator<Item = Settings> {
     let smaller = [1024, 512, 1].into_iter().filter(|n| *n < settings.chunk_tokens);
     smaller.map(|chunk_tokens| Settings { chunk_tokens, ..settings.clone() })
 }
 
-/// Why a run cannot do with so little memory.
+/// Error of a memory limit that is too low.
 #[derive(Debug, thiserror::Error)]
 pub enum NoRoom {
-    /// It needs more.
+    /// The run needs more memory than the limit.
     #[error(
         "{:.2} GiB of memory are not enough: stage \"{stage}\" needs {:.2} GiB even with streams in files and one window at a time",
         *limit as f64 / f64::from(1 << 30),
         *least as f64 / f64::from(1 << 30)
     )]
     Memory {
-        /// What is there.
+        /// Limit in bytes.
         limit: u64,
-        /// What would do.
+        /// Smallest limit that is enough, in bytes.
         least: u64,
-        /// What it is needed for.
+        /// Stage with the largest need.
         stage: &'static str,
     },
-    /// So does a device.
+    /// The run needs more memory on a device than the limit.
     #[error(
         "{:.2} GiB of memory on a device are not enough: {:.2} GiB are needed even with one window at a time",
         *limit as f64 / f64::from(1 << 30),
         *least as f64 / f64::from(1 << 30)
     )]
     Device {
-        /// What is there.
+        /// Limit in bytes.
         limit: u64,
-        /// What would do.
+        /// Smallest limit that is enough, in bytes.
         least: u64,
     },
-    /// Nor with more.
+    /// The sparsity is out of reach with any amount of memory.
     #[error(transparent)]
     Budget(#[from] BudgetError),
 }

@@ -1,4 +1,4 @@
-//! The methods: each is a list of stages.
+//! Pruning methods, each a list of stages.
 
 use super::Settings;
 use super::stages::{
@@ -7,24 +7,27 @@ use super::stages::{
 };
 use crate::prune::{self, Budget};
 
-/// How to prune.
+/// Pruning method.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
 pub enum Method {
-    /// Heads first by lazy greedy search, widths per layer from loss curves, one sequential pass that refits towards a
-    /// weighted mean of the block's own output and the dense model's residual stream, and norms and biases tuned on the
-    /// whole.
+    /// putri-gguf's own method.
+    /// A lazy greedy search removes heads first. Loss curves give the width of each layer. One sequential
+    /// pass refits towards a weighted mean of the block's own output and the dense model's residual stream.
+    /// Finally, norms and biases are tuned on the whole model.
     #[default]
     Putri,
-    /// The paper's method as its authors' code does it: neurons first by its score with uniform widths, refit to the block's
-    /// own output, then heads in rounds by perplexity on one sequence.
+    /// The paper's method as its authors' code implements it.
+    /// Neurons are removed first by its score, with uniform widths, and the rest is refitted to the block's
+    /// own output. Heads are then removed in rounds by perplexity on one sequence.
     Paper,
-    /// A simpler baseline, after 2SSP (arXiv 2501.17771): neurons by the norm of their activations with uniform widths and no
-    /// refit, then whole blocks' attention by perplexity.
+    /// Simpler baseline after 2SSP (arXiv 2501.17771).
+    /// Neurons are removed by the norm of their activations, with uniform widths and no refit. The attention
+    /// of whole blocks is then removed by perplexity.
     TwoStage,
 }
 
 impl Method {
-    /// The stages, in the order in which they run.
+    /// Stages, in the order in which they run.
     pub(super) fn stages(self) -> Vec<Box<dyn Stage>> {
         match self {
             Method::Putri => vec![
@@ -61,32 +64,34 @@ impl Method {
         }
     }
 
-    /// Whether the forecast knows all stages.
+    /// Returns whether the forecast covers all stages.
     pub fn is_forecast(self) -> bool {
         self == Method::Putri
     }
 
-    /// Whether mixtures of experts can be pruned so.
+    /// Returns whether the method prunes mixtures of experts.
     pub(super) fn takes_experts(self) -> bool {
         self == Method::Putri
     }
 
-    /// Whether blocks' attention goes as a whole, or not at all.
+    /// Returns whether the method removes only the whole attention of a block.
     pub(super) fn removes_whole_attention(self) -> bool {
         self == Method::TwoStage
     }
 
-    /// Whether maps are refitted towards the dense model's residual stream, for which residuals are summed.
+    /// Returns whether maps are refitted towards the dense model's residual stream, for which residuals are
+    /// summed.
     pub(super) fn refits_towards_dense(self) -> bool {
         self == Method::Putri
     }
 
-    /// Whether samples of the curvature are in memory while neurons are chosen.
+    /// Returns whether curvature samples are in memory while neurons are chosen.
     pub(super) fn measures_sensitivity(self) -> bool {
         self == Method::Putri
     }
 
-    /// Attention groups to remove by the method's formula, and the fewest of them that leave the rest to the feed-forwards.
+    /// Number of attention groups to remove by the method's formula, and the smallest number with which the
+    /// FFNs can give up the rest.
     pub(super) fn head_groups(self, budgets: &[Budget], sparsity: f64) -> (usize, usize) {
         match self {
             Method::Putri => {
@@ -96,7 +101,7 @@ impl Method {
         }
     }
 
-    /// `s` as the method wants them: the authors' code counts all errors alike and knows no quantisation.
+    /// Adapts `s` to the method: the authors' code weights all errors equally and has no quantisation.
     pub(super) fn settings(self, s: Settings) -> Settings {
         match self {
             Method::Putri => s,

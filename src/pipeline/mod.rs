@@ -1,6 +1,6 @@
-//! The passes over the blocks: where forward passes and the mathematics of pruning meet.
+//! Passes over the blocks: they connect the forward passes with the pruning algorithms of [`crate::prune`].
 //!
-//! A [`Method`] is a list of stages (`method.rs`), each in a file of `stages/`. What they share is a `Run`.
+//! A [`Method`] is a list of stages (`method.rs`), each in a file of `stages/`. The stages share a `Run`.
 
 mod allocation;
 mod checkpoint;
@@ -39,34 +39,37 @@ use crate::gguf::{GgufError, Value};
 use crate::model::Model;
 use crate::prune::{BudgetError, Singular};
 
-/// A stage that is still to come, and how much work it is.
+/// Stage that has not run yet, with its amount of work.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct PlannedStage {
-    /// The name under which [`Observer::stage`] announces it.
+    /// Name under which [`Observer::stage`] announces it.
     pub name: &'static str,
     /// Floating-point operations that take as long in graphs, estimated from shapes.
     pub work: f64,
-    /// Memory bandwidth limits the stage rather than arithmetic. Its speed says little about that of other stages.
+    /// Whether memory bandwidth limits the stage rather than arithmetic. The speed of such a stage says
+    /// little about that of other stages.
     pub bandwidth_bound: bool,
 }
 
-/// Who is told how far the work is, and can stop it.
+/// Receiver of progress reports, which can also stop the work.
 pub trait Observer {
-    /// These stages are still to come, in this order; they replace those of an earlier plan. Some may be skipped, and stages
-    /// that are not planned may run besides. `whole` says whether nothing else follows: a search for the largest sparsity
-    /// within a limit announces one result after another. A stage without a name stands for work that is announced later.
+    /// Announces the stages that have not run yet, in their order; they replace those of an earlier plan.
+    /// Some of them may be skipped, and stages that are not planned may run as well.
+    /// `whole` says whether nothing else follows: a search for the largest sparsity within a quality limit
+    /// announces one result after another.
+    /// A stage without a name stands for work that is announced later.
     fn plan(&mut self, _stages: &[PlannedStage], _whole: bool) {}
-    /// A stage begins; it has `steps` steps.
+    /// Announces the start of a stage with `steps` steps.
     fn stage(&mut self, name: &str, steps: usize);
-    /// `done` steps of the stage are done; `note` says what came of the last.
+    /// Reports that `done` steps of the stage are done; `note` describes the result of the last one.
     fn step(&mut self, done: usize, note: &str);
-    /// Whether the work should stop as soon as it can.
+    /// Returns whether the work should stop as soon as possible.
     fn interrupted(&self) -> bool {
         false
     }
 }
 
-/// Why pruning failed.
+/// Error of a pruning run.
 #[derive(Debug, thiserror::Error)]
 pub enum PruneError {
     /// A forward pass failed.
@@ -81,34 +84,34 @@ pub enum PruneError {
     /// The sparsity is out of reach.
     #[error(transparent)]
     Budget(#[from] BudgetError),
-    /// Another method than ours on a mixture of experts.
+    /// The method does not prune mixtures of experts; only putri-gguf's own does.
     #[error("this method prunes no mixtures of experts; only putri-gguf's own does")]
     Experts,
-    /// Heads shall go block by block where none holds that.
+    /// Different numbers of heads per layer are requested, but no output architecture supports them.
     #[error(
         "no architecture holds layers of {0} with head counts of their own in this model; remove heads uniformly"
     )]
     HeadsPerBlock(&'static str),
-    /// A layer's activations are degenerate.
+    /// The activations of a layer are degenerate.
     #[error("block {block}, {part}: cannot be fitted")]
     Singular {
-        /// The block.
+        /// Number of the block.
         block: usize,
-        /// `attn_output` or `ffn_down`.
+        /// Matrix: `attn_output` or `ffn_down`.
         part: &'static str,
-        /// Why.
+        /// Cause.
         source: Singular,
     },
-    /// What was fitted is out of all proportion.
+    /// The fitted values are far larger than those before.
     #[error(
         "block {block}, {part}: new values are {times:.0} times as large as those before; calibrate on more text"
     )]
     Grown {
-        /// The block.
+        /// Number of the block.
         block: usize,
-        /// `attn_output` or `ffn_down`.
+        /// Matrix: `attn_output` or `ffn_down`.
         part: &'static str,
-        /// How much larger.
+        /// Ratio of the new values' size to the old.
         times: f32,
     },
     /// A temporary file failed.
@@ -119,32 +122,35 @@ pub enum PruneError {
     Interrupted,
 }
 
-/// Comparison of the pruned and requantised model with the dense one on the held-out windows, by our own forward pass.
+/// Comparison of the pruned and requantised model with the dense one on the held-out windows, by the crate's
+/// own forward pass.
 pub type HeldOut = crate::numeric::Metrics;
 
-/// What came of the passes.
+/// Result of the passes.
 pub struct Pruned {
-    /// What stays of each block, with the tensors that changed.
+    /// Kept parts of each block, with the tensors that changed.
     pub plan: Plan,
-    /// What the held-out windows say.
+    /// Comparison with the dense model on the held-out windows.
     pub held_out: HeldOut,
-    /// The pruned model's negative log-likelihoods of the tokens of the first of them but its first, in nats, by the CPU.
+    /// Negative log-likelihoods under the pruned model of the tokens of the first held-out window except its
+    /// first token, in nats, computed on the CPU.
     pub losses: Vec<f64>,
-    /// The dense model's mean negative log-likelihood on each held-out window, in nats.
+    /// Mean negative log-likelihood of the dense model on each held-out window, in nats.
     pub dense_window_nll: Vec<f64>,
-    /// What the predictions lose by the width of each block alone, about, in nats of KL divergence; not known where all
-    /// widths are equal, or were chosen by an earlier run.
+    /// Estimated loss of the predictions by the width of each block alone, in nats of KL divergence.
+    /// None if all widths are equal or an earlier run chose them.
     pub block_losses: Option<Vec<f64>>,
-    /// Keys and values that the stages add to the output's `putri.*` metadata.
+    /// Keys and values that the stages add to the `putri.*` metadata of the output.
     pub provenance: Vec<(&'static str, Value)>,
-    /// What a user should know.
+    /// Warnings for the user.
     pub warnings: Vec<String>,
 }
 
-/// Plans the pruning of `model` on the calibration `windows`. `reference` is the same model before it was
-/// quantised, or `model` itself: what the result is fitted to, and where attn_output and ffn_down, which
-/// get new values anyway, come from. What `checkpoint` remembers of an earlier run on the same terms is taken over; the
-/// outcome is the same as without.
+/// Plans the pruning of `model` on the calibration `windows`.
+///
+/// `reference` is the same model before it was quantised, or `model` itself. The result is fitted to it, and
+/// `attn_output` and `ffn_down` are taken from it, because they get new values anyway. Records of an earlier
+/// run on the same terms in `checkpoint` are reused; the result is the same as without them.
 ///
 /// # Errors
 /// [`PruneError`] if the sparsity cannot be reached, the engine fails, or the observer interrupts.
@@ -165,17 +171,14 @@ pub fn run(
     Ok(run.finish())
 }
 
-/// Names of all records that a run on a model of `n_layer` blocks may keep in a checkpoint, by whatever method.
+/// Names of all records that a run of any method on a model of `n_layer` blocks may keep in a checkpoint.
 pub fn record_names(n_layer: usize) -> Vec<String> {
     let methods = [Method::Putri, Method::Paper, Method::TwoStage];
     let stages = methods.into_iter().flat_map(Method::stages);
     stages.flat_map(|stage| stage.records(n_layer)).collect()
 }
 
-/// What the matrices of the pruned model see of the windows that it was fitted on, block by block.
-///
-/// # Errors
-/// [`PruneError`] if the engine fails or the observer interrupts.
+/// Squared inputs of the pruned model's matrices on the windows that it was fitted to, block by block.
 pub fn input_squares(
     model: &Model,
     plan: &Plan,
@@ -204,13 +207,13 @@ pub fn input_squares(
     Ok(all)
 }
 
-/// A forward pass over windows of `n_ctx` tokens.
+/// Creates a forward pass over windows of `n_ctx` tokens.
 fn forward(model: &Model, n_ctx: usize, s: &Settings) -> Result<Forward, ForwardError> {
     Ok(Forward::new(model, n_ctx, s.compute())?.in_chunks_of(s.chunk_tokens))
 }
 
-/// Factor of each token of `stream` `[n_tokens, n_embd]` in least-squares sums: its root mean square to
-/// the power of −`weight`.
+/// Factor of each token of `stream` `[n_tokens, n_embd]` in least-squares sums: its root mean square to the
+/// power of −`weight`.
 fn token_scales(stream: &[f32], n_embd: usize, weight: f64) -> Vec<f32> {
     let exponent = -0.5 * weight as f32;
     let squares: Vec<f32> = stream.chunks_exact(n_embd).map(mean_square).collect();

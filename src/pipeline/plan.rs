@@ -1,65 +1,76 @@
-//! What stays of a model.
+//! Plan of a pruned model: the kept parts and their new values.
 
 use crate::gguf::GgufError;
-use crate::model::{Arch, BlockShape, BlockVector, BlockWeights, Family, Heads, Model, OutputArchs};
+use crate::model::{
+    Arch, BlockMatrix, BlockShape, BlockVector, BlockWeights, Family, Heads, Model, OutputArchs,
+};
 use crate::prune::{Budget, GroupId};
 use crate::requant::Quantised;
 
-/// What stays of one block.
+/// Kept parts of one block.
 #[derive(Clone, Debug)]
 pub struct BlockPlan {
     /// Attention groups of the source block, ascending.
     pub groups: Vec<usize>,
     /// Experts of the source block, if it has some, in the order in which they are written.
     pub experts: Vec<usize>,
-    /// Neurons of the source block's feed-forward, in the order in which they are written; of a mixture those of all experts
-    /// that stay, as [`BlockWeights::keep_units`] numbers them.
+    /// Neurons of the source block's FFN, in the order in which they are written.
+    /// In a mixture they are those of all kept experts, numbered as in [`BlockWeights::keep_units`].
     pub neurons: Vec<usize>,
-    /// New attn_output, if its values changed; its columns belong to `groups`.
-    pub attn_output: Option<Quantised>,
-    /// New ffn_down, if its values changed; its columns belong to `neurons`. Those of experts lie one behind the other.
-    pub ffn_down: Option<Quantised>,
+    /// New values of matrices, in the order of [`BlockMatrix::ALL`].
+    /// They hold the kept rows and columns in the order in which these are written. Those of experts are
+    /// stacked.
+    pub matrices: [Option<Quantised>; BlockMatrix::ALL.len()],
     /// New values of vectors, in the order of [`BlockVector::ALL`].
     pub vectors: [Option<Vec<f32>>; BlockVector::ALL.len()],
 }
 
 impl BlockPlan {
-    /// The new values of a vector, if it has any.
+    /// New values of the matrix `m`, if it has any.
+    pub fn matrix(&self, m: BlockMatrix) -> Option<&Quantised> {
+        self.matrices[m as usize].as_ref()
+    }
+
+    /// Sets new values of the matrix `m`.
+    pub fn set_matrix(&mut self, m: BlockMatrix, values: Quantised) {
+        self.matrices[m as usize] = Some(values);
+    }
+
+    /// New values of the vector `v`, if it has any.
     pub fn vector(&self, v: BlockVector) -> &Option<Vec<f32>> {
         &self.vectors[v as usize]
     }
 
-    /// Gives a vector new values, or none.
+    /// Sets or clears the new values of the vector `v`.
     pub fn set_vector(&mut self, v: BlockVector, values: Option<Vec<f32>>) {
         self.vectors[v as usize] = values;
     }
 }
 
-/// What stays of a model.
+/// Kept parts of a model.
 #[derive(Clone, Debug)]
 pub struct Plan {
-    /// Where it may go.
+    /// Output architectures that the model may be written in.
     pub output_archs: OutputArchs,
-    /// Per block.
+    /// Plan of each block.
     pub blocks: Vec<BlockPlan>,
 }
 
 impl Plan {
-    /// Everything stays, and may go anywhere.
+    /// Plan that keeps everything and allows every output architecture.
     pub fn whole(model: &Model) -> Plan {
         let whole = |b: &BlockShape| BlockPlan {
             groups: (0..b.n_head_kv).collect(),
             experts: (0..b.n_expert).collect(),
             neurons: (0..b.n_feed_forwards() * b.n_ff).collect(),
-            attn_output: None,
-            ffn_down: None,
+            matrices: Default::default(),
             vectors: Default::default(),
         };
         let output_archs = model.output_archs(Heads::default(), Arch::default());
         Plan { output_archs, blocks: model.hparams.blocks.iter().map(whole).collect() }
     }
 
-    /// The architecture that it is written in.
+    /// Output architecture that the plan is written in.
     pub fn output_arch(&self, model: &Model) -> Family {
         self.output_archs.of(&self.shapes(model))
     }
@@ -77,7 +88,7 @@ impl Plan {
             .collect()
     }
 
-    /// Block `il` of `model` as the plan leaves it: with the values that the file will hold.
+    /// Block `il` of `model` under the plan, with the values that the file will hold.
     ///
     /// # Errors
     /// [`GgufError`] if a tensor cannot be decoded.
@@ -88,15 +99,10 @@ impl Plan {
             w.keep_groups(&plan.groups, model.hparams.head_dim);
         }
         w.keep_units(&plan.experts, &plan.neurons);
-        let read = |q: &Quantised, name: &str| {
-            q.to_matrix()
-                .map_err(|source| GgufError::Tensor { name: format!("blk.{il}.{name}.weight"), source })
-        };
-        if let Some(q) = &plan.attn_output {
-            w.attn_output = read(q, "attn_output")?;
-        }
-        if let Some(q) = &plan.ffn_down {
-            w.set_ffn_down(read(q, "ffn_down")?);
+        for m in BlockMatrix::ALL {
+            let Some(q) = plan.matrix(m) else { continue };
+            let name = || format!("blk.{il}.{}.weight", m.name());
+            w.set_matrix(m, q.to_matrix().map_err(|source| GgufError::Tensor { name: name(), source })?);
         }
         for (v, new) in BlockVector::ALL.into_iter().zip(&plan.vectors) {
             if let Some(new) = new {
@@ -109,18 +115,28 @@ impl Plan {
     /// Removes an attention group.
     ///
     /// # Panics
-    /// If the block has a new attn_output, whose columns belong to the groups as they were.
+    /// If a matrix of the block's attention has new values, which belong to the groups as they were.
     pub fn remove_group(&mut self, id: GroupId) {
-        assert!(self.blocks[id.block].attn_output.is_none(), "heads go before attn_output is refitted");
+        let of_attention = |m: &BlockMatrix| m.of_attention() && self.blocks[id.block].matrix(*m).is_some();
+        assert!(
+            !BlockMatrix::ALL.iter().any(of_attention),
+            "heads are removed before attention gets new values"
+        );
         self.blocks[id.block].groups.retain(|&g| g != id.group);
     }
 
-    /// Parameters that the attention has given up.
+    /// Matrices that have new values in some block.
+    pub fn new_matrices(&self) -> Vec<BlockMatrix> {
+        let is_new = |m: &BlockMatrix| self.blocks.iter().any(|b| b.matrix(*m).is_some());
+        BlockMatrix::ALL.into_iter().filter(is_new).collect()
+    }
+
+    /// Number of parameters that were removed from attention.
     pub fn attention_params_removed(&self, budgets: &[Budget]) -> usize {
         self.blocks.iter().zip(budgets).map(|(p, b)| (b.n_groups - p.groups.len()) * b.group_params).sum()
     }
 
-    /// Share of the parameters of `model`'s blocks that is gone.
+    /// Share of the parameters of `model`'s blocks that is removed.
     pub fn sparsity(&self, model: &Model) -> f64 {
         let h = &model.hparams;
         let [before, after] = [&h.blocks, &self.shapes(model)].map(|blocks| h.blocks_params(blocks));

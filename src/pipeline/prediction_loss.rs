@@ -1,4 +1,4 @@
-//! What a change does to the model's predictions.
+//! Loss of the model's predictions by a change.
 
 use super::PruneError;
 use crate::forward::{Forward, Head};
@@ -7,7 +7,7 @@ use crate::model::Model;
 use crate::numeric::log_sum_exp;
 use rayon::prelude::*;
 
-/// What a candidate is judged by.
+/// Loss by which candidates are compared.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Loss {
     /// Mean KL divergence of the pruned model's predictions from the dense model's.
@@ -16,29 +16,30 @@ pub enum Loss {
     Likelihood,
 }
 
-/// Likeliest tokens of a prediction that count as likely. In a judge's divergence the others are taken together, which bounds
-/// it from below.
+/// Number of likeliest tokens of a prediction that count as likely. The divergence takes all others together,
+/// which bounds it from below.
 const TOP: usize = 64;
 
-/// Turns a final residual stream into a loss.
+/// Map from a final residual stream to a loss.
 pub(super) struct PredictionLoss {
     head: Head,
     wanted: Objective,
 }
 
-/// What a position is judged by.
+/// Data by which each position is evaluated.
 enum Objective {
-    /// The token that follows, if one does.
+    /// Next token, if there is one.
     Likelihood(Vec<Option<Token>>),
-    /// The dense model's likeliest tokens, as numbers of the head's rows, with their probabilities. Divergences are
-    /// those among the tokens that are among the likeliest of some position: a few thousand, instead of a
-    /// vocabulary whose logits would take as long as many blocks.
+    /// The dense model's likeliest tokens, as indices of the head's rows, with their probabilities.
+    /// The divergence covers the tokens that are among the likeliest at some position. These are a few
+    /// thousand; the logits of the whole vocabulary would take as long as many blocks.
     Divergence(Vec<Vec<(u32, f32)>>),
 }
 
 impl PredictionLoss {
-    /// Judges final streams of `model` on `tokens`. What they are compared with is the stream `dense` of
-    /// `reference`, which is the same model, or has the same vocabulary.
+    /// Prepares the loss of final residual streams of `model` on `tokens`.
+    /// They are compared with the stream `dense` of `reference`, which is the same model, or has the same
+    /// vocabulary.
     pub(super) fn new(
         forward: &mut Forward,
         model: &Model,
@@ -88,7 +89,8 @@ impl PredictionLoss {
     }
 }
 
-/// The [`TOP`] likeliest tokens of each position of the final stream `stream` by `head`; and all of them, ascending.
+/// The [`TOP`] likeliest tokens of each position of the final stream `stream` by `head`, and the union of
+/// them, ascending.
 pub(super) fn likely(
     forward: &mut Forward,
     head: &Head,
@@ -101,14 +103,15 @@ pub(super) fn likely(
     Ok((top, known))
 }
 
-/// The tokens `ids` as numbers in `row`, the logits of the tokens `known`, ascending, with their probabilities.
+/// Indices of the tokens `ids` in `row`, with their probabilities. `row` holds the logits of the tokens
+/// `known`, which are ascending.
 fn probabilities(row: &[f32], known: &[u32], ids: &[u32]) -> Vec<(u32, f32)> {
     let lse = log_sum_exp(row);
     let place = |id: &u32| known.binary_search(id).expect("every likeliest token is known");
     ids.iter().map(place).map(|at| (at as u32, (f64::from(row[at]) - lse).exp() as f32)).collect()
 }
 
-/// KL divergence of softmax(row) from `dense`, with the tokens that `dense` leaves out as one.
+/// KL divergence of softmax(row) from `dense`, with the tokens that `dense` leaves out counted as one.
 fn divergence(row: &[f32], dense: &[(u32, f32)]) -> f64 {
     let lse = log_sum_exp(row);
     let (mut kl, mut p_rest, mut q_rest) = (0.0, 1.0f64, 1.0f64);
@@ -142,7 +145,7 @@ mod tests {
             let mut ids: Vec<u32> = (0..n as u32).collect();
             ids.sort_by(|a, b| dense[*b as usize].total_cmp(&dense[*a as usize]));
             ids.truncate(TOP);
-            // Besides this position's, tokens that are likely at others.
+            // Tokens that are likely at other positions are known as well.
             let mut known: Vec<u32> = ids.iter().copied().chain((0..n as u32).step_by(3)).collect();
             known.sort_unstable();
             known.dedup();

@@ -1,4 +1,4 @@
-//! What the stages of a run share.
+//! State that the stages of a run share.
 
 use super::stages::{Sensitivity, Streams};
 use super::stream::planned_stream;
@@ -15,36 +15,37 @@ use std::sync::Arc;
 /// State of one run.
 pub(super) struct Run<'a> {
     pub(super) model: &'a Model,
-    /// What the result is fitted to.
+    /// Model that the result is fitted to.
     pub(super) reference: &'a Model,
-    /// The calibration windows.
+    /// Calibration windows.
     pub(super) windows: &'a Windows,
-    /// What blocks are fitted to, resampled copies included, and the same windows held out.
+    /// Windows that blocks are fitted to, including resampled copies, and the same held-out windows as in
+    /// `windows`.
     pub(super) fitted: Arc<Windows>,
     pub(super) settings: &'a Settings,
     pub(super) checkpoint: &'a mut dyn Checkpoint,
     pub(super) observer: &'a mut dyn Observer,
     pub(super) forward: Forward,
     pub(super) budgets: Vec<Budget>,
-    /// Attention groups to remove.
+    /// Number of attention groups to remove.
     pub(super) n_groups: usize,
-    /// What is kept of the model so far.
+    /// Kept parts of the model so far.
     pub(super) plan: Plan,
-    /// Samples of the curvature, while neurons are chosen.
+    /// Curvature samples, as long as neurons are chosen.
     pub(super) sensitivity: Option<Sensitivity>,
-    /// FFN units that are kept, per block.
+    /// Number of FFN units that are kept, per block.
     pub(super) widths: Vec<usize>,
     pub(super) criterion: NeuronCriterion,
-    /// An earlier run settled all that blocks depend on, so that blocks of it can be taken over.
+    /// Whether an earlier run settled everything that blocks depend on, so that its blocks can be reused.
     pub(super) blocks_resume: bool,
-    /// Residual streams behind the last block.
+    /// Residual streams after the last block.
     pub(super) streams: Option<Streams>,
     pub(super) held_out: Option<HeldOut>,
     pub(super) block_losses: Option<Vec<f64>>,
-    /// Losses of the first held-out window.
+    /// Negative log-likelihoods of the tokens of the first held-out window, in nats.
     pub(super) losses: Vec<f64>,
     pub(super) dense_window_nll: Vec<f64>,
-    /// Keys and values that stages add to the output's `putri.*` metadata.
+    /// Keys and values that the stages add to the `putri.*` metadata of the output.
     pub(super) provenance: Vec<(&'static str, Value)>,
     pub(super) warnings: Vec<String>,
 }
@@ -85,10 +86,10 @@ impl<'a> Run<'a> {
         })
     }
 
-    /// What came of the stages.
+    /// Result of the stages.
     ///
     /// # Panics
-    /// If no stage judged the result.
+    /// If no stage compared the result with the dense model.
     pub(super) fn finish(self) -> Pruned {
         Pruned {
             plan: self.plan,
@@ -105,7 +106,7 @@ impl<'a> Run<'a> {
         if self.observer.interrupted() { Err(PruneError::Interrupted) } else { Ok(()) }
     }
 
-    /// `head` of the model and, where it is another, of what the result is fitted to.
+    /// Applies `head` to the model and, if the result is fitted to another model, to that one.
     pub(super) fn output_heads(
         &self,
         head: impl Fn(&Model) -> Result<Head, ForwardError>,
@@ -115,7 +116,8 @@ impl<'a> Run<'a> {
         Ok((head(self.model)?, reference))
     }
 
-    /// Compares the final residual streams of the held-out windows, dense and pruned, `[n_tokens, n_embd]` each.
+    /// Compares the final residual streams of the held-out windows, dense and pruned, each `[n_tokens,
+    /// n_embd]`.
     pub(super) fn judge(&mut self, [dense, pruned]: [&[f32]; 2]) -> Result<(), PruneError> {
         let w = self.windows;
         let (own, base) = self.output_heads(|model| self.forward.head(model))?;
@@ -147,7 +149,8 @@ impl<'a> Run<'a> {
         Ok(())
     }
 
-    /// Losses of the first held-out window's tokens, as every machine finds them again: devices may round to halves.
+    /// Losses of the first held-out window's tokens on the CPU, which every machine reproduces.
+    /// Devices may round to 16 bits.
     fn losses_on_cpu(&self) -> Result<Vec<f64>, PruneError> {
         let (w, model) = (self.windows, self.model);
         let first = w.n_fit..w.n_fit + 1;

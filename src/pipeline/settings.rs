@@ -1,4 +1,4 @@
-//! What can be set, and what it is where nothing is said.
+//! Settings of a run and their defaults.
 
 use super::{Loss, Method, Target};
 use crate::forward::CHUNK_TOKENS;
@@ -12,124 +12,135 @@ use crate::spill::SpillStore;
 pub struct Settings {
     /// Share of the blocks' parameters to remove, 0 < s < 1.
     pub sparsity: f64,
-    /// What the result shall not be larger than: blocks keep as much as that allows, and the sparsity only says how
-    /// many heads go.
+    /// Upper limit of the result's size. Blocks keep as much as it allows, and the sparsity only determines
+    /// how many heads are removed.
     pub target: Option<Target>,
-    /// How to prune.
+    /// Pruning method.
     pub method: Method,
-    /// How heads may go.
+    /// Distribution of the removed heads over the layers.
     pub heads: Heads,
-    /// What mixtures of experts lose.
+    /// FFN unit that is removed from mixtures of experts.
     pub moe_unit: FfnUnit,
-    /// Which architecture the result may have.
+    /// Allowed output architectures.
     pub arch: Arch,
-    /// Threads.
+    /// Number of threads.
     pub n_threads: usize,
-    /// Devices that blocks pass through, instead of the CPU.
+    /// Devices that run the blocks instead of the CPU.
     pub devices: Vec<Device>,
-    /// Weight of the dense model's stream in the refit's target.
+    /// Weight of the dense model's residual stream in the refit's target.
     pub dense_target_weight: f64,
-    /// How far a token's error counts relative to its residual stream, which the next norm divides by:
-    /// 0 counts all errors alike, so that the few tokens with massive activations decide; 1 counts
-    /// relative errors.
+    /// Exponent of the residual stream's size by which a token's error is divided, as the next norm does. At
+    /// 0 all errors count equally, so that the few tokens with massive activations dominate. At 1 relative
+    /// errors count.
     pub token_weight: f64,
-    /// Ridge of a map's correction towards the dense model's stream, relative to the mean of its Gram
-    /// matrix's diagonal.
+    /// Ridge of a map's correction towards the dense model's residual stream, relative to the mean of its
+    /// Gram matrix's diagonal.
     pub ridge_stream: f64,
-    /// Ridge of what makes up for neurons that went, and for the rounding of ffn_down, where there are tokens enough.
+    /// Ridge of the refit that compensates for removed neurons and for the rounding of `ffn_down`, if there
+    /// are enough tokens.
     pub ridge_ffn: f64,
-    /// Ridge of what makes up for the rounding of attn_output.
+    /// Ridge of the refit that compensates for the rounding of `attn_output`.
     pub ridge_attn: f64,
-    /// Attention groups to remove, instead of the method's formula.
+    /// Number of attention groups to remove, instead of the method's formula.
     pub groups: Option<usize>,
-    /// Tokens that heads are judged on.
+    /// Number of tokens that the search for heads evaluates.
     pub head_tokens: usize,
-    /// Longest window that our search compares candidates on, one half of it twice; at most 512 tokens are taken.
+    /// Length of the longest window on which putri-gguf's own search compares candidates, of which one half
+    /// is repeated; at most 512 tokens are used.
     pub head_ctx: usize,
-    /// Candidates that the paper's rounds score again after the first round, instead of all.
+    /// Number of candidates that the paper's rounds score again after the first round, instead of all.
     pub rescored: Option<usize>,
-    /// What heads are judged by, once a first look, which always is by divergence, put them in order.
+    /// Loss by which the search for heads ranks candidates after the first look, which always uses
+    /// divergence.
     pub head_loss: Loss,
-    /// Tokens that the widths' loss curves are measured on, and trials of what neurons go by are fitted to.
+    /// Number of tokens on which the loss curves of the widths are measured and the trials of the neuron
+    /// criteria are fitted.
     pub curve_tokens: usize,
-    /// Columns that are still to be rounded make up for the rounding of those before.
+    /// Whether columns that are not yet rounded compensate for the rounding of those before.
     pub error_feedback: bool,
-    /// Tokens on which it is measured how much the predictions mind each output of a block: neurons are chosen by it, and
-    /// widths per block, which are equal without. 0 counts all outputs alike.
+    /// Number of tokens on which the sensitivity of the predictions to each output of a block is measured.
+    /// The sensitivity determines the choice of neurons and the widths per layer; widths are equal without
+    /// it. At 0 all outputs count equally.
     pub sensitivity_tokens: usize,
-    /// What neurons go by; if nothing is said, both ways are tried on the model, where outputs do not all count alike.
+    /// Criterion by which neurons are removed. If it is none, and outputs do not all count equally, both
+    /// criteria are tried on the model.
     pub criterion: Option<NeuronCriterion>,
-    /// Every block gets its own width.
+    /// Whether every block gets its own width.
     pub per_block_widths: bool,
-    /// The least width of a block where each gets its own, relative to what would stay if all lost the same share.
+    /// Smallest width of a block if each gets its own, relative to the width with the same share removed
+    /// everywhere.
     pub least_width: f64,
-    /// Twins of every fitted window, which blocks are fitted to, too: the same text, with some tokens resampled from the dense
-    /// model's predictions.
+    /// Number of resampled copies of every fitted window, to which blocks are fitted as well. A copy is the
+    /// same text, with some tokens resampled from the dense model's predictions.
     pub resample_copies: usize,
-    /// Share of a resampled copy's tokens, from 0 to 1, that are resampled.
+    /// Share of a copy's tokens that are resampled, from 0 to 1.
     pub resample_share: f64,
-    /// Biases take over the mean of what was removed.
+    /// Whether biases take over the mean of the removed units.
     pub biases: bool,
-    /// Times that tuning goes over its part of the calibration windows; 0 is no tuning.
+    /// Number of passes of tuning over its part of the calibration windows; 0 turns tuning off.
     pub tune: usize,
     /// Largest step of tuning, relative to a vector's size.
     pub tune_rate: f64,
-    /// Tokens that tuning goes over at a time at most, spread evenly over the calibration windows.
+    /// Largest number of tokens per pass of tuning, spread evenly over the calibration windows.
     pub tune_limit: usize,
-    /// Tokens per step of tuning, at least one window.
+    /// Number of tokens per step of tuning, at least one window.
     pub tune_tokens: usize,
-    /// Share of the tokens, from 0 to 1, that tuning draws anew from the dense model's predictions, in half of the windows
-    /// of a step.
+    /// Share of the tokens, from 0 to 1, that tuning resamples from the dense model's predictions in half of
+    /// the windows of a step.
     pub tune_resample_share: f64,
     /// Types of the matrices that get new values.
     pub types: TensorTypes,
-    /// Tokens that pass through a block in one graph, at least one window.
+    /// Number of tokens that pass through a block in one graph, at least one window.
     pub chunk_tokens: usize,
-    /// Where the streams of all tokens live.
+    /// Storage of the residual streams of all tokens.
     pub spill: SpillStore,
 }
 
 impl Settings {
-    /// What graphs run on.
+    /// Hardware that graphs run on.
     pub fn compute(&self) -> Compute {
         Compute { n_threads: self.n_threads, devices: self.devices.clone() }
     }
 
-    /// How often blocks are fitted to each window: as it is, and where windows have resampled copies, to these, too.
+    /// Number of versions of each window that blocks are fitted to: the window itself and its resampled
+    /// copies.
     pub fn copies(&self) -> usize {
         1 + self.resample_copies
     }
 
-    /// Ridge of what makes up for neurons that go out of `n_ff`, where fits see `n_tokens` tokens: `ridge_ffn`, and more
-    /// where these are few, up to what an input has by itself on average. Sums over few tokens know little of most directions,
-    /// and nothing of some where tokens are fewer than neurons; a close fit learns these tokens by heart. Those of resampled copies are not
-    /// to be counted: few want the same ridge with them.
+    /// Ridge of the refit that compensates for neurons removed out of `n_ff`, where fits see `n_tokens`
+    /// tokens.
+    ///
+    /// It is `ridge_ffn`, and larger if the tokens are few, up to the mean of the Gram matrix's diagonal.
+    /// Sums over few tokens say little about most directions, and nothing about some if there are fewer
+    /// tokens than neurons; a close fit overfits these tokens. `n_tokens` does not count the tokens of
+    /// resampled copies: a small number of tokens needs the same ridge with them.
     pub fn ridge_of_neurons(&self, n_ff: usize, n_tokens: usize) -> f64 {
         let few = n_ff as f64 / n_tokens as f64 / ENOUGH;
         self.ridge_ffn.max((self.ridge_ffn * few.powi(2)).min(1.0))
     }
 
-    /// Where `model` may go.
+    /// Output architectures that `model` may be written in.
     pub fn output_archs(&self, model: &Model) -> OutputArchs {
         model.output_archs(self.heads, self.arch)
     }
 
-    /// What the feed-forwards of `model` lose.
+    /// Unit that is removed from the FFNs of `model`.
     pub fn ffn_unit(&self, model: &Model) -> FfnUnit {
         if model.hparams.experts.is_some() { self.moe_unit } else { FfnUnit::Neuron }
     }
 }
 
-/// Neurons per token up to which the ridge need not grow; then it does so as the square (measured on SmolLM2 at 0.1, 0.4 and
-/// 1.7 neurons per token).
+/// Number of neurons per token up to which the ridge need not grow. Beyond it, the ridge grows as the square.
+/// The value fits SmolLM2 at 0.1, 0.4 and 1.7 neurons per token.
 const ENOUGH: f64 = 0.125;
 
-/// Types in which matrices with new values are written; those of the source where none is given.
+/// Types of the matrices that get new values; without one, the type of the source is used.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct TensorTypes {
-    /// Of attn_output.
+    /// Type of `attn_output`.
     pub attn_output: Option<Type>,
-    /// Of ffn_down, whose block size is also the step of the widths.
+    /// Type of `ffn_down`; its block size is also the step of the widths.
     pub ffn_down: Option<Type>,
 }
 

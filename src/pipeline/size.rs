@@ -1,4 +1,4 @@
-//! How large a pruned model is, from shapes alone; and how much has to go for a size that was asked for.
+//! Size of a pruned model, from shapes alone, and the sparsity that reaches a requested size.
 
 use super::allocation::{equal_widths, groups_to_remove, within_family};
 use super::{Settings, budgets};
@@ -7,30 +7,30 @@ use crate::model::{BlockShape, BlockTensors, FfnUnit, KvCache, Model, Segment};
 use crate::prune::BudgetError;
 use crate::requant::output_type;
 
-/// Alignment of tensors in a file.
+/// Alignment of tensors in a file, in bytes.
 const ALIGNMENT: usize = 32;
 
-/// Bytes that a file gains in its header at most: where it comes from, what it makes of a few tokens, and keys that had
-/// defaults.
+/// Largest number of bytes that the header of a file gains: its provenance, its check on a few tokens, and
+/// keys that had defaults.
 const HEADER_BYTES: usize = 5120;
 
-/// Bytes of a tensor's entry in the header, about.
+/// Approximate number of bytes of a tensor's entry in the header.
 const ENTRY_BYTES: usize = 96;
 
-/// What the result shall not be larger than.
+/// Upper limit of the result's size.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Target {
     /// Bytes of the file.
     Bytes(u64),
-    /// Parameters, all counted.
+    /// Number of all parameters.
     Params(u64),
-    /// Bytes of the file, of the keys and values that llama.cpp keeps with it, and that it computes in.
+    /// Bytes of the file, of the KV cache that llama.cpp keeps with it, and of its compute buffers.
     WithCache {
-        /// All together.
+        /// Sum of the three in bytes.
         bytes: u64,
-        /// Tokens of context.
+        /// Number of tokens of context.
         n_ctx: usize,
-        /// Bytes that it computes in.
+        /// Bytes of the compute buffers.
         compute: u64,
     },
 }
@@ -38,16 +38,16 @@ pub enum Target {
 /// Sizes of a pruned file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct FileSize {
-    /// Bytes, at most.
+    /// Upper bound of the bytes.
     pub bytes: u64,
-    /// Parameters.
+    /// Number of parameters.
     pub params: u64,
-    /// Its keys and values.
+    /// KV cache of the model.
     pub kv_cache: KvCache,
 }
 
 impl FileSize {
-    /// Whether it is as small as it shall be.
+    /// Returns whether the size is within `target`.
     pub fn is_within(&self, target: Target) -> bool {
         match target {
             Target::Bytes(n) => self.bytes <= n,
@@ -58,7 +58,7 @@ impl FileSize {
         }
     }
 
-    /// What else is in memory, if `target` is about that.
+    /// Text on the other memory that `target` counts; empty if it counts only the file.
     fn cache_of(&self, target: Target) -> String {
         match target {
             Target::WithCache { n_ctx, compute, .. } => {
@@ -77,32 +77,32 @@ fn mib(bytes: u64) -> f64 {
     bytes as f64 / f64::from(1 << 20)
 }
 
-/// Why a size cannot be had.
+/// Error of a size that cannot be reached.
 #[derive(Debug, thiserror::Error)]
 pub enum TargetError {
-    /// The source is no larger.
+    /// The source is already within the target.
     #[error("the source is no larger than that, so nothing has to be removed")]
     Already,
-    /// Not everything can go.
+    /// The target is below the size of the smallest possible model.
     #[error(
         "too small: what must be kept is {:.2} MiB{} and {:.2} million parameters, at sparsity {sparsity}",
         mib(least.bytes), least.cache_of(*target), least.params as f64 / 1e6
     )]
     OutOfReach {
-        /// What was asked for.
+        /// Requested size.
         target: Target,
-        /// The smallest that there is.
+        /// Smallest reachable size.
         least: FileSize,
-        /// What that takes.
+        /// Sparsity of the smallest reachable size.
         sparsity: f64,
     },
 }
 
-/// The least sparsity, in thousandths, at which `model` is within `target`, as far as that is known before it is known
-/// which groups go and how wide each block is.
+/// Smallest sparsity, in steps of a thousandth, at which `model` is within `target`.
+/// It is an estimate: the removed groups and the width of each block are not known before the run.
 ///
 /// # Errors
-/// [`TargetError`] if there is none, or none is needed.
+/// [`TargetError`] if no sparsity is enough, or none is needed.
 pub fn sparsity_for(model: &Model, s: &Settings, target: Target) -> Result<f64, TargetError> {
     let own = FileSize {
         bytes: model.file.n_bytes(),
@@ -121,7 +121,7 @@ pub fn sparsity_for(model: &Model, s: &Settings, target: Target) -> Result<f64, 
     while within - too_large > 1 {
         let middle = (too_large + within) / 2;
         match at(middle) {
-            // Out of reach: not even less than that was enough, or it has not been tried.
+            // The sparsity is out of reach; a lower one was not enough or has not been tried.
             Err(_) => within = middle,
             Ok(size) if size.is_within(target) => (within, least) = (middle, (middle, size)),
             Ok(size) => (too_large, least) = (middle, (middle, size)),
@@ -134,7 +134,7 @@ pub fn sparsity_for(model: &Model, s: &Settings, target: Target) -> Result<f64, 
     }
 }
 
-/// Shapes with the groups that go spread over all blocks, and equal widths.
+/// Shapes with the removed groups spread over all blocks, and with equal widths.
 ///
 /// # Errors
 /// [`BudgetError`] if the sparsity is out of reach.
@@ -159,20 +159,21 @@ pub(super) fn even_shapes(model: &Model, s: &Settings) -> Result<Vec<BlockShape>
     Ok(shapes.collect())
 }
 
-/// Matrices with new values that get the same type.
+/// Group of matrices with new values that get the same type.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct NewMatrices {
     /// `attn_output` or `ffn_down`.
     pub role: &'static str,
-    /// The type that they have or shall have.
+    /// Type of the source, or the requested type.
     pub wanted: Type,
-    /// The type that rows of their length can have: another where they are no whole blocks of the former.
+    /// Type in which they are written. It differs from `wanted` if their rows are not whole quantisation
+    /// blocks of that type.
     pub written: Type,
-    /// Blocks where that is so.
+    /// Number of such blocks.
     pub n_blocks: usize,
 }
 
-/// The types of the matrices that get new values.
+/// Types of the matrices that get new values.
 pub(super) fn new_matrices(model: &Model, s: &Settings, shapes: &[BlockShape]) -> Vec<NewMatrices> {
     let mut all: Vec<NewMatrices> = Vec::new();
     for (t, shape) in model.blocks.iter().zip(shapes) {
@@ -194,12 +195,12 @@ pub(super) fn new_matrices(model: &Model, s: &Settings, shapes: &[BlockShape]) -
     all
 }
 
-/// ffn_down, if it gets new values: that of experts does where they lose neurons.
+/// `ffn_down`, if it gets new values; that of experts gets new values only if they lose neurons.
 fn new_ffn_down(model: &Model, s: &Settings, t: &BlockTensors) -> Option<Segment> {
     (s.ffn_unit(model) == FfnUnit::Neuron).then(|| t.down())
 }
 
-/// The size of the file that holds `model` in blocks of the sizes `shapes`.
+/// Size of the file that holds `model` in blocks of the sizes `shapes`.
 pub(super) fn file_size(model: &Model, s: &Settings, shapes: &[BlockShape]) -> FileSize {
     let s = &within_family(model, s);
     let output_arch = s.output_archs(model).of(shapes);
@@ -259,7 +260,7 @@ pub(super) fn file_size(model: &Model, s: &Settings, shapes: &[BlockShape]) -> F
         if let Some(segment) = &t.attn_output {
             sizes[segment.tensor] = encoded(s.types.attn_output, segment, new.n_head_kv * group, 1);
         }
-        // Experts that lose no neurons are not encoded anew.
+        // Experts that lose no neurons are not requantised.
         if let Some(segment) = new_ffn_down(model, s, t).filter(|_| new.n_expert == 0 || new.n_ff < old.n_ff)
         {
             sizes[segment.tensor] = encoded(s.types.ffn_down, &segment, new.n_ff, new.n_feed_forwards());

@@ -1,4 +1,4 @@
-//! Tokens all the way through a plan.
+//! Residual streams of tokens through a whole plan.
 
 use super::{Observer, Plan, PruneError};
 use crate::forward::{Forward, whole_windows};
@@ -6,10 +6,10 @@ use crate::ggml::Token;
 use crate::model::Model;
 use crate::spill::{SpillStore, SpillVec};
 
-/// Embeddings that are in memory besides where they are put, at least those of a window.
+/// Number of tokens whose embeddings are in memory before they are stored; at least those of a window.
 const PART: usize = 2048;
 
-/// Embeddings `[n_tokens, n_embd]` of `tokens`, in windows of `forward`, on the spill.
+/// Embeddings `[n_tokens, n_embd]` of `tokens`, in windows of `forward`, in the spill store.
 pub(super) fn embedded(
     forward: &Forward,
     model: &Model,
@@ -25,7 +25,8 @@ pub(super) fn embedded(
     Ok(out)
 }
 
-/// The last stream of `tokens` under the plan; the streams before the blocks go to `before`.
+/// Final residual stream `[n_tokens, n_embd]` of `tokens` under the plan. The streams before each block are
+/// passed to `before`.
 pub(super) fn planned_stream(
     forward: &mut Forward,
     model: &Model,

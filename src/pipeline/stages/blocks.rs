@@ -1,10 +1,10 @@
-//! One pass over the blocks that refits, selects and requantises.
+//! Sequential pass over the blocks that refits, selects and requantises.
 
 use super::Stage;
 use crate::forward::{Block, BlockOutputs, Collect};
 use crate::ggml::Type;
 use crate::gguf::Value;
-use crate::model::{BlockShape, BlockVector, BlockWeights, Matrix};
+use crate::model::{BlockMatrix, BlockShape, BlockVector, BlockWeights, Matrix};
 use crate::numeric::Moments;
 use crate::pipeline::forecast::{BASE_BYTES, StageForecast, Work, inverse_ops, removal_ops};
 use crate::pipeline::run::Run;
@@ -16,28 +16,31 @@ use crate::spill::SpillVec;
 use std::ops::Range;
 use std::sync::Arc;
 
-/// The two residual streams `[n_tokens, n_embd]` of all windows, at the input of the same block.
+/// Residual streams `[n_tokens, n_embd]` of all windows in the dense and the pruned model, at the input of
+/// the same block.
 pub(in crate::pipeline) struct Streams {
     pub(in crate::pipeline) dense: SpillVec<f32>,
     pub(in crate::pipeline) pruned: SpillVec<f32>,
 }
 
-/// Narrows every block to its width, one after another: refits `attn_output`, chooses neurons or experts, refits `ffn_down`,
-/// and requantises both. Each block sees the pruned and requantised blocks before it.
+/// Stage that narrows every block to its width, one after another.
+/// For each block it refits `attn_output`, chooses neurons or experts, refits `ffn_down`, and requantises
+/// both. Each block sees the pruned and requantised blocks before it.
 pub(in crate::pipeline) struct Blocks {
-    /// Both maps are refitted towards the dense model's residual stream; else `ffn_down` alone, to what it gave before.
+    /// Whether both maps are refitted towards the dense model's residual stream. Otherwise only `ffn_down` is
+    /// refitted, to its output before.
     towards_dense: bool,
     selection: Selection,
 }
 
-/// How neurons are chosen.
+/// Selection of the neurons to keep.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Selection {
-    /// Greedily, by the run's criterion.
+    /// Greedy selection by the run's criterion.
     Greedy,
-    /// By the paper's score.
+    /// Selection by the paper's score.
     PaperScore,
-    /// By the norm of their activations, without a refit.
+    /// Selection by the norm of the activations, without a refit.
     ActivationNorm,
 }
 
@@ -46,12 +49,12 @@ impl Blocks {
         Blocks { towards_dense: true, selection: Selection::Greedy };
     pub(in crate::pipeline) const PAPER: Blocks =
         Blocks { towards_dense: false, selection: Selection::PaperScore };
-    /// 2SSP's.
+    /// First stage of 2SSP.
     pub(in crate::pipeline) const TWO_STAGE: Blocks =
         Blocks { towards_dense: false, selection: Selection::ActivationNorm };
 }
 
-/// Name of the record that block `il` is kept under.
+/// Name of the record of block `il`.
 pub(super) fn record_name(il: usize) -> String {
     format!("block-{il:03}")
 }
@@ -75,7 +78,7 @@ impl Stage for Blocks {
                 operations += 2.0 * e * (headless.router * n_fit + pruned.router * n_all);
                 let n = headless.refitted;
                 if n > 0.0 {
-                    // Of the chosen experts, gate and up only; the tokens of all of them.
+                    // Only gate and up of the chosen experts, for the tokens of all of them.
                     operations -= ffn * headless.ff * n_fit;
                     operations += n_used * (4.0 * e * n * n_fit + w.moment_ops(n, 0.0, n_fit));
                     let width = pruned.refitted;
@@ -95,7 +98,7 @@ impl Stage for Blocks {
         let n_out = w.n_residuals();
         let moments = 4.0 * w.max_ff().powi(2) + 8.0 * w.max_ff() * n_out;
         let sums = w.sums_bytes(w.max_ff(), n_out);
-        // Of the pruned block, what is not the dense one's.
+        // The part of the pruned block that it does not share with the dense one.
         let crossing = 2.0 * w.block_bytes() + w.graph_bytes(n_ctx, n_fit) + sums;
         let collecting = w.block_bytes() + moments + w.moment_graph_bytes(n_ctx, n_fit) + sums;
         let maps = 2.0 * 4.0 * w.max_ff() * e;
@@ -136,7 +139,7 @@ impl Stage for Blocks {
             let note = if run.take_over(il, &mut streams)? {
                 "from before".into()
             } else {
-                // What comes behind it saw another block.
+                // The records of later blocks belong to another input.
                 run.blocks_resume = false;
                 self.narrow(run, il, &mut streams)?
             };
@@ -149,7 +152,7 @@ impl Stage for Blocks {
 }
 
 impl Blocks {
-    /// Prunes block `il`, and says what came of it.
+    /// Prunes block `il` and returns a note on the result.
     fn narrow(&self, run: &mut Run, il: usize, streams: &mut Streams) -> Result<String, PruneError> {
         let (n_warnings, width) = (run.warnings.len(), run.widths[il]);
         let whole = run.reference.block(il)?;
@@ -158,7 +161,7 @@ impl Blocks {
             whole
         } else {
             let mut w = run.model.block(il)?;
-            // Matrices that get new values start from the source's, of which the rest is of no use any more.
+            // Matrices that get new values start from the source's. The rest of the source is not needed.
             let of_source = |source: BlockWeights| (source.attn_output, source.ffn_down);
             let (attn_output, ffn_down) = of_source(whole);
             w.ffn_down = ffn_down;
@@ -184,19 +187,19 @@ impl Blocks {
     }
 }
 
-/// A pruned block, with what the user should know of it, as a record.
+/// Encodes a pruned block, with its warnings, as a record.
 fn encode(plan: &BlockPlan, warnings: &[String]) -> Record {
     let mut record = Record::default()
         .with_numbers("groups", plan.groups.iter().copied())
         .with_numbers("experts", plan.experts.iter().copied())
         .with_numbers("neurons", plan.neurons.iter().copied())
         .with("warnings", Value::StrArray(warnings.iter().map(|w| w.as_bytes().to_vec()).collect()));
-    for (name, m) in [("attn_output", &plan.attn_output), ("ffn_down", &plan.ffn_down)] {
-        record.tensors.extend(m.as_ref().map(|m| KeptTensor {
-            name: name.into(),
-            ty: m.ty,
-            ne: vec![m.n_in, m.n_out],
-            bytes: m.bytes.to_vec(),
+    for m in BlockMatrix::ALL {
+        record.tensors.extend(plan.matrix(m).map(|q| KeptTensor {
+            name: m.name().into(),
+            ty: q.ty,
+            ne: vec![q.n_in, q.n_out],
+            bytes: q.bytes.to_vec(),
         }));
     }
     for v in BlockVector::ALL {
@@ -210,7 +213,8 @@ fn encode(plan: &BlockPlan, warnings: &[String]) -> Record {
     record
 }
 
-/// The block that a record holds, of a source block of `shape`, with its warnings; or the part that is not what was kept.
+/// Decodes the block of a record, for a source block of `shape`, with its warnings; or returns the part that
+/// is damaged.
 fn decode(record: &Record, shape: &BlockShape) -> Result<(BlockPlan, Vec<String>), &'static str> {
     let subset = |key: &'static str, n: usize| {
         let found = record.numbers(key).ok_or(key)?;
@@ -220,27 +224,25 @@ fn decode(record: &Record, shape: &BlockShape) -> Result<(BlockPlan, Vec<String>
         let sound = sorted.len() == found.len() && sorted.last().is_none_or(|&last| last < n);
         if sound { Ok(found) } else { Err(key) }
     };
-    let matrix = |key| {
-        record.tensor(key).map(|t| {
-            let n_rows = t.ne.iter().skip(1).product();
-            Quantised::new(t.ty, t.ne[0], n_rows, t.bytes.clone())
-        })
+    let matrix = |m: BlockMatrix| {
+        let kept =
+            |t: &KeptTensor| Quantised::new(t.ty, t.ne[0], t.ne.iter().skip(1).product(), t.bytes.clone());
+        record.tensor(m.name()).map(kept)
     };
     let vector = |v: BlockVector| record.tensor(&format!("{v:?}")).map(|t| t.floats());
     let plan = BlockPlan {
         groups: subset("groups", shape.n_head_kv)?,
         experts: subset("experts", shape.n_expert)?,
         neurons: subset("neurons", shape.n_feed_forwards() * shape.n_ff)?,
-        attn_output: matrix("attn_output"),
-        ffn_down: matrix("ffn_down"),
+        matrices: BlockMatrix::ALL.map(matrix),
         vectors: BlockVector::ALL.map(vector),
     };
     let left = shape.with_kept(&plan.experts, &plan.neurons);
     let of_its_own =
         |(i, n): (usize, &usize)| Some(&(n / shape.n_ff)) == plan.experts.get(i / left.n_ff.max(1));
     let in_order = shape.n_expert == 0 || plan.neurons.iter().enumerate().all(of_its_own);
-    // Experts that are kept whole are taken over as they are.
-    let fits = plan.ffn_down.as_ref().map_or(shape.n_expert > 0, |m| m.n_in == left.n_ff);
+    // Experts that are kept whole have no new values.
+    let fits = plan.matrix(BlockMatrix::FfnDown).map_or(shape.n_expert > 0, |m| m.n_in == left.n_ff);
     if !fits || !in_order {
         return Err("ffn_down");
     }
@@ -249,7 +251,8 @@ fn decode(record: &Record, shape: &BlockShape) -> Result<(BlockPlan, Vec<String>
 }
 
 impl Run<'_> {
-    /// Takes block `il` over from an earlier run, if there is one, and moves both streams over it. Returns whether there is.
+    /// Loads block `il` of an earlier run, if there is one, and moves both streams over it. Returns whether
+    /// there is one.
     fn take_over(&mut self, il: usize, streams: &mut Streams) -> Result<bool, PruneError> {
         let name = record_name(il);
         let Some(record) = self.blocks_resume.then(|| self.checkpoint.load(&name)).transpose()?.flatten()
@@ -258,16 +261,17 @@ impl Run<'_> {
         };
         let kept = decode(&record, &self.model.hparams.blocks[il]);
         let (plan, warnings) = kept.map_err(|part| self.checkpoint.damaged(&name, part))?;
-        let spilled = |q: Option<Quantised>| q.map(|q| q.on(&self.settings.spill)).transpose();
-        self.plan.blocks[il] =
-            BlockPlan { attn_output: spilled(plan.attn_output)?, ffn_down: spilled(plan.ffn_down)?, ..plan };
+        self.plan.blocks[il] = plan;
+        for kept in self.plan.blocks[il].matrices.iter_mut().flatten() {
+            *kept = kept.clone().on(&self.settings.spill)?;
+        }
         self.warnings.extend(warnings);
         self.carry_over(il, streams)?;
         Ok(true)
     }
 
-    /// Moves both streams over block `il`, which the plan holds, in the steps in which a block that is being pruned
-    /// moves them, so that they are the same to the last bit.
+    /// Moves both streams over block `il` of the plan.
+    /// It takes the same steps as the pruning of a block, so that the streams are identical to the last bit.
     fn carry_over(&mut self, il: usize, streams: &mut Streams) -> Result<(), PruneError> {
         let dense_block = self.forward.upload(&self.reference.block(il)?)?;
         let block = self.forward.upload(&self.plan.block(self.model, il)?)?;
@@ -291,9 +295,10 @@ impl Run<'_> {
         Ok(())
     }
 
-    /// Moves the dense stream over the whole block, and refits attn_output of `w` on what the pruned
-    /// stream makes of the groups that are left. Returns attn_output's inputs for the FFN step. The
-    /// dense stream is one block ahead of the pruned one afterwards.
+    /// Moves the dense stream over the whole block, and refits `attn_output` of `w` on the kept groups'
+    /// outputs for the pruned stream.
+    /// Returns the inputs of `attn_output` for the FFN step. Afterwards, the dense stream is one block ahead
+    /// of the pruned one.
     fn attention_step(
         &mut self,
         stage: &Blocks,
@@ -325,7 +330,7 @@ impl Run<'_> {
                 collect,
             )?);
         }
-        // The algebra needs the room.
+        // Frees the memory for the algebra.
         drop((dense_block, block));
         if let Some(moments) = moments {
             let mut moments = moments.finish();
@@ -348,12 +353,12 @@ impl Run<'_> {
             w.attn_output_bias =
                 self.adapted_bias(w.attn_output_bias.take(), maps, &keep, &moments, s.dense_target_weight);
             self.plan.blocks[il].set_vector(BlockVector::AttnOutputBias, w.attn_output_bias.clone());
-            self.plan.blocks[il].attn_output = Some(q.on(&s.spill)?);
+            self.plan.blocks[il].set_matrix(BlockMatrix::AttnOutput, q.on(&s.spill)?);
         }
         Ok(attn_out_input)
     }
 
-    /// Chooses the neurons of block `il`, refits ffn_down, and moves the pruned stream over the block.
+    /// Chooses the neurons of block `il`, refits `ffn_down`, and moves the pruned stream over the block.
     fn ffn_step(
         &mut self,
         stage: &Blocks,
@@ -383,7 +388,8 @@ impl Run<'_> {
                 streams.pruned[span].copy_from_slice(&mid);
             }
         }
-        // The algebra needs the room. A feed-forward beside attention has to begin before both again.
+        // Frees the memory for the algebra. An FFN parallel to attention is computed again from the input of
+        // both.
         let attn_out_input = block.is_parallel().then_some(attn_out_input);
         drop(block);
         let mut moments = moments.finish();
@@ -406,7 +412,8 @@ impl Run<'_> {
         w.keep_units(&[], &keep);
         w.ffn_down = new;
         self.plan.blocks[il].neurons = keep;
-        self.plan.blocks[il].ffn_down = Some(q.on(&self.settings.spill)?);
+        let q = q.on(&self.settings.spill)?;
+        self.plan.blocks[il].set_matrix(BlockMatrix::FfnDown, q);
 
         let block = self.forward.upload(w)?;
         for (chunk, _) in self.all_chunks() {
@@ -425,8 +432,9 @@ impl Run<'_> {
         Ok(format!("{} groups, {width} neurons", w.shape.n_head_kv))
     }
 
-    /// What becomes of the bias of a map that changes from `old` to `new` on the inputs `keep`, fitted with
-    /// `mixture`: nothing if biases are to stay as they are.
+    /// New bias of a map that changes from `old` to `new` on the inputs `keep`, fitted with
+    /// `dense_target_weight`.
+    /// It is the old one if biases do not change.
     pub(in crate::pipeline) fn adapted_bias(
         &self,
         bias: Option<Vec<f32>>,
@@ -465,8 +473,8 @@ impl Run<'_> {
             return Ok((keep.clone(), prune::Refit { weights: ffn_down.select_cols(&keep), ridge: 0.0 }));
         }
         let all: Vec<usize> = (0..ffn_down.n_in).collect();
-        // What neurons that go leave undone is mostly a matter of those that stay; what other blocks did
-        // wrong is mostly not, and fitting it closely fits this text alone.
+        // The error of the removed neurons depends mostly on the kept ones. The error of earlier blocks
+        // mostly does not, and a close fit to it overfits the calibration text.
         let corrected = prune::refit(ffn_down, moments, s.dense_target_weight, &all, s.ridge_stream)?;
         let costs = self.sensitivity.as_ref().map(|s| s.costs(il, w, &corrected.weights)).transpose()?;
         let inverse = prune::Inverse::new(&moments.gram, ridge)?;
@@ -478,7 +486,7 @@ impl Run<'_> {
         Ok((keep, refit))
     }
 
-    /// All windows in chunks, with whether they are fitted on.
+    /// All windows in chunks, each with whether blocks are fitted to it.
     pub(in crate::pipeline) fn all_chunks(&self) -> Vec<(Range<usize>, bool)> {
         let w = &self.fitted;
         let fit = self.forward.chunks(0..w.n_fit).into_iter().map(|c| (c, true));
@@ -486,13 +494,13 @@ impl Run<'_> {
         fit.chain(held_out).collect()
     }
 
-    /// The type that ffn_down of block `il` shall have.
+    /// Requested type of `ffn_down` of block `il`.
     pub(in crate::pipeline) fn type_of_ffn_down(&self, il: usize) -> Type {
         let source = self.model.tensor(&self.model.blocks[il].down()).ty;
         self.settings.types.ffn_down.unwrap_or(source)
     }
 
-    /// Encodes refitted weights on the inputs `keep`.
+    /// Quantises refitted weights on the inputs `keep`.
     pub(in crate::pipeline) fn requantise(
         &self,
         weights: &Matrix,
@@ -517,8 +525,8 @@ impl Run<'_> {
     }
 }
 
-/// How far the tokens of `stream` `[n_tokens, n_embd]` are from those of `dense` on average, relative to the length of
-/// the latter.
+/// Mean distance of the tokens of `stream` `[n_tokens, n_embd]` from those of `dense`, relative to the length
+/// of the latter.
 fn mean_distance(dense: &[f32], stream: &[f32], n_embd: usize) -> f64 {
     let square = |values: &mut dyn Iterator<Item = f32>| values.map(|v| f64::from(v).powi(2)).sum::<f64>();
     let tokens = dense.chunks_exact(n_embd).zip(stream.chunks_exact(n_embd));
@@ -529,7 +537,7 @@ fn mean_distance(dense: &[f32], stream: &[f32], n_embd: usize) -> f64 {
     distances.sum::<f64>() / (dense.len() / n_embd) as f64
 }
 
-/// Puts block and tensor to what went wrong there.
+/// Adds block and tensor to an error.
 pub(in crate::pipeline) fn at_block(
     block: usize,
     part: &'static str,
@@ -541,7 +549,7 @@ pub(in crate::pipeline) fn at_block(
     }
 }
 
-/// Mean of x_j² for the inputs `keep`: llama.cpp's importance matrix.
+/// Mean of x_j² for the inputs `keep`, as in llama.cpp's importance matrix.
 fn importance(moments: &Moments, keep: &[usize]) -> Vec<f32> {
     let diagonal = moments.gram.diagonal();
     keep.iter().map(|&j| (diagonal[j] / moments.n_tokens.max(1) as f64) as f32).collect()

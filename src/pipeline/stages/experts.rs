@@ -1,9 +1,9 @@
-//! Mixtures in the sequential pass: which experts stay, or which neurons of each.
+//! Mixtures of experts in the sequential pass: selection of the experts to keep, or of the neurons of each.
 
 use super::Streams;
 use super::blocks::at_block;
 use crate::forward::{Block, BlockOutputs, Chosen, ExpertUse};
-use crate::model::{BlockWeights, FfnUnit};
+use crate::model::{BlockMatrix, BlockWeights, FfnUnit};
 use crate::numeric::Moments;
 use crate::pipeline::run::Run;
 use crate::pipeline::{PruneError, token_scales};
@@ -12,7 +12,8 @@ use crate::requant::{Quantised, quantise, within_reason};
 use crate::spill::SpillVec;
 
 impl Run<'_> {
-    /// Takes units out of the experts of block `il` until `n_keep` are left, and moves the pruned stream over the block.
+    /// Removes units from the experts of block `il` until `n_keep` are left, and moves the pruned stream over
+    /// the block.
     pub(in crate::pipeline) fn expert_step(
         &mut self,
         il: usize,
@@ -70,8 +71,8 @@ impl Run<'_> {
         Ok(format!("{} groups, {n_keep} {}", w.shape.n_head_kv, ffn_unit.plural()))
     }
 
-    /// Narrows every expert to `width` neurons and refits its ffn_down to what it gave before, for the tokens that choose
-    /// it, by what it counts for each.
+    /// Narrows every expert to `width` neurons and refits its `ffn_down` to its output before.
+    /// The fit covers the tokens that choose the expert, weighted by the expert's router weight for each.
     fn narrow_experts(
         &mut self,
         il: usize,
@@ -115,19 +116,21 @@ impl Run<'_> {
                 chosen.len()
             ));
         }
-        // It holds the matrices as they were.
+        // The uploaded block holds the old matrices.
         drop(block);
         let q = Quantised::new(written, width, chosen.len() * n_embd, bytes);
         let experts: Vec<usize> = (0..chosen.len()).collect();
         w.keep_units(&experts, &neurons);
-        w.set_ffn_down(q.to_matrix()?);
+        w.set_matrix(BlockMatrix::FfnDown, q.to_matrix()?);
         self.plan.blocks[il].neurons = neurons;
-        self.plan.blocks[il].ffn_down = Some(q.on(&self.settings.spill)?);
+        let q = q.on(&self.settings.spill)?;
+        self.plan.blocks[il].set_matrix(BlockMatrix::FfnDown, q);
         Ok(())
     }
 
-    /// Moments at ffn_down of one expert over the tokens that chose it, whose streams before the feed-forward are the pruned
-    /// ones; errors count relative to the dense stream behind the block.
+    /// Moments at `ffn_down` of one expert over the tokens that chose it.
+    /// Their streams before the FFN are the pruned ones. Errors count relative to the dense stream after the
+    /// block.
     fn moments_of_expert(
         &mut self,
         block: &Block,

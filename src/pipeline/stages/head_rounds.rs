@@ -1,4 +1,5 @@
-//! The baselines' searches for attention to remove: rounds in which all candidates are scored by perplexity.
+//! Searches of the baseline methods for attention to remove: rounds in which perplexity scores all
+//! candidates.
 
 use super::Stage;
 use super::heads::{Search, Unit, candidates, group_limits};
@@ -8,18 +9,18 @@ use crate::pipeline::prediction_loss::Loss;
 use crate::pipeline::run::Run;
 use crate::prune::{GroupId, rounds};
 
-/// Tokens of the one sequence that the paper's search judges by.
+/// Number of tokens of the single sequence that the paper's search evaluates.
 const PAPER_TOKENS: usize = 2048;
 
-/// Removes attention in rounds.
+/// Stage that removes attention in rounds.
 pub(in crate::pipeline) struct HeadRounds {
     unit: Unit,
 }
 
 impl HeadRounds {
-    /// The paper's: single groups.
+    /// Search of the paper: single groups.
     pub(in crate::pipeline) const GROUPS: HeadRounds = HeadRounds { unit: Unit::Group };
-    /// 2SSP's: the whole attention of a block at a time.
+    /// Search of 2SSP: the whole attention of a block at a time.
     pub(in crate::pipeline) const WHOLE_ATTENTION: HeadRounds = HeadRounds { unit: Unit::Attention };
 }
 
@@ -59,7 +60,7 @@ impl Stage for HeadRounds {
 }
 
 impl Run<'_> {
-    /// 2SSP's search: the whole attention of one block at a time, under the name of its first group.
+    /// Search of 2SSP: removes the whole attention of one block at a time, identified by its first group.
     fn whole_attentions(
         &mut self,
         candidates: &[GroupId],

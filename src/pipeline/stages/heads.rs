@@ -1,4 +1,4 @@
-//! The search for attention groups to remove, over cached residual streams.
+//! Search for attention groups to remove, over cached residual streams.
 
 use super::{Stage, sensitivity};
 use crate::forward::{Block, BlockOutputs, Forward, MAX_GRADIENT_CTX};
@@ -12,17 +12,19 @@ use crate::pipeline::{Plan, PruneError, Record, Settings, forward};
 use crate::prune::{Budget, Candidate, GroupId, LazyGreedy};
 use crate::spill::SpillVec;
 
-/// Tokens, and tokens per window, that put the candidates in a first order where no gradients go back.
+/// Number of tokens, and of tokens per window, for the first order of the candidates in models without
+/// gradients.
 pub(in crate::pipeline) const ROUGH_TOKENS: usize = 256;
 pub(in crate::pipeline) const ROUGH_CTX: usize = 128;
 
-/// Bytes that the candidates' residual streams may take at a time.
+/// Largest number of bytes of the candidates' residual streams at a time.
 pub(in crate::pipeline) const STREAM_BYTES: usize = 256 << 20;
 
-/// Removes attention groups one at a time, each time the one that our search finds to change the predictions least.
+/// Stage that removes attention groups one at a time, each time the one whose removal changes the predictions
+/// least.
 pub(in crate::pipeline) struct GreedyHeads;
 
-/// Name of the record that the search is kept under, after each group.
+/// Name of the record of the search, which is saved after each group.
 pub(crate) const RECORD: &str = "heads";
 
 impl Stage for GreedyHeads {
@@ -54,7 +56,7 @@ pub(super) fn candidates(run: &Run) -> Vec<GroupId> {
     (0..run.plan.blocks.len()).flat_map(groups).collect()
 }
 
-/// The search as a record.
+/// Encodes the search as a record.
 fn encode(search: &LazyGreedy) -> Record {
     let removed = search.removed.iter().flat_map(|g| [g.block, g.group]);
     let candidate = |c: &Candidate| {
@@ -65,7 +67,8 @@ fn encode(search: &LazyGreedy) -> Record {
     Record::default().with_numbers("removed", removed).with_numbers("candidates", candidates)
 }
 
-/// The search that a record holds, of a model with these blocks; none if it holds no such search.
+/// Decodes the search of a record, for a model with blocks of these shapes; none if the record holds no such
+/// search.
 fn decode(record: &Record, shapes: &[BlockShape]) -> Option<LazyGreedy> {
     let group = |n: &[usize]| {
         let [block, group] = n[..] else { return None };
@@ -83,14 +86,14 @@ fn decode(record: &Record, shapes: &[BlockShape]) -> Option<LazyGreedy> {
 }
 
 impl Run<'_> {
-    /// The search of an earlier run.
+    /// Search of an earlier run.
     fn kept_search(&mut self) -> Result<Option<LazyGreedy>, PruneError> {
         let Some(record) = self.checkpoint.load(RECORD)? else { return Ok(None) };
         let search = decode(&record, &self.model.hparams.blocks);
         Ok(Some(search.ok_or_else(|| self.checkpoint.damaged(RECORD, "groups"))?))
     }
 
-    /// Our search: one group at a time, ordered by a first look that only estimates.
+    /// Search of putri-gguf: one group at a time, in the order of a first look that only estimates.
     fn least_divergent(
         &mut self,
         candidates: Vec<GroupId>,
@@ -98,7 +101,7 @@ impl Run<'_> {
         may_remove: impl Fn(&[GroupId], GroupId) -> bool,
     ) -> Result<Vec<GroupId>, PruneError> {
         let n_ctx = window_of_heads(self.settings, self.windows.n_ctx);
-        // Where nothing repeats itself, heads that copy from far back seem worth nothing.
+        // In text without repetition, heads that copy from far back seem worthless.
         let tokens = self.windows.sample_twice(self.settings.head_tokens, n_ctx);
         let mut greedy = match self.kept_search()? {
             Some(kept) => kept,
@@ -113,11 +116,11 @@ impl Run<'_> {
                 search.run.checkpoint.save(RECORD, encode(&greedy))?;
             }
         }
-        // Those that go at a lower sparsity are the first of those that go at a higher one.
+        // The groups removed at a lower sparsity are the first of those removed at a higher one.
         Ok(greedy.removed.into_iter().take(n_remove).collect())
     }
 
-    /// About what it costs to go without each of the candidates, of which none has gone.
+    /// Estimated loss without each of the candidates, of which none is removed yet.
     fn first_look(
         &mut self,
         candidates: Vec<GroupId>,
@@ -139,13 +142,13 @@ impl Run<'_> {
     }
 }
 
-/// Tokens per window that our search compares candidates on, for calibration windows of `n_ctx`: an even number, that
-/// gradients go back through.
+/// Number of tokens per window on which the search compares candidates, for calibration windows of `n_ctx`
+/// tokens. It is even, and gradients can go back through it.
 pub(in crate::pipeline) fn window_of_heads(s: &Settings, n_ctx: usize) -> usize {
     (s.head_ctx.min(n_ctx).min(MAX_GRADIENT_CTX) & !1).max(2)
 }
 
-/// Groups that each block may lose, so that stock llama.cpp can run the rest.
+/// Number of groups that each block may lose, so that stock llama.cpp runs the rest.
 pub(super) fn group_limits(run: &Run) -> Vec<usize> {
     let budgets = &run.budgets;
     match run.plan.output_archs.of_heads() {
@@ -154,7 +157,7 @@ pub(super) fn group_limits(run: &Run) -> Vec<usize> {
     }
 }
 
-/// How many groups may go from each block where blocks may differ.
+/// Number of groups that each block may lose if blocks may differ.
 pub(in crate::pipeline) fn removable_groups(output_arch: Family, budgets: &[Budget]) -> Vec<usize> {
     // deci reads head_dim only if the first block has heads.
     let keeps_one = |il: usize| il == 0 || !output_arch.traits().attention_free;
@@ -162,16 +165,16 @@ pub(in crate::pipeline) fn removable_groups(output_arch: Family, budgets: &[Budg
     budgets.iter().enumerate().map(limit).collect()
 }
 
-/// What goes at a time.
+/// Unit of removal.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Unit {
-    /// A group.
+    /// One attention group.
     Group,
-    /// All groups of the block in which the group is.
+    /// All groups of the block that contains the group.
     Attention,
 }
 
-/// Cached state of the search.
+/// State of the search, with cached residual streams.
 pub(super) struct Search<'r, 'a> {
     run: &'r mut Run<'a>,
     forward: Forward,
@@ -181,13 +184,13 @@ pub(super) struct Search<'r, 'a> {
     removed: usize,
     judge: PredictionLoss,
     n_windows: usize,
-    /// Input of every block under the plan, and the last block's output.
+    /// Input `[n_tokens, n_embd]` of every block under the plan, and the last block's output.
     base: Vec<SpillVec<f32>>,
     base_loss: f64,
 }
 
 impl<'r, 'a> Search<'r, 'a> {
-    /// Caches the streams of `tokens` in windows of `n_ctx`.
+    /// Caches the residual streams of `tokens` in windows of `n_ctx`.
     pub(super) fn new(
         run: &'r mut Run<'a>,
         tokens: &[Token],
@@ -213,7 +216,7 @@ impl<'r, 'a> Search<'r, 'a> {
         Ok(Search { run, forward, unit, plan, removed: 0, judge, n_windows, base, base_loss })
     }
 
-    /// What the loss grows by without each of `ask`, once `removed` are gone.
+    /// Growth of the loss without each of `ask`, once `removed` are removed.
     pub(super) fn score(&mut self, removed: &[GroupId], ask: &[GroupId]) -> Result<Vec<f64>, PruneError> {
         let dirty = removed[self.removed..].iter().map(|r| r.block).min();
         for &id in &removed[self.removed..] {
@@ -240,8 +243,8 @@ impl<'r, 'a> Search<'r, 'a> {
         Ok(losses)
     }
 
-    /// One sweep over the blocks from the first that matters: refreshes the cached streams from
-    /// block `dirty` on, and carries a stream per candidate to its loss.
+    /// Sweeps over the blocks from the first that matters: refreshes the cached streams from block `dirty`
+    /// on, and carries a stream per candidate to its loss.
     fn sweep(&mut self, dirty: Option<usize>, ids: &[GroupId]) -> Result<Vec<f64>, PruneError> {
         let n_layer = self.run.model.hparams.n_layer();
         let start = ids.iter().map(|c| c.block).chain(dirty).min().unwrap_or(n_layer);
@@ -261,7 +264,7 @@ impl<'r, 'a> Search<'r, 'a> {
                 let column = |i: usize| {
                     groups.iter().position(|&g| g == ids[i].group).expect("a candidate is still there")
                 };
-                // Without its last group a block has no attention at all, and no bias of it.
+                // Without its last group, a block has no attention and no attention bias.
                 let left_out = |i: usize| (self.unit == Unit::Group && groups.len() > 1).then(|| column(i));
                 let columns: Vec<_> = here.iter().map(|&i| left_out(i)).collect();
                 let outs =
@@ -283,8 +286,8 @@ impl<'r, 'a> Search<'r, 'a> {
     }
 }
 
-/// Outputs of a block for `x` with the attention of one of its `n_groups` groups left out each time, or
-/// with none at all.
+/// Outputs `[n_tokens, n_embd]` of a block for `x`, each with the attention of one of its `n_groups` groups
+/// left out, or of all.
 fn without_each(
     f: &mut Forward,
     b: &Block,
@@ -311,23 +314,24 @@ fn without_each(
     Ok(outs)
 }
 
-/// Whole models that a step of the search for heads comes to: the streams behind the group that was removed are refreshed,
-/// and a few candidates carried to the end (measured: 1.4 on SmolLM2).
+/// Cost of a step of the search in passes through the whole model.
+/// The streams after the removed group are refreshed, and a few candidates are carried to the end. SmolLM2
+/// needs 1.4.
 const SWEEPS_PER_STEP: f64 = 1.4;
 
-/// Samples of the curvature go back through all blocks; in mixtures, every candidate is carried through the blocks
-/// behind it once.
+/// Forecast of the first look. Curvature samples go back through all blocks. In mixtures, every candidate is
+/// carried once through the blocks after it.
 fn forecast_first_look(w: &Work) -> StageForecast {
     let name = "heads, first look";
     if w.model.hparams.experts.is_none() {
         let n_ctx = window_of_heads(w.s, w.c.n_ctx);
         let n = w.sampled(w.s.head_tokens, n_ctx);
         let stage = sensitivity::forecast_carried_back(w, name, &w.whole(), 0, n, n_ctx);
-        // attn_output once for all groups, and without each.
+        // `attn_output` runs once for all groups, and once without each.
         let products = |(b, of): (&Sizes, &BlockShape)| b.q * (1.0 + of.n_head_kv as f64);
         let sum: f64 = w.whole().iter().zip(&w.model.hparams.blocks).map(products).sum();
         let operations = stage.operations + 2.0 * n * w.n_embd() * sum;
-        // No groups go: there is no look at them.
+        // Without groups to remove, there is no first look.
         return StageForecast { operations: if w.kept < 1.0 { operations } else { 0.0 }, ..stage };
     }
     let n_ctx = ROUGH_CTX.min(window_of_heads(w.s, w.c.n_ctx));
@@ -341,7 +345,7 @@ fn forecast_first_look(w: &Work) -> StageForecast {
     forecast_of(w, name, n, n_ctx, sum, w.n_groups())
 }
 
-/// A step per group that is removed.
+/// Forecast of the search: a step per removed group.
 fn forecast_search(w: &Work) -> StageForecast {
     let n_ctx = window_of_heads(w.s, w.c.n_ctx);
     let n = w.sampled(w.s.head_tokens, n_ctx);
@@ -349,7 +353,8 @@ fn forecast_search(w: &Work) -> StageForecast {
     forecast_of(w, "heads", n, n_ctx, sweeps, 4.0 * w.n_groups_removed as f64)
 }
 
-/// A search over `n` tokens that takes so many operations for its candidates, and `n_scores` losses.
+/// Forecast of a search over `n` tokens that needs `candidates` operations for its candidates, and `n_scores`
+/// losses.
 fn forecast_of(
     w: &Work,
     name: &'static str,
@@ -364,7 +369,7 @@ fn forecast_of(
     let together = (n_scores * width).min(STREAM_BYTES as f64);
     let searching = together + w.block_bytes() + w.graph_bytes(n_ctx, n) + 3.0 * width;
     let judging = 4.0 * w.n_embd() * w.known(n) + w.block_bytes() + w.graph_bytes(n_ctx, n);
-    // No groups go: there is no search.
+    // Without groups to remove, there is no search.
     let runs = w.kept < 1.0;
     StageForecast {
         name,

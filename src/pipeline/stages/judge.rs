@@ -1,11 +1,11 @@
-//! What the pruned model does on the held-out windows, at the end of a method.
+//! Comparison of the pruned model with the dense one on the held-out windows, at the end of a method.
 
 use super::{Stage, Streams};
 use crate::pipeline::PruneError;
 use crate::pipeline::forecast::{StageForecast, Work};
 use crate::pipeline::run::Run;
 
-/// Compares the residual streams that the passes left behind the last block.
+/// Stage that compares the residual streams that the passes left after the last block.
 pub(in crate::pipeline) struct JudgeStreams;
 
 impl Stage for JudgeStreams {
@@ -20,7 +20,7 @@ impl Stage for JudgeStreams {
     }
 }
 
-/// Carries the held-out windows through the plan, and compares.
+/// Stage that carries the held-out windows through the plan and compares the results.
 pub(in crate::pipeline) struct EvaluatePlan;
 
 impl Stage for EvaluatePlan {

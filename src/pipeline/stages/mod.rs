@@ -1,7 +1,7 @@
-//! The stages of the methods, a file each.
+//! Stages of the methods, one file each.
 //!
-//! A stage owns all that is known of it: how it runs, what it keeps in a checkpoint and how it reads that back, what it needs by
-//! shapes alone, and what it adds to the output's provenance. A method is a list of stages
+//! A stage owns all that belongs to it: its run, its checkpoint records and how it reads them back, its
+//! forecast from shapes alone, and its part of the output's provenance. A method is a list of stages
 //! ([`Method`](super::Method)).
 
 mod blocks;
@@ -32,23 +32,25 @@ use super::{Calibration, PruneError, Settings};
 
 /// One stage of a method.
 pub(super) trait Stage {
-    /// Operations and memory of each step that it announces to the observer, in order, from shapes alone. Steps without
-    /// operations do not run.
+    /// Operations and memory of each step that the stage announces to the observer, in order, from shapes
+    /// alone.
+    /// Steps without operations do not run.
     fn forecast(&self, work: &Work) -> Vec<StageForecast>;
 
-    /// Names of the records that it keeps in the checkpoint of a model of `n_layer` blocks.
+    /// Names of the records that the stage keeps in the checkpoint of a model of `n_layer` blocks.
     fn records(&self, _n_layer: usize) -> Vec<String> {
         Vec::new()
     }
 
-    /// Runs on what the stages before it left in `run`, and takes over what the checkpoint holds.
+    /// Runs the stage on the results of the earlier stages in `run`, and reuses the records of the
+    /// checkpoint.
     ///
     /// # Errors
     /// [`PruneError`] if the engine fails, the checkpoint is damaged, or the observer interrupts.
     fn run(&self, run: &mut Run) -> Result<(), PruneError>;
 }
 
-/// Windows, and tokens of them, that samples of the curvature are taken on: (tokens per window, tokens).
+/// Number of tokens per window of the curvature samples, and of the tokens of all these windows.
 pub(super) fn probes(s: &Settings, c: &Calibration) -> (usize, f64) {
     sensitivity::probes(s, c)
 }

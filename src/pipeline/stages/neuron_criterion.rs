@@ -1,7 +1,8 @@
-//! By what neurons are chosen.
+//! Choice of the criterion by which neurons are removed.
 //!
-//! What a neuron that goes costs its own block says only so much about what it costs the whole model, and how much differs from
-//! model to model. So each way to choose is tried on many blocks at once, and the model's predictions decide.
+//! The loss of a neuron's own block says only part of its cost to the whole model, and how much differs from
+//! model to model. Therefore each criterion is tried on many blocks at once, and the model's predictions
+//! decide.
 
 use super::blocks::at_block;
 use super::{Sensitivity, Stage, widths};
@@ -14,26 +15,29 @@ use crate::pipeline::stream::planned_stream;
 use crate::pipeline::{Plan, PruneError, Record, forward};
 use crate::prune::{self, NeuronCriterion, Singular};
 
-/// Share by which the other way's divergence must be lower than the usual one's: on a few thousand tokens, less is chance.
+/// Share by which the divergence of the other criterion must be lower than that of the usual one. On a few
+/// thousand tokens, a smaller difference is chance.
 const CLEAR: f64 = 0.01;
 
-/// Blocks that are narrowed on trial at most: with many large ones the algebra would be much of the whole run.
+/// Largest number of blocks that are narrowed on trial. With many large blocks, the algebra would be much of
+/// the whole run.
 const MAX_TRIED: usize = 16;
 
-/// Whether block `il` of `n_layer` is narrowed on trial: all are, or [`MAX_TRIED`] spread evenly.
+/// Returns whether block `il` of `n_layer` is narrowed on trial: all are, or [`MAX_TRIED`] spread evenly.
 pub(in crate::pipeline) fn is_tried(il: usize, n_layer: usize) -> bool {
     let before = |il: usize| il * MAX_TRIED.min(n_layer) / n_layer;
     before(il) < before(il + 1)
 }
 
-/// Name of the record that the criterion is kept under.
+/// Name of the record of the criterion.
 pub(super) const RECORD: &str = "criterion";
 
-/// Chooses the criterion that neurons are removed by, where the settings name none.
+/// Stage that chooses the criterion by which neurons are removed, if the settings name none.
 pub(in crate::pipeline) struct ChooseCriterion;
 
 impl Stage for ChooseCriterion {
-    /// As for the widths, but some blocks only, narrowed once for each criterion, and compared at the end.
+    /// Forecast as for the widths, but for some blocks only. They are narrowed once for each criterion, and
+    /// compared at the end.
     fn forecast(&self, w: &Work) -> Vec<StageForecast> {
         let n_ctx = w.c.n_ctx;
         let (trial_ctx, n_trial) = w.probes();
@@ -58,7 +62,7 @@ impl Stage for ChooseCriterion {
         let streams_tried = (2.0 + ways) * 4.0 * n_trial * e;
         let (sums, moments) = (w.sums_bytes(w.max_ff(), 0.0), 4.0 * w.max_ff().powi(2));
         let collecting = w.block_bytes() + moments + w.moment_graph_bytes(n_ctx, n) + sums;
-        // With the inverse for the way that comes after.
+        // The inverse for the next criterion is in memory as well.
         let trying = 2.0 * w.block_bytes() + 2.0 * moments + w.graph_bytes(trial_ctx, n_trial) + sums;
         let maps = 4.0 * w.max_ff() * e;
         let graphs = w.moment_graph_bytes(n_ctx, n);
@@ -66,7 +70,7 @@ impl Stage for ChooseCriterion {
         let most = collecting.max(choosing).max(trying + maps).max(w.scratch_bytes() + w.predicting_bytes());
         vec![StageForecast {
             name: "neuron criterion",
-            // Without samples there is nothing to choose by.
+            // Without curvature samples, there is nothing to choose by.
             operations: if w.s.sensitivity_tokens > 0 && w.s.criterion.is_none() { operations } else { 0.0 },
             algebra,
             memory: BASE_BYTES + streams + streams_tried + most,
@@ -82,7 +86,7 @@ impl Stage for ChooseCriterion {
 
     fn run(&self, run: &mut Run) -> Result<(), PruneError> {
         let kept = run.kept_criterion()?;
-        // Blocks of a run of which the criterion is not known are done anew.
+        // Blocks of a run whose criterion is not known are pruned again.
         run.blocks_resume = kept.is_some();
         run.criterion = match kept.or(run.settings.criterion) {
             Some(criterion) => criterion,
@@ -104,7 +108,7 @@ impl Stage for ChooseCriterion {
 }
 
 impl Run<'_> {
-    /// The criterion of an earlier run.
+    /// Criterion of an earlier run.
     fn kept_criterion(&mut self) -> Result<Option<NeuronCriterion>, PruneError> {
         let Some(record) = self.checkpoint.load(RECORD)? else { return Ok(None) };
         let name = record.get("criterion").and_then(Value::as_text);
@@ -112,15 +116,16 @@ impl Run<'_> {
         Ok(Some(criterion.ok_or_else(|| self.checkpoint.damaged(RECORD, "criterion"))?))
     }
 
-    /// The way to choose neurons that leaves the predictions closest to the dense model's where blocks are narrowed to
-    /// `widths`, all at once, each fitted to few tokens of the stream of whole feed-forwards; on other tokens, where there are others.
+    /// Returns the criterion that changes the predictions of the dense model less.
+    /// Blocks are narrowed to `widths`, all at once. Each is fitted to few tokens of the residual stream of
+    /// whole FFNs. Other tokens decide, if there are others.
     fn try_neuron_criteria(&mut self, sensitivity: &Sensitivity) -> Result<NeuronCriterion, PruneError> {
         let (s, widths) = (self.settings, self.widths.clone());
         let (n_windows, mut stream) = self.few_windows()?;
         let mut trial = forward(self.model, sensitivity.n_ctx, s)?;
         let start = trial.embed(self.model, &sensitivity.tokens)?;
         let mut streams = [start.clone(), start];
-        // The last step compares.
+        // The last step compares the criteria.
         self.observer.stage("neuron criterion", widths.len() + 1);
         for (il, &width) in widths.iter().enumerate() {
             self.check_interrupted()?;
@@ -158,7 +163,7 @@ impl Run<'_> {
         let [by_loss, by_energy] = [judge.loss(&mut trial, &by_loss)?, judge.loss(&mut trial, &by_energy)?];
         let note = format!("divergence {by_loss:.4} by loss, {by_energy:.4} by energy");
         self.observer.step(widths.len() + 1, &note);
-        // Against a way that gives none at all any is better.
+        // Any criterion is better than one whose divergence is NaN.
         let better = by_energy < by_loss * (1.0 - CLEAR) || (by_loss.is_nan() && !by_energy.is_nan());
         Ok(if better { NeuronCriterion::Magnitude } else { NeuronCriterion::Obs })
     }

@@ -1,9 +1,9 @@
-//! Twins of the windows that are fitted on: the same text, with some tokens resampled from what the dense model predicts for
-//! their places.
+//! Resampled copies of the windows that blocks are fitted to: the same text, with some tokens resampled from
+//! the dense model's predictions for their positions.
 //!
-//! A fit to a few thousand tokens knows them by heart, and is off on other text, most of all on text of another kind. Twins show
-//! it what else could have stood there, and every token that stays sees another past; that costs time, but no
-//! text.
+//! A fit to a few thousand tokens overfits them, and is worse on other text, most of all on text of another
+//! kind. Resampled copies show it what else could stand there, and every kept token sees another past. They
+//! cost time, but need no more text.
 
 use super::Stage;
 use crate::calibrate::Windows;
@@ -18,7 +18,7 @@ use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use std::sync::Arc;
 
-/// Makes resampled copies of the windows that blocks are fitted to.
+/// Stage that makes resampled copies of the windows that blocks are fitted to.
 pub(in crate::pipeline) struct ResampleCopies;
 
 impl Stage for ResampleCopies {
@@ -26,7 +26,7 @@ impl Stage for ResampleCopies {
         let (n_ctx, n) = (w.c.n_ctx, w.n_fit());
         let drawn = (w.s.copies() - 1) as f64 * w.s.resample_share * n;
         let operations = w.model_ops(&w.whole(), n, n_ctx) + w.logit_ops(w.n_vocab(), drawn);
-        // Graphs keep the largest of what they needed.
+        // Graphs keep the memory of their largest need.
         let passing = w.graph_bytes(n_ctx, n) + w.predicting_bytes().max(w.block_bytes());
         vec![StageForecast {
             name: "resample",
@@ -47,14 +47,15 @@ impl Stage for ResampleCopies {
 }
 
 impl Run<'_> {
-    /// The windows, with as many resampled copies of each that is fitted on as the settings want, if they want any.
+    /// Windows with the resampled copies of each fitted window that the settings ask for; none if they ask
+    /// for none.
     pub(in crate::pipeline) fn resampled(&mut self) -> Result<Option<Windows>, PruneError> {
         let (w, s, n_ctx) = (self.windows, self.settings, self.windows.n_ctx);
         if s.copies() == 1 {
             return Ok(None);
         }
         let n_layer = self.reference.hparams.n_layer();
-        // The last step draws.
+        // The last step resamples the tokens.
         self.observer.stage("resample", n_layer + 1);
         let mut forward = forward(self.reference, n_ctx, s)?;
         let text = w.tokens_of(0..w.n_fit);
@@ -80,8 +81,10 @@ impl Run<'_> {
     }
 }
 
-/// Where tokens are resampled in windows of `n_ctx` that begin at `starts` of a text, but in none of the first `n_given`: places
-/// in the windows put together, and in the text the token that each is predicted from.
+/// Positions at which tokens are resampled in windows of `n_ctx` that begin at `starts` of a text, but in
+/// none of the first `n_given`.
+/// Each is the position in the concatenated windows, and the index in the text of the token that it is
+/// predicted from.
 pub(in crate::pipeline) fn places(
     starts: &[usize],
     n_given: usize,
@@ -91,15 +94,15 @@ pub(in crate::pipeline) fn places(
 ) -> Vec<(usize, usize)> {
     let mut places = Vec::new();
     for (i, start) in starts.iter().enumerate().skip(n_given) {
-        // Nothing is before the first.
+        // Nothing predicts the first token.
         let chosen = (1..n_ctx).filter(|_| rng.random_bool(drawn));
         places.extend(chosen.map(|p| (i * n_ctx + p, start + p - 1)));
     }
     places
 }
 
-/// Draws the tokens of `text` at `places` anew, each from what `head` predicts from the row of `stream` `[n_tokens, n_embd]` that
-/// is named beside it.
+/// Resamples the tokens of `text` at `places`.
+/// `head` predicts each from the row of `stream` `[n_tokens, n_embd]` that is named beside it.
 pub(in crate::pipeline) fn resample(
     forward: &mut Forward,
     head: &Head,

@@ -1,9 +1,10 @@
-//! How much the model's predictions mind errors in the stream behind each block, direction by direction.
+//! Sensitivity of the model's predictions to errors in the residual stream after each block, direction by
+//! direction.
 //!
-//! For small errors that is the curvature of the KL divergence (here that among likely tokens), the Fisher
-//! information, of which random vectors carried back through the model are samples. Layers have been quantised under
-//! such curvatures (YAQA, arXiv 2505.22988); here they say which neurons matter, what narrowing a block costs, and about
-//! what a head is worth.
+//! For small errors it is the curvature of the KL divergence (here that among likely tokens): the Fisher
+//! information. Random vectors carried back through the model are samples of it. YAQA (arXiv 2505.22988)
+//! quantises layers under such curvatures. Here they rank neurons, give the loss of narrowing a block, and
+//! estimate the worth of a head.
 
 use super::{Stage, neuron_criterion, widths};
 use crate::forward::{OnTheWay, whole_windows};
@@ -21,32 +22,35 @@ use rand_chacha::ChaCha8Rng;
 use std::borrow::Cow;
 use std::sync::Arc;
 
-/// Length of the windows that are measured on: short, so that they come from many places.
+/// Length of the windows for the curvature samples, in tokens. They are short, so that they come from many
+/// places.
 pub(in crate::pipeline) const CTX: usize = 256;
 
-/// Tokens whose streams before all blocks are in memory at a time.
+/// Number of tokens whose residual streams before all blocks are in memory at a time.
 pub(in crate::pipeline) const BATCH_TOKENS: usize = 2048;
 
-/// Samples of what the predictions mind behind each block.
+/// Curvature samples after each block.
 pub(in crate::pipeline) struct Sensitivity {
     behind: Vec<Samples>,
     n_embd: usize,
-    /// What was measured on, in windows of `n_ctx`.
+    /// Tokens of the samples, in windows of `n_ctx`.
     pub(in crate::pipeline) tokens: Vec<Token>,
     pub(in crate::pipeline) n_ctx: usize,
 }
 
-/// A random vector per token.
+/// One random vector per token.
 struct Samples {
-    /// `[n_tokens, n_embd]`, of length 1.
+    /// Unit vectors, `[n_tokens, n_embd]`.
     directions: SpillVec<bf16>,
     lengths: Vec<f32>,
 }
 
 impl Sensitivity {
-    /// What the predictions lose, per token in nats of KL divergence, where the stream behind block `il` is `other`
-    /// instead of `own`, those of the tokens that were measured on: half the square of each error's product with its token's
-    /// sample, whose mean is the form that the curvature makes of the error. What errors of several tokens do together is left out.
+    /// Loss of the predictions if the residual stream after block `il` is `other` instead of `own`, per token
+    /// in nats of KL divergence.
+    /// `own` and `other` `[n_tokens, n_embd]` belong to the tokens of the samples. The loss is half the
+    /// square of each error's product with its token's sample; the mean of this is the quadratic form of the
+    /// curvature. It leaves out what errors of several tokens do together.
     pub(in crate::pipeline) fn divergence(&self, il: usize, own: &[f32], other: &[f32]) -> f64 {
         let Samples { directions, lengths } = &self.behind[il];
         let errors = own.chunks_exact(self.n_embd).zip(other.chunks_exact(self.n_embd));
@@ -58,12 +62,12 @@ impl Sensitivity {
         losses.sum::<f64>() / lengths.len() as f64
     }
 
-    /// What errors of ffn_down, which has the values `ffn_down` in block `il` and otherwise is the one of `w`,
-    /// cost: the squares of the outputs of the map that this returns. Rows of the norm behind it count by its
-    /// weights.
+    /// Map whose squared outputs are the cost of errors of `ffn_down`, with the values `ffn_down` in block
+    /// `il`. The rest of the block is `w`.
+    /// Rows are multiplied by the weights of the norm after them.
     ///
     /// # Errors
-    /// [`Singular`] if what was measured is not finite.
+    /// [`Singular`] if the samples are not finite.
     pub(in crate::pipeline) fn costs(
         &self,
         il: usize,
@@ -80,8 +84,8 @@ impl Sensitivity {
     }
 }
 
-/// Measures the sensitivity of the predictions to errors behind each block, on the model without the groups that were
-/// removed, where a later stage still needs it.
+/// Stage that measures the sensitivity of the predictions to errors after each block, on the model without
+/// the removed groups, if a later stage needs it.
 pub(in crate::pipeline) struct MeasureSensitivity;
 
 impl Stage for MeasureSensitivity {
@@ -106,8 +110,8 @@ impl Stage for MeasureSensitivity {
     }
 }
 
-/// Samples of the curvature, for `n` tokens in windows of `n_ctx`, on their way back through `blocks` from the last to
-/// block `first`.
+/// Forecast of curvature samples for `n` tokens in windows of `n_ctx`, carried back through `blocks` from the
+/// last to block `first`.
 pub(super) fn forecast_carried_back(
     w: &Work,
     name: &'static str,
@@ -128,7 +132,7 @@ pub(super) fn forecast_carried_back(
     }
 }
 
-/// Tokens per window that samples of the curvature are taken on, and tokens of all these windows.
+/// Number of tokens per window of the curvature samples, and of the tokens of all these windows.
 pub(super) fn probes(s: &Settings, c: &Calibration) -> (usize, f64) {
     let n_ctx = CTX.min(c.n_ctx);
     let beside = c.n_fit - widths::n_windows(s, c.n_ctx, c.n_fit);
@@ -136,16 +140,17 @@ pub(super) fn probes(s: &Settings, c: &Calibration) -> (usize, f64) {
     (n_ctx, (n_windows * n_ctx) as f64)
 }
 
-/// Sees something of a block: its number, and so much per token.
+/// Receiver of a block's number and of some values per token.
 type PerToken<'a> = &'a mut dyn FnMut(usize, &[f32]);
 
 impl Run<'_> {
-    /// Measures on about `n_tokens` calibration tokens of the model as planned so far. Where neurons are chosen, tokens count
-    /// alike: the first of each window, whose errors can cost hundreds of times as much, would be most of a plain sum.
+    /// Measures the sensitivity of the model as planned so far on about `n_tokens` calibration tokens.
+    /// Tokens count equally in the choice of neurons: errors of the first token of each window can cost
+    /// hundreds of times as much, and would dominate a plain sum.
     pub(in crate::pipeline) fn sensitivity(&mut self, n_tokens: usize) -> Result<Sensitivity, PruneError> {
         let s = self.settings;
         let n_ctx = self.windows.n_ctx.min(CTX);
-        // What a narrowed block makes of text that it was fitted to would cost next to nothing.
+        // The loss of a narrowed block on text that it is fitted to would be close to 0.
         let fitted = widths::n_windows(s, self.windows.n_ctx, self.windows.n_fit);
         let tokens = self.windows.sample_beside(n_tokens, n_ctx, fitted);
         let n_embd = self.model.hparams.n_embd;
@@ -167,9 +172,11 @@ impl Run<'_> {
         Ok(Sensitivity { behind, n_embd, tokens, n_ctx })
     }
 
-    /// About what the predictions lose, per token of `tokens` in nats of KL divergence, without each attention group of each
-    /// block of the model as planned so far: half the mean square of what the group is worth to the curvature's
-    /// samples. Large losses bend, and what errors of several tokens do together is left out, so that it is good for an order.
+    /// Estimated loss of the predictions without each attention group of each block of the model as planned
+    /// so far, per token of `tokens` in nats of KL divergence.
+    /// It is half the mean square of the product of the group's output with the curvature samples. Large
+    /// losses are not quadratic, and the estimate leaves out what errors of several tokens do together. It is
+    /// therefore only good for an order.
     pub(in crate::pipeline) fn worth_of_groups(
         &mut self,
         stage: &str,
@@ -190,9 +197,10 @@ impl Run<'_> {
         Ok(worth)
     }
 
-    /// Carries samples of the curvature, for `tokens` in windows of `n_ctx`, back through the model as planned so far. On the
-    /// way `behind` sees those behind each block, `[n_tokens, n_embd]`, and `groups` what each attention group is worth
-    /// to them, `[n_tokens, n_head_kv]`; in batches, from the last block to the first.
+    /// Carries curvature samples for `tokens` in windows of `n_ctx` back through the model as planned so far.
+    /// On the way, `behind` receives the samples after each block, `[n_tokens, n_embd]`, and `groups` the
+    /// worth of each attention group to them, `[n_tokens, n_head_kv]`. Both are called in batches, from the
+    /// last block to the first.
     fn carry_back(
         &mut self,
         stage: &str,
@@ -223,7 +231,7 @@ impl Run<'_> {
             for (il, x) in inputs.into_iter().enumerate().rev() {
                 self.check_interrupted()?;
                 behind(il, &grad);
-                // Nobody asks for what is before the first block, unless its groups are asked for.
+                // The gradient before the first block is needed only for its groups.
                 if il > 0 || groups.is_some() {
                     let block = forward.upload(&self.plan.block(self.model, il)?)?;
                     let mut by_group = Vec::new();
@@ -250,7 +258,7 @@ mod tests {
     #[test]
     fn an_error_costs_by_the_sample_of_its_token() {
         const N: usize = 8;
-        // Token i minds an error in direction i, the more the later it is.
+        // Token i is sensitive only to errors in direction i, and later tokens are more so.
         let mut directions = SpillStore::default().zeros(N * N).unwrap();
         (0..N).for_each(|i| directions[i * N + i] = bf16::ONE);
         let lengths = (0..N).map(|i| 1.0 + i as f32).collect();

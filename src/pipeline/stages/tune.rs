@@ -1,13 +1,14 @@
-//! A last adjustment of norms and biases, by descent on what the whole model loses.
+//! Final adjustment of norms and biases by gradient descent on the loss of the whole model.
 //!
-//! The sequential pass fits every map to what its own block should give. Here the loss is that of the
-//! predictions, the KL divergence from the dense model among likely tokens, and all blocks move together. Only vectors
-//! move: there are few of them, they are written as F32, so that nothing is rounded anew, and what is kept per number is
-//! small. That norms and biases alone win back much of what pruning costs was found in PERP, arXiv 2312.15230.
+//! The sequential pass fits every map to the target of its own block. Here the loss is that of the
+//! predictions, the KL divergence from the dense model among likely tokens, and all blocks change together.
+//! Only vectors change: there are few of them, they are written as F32, so that nothing is rounded again, and
+//! the optimiser's state is small. PERP (arXiv 2312.15230) found that norms and biases alone recover much of
+//! the loss of pruning.
 //!
-//! All that came before is fitted to the same text. So only half of the windows are gone over as they are: in the others
-//! some tokens are resampled, each time others, from what the dense model predicts for their places, and the dense model
-//! reads the same.
+//! All earlier stages are fitted to the same text. Therefore only half of the windows are used unchanged. In
+//! the others, some tokens are resampled from the dense model's predictions for their positions, differently
+//! each time, and the dense model reads the same tokens.
 
 use super::resample::{places, resample};
 use super::{Stage, Streams};
@@ -27,24 +28,24 @@ use rand_chacha::ChaCha8Rng;
 use std::f32::consts::PI;
 use std::sync::Arc;
 
-/// Decay of the running means of gradients and of their squares (Adam, arXiv 1412.6980); the second shorter than
-/// usual, for there are few steps.
+/// Decay of the running means of gradients and of their squares (Adam, arXiv 1412.6980). The second is
+/// shorter than usual, because there are few steps.
 const MEAN_DECAY: f32 = 0.9;
 const SQUARE_DECAY: f32 = 0.98;
 
-/// Keeps a direction finite where there are no gradients.
+/// Keeps a direction finite if its gradients are 0.
 const EPSILON: f32 = 1e-15;
 
 /// Share of the steps over which the rate grows to its full size.
 const WARM_UP: f32 = 0.1;
 
-/// A vector that moves.
+/// Trainable vector.
 struct Moving {
     values: Vec<f32>,
-    /// Running means of the gradient and of its square.
+    /// Running means of the gradient, and of its square.
     mean: Vec<f32>,
     square: Vec<f32>,
-    /// Size of what it adds to or multiplies, which steps are relative to.
+    /// Size of the values that the vector is added to or multiplied with; steps are relative to it.
     size: f32,
 }
 
@@ -54,7 +55,7 @@ impl Moving {
         Moving { values: values.to_vec(), mean: zero.clone(), square: zero, size }
     }
 
-    /// The `n`-th step of Adam, counted from 1.
+    /// Takes the `n`-th step of Adam, counted from 1.
     fn step(&mut self, gradient: &[f32], rate: f32, n: i32) {
         let (mean_part, square_part) = (1.0 - MEAN_DECAY.powi(n), 1.0 - SQUARE_DECAY.powi(n));
         let moments = self.mean.iter_mut().zip(&mut self.square);
@@ -67,25 +68,28 @@ impl Moving {
     }
 }
 
-/// The vectors of one block that move, in the order of [`BlockVector::ALL`].
+/// Trainable vectors of one block, in the order of [`BlockVector::ALL`].
 type BlockState = [Option<Moving>; BlockVector::ALL.len()];
 
-/// What is learnt from.
+/// Training text.
 struct Lessons<'a> {
     forward: Forward,
-    /// The dense model's head.
+    /// Output head of the dense model.
     dense: Head,
     windows: &'a Windows,
-    /// The dense model's last stream of all of them.
+    /// Final residual stream of the dense model for all windows, `[n_tokens, n_embd]`.
     stream: &'a [f32],
-    /// Where in their tokens those begin that are learnt from, whole or cut to a length that gradients can go through.
+    /// Indices in the windows' tokens at which the training windows begin. These are whole windows, or parts
+    /// of a length that gradients can go through.
     starts: Vec<usize>,
     rng: ChaCha8Rng,
 }
 
 impl Lessons<'_> {
-    /// The windows numbered `batch`, in the second half of them the share `drawn` of the tokens resampled; and what is known of
-    /// the dense model's last stream of them, from the first token on.
+    /// Training windows with the numbers `batch`, with the share `drawn` of the tokens resampled in the
+    /// second half of them.
+    /// Also returns the known part of the dense model's final residual stream for them, from the first token
+    /// on.
     fn text(&mut self, batch: &[usize], drawn: f64) -> Result<(Vec<Token>, Vec<f32>), ForwardError> {
         let (n_ctx, n_embd) = (self.forward.n_ctx(), self.forward.n_embd());
         let starts: Vec<usize> = batch.iter().map(|&i| self.starts[i]).collect();
@@ -94,14 +98,14 @@ impl Lessons<'_> {
         let n_given = batch.len().div_ceil(2);
         let places = places(&starts, n_given, n_ctx, drawn, &mut self.rng);
         resample(&mut self.forward, &self.dense, &mut text, &places, self.stream, &mut self.rng)?;
-        // In a cut window the dense model sees less than it saw.
+        // In a part of a window, the dense model sees less context than in the whole one.
         let known = starts[..if n_ctx < self.windows.n_ctx { 0 } else { n_given }].iter();
         let known = known.flat_map(|at| &self.stream[at * n_embd..][..n_ctx * n_embd]).copied().collect();
         Ok((text, known))
     }
 }
 
-/// Adjusts norms and biases on the whole model.
+/// Stage that adjusts norms and biases on the whole model.
 pub(in crate::pipeline) struct Tune;
 
 impl Stage for Tune {
@@ -134,7 +138,7 @@ fn forecast_preparing(w: &Work) -> StageForecast {
 fn forecast_tuning(w: &Work) -> StageForecast {
     let (n_ctx, n) = w.lessons();
     let (pruned, n_held_out) = (w.pruned(), w.n_held_out());
-    // Half of the windows are read again, with tokens resampled; all, where they are cut.
+    // Half of the windows are processed again, with tokens resampled; all of them, if they are cut.
     let read = if n_ctx == w.c.n_ctx { n / 2.0 } else { n };
     let step = n.min(whole_windows(w.s.tune_tokens, n_ctx) as f64);
     let pass = w.model_ops(&w.whole(), read, n_ctx)
@@ -152,7 +156,7 @@ fn forecast_tuning(w: &Work) -> StageForecast {
         memory: BASE_BYTES
             + streams
             + w.new_bytes()
-            // At the end predictions before and after are compared.
+            // At the end, the predictions before and after are compared.
             + w.back_bytes(n_ctx, step).max(w.predicting_bytes() + w.logits_bytes())
             + w.scratch_bytes().max(w.logits_bytes()),
         on_devices: w.back_bytes(n_ctx, step) + w.kept_graph_bytes(),
@@ -160,9 +164,11 @@ fn forecast_tuning(w: &Work) -> StageForecast {
 }
 
 impl Run<'_> {
-    /// Moves norms and biases to where predictions on the fitted windows, some of whose tokens are resampled, are closer
-    /// to the dense model's. `streams` are those behind the last block; the pruned one of the held-out windows is brought
-    /// up to date. If they are no better off, everything stays as it was. Returns whether anything moved.
+    /// Adjusts norms and biases so that the predictions on the fitted windows, some of whose tokens are
+    /// resampled, are closer to the dense model's.
+    /// `streams` are those after the last block; the pruned one of the held-out windows is updated. If the
+    /// predictions on the held-out windows do not improve, all vectors are restored. Returns whether the
+    /// vectors changed.
     fn tune(&mut self, streams: &mut Streams) -> Result<bool, PruneError> {
         if self.settings.tune == 0 {
             return Ok(false);
@@ -174,7 +180,7 @@ impl Run<'_> {
         let tokens = fitted.tokens_of(held_out);
         let dense = &streams.dense[span.clone()];
         let (model, reference) = (self.model, self.reference);
-        // It reads a whole head, and is done with it before the lessons need theirs.
+        // It reads a whole head, and frees it before the lessons need theirs.
         let judge =
             PredictionLoss::new(&mut self.forward, model, reference, tokens, dense, Loss::Divergence)?;
         let mut lessons = self.lessons(self.windows, &streams.dense)?;
@@ -193,7 +199,7 @@ impl Run<'_> {
             order.shuffle(&mut rng);
             for batch in order.chunks(per_step) {
                 n += 1;
-                // In the middle of each step: even a single one moves something.
+                // The rate is that of the middle of each step, so that even a single step has an effect.
                 let progress = (n as f32 - 0.5) / n_steps as f32;
                 let rate = (progress / WARM_UP).min(1.0) * 0.5 * (1.0 + (PI * progress).cos());
                 self.tune_step(&mut lessons, batch, &mut state, rate * self.settings.tune_rate as f32, n)?;
@@ -214,8 +220,9 @@ impl Run<'_> {
         Ok(better)
     }
 
-    /// The fitted ones of `windows`, or some of them, spread evenly; `stream` is the dense model's last one, that of
-    /// these windows first, as resampled copies are behind them.
+    /// Training text from the fitted ones of `windows`, or some of them, spread evenly.
+    /// `stream` is the final residual stream of the dense model. It begins with these windows; the resampled
+    /// copies follow.
     fn lessons<'w>(&self, windows: &'w Windows, stream: &'w [f32]) -> Result<Lessons<'w>, PruneError> {
         let (w, s) = (windows, self.settings);
         let parts = w.n_ctx.div_ceil(MAX_GRADIENT_CTX);
@@ -230,7 +237,7 @@ impl Run<'_> {
         Ok(Lessons { forward, dense, windows, stream, starts, rng })
     }
 
-    /// The `n`-th step, on the windows `batch`. Every block moves as soon as its gradient is known.
+    /// Takes the `n`-th step, on the windows `batch`. Every block changes as soon as its gradient is known.
     fn tune_step(
         &mut self,
         lessons: &mut Lessons,
@@ -272,14 +279,14 @@ impl Run<'_> {
         Ok(())
     }
 
-    /// The vectors of block `il` that move.
+    /// Trainable vectors of block `il`.
     fn vectors(&self, il: usize) -> Result<BlockState, PruneError> {
         let w = self.plan.block(self.model, il)?;
         Ok(BlockVector::ALL.map(|v| {
             let there = !v.of_attention() || w.shape.n_head_kv > 0;
             let may = !v.is_bias() || self.settings.biases;
             let values = w.vector(v).filter(|_| there && may)?;
-            // A bias is a weight whose input is always 1.
+            // A bias is a weight with a constant input of 1.
             let size = match v {
                 BlockVector::AttnOutputBias => rms(&w.attn_output.data),
                 BlockVector::FfnDownBias => rms(&w.ffn_down.data),
@@ -294,8 +301,9 @@ fn rms(x: &[f32]) -> f32 {
     (x.iter().map(|v| f64::from(*v).powi(2)).sum::<f64>() / x.len().max(1) as f64).sqrt() as f32
 }
 
-/// Median of the absolute values: norms can have a few weights a hundred times as large as all others (Gemma 3), which
-/// would make the steps of these far too long.
+/// Median of the absolute values.
+/// A few weights of a norm can be a hundred times as large as all others (Gemma 3). A mean would make the
+/// steps of the others far too long.
 fn median(x: &[f32]) -> f32 {
     let mut sizes: Vec<f32> = x.iter().map(|v| v.abs()).collect();
     let middle = sizes.len() / 2;

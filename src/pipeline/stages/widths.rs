@@ -1,4 +1,4 @@
-//! Widths per block, from what each block loses as it narrows.
+//! Widths per layer, from the loss of each block as it narrows.
 
 use super::blocks::at_block;
 use super::{Sensitivity, Stage};
@@ -15,19 +15,20 @@ use crate::pipeline::{
 use crate::prune::{self, Curve, Inverse, Singular};
 use crate::spill::SpillVec;
 
-/// The least divergence in nats that is told from none.
+/// Smallest divergence, in nats, that counts as different from 0.
 const MIN_DIVERGENCE: f64 = 1e-9;
 
-/// Windows that the curves are measured on, of `n_fit` to fit on: half of them at most, for what narrowing costs is
-/// measured on others.
+/// Number of windows on which the curves are measured, of `n_fit` to fit to. It is at most half of them,
+/// because the cost of narrowing is measured on others.
 pub(in crate::pipeline) fn n_windows(s: &Settings, n_ctx: usize, n_fit: usize) -> usize {
     s.curve_tokens.div_ceil(n_ctx).clamp(1, n_fit.div_ceil(2))
 }
 
-/// Name of the record that widths are kept under.
+/// Name of the record of the widths.
 pub(super) const RECORD: &str = "widths";
 
-/// Chooses a width per layer such that the sparsity or target is reached, by what each block loses as it narrows.
+/// Stage that chooses a width per layer such that the sparsity or target is reached, from the loss of each
+/// block as it narrows.
 pub(in crate::pipeline) struct LossCurveWidths;
 
 impl Stage for LossCurveWidths {
@@ -49,7 +50,8 @@ impl Stage for LossCurveWidths {
         let moments = 4.0 * w.max_ff().powi(2);
         let collecting = w.block_bytes() + moments + w.moment_graph_bytes(n_ctx, n) + sums;
         let probing = w.block_bytes() + w.graph_bytes(probe_ctx, n_probe);
-        // Of an inverse that is made beside its factor, half is never touched. Graphs keep what they needed.
+        // Half of an inverse computed next to its factor is never touched. Graphs keep the memory of their
+        // largest need.
         let graphs = w.moment_graph_bytes(n_ctx, n);
         let choosing = w.block_bytes() + w.choosing_bytes(0.0, false, 6.0) + graphs;
         vec![StageForecast {
@@ -80,7 +82,7 @@ impl Stage for LossCurveWidths {
     }
 }
 
-/// Uniform widths, before it is known which attention groups are removed.
+/// Stage that sets uniform widths before the removed attention groups are known.
 pub(in crate::pipeline) struct UniformWidths;
 
 impl Stage for UniformWidths {
@@ -95,7 +97,7 @@ impl Stage for UniformWidths {
 }
 
 impl Run<'_> {
-    /// The widths of an earlier run.
+    /// Widths of an earlier run.
     fn kept_widths(&mut self) -> Result<Option<Vec<usize>>, PruneError> {
         let Some(record) = self.checkpoint.load(RECORD)? else { return Ok(None) };
         let (shapes, unit) = (&self.model.hparams.blocks, self.settings.ffn_unit(self.model));
@@ -134,9 +136,10 @@ impl Run<'_> {
         Ok(widths)
     }
 
-    /// Loss curves of all blocks, on the model with its groups removed and its feed-forwards whole. A block's
-    /// loss is that of its own output; what the model's predictions lose (in nats of KL divergence) where this block alone is
-    /// narrowed, by the curvature, makes the losses of different blocks comparable.
+    /// Loss curves of all blocks, on the model with its groups removed and its FFNs whole.
+    /// The loss of a block is that of its own output. To make different blocks comparable, it is scaled by
+    /// the loss of the model's predictions (in nats of KL divergence, from the curvature) when only this
+    /// block is narrowed.
     fn loss_curves(&mut self, sensitivity: &Sensitivity) -> Result<Vec<Curve>, PruneError> {
         let budgets = self.budgets.clone();
         let (n_windows, mut stream) = self.few_windows()?;
@@ -161,7 +164,7 @@ impl Run<'_> {
             if !lost.is_finite() || n.losses.iter().any(|l| !l.is_finite()) {
                 return Err(at_block(il, "ffn_down")(Singular.into()));
             }
-            // A block that cannot be narrowed loses nothing. Rounding may leave no divergence where there is some.
+            // A block that cannot be narrowed loses nothing. Rounding may hide a small divergence.
             let unit = if loss > 0.0 { loss / lost.max(MIN_DIVERGENCE) } else { 1.0 };
             curves.push(Curve { widths, losses: n.losses, unit });
             std::mem::swap(&mut base, &mut next);
@@ -170,7 +173,8 @@ impl Run<'_> {
         Ok(curves)
     }
 
-    /// How many windows blocks are narrowed on before all tokens are looked at, and the stream before the first block of them.
+    /// Number of windows on which blocks are narrowed in trials, and their residual stream before the first
+    /// block.
     pub(in crate::pipeline) fn few_windows(&self) -> Result<(usize, SpillVec<f32>), PruneError> {
         let (s, n_ctx) = (self.settings, self.windows.n_ctx);
         let n_windows = n_windows(s, n_ctx, self.windows.n_fit);
@@ -178,8 +182,8 @@ impl Run<'_> {
         Ok((n_windows, embedded(&self.forward, self.model, &tokens, &s.spill)?))
     }
 
-    /// The inverse that neurons of block `il` are chosen by on few windows. Its ridge is that of the fit to come, which sees all
-    /// tokens.
+    /// Inverse by which the neurons of block `il` are chosen on few windows. Its ridge is that of the later
+    /// fit, which sees all tokens.
     pub(in crate::pipeline) fn inverse_of(
         &self,
         il: usize,
@@ -190,7 +194,8 @@ impl Run<'_> {
         Inverse::new(&moments.gram, ridge).map_err(|e| at_block(il, "ffn_down")(e.into()))
     }
 
-    /// Moments at ffn_down of the block `w` over `stream`, of `n_windows`, which moves on to the stream behind the block.
+    /// Moments at `ffn_down` of the block `w` over `stream` of `n_windows` windows. `stream` becomes the
+    /// stream after the block.
     pub(in crate::pipeline) fn moments_of_neurons(
         &mut self,
         w: &BlockWeights,
@@ -218,7 +223,7 @@ impl Run<'_> {
         Ok(moments)
     }
 
-    /// Block `w` with the neurons `kept` and the map `weights` on them.
+    /// Block `w` with only the neurons `kept` and the map `weights` on them.
     pub(in crate::pipeline) fn narrowed(
         &self,
         mut w: BlockWeights,
@@ -233,7 +238,7 @@ impl Run<'_> {
         w
     }
 
-    /// Index of the width at which a block is probed: about what will stay of it.
+    /// Index of the width at which a block is probed: about the width that it will keep.
     fn probe_at(&self, widths: &[usize]) -> usize {
         let goal = widths[0] as f64 * (1.0 - self.settings.sparsity);
         let at = widths.iter().position(|&w| w as f64 <= goal).unwrap_or(widths.len() - 1);

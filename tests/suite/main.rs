@@ -1,0 +1,38 @@
+//! Tests by topic, in one binary: each binary of its own links llama.cpp once more.
+//!
+//! Tests that read counters or set handlers of the whole process have binaries of their own beside this one.
+
+#[path = "../common/mod.rs"]
+mod common;
+
+mod bad_input;
+mod calibrate;
+mod degenerate;
+mod eval;
+mod experts;
+mod forward;
+mod gradient;
+mod heads;
+mod imatrix;
+mod inspect;
+mod job;
+mod limits;
+mod ollama;
+mod package;
+mod post_norms;
+mod progress;
+mod prune;
+mod readme;
+mod report;
+mod requant;
+mod resample;
+mod resume;
+#[cfg(unix)]
+mod runs;
+mod slices;
+mod split;
+mod target;
+mod text;
+mod tune;
+mod types;
+mod verify;
