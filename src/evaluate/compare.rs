@@ -1,4 +1,4 @@
-//! Models against the dense one on a text, by our own forward pass.
+//! Comparison of models with the dense one on a text, by the crate's own forward pass.
 
 use crate::forward::{Forward, ForwardError, Head};
 use crate::ggml::Token;
@@ -7,25 +7,25 @@ use crate::numeric::{Metrics, RowComparison, compare_rows};
 use rayon::prelude::*;
 use std::ops::Range;
 
-/// A text that models are compared on, with what the dense model makes of it.
+/// Text on which models are compared, with the dense model's results on it.
 pub struct Judge {
     tokens: Vec<Token>,
     n_ctx: usize,
     n_threads: usize,
     forward: Forward,
     head: Head,
-    /// The dense model's last residual stream `[n_tokens, n_embd]`.
+    /// Final residual stream of the dense model, `[n_tokens, n_embd]`.
     dense: Vec<f32>,
 }
 
 impl Judge {
-    /// Judges by windows of `n_ctx` tokens.
+    /// Prepares the comparison on windows of `n_ctx` tokens.
     ///
     /// # Errors
     /// [`ForwardError`] if the model cannot be read or the engine fails.
     ///
     /// # Panics
-    /// If `tokens` is not made of whole windows.
+    /// If `tokens` does not consist of whole windows.
     pub fn new(
         dense: &Model,
         tokens: Vec<Token>,
@@ -37,8 +37,8 @@ impl Judge {
         Ok(Judge { tokens, n_ctx, n_threads, forward, head, dense: stream })
     }
 
-    /// Compares `model`, which has the dense model's tokenizer, with the dense model, over all positions but the last of
-    /// each window.
+    /// Compares `model`, which has the dense model's tokenizer, with the dense model at all positions except
+    /// the last of each window.
     ///
     /// # Errors
     /// [`ForwardError`] if the model cannot be read or the engine fails.
@@ -47,7 +47,7 @@ impl Judge {
         self.score(|own, span| forward.logits(&head, &stream[span], |_, rows| own.extend_from_slice(rows)))
     }
 
-    /// The dense model's own figures.
+    /// Metrics of the dense model itself.
     ///
     /// # Errors
     /// [`ForwardError`] if the engine fails.
@@ -55,15 +55,15 @@ impl Judge {
         self.score(|_, _| Ok(()))
     }
 
-    /// Scores the logits that `own` writes for a span of positions in the stream; those of the dense
-    /// model where it writes none.
+    /// Scores the logits that `own` writes for a span of positions in the residual stream, or those of the
+    /// dense model if it writes none.
     fn score(
         &mut self,
         mut own: impl FnMut(&mut Vec<f32>, Range<usize>) -> Result<(), ForwardError>,
     ) -> Result<Metrics, ForwardError> {
         let n_embd = self.forward.n_embd();
         let mut compared: Vec<RowComparison> = Vec::with_capacity(self.tokens.len());
-        // A window's logits of both models are in memory at a time.
+        // The logits of both models for one window are in memory at a time.
         let (mut base, mut ours) = (Vec::new(), Vec::new());
         for (i, window) in self.tokens.chunks_exact(self.n_ctx).enumerate() {
             let span = i * self.n_ctx * n_embd..((i + 1) * self.n_ctx - 1) * n_embd;
@@ -81,10 +81,11 @@ impl Judge {
     }
 }
 
-/// What `model` makes of a window by our own forward: the negative log-likelihood of each token but the first, in nats.
+/// Negative log-likelihoods under `model` of each token of a window except the first, in nats, by the crate's
+/// own forward pass.
 ///
 /// # Errors
-/// [`ForwardError`] if the model cannot be read, the tokens are none of its, or the engine fails.
+/// [`ForwardError`] if the model cannot be read, the tokens are not in its vocabulary, or the engine fails.
 pub fn own_losses(model: &Model, tokens: &[Token], n_threads: usize) -> Result<Vec<f64>, ForwardError> {
     let (mut forward, head, stream) = final_stream(model, tokens, tokens.len(), n_threads)?;
     let targets: Vec<Option<Token>> = tokens[1..].iter().copied().map(Some).chain([None]).collect();

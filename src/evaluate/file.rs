@@ -1,4 +1,4 @@
-//! A file on a text, by libllama: what a user of llama.cpp would measure.
+//! Evaluation of a file on a text by libllama, with the figures that a user of llama.cpp would measure.
 
 use super::window::Window;
 use crate::ggml::{BatchToken, Context, GgmlError, LlamaModel, Token};
@@ -7,47 +7,50 @@ use crate::text::{PIECE, TextError, TextFile};
 use rayon::prelude::*;
 use std::time::Instant;
 
-/// Which tokens are scored, and after what. Figures of the two are not comparable.
+/// Protocol that determines which tokens are scored, and after which context. Figures of the two are not
+/// comparable.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Protocol {
-    /// As `llama-perplexity` does: each window's first token is replaced by BOS where the tokenizer adds one, and the second
-    /// half of each window is scored.
+    /// Protocol of `llama-perplexity`: BOS replaces the first token of each window if the tokenizer adds one,
+    /// and the second half of each window is scored.
     Llama,
-    /// As papers do: no BOS, and all tokens of a window but the first are scored.
+    /// Protocol of papers: no BOS, and all tokens of a window except the first are scored.
     Hf,
 }
 
-/// Bytes per token that a text has at most, nearly always, and bytes that are read at a time at least.
+/// Upper bound of the bytes per token of nearly all texts, and smallest number of bytes that are read at a
+/// time.
 const BYTES_PER_TOKEN: usize = 8;
 const LEAST_PIECE: usize = 16 << 10;
 
-/// Tokens that the speed of reading is measured on, and of writing: those of `llama-bench`'s pp512, and half of tg128.
+/// Numbers of tokens on which the speed of processing and of generation is measured: those of `llama-bench`'s
+/// pp512, and half of tg128.
 const PROMPT_TOKENS: usize = 512;
 const WRITTEN_TOKENS: usize = 64;
 
-/// How a file does on a text.
+/// Result of a file on a text.
 #[derive(Clone, Copy, Debug)]
 pub struct Evaluation {
     /// Perplexity.
     pub ppl: f64,
-    /// Its standard error, as llama-perplexity prints it.
+    /// Standard error of the perplexity, as llama-perplexity prints it.
     pub ppl_error: f64,
-    /// Tokens that were scored.
+    /// Number of scored tokens.
     pub n_scored: usize,
     /// Comparison with the base model, if there is one.
     pub compared: Option<Metrics>,
 }
 
-/// Tokens per second.
+/// Speed in tokens per second.
 #[derive(Clone, Copy, Debug)]
 pub struct Speed {
-    /// Read, many at a time.
+    /// Processed tokens (pp), many at a time.
     pub prompt: f64,
-    /// Written, one at a time.
+    /// Generated tokens (tg), one at a time.
     pub written: f64,
 }
 
-/// Why a text cannot be judged on.
+/// Error of an evaluation.
 #[derive(Debug, thiserror::Error)]
 pub enum EvaluateError {
     /// libllama failed.
@@ -59,23 +62,23 @@ pub enum EvaluateError {
     /// There is too little text.
     #[error("the text has {found} tokens; one window takes {needed}; give more text, or use shorter windows")]
     TooShort {
-        /// Tokens that there are.
+        /// Number of tokens of the text.
         found: usize,
-        /// Tokens of a window.
+        /// Number of tokens of a window.
         needed: usize,
     },
-    /// The two files have other vocabularies.
+    /// The two files have different vocabularies.
     #[error("the files have {0} and {1} tokens in their vocabularies: they cannot be compared")]
     Vocabularies(usize, usize),
-    /// Windows, or tasks, are longer than a model can read.
+    /// Windows or tasks are longer than the context of the model.
     #[error("the model knows {most} positions, and {wanted} are asked for; use shorter windows or tasks")]
     TooLong {
-        /// What it can read.
+        /// Largest number of positions of the model.
         most: usize,
-        /// What it was to read.
+        /// Requested number of positions.
         wanted: usize,
     },
-    /// There are no tasks.
+    /// The file holds no tasks.
     #[error(
         "the file holds no tasks: six lines each, a context, the number of the right ending, four endings"
     )]
@@ -85,18 +88,18 @@ pub enum EvaluateError {
     Tasks {
         /// Line of the file, counted from 1.
         line: usize,
-        /// What is wrong with it.
+        /// Description of the fault.
         problem: String,
     },
 }
 
-/// The windows of `n_ctx` tokens that `texts`, one after another, are scored in, `n_windows` at most. A short text is
-/// tokenised as a whole, a long one piece by piece until there are windows enough. `progress` is told the bytes that are
-/// read, of how many, after each piece that more pieces follow, and returns whether to go on; if not, the windows so far
-/// are returned.
+/// Windows of `n_ctx` tokens of `texts`, which are concatenated, at most `n_windows`.
+/// A short text is tokenised as a whole, a long one piece by piece until there are enough windows. After each
+/// piece that is not the last, `progress` receives the bytes read and their total, and returns whether to
+/// continue. If not, the windows so far are returned.
 ///
 /// # Errors
-/// [`EvaluateError`] if there is none, or a file cannot be read.
+/// [`EvaluateError`] if there is no window, or a file cannot be read.
 pub fn windows(
     model: &LlamaModel,
     texts: &[TextFile],
@@ -111,7 +114,7 @@ pub fn windows(
     let n_wanted = n_windows.saturating_mul(n_ctx);
     let n_bytes: u64 = texts.iter().map(TextFile::n_bytes).sum();
     let mut add = |text: &str, last: bool| {
-        // llama.cpp takes one newline off the end of a file.
+        // llama.cpp removes one newline at the end of a file.
         let shorter = text.strip_suffix('\n').filter(|_| last && protocol == Protocol::Llama);
         tokens.extend(vocab.tokenize(shorter.unwrap_or(text), false)?);
         Ok::<_, GgmlError>(tokens.len() >= n_wanted)
@@ -119,7 +122,7 @@ pub fn windows(
     if n_bytes <= PIECE as u64 {
         add(&texts.iter().map(TextFile::read).collect::<Result<String, _>>()?, true)?;
     } else {
-        // No more than the windows take, about.
+        // Limits the bytes to about those of the windows.
         let most = n_wanted.saturating_mul(BYTES_PER_TOKEN).clamp(LEAST_PIECE, PIECE);
         let mut n_before = 0u64;
         'all: for text in texts {
@@ -144,8 +147,9 @@ pub fn windows(
     Ok(windows)
 }
 
-/// How `model` does on `windows` of one length, and how far it is from `base`, if that is given. `progress` is told the
-/// windows that are done and the perplexity so far, and returns whether to go on; if not, what is known by then is returned.
+/// Evaluates `model` on `windows` of one length, and compares it with `base` if that is given.
+/// `progress` receives the number of windows done and the perplexity so far, and returns whether to continue.
+/// If not, the results so far are returned.
 ///
 /// # Errors
 /// [`EvaluateError`] if libllama fails, or the two cannot be compared.
@@ -204,7 +208,7 @@ pub fn evaluate(
     Ok(Evaluation { ppl, ppl_error, n_scored: losses.len(), compared })
 }
 
-/// What `model` makes of a window: the negative log-likelihood of each token but the first, in nats.
+/// Negative log-likelihoods under `model` of each token of a window except the first, in nats, by libllama.
 ///
 /// # Errors
 /// [`GgmlError`] if libllama fails.
@@ -216,7 +220,7 @@ pub fn llama_losses(model: &LlamaModel, tokens: &[Token], n_threads: usize) -> R
     Ok(losses)
 }
 
-/// Refuses more tokens than a model has positions for.
+/// Checks that a model has positions for `wanted` tokens.
 fn fits(model: &LlamaModel, wanted: usize) -> Result<(), EvaluateError> {
     let most = model.n_ctx_train();
     if model.positions_are_learnt() && wanted > most {
@@ -225,12 +229,12 @@ fn fits(model: &LlamaModel, wanted: usize) -> Result<(), EvaluateError> {
     Ok(())
 }
 
-/// How fast `model` reads and writes: the best of three times each.
+/// Speed at which `model` processes and generates tokens: the best of three measurements each.
 ///
 /// # Errors
 /// [`EvaluateError`] if libllama fails.
 pub fn speed(model: &LlamaModel, n_threads: usize) -> Result<Speed, EvaluateError> {
-    // A model of few positions reads fewer.
+    // A model with few positions processes fewer tokens.
     let room = if model.positions_are_learnt() { model.n_ctx_train() } else { usize::MAX };
     let n = PROMPT_TOKENS.min(room.saturating_sub(WRITTEN_TOKENS)).max(1);
     let mut context = Context::new(model, n + WRITTEN_TOKENS, 1, n, n_threads)?;
@@ -238,7 +242,7 @@ pub fn speed(model: &LlamaModel, n_threads: usize) -> Result<Speed, EvaluateErro
     let token = |i: usize| BatchToken { token: (i * 7919 % n_vocab) as Token, pos: i as i32, seq: 0 };
     let prompt: Vec<BatchToken> = (0..n).map(token).collect();
     let mut best = [0.0f64; 2];
-    // The first time warms up.
+    // The first round warms up.
     for round in 0..4 {
         context.clear();
         let start = Instant::now();
@@ -256,7 +260,7 @@ pub fn speed(model: &LlamaModel, n_threads: usize) -> Result<Speed, EvaluateErro
     Ok(Speed { prompt: best[0], written: best[1] })
 }
 
-/// What `model` writes after `prompt`, always the likeliest token, `n` of them or up to where it ends.
+/// Greedy continuation of `prompt` by `model`: `n` tokens, or fewer if it ends earlier.
 ///
 /// # Errors
 /// [`GgmlError`] if libllama fails.
@@ -290,7 +294,7 @@ pub fn continuation(
     Ok(vocab.detokenize(&written))
 }
 
-/// A question with endings to choose from.
+/// Multiple-choice task: a context with endings to choose from.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Task {
     context: String,
@@ -298,11 +302,11 @@ pub struct Task {
     right: usize,
 }
 
-/// Endings per task.
+/// Number of endings per task.
 const N_ENDINGS: usize = 4;
 
-/// Tasks from a text as `llama-perplexity --hellaswag` reads it: six lines each, the context, the number of the right
-/// ending, and four endings.
+/// Parses tasks in the format of `llama-perplexity --hellaswag`: six lines each, the context, the number of
+/// the right ending, and four endings.
 ///
 /// # Errors
 /// [`EvaluateError::Tasks`] with the line at fault.
@@ -335,8 +339,8 @@ pub fn tasks(text: &str) -> Result<Vec<Task>, EvaluateError> {
     Ok(tasks)
 }
 
-/// Share of `tasks` where the right ending is the likeliest per token (`hellaswag_score` of llama.cpp, acc_norm).
-/// `progress` is told the tasks that are done and the share so far, and returns whether to go on.
+/// Share of `tasks` whose right ending is the likeliest per token (`hellaswag_score` of llama.cpp, acc_norm).
+/// `progress` receives the number of tasks done and the share so far, and returns whether to continue.
 ///
 /// # Errors
 /// [`EvaluateError`] if libllama fails.
@@ -357,7 +361,7 @@ pub fn accuracy(
                 Ok(bos.into_iter().chain(vocab.tokenize(&format!("{} {e}", task.context), false)?).collect())
             })
             .collect::<Result<_, GgmlError>>()?;
-        // What all begin with is given.
+        // The common beginning of all endings is not scored.
         let given = (0..)
             .take_while(|&j| texts.iter().all(|t| t.len() > j + 1 && t[j] == texts[0][j]))
             .count()

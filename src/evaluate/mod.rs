@@ -1,5 +1,5 @@
-//! Judging: a file by the runtime that will run it, libllama; a pruned model against the dense one by
-//! our own forward pass.
+//! Evaluation of a file by libllama, the runtime that will run it, and of a pruned model against the dense
+//! one by the crate's own forward pass.
 
 mod compare;
 mod file;

@@ -1,17 +1,17 @@
-//! Logits of libllama, window by window.
+//! Logits by libllama, window by window.
 
 use crate::ggml::{BatchToken, Context, GgmlError, LlamaModel, Token};
 
-/// Tokens per call of libllama; logits of all of them are in memory at once.
+/// Number of tokens per call of libllama. The logits of all of them are in memory at once.
 const BATCH: usize = 256;
 
-/// libllama on one window at a time.
+/// Evaluator of one window at a time by libllama.
 pub(super) struct Window<'m> {
     context: Context<'m>,
 }
 
 impl<'m> Window<'m> {
-    /// For windows of up to `n_ctx` tokens.
+    /// Creates an evaluator of windows of up to `n_ctx` tokens.
     pub(super) fn new(
         model: &'m LlamaModel,
         n_ctx: usize,
@@ -20,8 +20,8 @@ impl<'m> Window<'m> {
         Ok(Window { context: Context::new(model, n_ctx, 1, n_ctx.min(BATCH), n_threads)? })
     }
 
-    /// Calls `f` with the logits of consecutive positions of `tokens` and the first of these, from position `first` to
-    /// the last but one, part by part.
+    /// Calls `f` with the logits of consecutive positions of `tokens` and the first of these positions, part
+    /// by part, from position `first` to the last but one.
     pub(super) fn run(
         &mut self,
         tokens: &[Token],

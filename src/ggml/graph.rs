@@ -4,6 +4,9 @@
 //! the [`Computed`] that the run returns. Sizes follow ggml (`ne` order): ne\[0\] is the fastest dimension,
 //! so a matrix of T rows of d floats is `[d, T]`.
 
+mod elementwise;
+mod views;
+
 use super::product::{count, multiply};
 use super::{Engine, GgmlError, Resident, Type};
 use llama_cpp_sys_2 as sys;
@@ -268,86 +271,6 @@ impl<'a> Graph<'a> {
         self.push(raw)
     }
 
-    /// Linear function `factor · a + offset` of each element.
-    pub fn scale(&mut self, a: TensorId, factor: f32, offset: f32) -> TensorId {
-        assert!(self.contiguous(a));
-        // SAFETY: contiguous, as ggml_scale_bias requires.
-        let raw = unsafe { sys::ggml_scale_bias(self.ctx.as_ptr(), self.raw(a), factor, offset) };
-        self.push(raw)
-    }
-
-    /// Hyperbolic tangent of each element.
-    pub fn tanh(&mut self, a: TensorId) -> TensorId {
-        assert!(self.contiguous(a));
-        // SAFETY: contiguous, as ggml's unary operations require.
-        let raw = unsafe { sys::ggml_tanh(self.ctx.as_ptr(), self.raw(a)) };
-        self.push(raw)
-    }
-
-    /// Square root of each element.
-    pub fn sqrt(&mut self, a: TensorId) -> TensorId {
-        // SAFETY: accepts any float tensor.
-        let raw = unsafe { sys::ggml_sqrt(self.ctx.as_ptr(), self.raw(a)) };
-        self.push(raw)
-    }
-
-    /// Mean of each row: ne\[0\] becomes 1.
-    pub fn mean(&mut self, a: TensorId) -> TensorId {
-        // SAFETY: accepts any float tensor.
-        let raw = unsafe { sys::ggml_mean(self.ctx.as_ptr(), self.raw(a)) };
-        self.push(raw)
-    }
-
-    /// RMS norm: rows divided by their root mean square.
-    pub fn rms_norm(&mut self, a: TensorId, eps: f32) -> TensorId {
-        assert!(eps >= 0.0);
-        // SAFETY: accepts any float tensor.
-        let raw = unsafe { sys::ggml_rms_norm(self.ctx.as_ptr(), self.raw(a), eps) };
-        self.push(raw)
-    }
-
-    /// Layer norm: rows minus their mean, divided by their standard deviation.
-    pub fn layer_norm(&mut self, a: TensorId, eps: f32) -> TensorId {
-        assert!(eps >= 0.0);
-        // SAFETY: accepts any float tensor.
-        let raw = unsafe { sys::ggml_norm(self.ctx.as_ptr(), self.raw(a), eps) };
-        self.push(raw)
-    }
-
-    /// SwiGLU: `silu(gate) · up`.
-    pub fn swiglu(&mut self, gate: TensorId, up: TensorId) -> TensorId {
-        assert_eq!(self.ne(gate), self.ne(up));
-        assert!(self.contiguous(gate) && self.contiguous(up));
-        // SAFETY: same shape, both contiguous.
-        let raw = unsafe { sys::ggml_swiglu_split(self.ctx.as_ptr(), self.raw(gate), self.raw(up)) };
-        self.push(raw)
-    }
-
-    /// GeGLU: `gelu(gate) · up`, with ggml's tanh approximation.
-    pub fn geglu(&mut self, gate: TensorId, up: TensorId) -> TensorId {
-        assert_eq!(self.ne(gate), self.ne(up));
-        assert!(self.contiguous(gate) && self.contiguous(up));
-        // SAFETY: same shape, both contiguous.
-        let raw = unsafe { sys::ggml_geglu_split(self.ctx.as_ptr(), self.raw(gate), self.raw(up)) };
-        self.push(raw)
-    }
-
-    /// GELU of each element, with ggml's tanh approximation.
-    pub fn gelu(&mut self, a: TensorId) -> TensorId {
-        assert!(self.contiguous(a));
-        // SAFETY: contiguous, as ggml's unary operations require.
-        let raw = unsafe { sys::ggml_gelu(self.ctx.as_ptr(), self.raw(a)) };
-        self.push(raw)
-    }
-
-    /// ReLU of each element: max(0, x).
-    pub fn relu(&mut self, a: TensorId) -> TensorId {
-        assert!(self.contiguous(a));
-        // SAFETY: contiguous, as ggml's unary operations require.
-        let raw = unsafe { sys::ggml_relu(self.ctx.as_ptr(), self.raw(a)) };
-        self.push(raw)
-    }
-
     /// Rotary embedding of `ne` `[head_dim, n_head, n_tokens]`, one position per token, with optional
     /// frequency factors `[n_rot/2]`.
     pub fn rope(
@@ -404,122 +327,6 @@ impl<'a> Graph<'a> {
                 p.beta_slow,
             )
         };
-        self.push(raw)
-    }
-
-    /// Computes softmax(scale · a + mask) over ne\[0\]; a is `ne` `[n_kv, n_tokens, n_head, n_seq]`, mask
-    /// F32 `ne` `[n_kv, n_tokens]`.
-    pub fn soft_max(&mut self, a: TensorId, mask: Option<TensorId>, scale: f32) -> TensorId {
-        let ne = self.ne(a);
-        assert!(self.contiguous(a));
-        assert!(mask.is_none_or(|m| self.contiguous(m) && self.ne(m)[..2] == ne[..2]));
-        let mask = mask.map_or(std::ptr::null_mut(), |m| self.raw(m));
-        // SAFETY: contiguous, with a mask of the same row length.
-        let raw = unsafe { sys::ggml_soft_max_ext(self.ctx.as_ptr(), self.raw(a), mask, scale, 0.0) };
-        self.push(raw)
-    }
-
-    /// Gradient before a [`Graph::soft_max`] with the result `y`, from the gradient `grad` behind it.
-    pub fn soft_max_back(&mut self, grad: TensorId, y: TensorId, scale: f32) -> TensorId {
-        assert!(self.ne(grad) == self.ne(y) && self.contiguous(grad) && self.contiguous(y));
-        // SAFETY: same shape, both contiguous.
-        let raw = unsafe {
-            sys::ggml_soft_max_ext_back(self.ctx.as_ptr(), self.raw(grad), self.raw(y), scale, 0.0)
-        };
-        self.push(raw)
-    }
-
-    /// Gradient before a [`Graph::rms_norm`] of `x`, from the gradient `grad` behind it.
-    pub fn rms_norm_back(&mut self, grad: TensorId, x: TensorId, eps: f32) -> TensorId {
-        assert!(self.ne(grad) == self.ne(x) && eps >= 0.0);
-        // SAFETY: same shape.
-        let raw = unsafe { sys::ggml_rms_norm_back(self.ctx.as_ptr(), self.raw(grad), self.raw(x), eps) };
-        self.push(raw)
-    }
-
-    /// Sigmoid of each element: 1 / (1 + exp(−x)).
-    pub fn sigmoid(&mut self, x: TensorId) -> TensorId {
-        assert!(self.contiguous(x));
-        // SAFETY: contiguous, as ggml's unary operations require.
-        let raw = unsafe { sys::ggml_sigmoid(self.ctx.as_ptr(), self.raw(x)) };
-        self.push(raw)
-    }
-
-    /// SiLU of each element: `x · sigmoid(x)`.
-    pub fn silu(&mut self, x: TensorId) -> TensorId {
-        assert!(self.contiguous(x));
-        // SAFETY: contiguous, as ggml's unary operations require.
-        let raw = unsafe { sys::ggml_silu(self.ctx.as_ptr(), self.raw(x)) };
-        self.push(raw)
-    }
-
-    /// Gradient before [`Graph::silu`] of `x`, from the gradient `grad` behind it.
-    pub fn silu_back(&mut self, grad: TensorId, x: TensorId) -> TensorId {
-        assert!(self.ne(grad) == self.ne(x) && self.contiguous(grad) && self.contiguous(x));
-        // SAFETY: same shape, both contiguous.
-        let raw = unsafe { sys::ggml_silu_back(self.ctx.as_ptr(), self.raw(grad), self.raw(x)) };
-        self.push(raw)
-    }
-
-    /// Same elements with other sizes (a view).
-    pub fn reshape(&mut self, a: TensorId, ne: [usize; 4]) -> TensorId {
-        assert!(self.contiguous(a) && self.ne(a).iter().product::<usize>() == ne.iter().product::<usize>());
-        let [n0, n1, n2, n3] = ne.map(|n| n as i64);
-        // SAFETY: contiguous, with the same number of elements.
-        let raw = unsafe { sys::ggml_reshape_4d(self.ctx.as_ptr(), self.raw(a), n0, n1, n2, n3) };
-        self.push(raw)
-    }
-
-    /// Permutes dimensions: dimension i of `a` becomes dimension `axes[i]` of the result (a view).
-    pub fn permute(&mut self, a: TensorId, axes: [usize; 4]) -> TensorId {
-        let mut seen = [false; 4];
-        axes.iter().for_each(|&x| seen[x] = true);
-        assert_eq!(seen, [true; 4], "axes {axes:?} are no permutation");
-        let [x, y, z, w] = axes.map(|n| n as i32);
-        // SAFETY: a permutation of the four axes.
-        let raw = unsafe { sys::ggml_permute(self.ctx.as_ptr(), self.raw(a), x, y, z, w) };
-        self.push(raw)
-    }
-
-    /// Exchanges the first two dimensions (a view).
-    pub fn transpose(&mut self, a: TensorId) -> TensorId {
-        self.permute(a, [1, 0, 2, 3])
-    }
-
-    /// Contiguous copy of `a`.
-    pub fn cont(&mut self, a: TensorId) -> TensorId {
-        // SAFETY: any tensor can be copied.
-        let raw = unsafe { sys::ggml_cont(self.ctx.as_ptr(), self.raw(a)) };
-        self.push(raw)
-    }
-
-    /// Elements `start .. start + n` along dimension `dim` (a view).
-    pub fn slice(&mut self, a: TensorId, dim: usize, start: usize, n: usize) -> TensorId {
-        let mut ne = self.ne(a);
-        assert!(dim < 4 && n > 0 && start + n <= ne[dim]);
-        if n == ne[dim] {
-            return a;
-        }
-        ne[dim] = n;
-        let [n0, n1, n2, n3] = ne.map(|n| n as i64);
-        // SAFETY: the slice lies inside `a`, whose strides the view keeps. Types with blocks are not sliced
-        // along ne[0]: their stride nb[0] is that of a block.
-        let raw = unsafe {
-            let src = self.raw(a);
-            let nb = (*src).nb;
-            assert!(nb[0] == sys::ggml_type_size((*src).type_), "a view keeps no stride along ne[0]");
-            assert!(dim > 0 || sys::ggml_blck_size((*src).type_) == 1);
-            sys::ggml_view_4d(self.ctx.as_ptr(), src, n0, n1, n2, n3, nb[1], nb[2], nb[3], start * nb[dim])
-        };
-        self.push(raw)
-    }
-
-    /// Concatenates `a` and `b` along dimension `dim`.
-    pub fn concat(&mut self, a: TensorId, b: TensorId, dim: usize) -> TensorId {
-        let (x, y) = (self.ne(a), self.ne(b));
-        assert!((0..4).all(|d| d == dim || x[d] == y[d]), "concat of {x:?} and {y:?} along {dim}");
-        // SAFETY: equal in all other dimensions.
-        let raw = unsafe { sys::ggml_concat(self.ctx.as_ptr(), self.raw(a), self.raw(b), dim as i32) };
         self.push(raw)
     }
 

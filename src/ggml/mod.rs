@@ -15,12 +15,13 @@ mod product;
 mod quantize;
 mod system;
 mod types;
+mod vocab;
 
 pub use device::{Compute, Device, DeviceInfo, add_server, device_memory_peak, devices, serve};
 pub use engine::{Engine, Resident, TensorSpec, Values};
 pub use gguf::{RawGguf, RawValue};
 pub use graph::{Computed, Graph, RopeParams, TensorId};
-pub use llama::{BatchToken, Context, LlamaModel, Offload, Token, Vocab};
+pub use llama::{BatchToken, Context, LlamaModel, Offload, Token};
 pub use memory::{RunMemory, repacked_bytes, run_memory, taken_memory};
 pub use process::{
     Allocator, exit_now, install_out_of_memory_handler, keeping_ignored, let_large_writes_fail,
@@ -32,6 +33,7 @@ pub use system::{
     map_scratch, silence_logs,
 };
 pub use types::Type;
+pub use vocab::Vocab;
 
 use std::path::PathBuf;
 

@@ -1,4 +1,4 @@
-//! The whole way from a GGUF to a pruned and verified GGUF.
+//! Jobs: the whole way from a GGUF file to a pruned and verified GGUF file.
 
 mod announce;
 mod checkpoint;
@@ -6,6 +6,7 @@ mod error;
 mod eval;
 mod inspect;
 mod output;
+mod plan;
 mod prepared;
 mod quality_limit;
 mod quant_baselines;
@@ -19,6 +20,7 @@ pub use inspect::{Inspection, inspect};
 pub(crate) use output::usual_mode;
 pub use output::{check_distinct, check_output, remove_temporary, write_whole};
 pub(crate) use output::{resolved, temporary_folder};
+pub use plan::{DryRun, dry_run};
 pub use prepared::calibration;
 pub use quality_limit::QualityLimit;
 pub use quant_baselines::QuantBaseline;
@@ -34,59 +36,61 @@ use crate::model::{BlockShape, Family, FfnUnit, KvCache, Model, ModelError};
 use crate::pipeline::{self, Calibration, Forecast, HeldOut, Observer, Settings, Target};
 use announce::{announce_all, work_after};
 use checkpoint::DiskCheckpoint;
-use output::{check_paths, folder_of};
+use output::check_paths;
+use plan::{ask_memory, expected_calibration, forecast, on_target, open, open_model, run_ctx, settings};
 use prepared::{HeadOrderCache, Prepared};
 use result::{copy_as_is, size_of};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-/// What to do.
+/// Description of a pruning job.
 #[derive(Clone, Debug)]
 pub struct Job {
-    /// The source; never written to.
+    /// Path of the source, which is never written to.
     pub input: PathBuf,
-    /// Where the pruned model goes.
+    /// Path of the pruned model.
     pub output: PathBuf,
-    /// Where the pruned model's importance matrix goes, if anywhere.
+    /// Path of the pruned model's importance matrix, if it is written.
     pub imatrix_out: Option<PathBuf>,
-    /// The mix of types that the result is written in, instead of the source's types.
+    /// Mix of types of the result, instead of the source's types.
     pub quantise: Option<Quantise>,
-    /// Write as many files as a split source has.
+    /// Whether to write as many files as a split source has.
     pub keep_split: bool,
-    /// Replace existing outputs.
+    /// Whether to replace existing outputs.
     pub force: bool,
-    /// Let libllama load and judge the result before it gets its name.
+    /// Whether libllama loads and evaluates the result before it gets its name.
     pub verify: bool,
-    /// What to calibrate on.
+    /// Recipe of the calibration text.
     pub recipe: Recipe,
-    /// Windows that [`calibration`] collected by `recipe`; without them the job collects its own.
+    /// Windows that [`calibration`] collected by `recipe`; without them, the job collects its own.
     pub windows: Option<Windows>,
-    /// How to prune.
+    /// Settings of the passes.
     pub settings: Settings,
-    /// Where the state of the run is kept, if anywhere.
+    /// Folder of the run's checkpoint, if there is one.
     pub state: Option<KeepState>,
-    /// Let source and result continue a text.
+    /// Whether source and result continue a text.
     pub samples: bool,
-    /// Also measure what quantisation alone makes of as many bytes.
+    /// Whether to measure quantisation baselines of about the same size.
     pub compare_quant: bool,
-    /// Take the largest sparsity that stays within this, instead of one that is given.
+    /// Quality limit: the job uses the largest sparsity within it, instead of a given one.
     pub limit: Option<QualityLimit>,
-    /// Bytes of memory to do with, the mapped files not counted.
+    /// Memory limit in bytes, not counting memory-mapped files.
     pub max_memory: Option<u64>,
-    /// Bytes of each device's memory to do with; without it, most of what is free there.
+    /// Memory limit per device in bytes; without it, the job uses most of the free memory.
     pub max_device_memory: Option<u64>,
-    /// Bytes of memory that llama.cpp may take to run the result; instead of a sparsity or target.
+    /// Memory in bytes that llama.cpp may take to run the result, instead of a sparsity or target.
     pub target_ram: Option<u64>,
-    /// Layers that llama.cpp keeps on the devices of the settings, if there are some, when it writes text and judges.
+    /// Number of layers that llama.cpp keeps on the devices of the settings, if there are any, for generation
+    /// and evaluation.
     pub n_gpu_layers: usize,
-    /// Tokens of context that the result is to run with; without it [`RUN_CTX`], or what the source was trained for if
-    /// that is less.
+    /// Number of tokens of context of the result; without it, [`RUN_CTX`], or the source's training context
+    /// if that is less.
     pub run_ctx: Option<usize>,
 }
 
 impl Job {
-    /// Prunes `input` to `output` as the command does without options: by the default settings, on text that the model
-    /// writes itself, verified.
+    /// Job that prunes `input` to `output` like the command without options: with the default settings, on
+    /// text that the model generates itself, verified.
     pub fn new(input: impl Into<PathBuf>, output: impl Into<PathBuf>) -> Job {
         let recipe = Recipe::default();
         Job {
@@ -113,25 +117,25 @@ impl Job {
     }
 }
 
-/// Where an interrupted run leaves what it has settled: text, heads, widths and finished blocks.
+/// Checkpoint of an interrupted run: text, heads, widths and finished blocks.
 #[derive(Clone, Debug)]
 pub struct KeepState {
-    /// A folder of its own; it is emptied when the job is done.
+    /// Folder for this checkpoint only. It is emptied when the job is done.
     pub folder: PathBuf,
-    /// Go on from what is there already, instead of refusing it.
+    /// Whether to resume from an existing checkpoint, instead of refusing it.
     pub resume: bool,
 }
 
-/// How to quantise a whole model.
+/// Quantisation of the whole model.
 #[derive(Clone, Copy, Debug)]
 pub struct Quantise {
-    /// The mix of types.
+    /// Mix of types.
     pub to: FileType,
-    /// Also quantise what is quantised already.
+    /// Whether to quantise an already quantised model.
     pub again: bool,
 }
 
-/// Tokens of context that llama-cli's users and Ollama's have by default, about.
+/// Number of tokens of context, about the default for users of llama-cli and Ollama.
 pub const RUN_CTX: usize = 4096;
 
 /// Sizes of a model.
@@ -139,46 +143,47 @@ pub const RUN_CTX: usize = 4096;
 pub struct Size {
     /// Bytes of the file.
     pub bytes: u64,
-    /// All parameters.
+    /// Number of all parameters.
     pub params: usize,
-    /// Parameters of the blocks' attention and feed-forward matrices.
+    /// Number of parameters of the blocks' attention and FFN matrices.
     pub block_params: usize,
-    /// Per block.
+    /// Shape of each block.
     pub blocks: Vec<BlockShape>,
 }
 
-/// What came of a job.
+/// Result of a job.
 #[derive(Clone, Debug)]
 pub struct Outcome {
-    /// The source.
+    /// Sizes of the source.
     pub before: Size,
-    /// The result.
+    /// Sizes of the result.
     pub after: Size,
-    /// The architecture of the result.
+    /// Output architecture.
     pub output_arch: Family,
     /// Share of the blocks' parameters that was removed.
     pub sparsity: f64,
-    /// What feed-forwards lost.
+    /// Unit that was removed from FFNs.
     pub ffn_unit: FfnUnit,
-    /// What llama.cpp takes to run them; absent where it was not asked.
+    /// Memory that llama.cpp takes to run source and result; absent if it was not measured.
     pub running: Option<Running>,
-    /// What was measured; absent when nothing was pruned.
+    /// Quality measurements; absent if nothing was pruned.
     pub quality: Option<Quality>,
-    /// Where the result is; the first part if it lies in several files.
+    /// Path of the result; the first part if it consists of several files.
     pub output: PathBuf,
-    /// The attention groups that stay, per block, by their numbers in the source.
+    /// Kept attention groups per block, by their numbers in the source.
     pub kept_groups: Vec<Vec<usize>>,
-    /// What the predictions lose by the width of each block alone, about, in nats of KL divergence, if that is known.
+    /// Estimated loss of the predictions by the width of each block alone, in nats of KL divergence, if it is
+    /// known.
     pub block_losses: Option<Vec<f64>>,
-    /// Where the result comes from; absent when nothing was pruned.
+    /// Provenance of the result; absent if nothing was pruned.
     pub provenance: Option<Provenance>,
-    /// The result, and the source in types that make files of about its size, if the job asked for it.
+    /// The result, and the source in types that make files of about its size, if the job asked for them.
     pub quant_baselines: Vec<QuantBaseline>,
-    /// How source and result go on from the same words, if the job asked for it.
+    /// Continuations of the same text by source and result, if the job asked for them.
     pub samples: Option<Samples>,
-    /// What shapes said beforehand; absent when nothing was pruned.
+    /// Forecast from shapes; absent if nothing was pruned.
     pub forecast: Option<Forecast>,
-    /// What the user should know.
+    /// Warnings for the user.
     pub warnings: Vec<String>,
     /// Wall time.
     pub time: Duration,
@@ -187,39 +192,39 @@ pub struct Outcome {
 /// Memory that llama.cpp takes to run source and result.
 #[derive(Clone, Copy, Debug)]
 pub struct Running {
-    /// With so many tokens of context.
+    /// Number of tokens of context.
     pub n_ctx: usize,
-    /// Tokens of context that they were trained for.
+    /// Number of tokens of context that the models were trained for.
     pub n_ctx_train: usize,
-    /// The source.
+    /// Memory of the source.
     pub before: RunMemory,
-    /// The result.
+    /// Memory of the result.
     pub after: RunMemory,
-    /// Their keys and values, for other lengths.
+    /// KV caches of source and result, for other context lengths.
     pub kv_caches: [KvCache; 2],
 }
 
-/// A text that is continued.
+/// Text and its continuations.
 #[derive(Clone, Debug)]
 pub struct Samples {
-    /// The beginning of the first held-out window.
+    /// Beginning of the first held-out window.
     pub prompt: String,
-    /// What the source writes, always the likeliest token.
+    /// Continuation by the source, always with the likeliest token.
     pub before: String,
-    /// What the result writes.
+    /// Continuation by the result.
     pub after: String,
 }
 
-/// What was measured on calibration windows that were held out.
+/// Quality on held-out calibration windows.
 #[derive(Clone, Copy, Debug)]
 pub struct Quality {
-    /// Source and result, by our forward.
+    /// Comparison of source and result by the crate's own forward pass.
     pub held_out: HeldOut,
-    /// The written file, by libllama; absent where the job does not verify.
+    /// Perplexity of the written file by libllama; absent if the job does not verify.
     pub file_ppl: Option<f64>,
-    /// Tokens fitted on, and how many of them the model wrote itself.
+    /// Number of tokens that blocks are fitted to, and of those among them that the model generated itself.
     pub fit_tokens: (usize, usize),
-    /// Tokens judged on.
+    /// Number of held-out tokens.
     pub held_out_tokens: usize,
 }
 
@@ -254,19 +259,20 @@ pub fn run(job: &Job, observer: &mut dyn Observer) -> Result<Outcome, JobError> 
 /// One of several results of one calibration.
 #[derive(Clone, Debug)]
 pub struct Nested {
-    /// Its sparsity.
+    /// Sparsity of the result.
     pub sparsity: f64,
-    /// Where it goes.
+    /// Path of the result.
     pub output: PathBuf,
-    /// Where its importance matrix goes, if anywhere.
+    /// Path of its importance matrix, if it is written.
     pub imatrix_out: Option<PathBuf>,
 }
 
-/// Runs `job` at several sparsities on one calibration, each with outputs of its own; heads that go at one also go at
-/// higher ones, so that they are searched for once. `done` is told of each outcome, and of what it was asked for.
+/// Runs `job` at several sparsities on one calibration, each with its own outputs.
+/// Heads that are removed at one sparsity are also removed at higher ones, so that they are searched for
+/// once. `done` receives each request and its outcome.
 ///
 /// # Errors
-/// [`JobError`], of `done` too; outputs that were finished stay.
+/// [`JobError`], also of `done`; finished outputs remain.
 pub fn run_nested(
     job: &Job,
     results: &[Nested],
@@ -280,7 +286,7 @@ pub fn run_nested(
         settings: Settings { sparsity: n.sparsity, ..job.settings.clone() },
         ..job.clone()
     };
-    // Settled before any work, since what is free may change meanwhile.
+    // Limits are determined before any work, because the free memory may change meanwhile.
     let jobs: Vec<Job> = results
         .iter()
         .map(|n| {
@@ -302,168 +308,4 @@ pub fn run_nested(
         start = Instant::now();
     }
     Ok(())
-}
-
-/// What a job will need, and what comes of it, as far as shapes say.
-#[derive(Clone, Debug)]
-pub struct DryRun {
-    /// The source.
-    pub before: Size,
-    /// What it comes to.
-    pub forecast: Forecast,
-    /// What it was made for: those of the job, within its memory.
-    pub settings: Settings,
-    /// Tokens that would pass through a block at a time.
-    pub chunk_tokens: usize,
-    /// What feed-forwards would lose.
-    pub ffn_unit: FfnUnit,
-    /// Tokens of context that the result is to run with.
-    pub run_ctx: usize,
-    /// Keys and values of the source.
-    pub kv_cache: KvCache,
-    /// Tokens that the model writes itself, the held-out ones with them.
-    pub self_written: usize,
-    /// The result is to have other types than the source, in which the forecast is.
-    pub quantises: bool,
-}
-
-/// Refuses what [`run`] would refuse, and says what it would need, without doing anything.
-///
-/// # Errors
-/// [`JobError`].
-pub fn dry_run(job: &Job) -> Result<DryRun, JobError> {
-    let source = open(job)?;
-    check_paths(job, &source.file)?;
-    let settings = settings(job, &source)?;
-    let forecast = forecast(&source, &expected_calibration(job), &settings)?;
-    Ok(DryRun {
-        before: size_of(&source),
-        ffn_unit: settings.ffn_unit(&source),
-        run_ctx: run_ctx(job, &source),
-        kv_cache: KvCache::new(&source.hparams, &source.hparams.blocks),
-        chunk_tokens: whole_windows(settings.chunk_tokens, job.recipe.n_ctx),
-        forecast,
-        settings,
-        self_written: job.recipe.self_written(),
-        quantises: job.quantise.is_some(),
-    })
-}
-
-/// Refuses what cannot come out well. The settings of `job`, within its memory.
-fn settings(job: &Job, source: &Model) -> Result<Settings, JobError> {
-    check_types(job, source)?;
-    let mut settings = job.settings.clone();
-    if let Some(bytes) = job.target_ram {
-        let n_ctx = run_ctx(job, source);
-        // Of the source: that of the result is no more.
-        let compute = ask_memory(job, &job.input, n_ctx)?.compute;
-        settings.target = Some(Target::WithCache { bytes, n_ctx, compute });
-    }
-    // In other types, the size is known once it is in these.
-    if job.quantise.is_none() {
-        settings = on_target(source, settings)?;
-    }
-    pipeline::check_budget(source, &settings)?;
-    let n_ctx_train = source.hparams.n_ctx_train;
-    if job.recipe.n_ctx > n_ctx_train {
-        let (path, n_ctx) = (job.input.clone(), job.recipe.n_ctx);
-        return Err(JobError::WindowsTooLong { path, n_ctx, n_ctx_train });
-    }
-    let calibration = expected_calibration(job);
-    if let Some(limit) = device_memory(job) {
-        settings = pipeline::within_device_memory(source, &calibration, &settings, limit)
-            .map_err(JobError::NoRoomOnDevice)?;
-    }
-    let Some(limit) = job.max_memory else {
-        return Ok(settings);
-    };
-    pipeline::within_memory(source, &calibration, &settings, limit, folder_of(&job.output))
-        .map_err(JobError::NoRoom)
-}
-
-/// Percent of a device's free memory that is taken where nothing else is said: a little more may be taken than is foreseen.
-const DEVICE_SHARE: u64 = 80;
-
-/// Bytes that graphs and their weights may take on each device, if there are devices and that is known.
-fn device_memory(job: &Job) -> Option<u64> {
-    let devices = &job.settings.devices;
-    let known = || devices.iter().map(|d| d.memory()).filter(|(_, total)| *total > 0);
-    let free = || known().map(|(free, _)| free / 100 * DEVICE_SHARE).min();
-    if devices.is_empty() { None } else { job.max_device_memory.or_else(free) }
-}
-
-/// Tokens of context that the result is to run with.
-fn run_ctx(job: &Job, source: &Model) -> usize {
-    job.run_ctx.unwrap_or(RUN_CTX.min(source.hparams.n_ctx_train))
-}
-
-/// What llama.cpp takes to run the file at `path`.
-fn ask_memory(job: &Job, path: &Path, n_ctx: usize) -> Result<RunMemory, JobError> {
-    run_memory(path, n_ctx).map_err(|e| JobError::evaluating(&job.input, EvaluateError::Llama(e)))
-}
-
-/// The settings with the sparsity that their target takes, if they have one.
-fn on_target(model: &Model, s: Settings) -> Result<Settings, JobError> {
-    match s.target {
-        Some(target) => {
-            let sparsity = pipeline::sparsity_for(model, &s, target).map_err(JobError::Target)?;
-            Ok(Settings { sparsity, ..s })
-        }
-        None => Ok(s),
-    }
-}
-
-fn forecast(model: &Model, c: &Calibration, settings: &Settings) -> Result<Forecast, JobError> {
-    pipeline::forecast(model, c, settings).map_err(|e| JobError::Prune(e.into()))
-}
-
-fn expected_calibration(job: &Job) -> Calibration {
-    if let Some(windows) = &job.windows {
-        return windows.into();
-    }
-    let (n_fit, n_held_out) = job.recipe.expected();
-    Calibration { n_ctx: job.recipe.n_ctx, n_fit, n_held_out }
-}
-
-fn open(job: &Job) -> Result<Model, JobError> {
-    open_model(&job.input)
-}
-
-fn open_model(path: &Path) -> Result<Model, JobError> {
-    Model::open(path).map_err(|e| match e {
-        // These name the file already.
-        ModelError::Gguf(
-            e @ (GgufError::Io { .. }
-            | GgufError::NoFile { .. }
-            | GgufError::Magic { .. }
-            | GgufError::LfsPointer(_)
-            | GgufError::Header { .. }
-            | GgufError::Truncated { .. }
-            | GgufError::UnknownType { .. }),
-        ) => JobError::Gguf(e),
-        source => JobError::Model { path: path.into(), source },
-    })
-}
-
-/// Refuses importance matrices of experts, and to quantise what is quantised already, unless it was asked for.
-fn check_types(job: &Job, source: &Model) -> Result<(), JobError> {
-    if source.hparams.experts.is_some() {
-        let of_experts = |wanted| Err(JobError::OfExperts { path: job.input.clone(), wanted });
-        if job.imatrix_out.is_some() {
-            return of_experts(ImatrixUse::Output);
-        }
-        if job.quantise.is_some() {
-            return of_experts(ImatrixUse::Quantise);
-        }
-        if job.compare_quant {
-            return of_experts(ImatrixUse::Baselines);
-        }
-    }
-    let quantised = source.file.tensors().iter().find(|t| t.ty.is_quantized());
-    match (job.quantise, quantised) {
-        (Some(q), Some(t)) if !q.again => {
-            Err(JobError::Quantised { path: job.input.clone(), tensor: t.name.clone(), ty: t.ty })
-        }
-        _ => Ok(()),
-    }
 }

@@ -1,4 +1,4 @@
-//! Where a job's results go: checked before the work, temporary during it, complete at its end.
+//! Output files of a job: checked before the work, temporary during it, complete at its end.
 
 use super::{Job, JobError};
 use crate::calibrate::CalibrateError;
@@ -10,7 +10,7 @@ use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::sync::Mutex;
 
-/// Refuses what would harm a file or cannot be written, before anything costs time.
+/// Rejects paths that would damage a file or are not writable, before the work.
 pub(super) fn check_paths(job: &Job, source: &GgufFile) -> Result<(), JobError> {
     let files: Vec<PathBuf> = outputs(job, source).into_iter().chain(job.imatrix_out.clone()).collect();
     let folder = job.state.as_ref().map(|keep| keep.folder.clone());
@@ -18,7 +18,7 @@ pub(super) fn check_paths(job: &Job, source: &GgufFile) -> Result<(), JobError> 
     let parts: Vec<PathBuf> = source.paths().map(Path::to_path_buf).collect();
     check_distinct(&all, &parts, &job.recipe.files)?;
     files.iter().try_for_each(|output| check_output(output, job.force))?;
-    // What a pipe holds can be read once only, and is looked at then.
+    // A pipe can be read only once, so it is checked when it is read.
     let texts = job.recipe.files.iter().filter(|path| !path.exists() || path.is_file() || path.is_dir());
     for path in texts {
         TextFile::open(path, job.recipe.encoding).map_err(CalibrateError::from)?;
@@ -30,7 +30,7 @@ pub(super) fn check_paths(job: &Job, source: &GgufFile) -> Result<(), JobError> 
     Ok(())
 }
 
-/// Refuses two outputs of one name, and outputs that are files of the `model` or one of the `texts` that are read.
+/// Rejects two outputs with one name, and outputs that are files of the `model` or one of the `texts`.
 ///
 /// # Errors
 /// [`JobError::SameFile`], [`JobError::SameOutput`] or [`JobError::AlsoRead`].
@@ -50,7 +50,7 @@ pub fn check_distinct(outputs: &[PathBuf], model: &[PathBuf], texts: &[PathBuf])
     Ok(())
 }
 
-/// The files that the result lies in: as many as the source does, if that shall stay so.
+/// Files of the result: as many as the source has, if the job keeps the split.
 pub(super) fn outputs(job: &Job, source: &GgufFile) -> Vec<PathBuf> {
     match source.paths().count() {
         n if n > 1 && job.keep_split => (0..n).map(|i| part_path(&job.output, i, n)).collect(),
@@ -58,16 +58,17 @@ pub(super) fn outputs(job: &Job, source: &GgufFile) -> Vec<PathBuf> {
     }
 }
 
-/// The `i`-th of `n` parts of a file that would be called `output`.
+/// Path of the `i`-th of `n` parts of a file called `output`.
 fn part_path(output: &Path, i: usize, n: usize) -> PathBuf {
     let name = output.file_name().unwrap_or_default().to_string_lossy();
     let stem = name.strip_suffix(".gguf").unwrap_or(&name);
-    // The name of a first part names the others, too.
+    // A given name of a first part is the stem of the others, too.
     let stem = stem.strip_suffix(part_suffix(0, n).trim_end_matches(".gguf")).unwrap_or(stem);
     output.with_file_name(format!("{stem}{}", part_suffix(i, n)))
 }
 
-/// Refuses an output that is a folder or device, there already (but with `force`), or in a place where none can be made.
+/// Rejects an output that is a folder or device, exists already (unless `force` is set), or cannot be
+/// created.
 ///
 /// # Errors
 /// [`JobError::Exists`], [`JobError::BadOutput`] or [`JobError::Io`].
@@ -79,24 +80,24 @@ pub fn check_output(output: &Path, force: bool) -> Result<(), JobError> {
     {
         return refused("is a folder; name a file for the output");
     }
-    // Only files make way: a device, pipe or socket would be gone, for all programs.
+    // Only regular files may be replaced. A replaced device, pipe or socket would be lost to all programs.
     if output.metadata().is_ok_and(|found| !found.is_file()) {
         return refused("is a device, pipe or socket, which is not replaced; name a file for the output");
     }
     match output.symlink_metadata() {
         // A dangling link exists, too.
         Ok(_) if !force => return Err(JobError::Exists(output.into())),
-        // The name is too long, or not to be looked at.
+        // The name is too long, or the path is not accessible.
         Err(source) if source.kind() != std::io::ErrorKind::NotFound => {
             return Err(JobError::Io { path: output.into(), source });
         }
         _ => {}
     }
-    // Can a file be made there at all? It is gone again at once.
+    // Tests whether a file can be created there, and deletes it at once.
     temporary(output).map(|t| unregister_temporary(t.path()))
 }
 
-/// Whether two paths name one file, by links and hard links, or would.
+/// Returns whether two paths name one file, also through links and hard links, or would once they exist.
 fn same_file(a: &Path, b: &Path) -> bool {
     #[cfg(unix)]
     {
@@ -108,7 +109,7 @@ fn same_file(a: &Path, b: &Path) -> bool {
     resolved(a) == resolved(b)
 }
 
-/// A path without links in as much of it as exists.
+/// Resolves the links of the part of a path that exists.
 pub(crate) fn resolved(path: &Path) -> PathBuf {
     let path = std::path::absolute(path).unwrap_or_else(|_| path.into());
     match (path.canonicalize(), path.parent(), path.file_name()) {
@@ -118,13 +119,13 @@ pub(crate) fn resolved(path: &Path) -> PathBuf {
     }
 }
 
-/// The temporary files of the running job, for whoever must end the process without unwinding.
+/// Temporary files of the running job, for handlers that end the process without unwinding.
 static TEMPORARY: Mutex<Vec<PathBuf>> = Mutex::new(Vec::new());
 
-/// Deletes the temporary files of a running job. For handlers that end the process at once; a job that
-/// returns cleans up by itself.
+/// Deletes the temporary files of a running job.
+/// It is for handlers that end the process at once. A job that returns cleans up by itself.
 pub fn remove_temporary() {
-    // Not `lock`: the thread that is interrupted may hold it.
+    // `lock` could deadlock: the interrupted thread may hold it.
     if let Ok(mut paths) = TEMPORARY.try_lock() {
         for path in paths.drain(..) {
             let _ = std::fs::remove_file(&path).or_else(|_| std::fs::remove_dir_all(&path));
@@ -132,23 +133,23 @@ pub fn remove_temporary() {
     }
 }
 
-/// Takes a file from those that [`remove_temporary`] would delete.
+/// Removes a file from the list of [`remove_temporary`].
 fn unregister_temporary(path: &Path) {
     if let Ok(mut paths) = TEMPORARY.lock() {
         paths.retain(|p| p != path);
     }
 }
 
-/// The folder that a file lies in.
+/// Folder of a file.
 pub(super) fn folder_of(path: &Path) -> &Path {
     path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."))
 }
 
-/// A temporary file beside the output, so that the final rename stays on one file system.
+/// Creates a temporary file beside the output, so that the final rename stays on one file system.
 pub(super) fn temporary(output: &Path) -> Result<tempfile::NamedTempFile, JobError> {
     let folder = folder_of(output);
     let name = output.file_name().unwrap_or_default().to_string_lossy();
-    // File systems take names of 255 bytes, and something is added here.
+    // File systems allow names of 255 bytes, and the temporary name is longer.
     let short = (0..=name.len().min(200)).rev().find(|&i| name.is_char_boundary(i)).unwrap_or(0);
     let name = &name[..short];
     let temp = tempfile::Builder::new()
@@ -157,14 +158,14 @@ pub(super) fn temporary(output: &Path) -> Result<tempfile::NamedTempFile, JobErr
         .tempfile_in(folder)
         .map_err(|e| JobError::Io { path: output.into(), source: without_path(e) })?;
     if let Ok(mut paths) = TEMPORARY.lock() {
-        // Those that went with their handle.
+        // Files that were deleted with their handle need no entry.
         paths.retain(|p| p.exists());
         paths.push(temp.path().to_path_buf());
     }
     Ok(temp)
 }
 
-/// A temporary folder beside `path`, which goes with its handle.
+/// Creates a temporary folder beside `path`, which is deleted with its handle.
 pub(crate) fn temporary_folder(path: &Path) -> Result<tempfile::TempDir, JobError> {
     let beside = folder_of(path);
     let folder = tempfile::Builder::new()
@@ -178,7 +179,8 @@ pub(crate) fn temporary_folder(path: &Path) -> Result<tempfile::TempDir, JobErro
     Ok(folder)
 }
 
-/// Cuts the temporary file into parts and gives them their names, once libllama loads them. Returns the length of all.
+/// Splits the temporary file into parts and renames them once libllama loads them. Returns the total length
+/// in bytes.
 pub(super) fn finish_parts(
     job: &Job,
     temp: tempfile::NamedTempFile,
@@ -186,7 +188,7 @@ pub(super) fn finish_parts(
 ) -> Result<u64, JobError> {
     let io = |source| JobError::Io { path: paths[0].clone(), source };
     let whole = GgufFile::open(temp.path())?;
-    // A folder of its own, for libllama finds parts by their names.
+    // libllama finds parts by their names, so they need their own folder.
     let folder = temporary_folder(&job.output)?;
     let n = paths.len();
     let inside = |i: usize| folder.path().join(paths[i].file_name().unwrap_or_default());
@@ -209,7 +211,7 @@ pub(super) fn finish_parts(
     Ok(bytes)
 }
 
-/// Syncs the temporary file and gives it the name `path`. Returns its length.
+/// Syncs the temporary file and renames it to `path`. Returns its length in bytes.
 pub(super) fn finish(job: &Job, temp: tempfile::NamedTempFile, path: &Path) -> Result<u64, JobError> {
     let io = |source| JobError::Io { path: path.into(), source };
     temp.as_file().sync_all().map_err(io)?;
@@ -232,7 +234,7 @@ pub fn write_whole(path: &Path, bytes: &[u8], force: bool) -> Result<(), JobErro
     persist(temp, path, force)
 }
 
-/// Gives a temporary file its name.
+/// Renames a temporary file to its final name.
 fn persist(temp: tempfile::NamedTempFile, path: &Path, force: bool) -> Result<(), JobError> {
     let name = temp.path().to_path_buf();
     let persisted = if force { temp.persist(path) } else { temp.persist_noclobber(path) };
@@ -244,8 +246,9 @@ fn persist(temp: tempfile::NamedTempFile, path: &Path, force: bool) -> Result<()
     }
 }
 
-/// Gives a temporary file, which is private, the permissions that a new file in `folder` has, without those that the file
-/// `source` does not have. Where the file system knows no such thing, it stays as it is.
+/// Sets the permissions of a temporary file, which is private, to those of a new file in `folder`, without
+/// those that the file `source` lacks.
+/// They are unchanged if the file system has no such permissions.
 fn make_usual(file: &std::fs::File, folder: &Path, source: Option<&Path>) {
     #[cfg(unix)]
     if let Some(usual) = usual_mode(folder) {
@@ -255,7 +258,7 @@ fn make_usual(file: &std::fs::File, folder: &Path, source: Option<&Path>) {
     }
 }
 
-/// The permissions of a new file in `folder`: the process's umask leaves so many of 0666.
+/// Permissions of a new file in `folder`: 0666 without the bits of the process's umask.
 #[cfg(unix)]
 pub(crate) fn usual_mode(folder: &Path) -> Option<u32> {
     use std::os::unix::fs::PermissionsExt;

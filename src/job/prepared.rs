@@ -1,4 +1,4 @@
-//! What a job works on whatever the sparsity, and the passes over it, once or more often.
+//! Data of a job that does not depend on the sparsity, and the passes over it, once or more often.
 
 use super::announce::announce;
 use super::checkpoint::DiskCheckpoint;
@@ -12,7 +12,8 @@ use crate::model::Model;
 use crate::pipeline::{self, Checkpoint, HEADS, Observer, Plan, Record, Settings};
 use std::path::Path;
 
-/// The order in which groups go. Where blocks may keep different numbers, it does not depend on how many go.
+/// Cache of the order in which groups are removed. If blocks may keep different numbers, the order does not
+/// depend on how many are removed.
 pub(super) struct HeadOrderCache {
     per_block: bool,
     heads: Option<Record>,
@@ -37,26 +38,26 @@ impl Checkpoint for HeadOrderCache {
     }
 }
 
-/// What a job works on, whatever the sparsity.
+/// Data of a job that does not depend on the sparsity.
 pub(super) struct Prepared {
     pub(super) source: Model,
     pub(super) source_sha256: String,
     pub(super) windows: Windows,
-    /// What the user should know about the calibration text.
+    /// Warnings about the calibration text.
     pub(super) notes: Vec<String>,
-    /// The source in the types that the result shall have, if these are others. The map goes before the file.
+    /// Source in the requested types, if they differ from its own. The memory map is dropped before the file.
     quantised: Option<(Model, tempfile::NamedTempFile)>,
     pub(super) state: Option<DiskCheckpoint>,
-    /// What llama.cpp takes to run the source.
+    /// Memory that llama.cpp takes to run the source.
     pub(super) to_run: RunMemory,
 }
 
 impl Prepared {
     pub(super) fn new(job: &Job, source: Model, observer: &mut dyn Observer) -> Result<Prepared, JobError> {
-        // Now: at the end another file may have its name.
+        // The memory is measured now: at the end, another file may have this name.
         let n_ctx = run_ctx(job, &source);
         let to_run = ask_memory(job, &job.input, n_ctx)?;
-        // Both read all of it; what is wrong with it shall not come out at the end of a long run.
+        // Both calls read the whole file. Damage must not be reported only at the end of a long run.
         let sha256 = || {
             source.file.check_values()?;
             Ok::<_, GgufError>(source.file.sha256())
@@ -68,7 +69,7 @@ impl Prepared {
                     let sha = scope.spawn(sha256);
                     (windows(&source, job, &mut notes, observer), sha.join().expect("hashing does not panic"))
                 });
-                // What is wrong with the file is the cause of what else went wrong.
+                // Damage of the file is the cause of other errors.
                 let sha = sha?;
                 (windows?, sha, None)
             }
@@ -90,13 +91,13 @@ impl Prepared {
         Ok(Prepared { source, source_sha256, windows, notes, quantised, state, to_run })
     }
 
-    /// What is pruned: the source, in the types that the result shall have.
+    /// Model that is pruned: the source, in the requested types.
     pub(super) fn model(&self) -> &Model {
         self.quantised.as_ref().map_or(&self.source, |(model, _)| model)
     }
 
-    /// What the passes make of it, and the settings that they had. `later` is the work of the results that come after this
-    /// one, `None` if their number is not known.
+    /// Runs the passes and returns their result and settings. `later` is the work of later results, `None` if
+    /// their number is not known.
     pub(super) fn prune(
         &self,
         job: &Job,
@@ -115,7 +116,8 @@ impl Prepared {
         Ok((settings, pruned))
     }
 
-    /// The same at the largest sparsity, in hundredths, that stays within `limit` on the held-out windows.
+    /// Runs the passes at the largest sparsity, in hundredths, that stays within `limit` on the held-out
+    /// windows.
     pub(super) fn prune_within(
         &self,
         job: &Job,
@@ -141,9 +143,9 @@ impl Prepared {
     }
 }
 
-/// The whole source in another mix of types, in a temporary file: by libllama's quantiser, with the
-/// importance matrix of `windows`. What is cut out of it afterwards needs no second rounding, for types
-/// round along rows.
+/// Quantises the whole source to another mix of types, in a temporary file.
+/// It uses libllama's quantiser and the importance matrix of `windows`. Later removal of rows and columns
+/// needs no second rounding, because types round along rows.
 fn quantise(
     job: &Job,
     q: Quantise,
@@ -163,11 +165,11 @@ fn quantise(
     let model =
         Model::open(temp.path()).map_err(|source| JobError::Model { path: job.input.clone(), source })?;
     pipeline::check_budget(&model, &job.settings)?;
-    // The map goes before the file.
+    // The memory map is dropped before the file.
     Ok((model, temp))
 }
 
-/// The calibration windows of `job`, for jobs that shall share them.
+/// Calibration windows of `job`, to be shared by several jobs.
 ///
 /// # Errors
 /// [`JobError`] if the model cannot be read or there is too little text.
@@ -175,7 +177,7 @@ pub fn calibration(job: &Job, observer: &mut dyn Observer) -> Result<Windows, Jo
     collect(&open(job)?, job, &mut Vec::new(), observer)
 }
 
-/// Loads a model into libllama, within the memory of `job`.
+/// Loads a model into libllama, within the memory limit of `job`.
 pub(super) fn llama(job: &Job, path: &Path) -> Result<LlamaModel, GgmlError> {
     if !job.settings.devices.is_empty() {
         let devices = job.settings.devices.clone();
@@ -184,11 +186,12 @@ pub(super) fn llama(job: &Job, path: &Path) -> Result<LlamaModel, GgmlError> {
     if job.max_memory.is_some() { LlamaModel::load_mapped(path) } else { LlamaModel::load(path) }
 }
 
-/// Bytes of KV cache that generating calibration text may take, and their largest share of the memory limit.
+/// Largest number of bytes of the KV cache for the generation of calibration text, and its largest share of
+/// the memory limit.
 const KV_BYTES: usize = 512 << 20;
 const KV_SHARE: u64 = 4;
 
-/// Windows that may be generated side by side: each has its F16 keys and values.
+/// Number of windows that may be generated in parallel. Each has its own keys and values in F16.
 fn n_parallel(model: &Model, job: &Job) -> usize {
     let per_token: usize =
         model.hparams.blocks.iter().map(|b| 4 * b.n_head_kv * model.hparams.head_dim).sum();
@@ -196,7 +199,7 @@ fn n_parallel(model: &Model, job: &Job) -> usize {
     (room / (per_token * job.recipe.n_ctx).max(1)).clamp(1, job.recipe.n_parallel)
 }
 
-/// The windows that `job` was given, or those that it asks for.
+/// Windows that `job` holds, or those collected by its recipe.
 fn windows(
     model: &Model,
     job: &Job,
@@ -209,8 +212,8 @@ fn windows(
     }
 }
 
-/// The token that the model's own text begins with: the BOS that its file names, or else the EOS. Where a file names none,
-/// libllama has token 1, 2 or 11, which may be any word.
+/// First token of generated text: the BOS that the file names, or else the EOS.
+/// If the file names none, libllama returns token 1, 2 or 11, which may be any word.
 fn start_token(model: &Model) -> Option<Token> {
     ["tokenizer.ggml.bos_token_id", "tokenizer.ggml.eos_token_id"].iter().find_map(|key| {
         let id = model.file.get_u32(key).ok().flatten().filter(|id| *id < model.hparams.n_vocab)?;
@@ -224,7 +227,7 @@ fn collect(
     notes: &mut Vec<String>,
     observer: &mut dyn Observer,
 ) -> Result<Windows, JobError> {
-    // What only tokenises needs no copies of weights; that libllama takes the file is seen all the same.
+    // A model that only tokenises needs no copies of weights. It still shows that libllama loads the file.
     let writes = job.recipe.self_written() > 0;
     let llama = if writes { llama(job, &job.input) } else { LlamaModel::load_mapped(&job.input) };
     let llama = llama.map_err(JobError::Llama)?;
@@ -235,7 +238,7 @@ fn collect(
     let recipe = Recipe { n_parallel: n_parallel(model, job), start, ..job.recipe.clone() };
     let mut begun = None;
     let windows = calibrate::collect(&llama, &recipe, notes, |origin, done, total| {
-        // A short text is read at once.
+        // A short text is read at once and needs no progress.
         if begun == Some(origin) || origin == Origin::Model || done < total {
             if begun != Some(origin) {
                 let stage = if origin == Origin::Files { "reading text" } else { "calibration text" };

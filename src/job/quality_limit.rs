@@ -1,9 +1,9 @@
-//! The largest sparsity at which the result is still good enough.
+//! Search for the largest sparsity within a quality limit.
 
 use crate::evaluate::Metrics;
 use std::fmt;
 
-/// What the result shall not lose more than, on the held-out windows.
+/// Quality limit on the held-out windows.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum QualityLimit {
     /// Mean KL divergence from the source's predictions, in nats.
@@ -13,7 +13,7 @@ pub enum QualityLimit {
 }
 
 impl QualityLimit {
-    /// What is measured against it.
+    /// Measured value that is compared with the limit.
     pub fn of(self, found: &Metrics) -> f64 {
         match self {
             QualityLimit::Kld(_) => found.kl.mean,
@@ -21,7 +21,7 @@ impl QualityLimit {
         }
     }
 
-    /// The same as something that is 0 where nothing is removed, and grows about as its square.
+    /// Value on a scale that is 0 if nothing is removed, and grows about as the square of the sparsity.
     fn loss(self, value: f64) -> f64 {
         match self {
             QualityLimit::Kld(_) => value,
@@ -45,25 +45,26 @@ impl fmt::Display for QualityLimit {
     }
 }
 
-/// Where to look first, in hundredths.
+/// First sparsity to measure, in hundredths.
 const FIRST: u32 = 25;
 
-/// A search over whole hundredths, by what was measured so far.
+/// Search over whole hundredths of sparsity, guided by the measurements so far.
 pub(super) struct Search {
     limit: QualityLimit,
-    /// The largest that is within the limit, and the smallest that is not or cannot be; with their losses, if known.
+    /// Largest sparsity within the limit, and smallest that is not or cannot be reached, with their losses if
+    /// known.
     within: (u32, f64),
     beyond: (u32, Option<f64>),
     least: Option<(u32, f64)>,
 }
 
 impl Search {
-    /// Up to `most` hundredths.
+    /// Creates a search up to `most` hundredths.
     pub(super) fn new(limit: QualityLimit, most: u32) -> Search {
         Search { limit, within: (0, 0.0), beyond: (most + 1, None), least: None }
     }
 
-    /// What to measure next, if anything.
+    /// Next sparsity to measure, in hundredths, if there is one.
     pub(super) fn next(&self) -> Option<u32> {
         let (low, high) = (self.within.0, self.beyond.0);
         if high - low < 2 {
@@ -72,7 +73,7 @@ impl Search {
         let goal = self.limit.loss(self.limit.most());
         let guess = match (self.within, self.beyond) {
             ((0, _), (_, None)) => f64::from(FIRST),
-            // As the square: from what is known, to the goal.
+            // Extrapolates the square from the known loss to the goal.
             ((0, _), (high, Some(loss))) => f64::from(high) * (goal / loss).sqrt(),
             ((low, loss), (_, None)) => f64::from(low) * (goal / loss.max(1e-9)).sqrt(),
             ((low, a), (high, Some(b))) => {
@@ -84,13 +85,13 @@ impl Search {
         Some(guess.clamp(low + 1, high - 1))
     }
 
-    /// Takes in that `percent` gave `value`. Returns whether that is the best so far.
+    /// Records that `percent` gave `value`. Returns whether it is the best result so far.
     pub(super) fn tell(&mut self, percent: u32, value: f64) -> bool {
         let loss = self.limit.loss(value);
         if self.least.is_none_or(|(least, _)| percent < least) {
             self.least = Some((percent, value));
         }
-        // What is no number is not within anything.
+        // NaN is not within the limit.
         if value <= self.limit.most() {
             self.within = (percent, loss);
             true
@@ -100,7 +101,7 @@ impl Search {
         }
     }
 
-    /// The smallest sparsity that was measured, and what it gave.
+    /// Smallest sparsity that was measured, in hundredths, with its value.
     pub(super) fn least(&self) -> Option<(u32, f64)> {
         self.least
     }
@@ -110,7 +111,7 @@ impl Search {
 mod tests {
     use super::*;
 
-    /// Measurements that a search takes, and what it finds, where `loss` is what a share costs.
+    /// Number of measurements of a search, and its result, for the loss `loss` of each share.
     fn found(limit: QualityLimit, most: u32, loss: impl Fn(f64) -> f64) -> (usize, Option<u32>) {
         let mut search = Search::new(limit, most);
         let (mut n, mut best) = (0, None);

@@ -1,4 +1,4 @@
-//! What quantisation alone would make of about as many bytes.
+//! Quantisation baselines: the source, only quantised, in about as many bytes.
 
 use super::output::temporary;
 use super::prepared::{Prepared, llama};
@@ -9,24 +9,25 @@ use crate::ggml::{FileType, quantize_file};
 use crate::pipeline::{self, Observer, Plan};
 use std::path::Path;
 
-/// llama-quantize's mixes, from small to large.
+/// Mixes of types of llama-quantize, from small to large.
 const MIXES: [&str; 10] =
     ["Q2_K", "Q3_K_S", "Q3_K_M", "Q3_K_L", "Q4_K_S", "Q4_K_M", "Q5_K_S", "Q5_K_M", "Q6_K", "Q8_0"];
 
-/// A file, and what it does on the held-out windows, by libllama.
+/// File and its quality on the held-out windows, by libllama.
 #[derive(Clone, Debug)]
 pub struct QuantBaseline {
     /// `pruned`, or the mix of types.
     pub name: String,
-    /// Bytes.
+    /// Bytes of the file.
     pub bytes: u64,
     /// Comparison with the source.
     pub metrics: Metrics,
 }
 
 impl Prepared {
-    /// The result of `job`, `goal` bytes at `output`, and the source in the two mixes whose files come closest to it: the largest that is no
-    /// larger, and the next.
+    /// Measures the result of `job`, of `goal` bytes at `output`, and the source in the two mixes whose files
+    /// are closest to it in size.
+    /// These are the largest that is not larger, and the next.
     ///
     /// # Errors
     /// [`JobError`] if libllama fails.
@@ -64,7 +65,7 @@ impl Prepared {
                 return Err(JobError::Interrupted);
             }
         }
-        // What is larger than the source is no rival of anything.
+        // A file larger than the source is no useful baseline.
         let above = above.filter(|(.., bytes)| *bytes < self.source.file.n_bytes());
 
         let failed = |source| JobError::Evaluate { path: job.output.clone(), source };

@@ -1,4 +1,4 @@
-//! Writing what came of the passes, verifying it, and what there is to say of it.
+//! Output of the passes: writing, verification and advice to the user.
 
 use super::output::{finish, finish_parts, outputs, temporary};
 use super::prepared::{Prepared, llama};
@@ -15,17 +15,18 @@ use std::io::{BufWriter, Write};
 use std::path::Path;
 use std::time::Instant;
 
-/// How far libllama's perplexity of the written file may lie from our own forward of the pruned
-/// model, as a ratio, over many tokens: it rounds activations to eight bits for quantised weights, we
-/// do not. Over n tokens chance adds about 1/√n.
+/// Largest ratio of libllama's perplexity of the written file to that of the crate's own forward pass of the
+/// pruned model, over many tokens.
+/// libllama rounds activations to eight bits for quantised weights; the crate does not. Over n tokens, chance
+/// adds about 1/√n.
 const PARITY: f64 = 1.05;
 
-/// Tokens that samples begin with, and that are written.
+/// Number of tokens in the prompt of samples, and in their continuations.
 const PROMPT_TOKENS: usize = 24;
 const SAMPLE_TOKENS: usize = 64;
 
 impl Prepared {
-    /// Writes and verifies what came of the passes.
+    /// Writes and verifies the result of the passes.
     pub(super) fn write(
         &self,
         job: &Job,
@@ -36,7 +37,7 @@ impl Prepared {
         let (model, source, windows) = (self.model(), &self.source, &self.windows);
         let forecast = forecast(model, &Calibration::from(windows), &job.settings)?;
         let sparsity = pruned.plan.sparsity(model);
-        // Shorter windows might take other factors of the rotation.
+        // Shorter windows might use other factors of the rotary embedding.
         let as_before = model.rope_factors(windows.n_ctx)? == model.rope_factors(RECORDED)?;
         let checked = &windows.held_out()[0][..if as_before { RECORDED.min(windows.n_ctx) } else { 0 }];
         let provenance = Provenance {
@@ -57,7 +58,7 @@ impl Prepared {
             check_exact: writes_exactly(model, &pruned.plan),
         };
 
-        // Beside its name until the model is verified, too.
+        // The file keeps a temporary name until the model is verified.
         let imatrix = match &job.imatrix_out {
             None => None,
             Some(path) => {
@@ -94,7 +95,7 @@ impl Prepared {
             held_out_tokens: windows.n_held_out * windows.n_ctx,
         };
         if job.verify {
-            // What is only a output architecture for us we write and do not read.
+            // An architecture that the crate only writes cannot be read back.
             if !output_arch.traits().output_only {
                 matches_record(temp.path(), &job.output, job.settings.n_threads)?;
             }
@@ -113,7 +114,7 @@ impl Prepared {
                 return Err(JobError::Interrupted);
             }
             let own = quality.held_out.ppl;
-            // A NaN on either side is no agreement.
+            // NaN on either side fails the check.
             let bound = PARITY.ln() + 1.0 / (quality.held_out_tokens as f64).sqrt();
             let agrees = (file / own).ln().abs() <= bound;
             if !agrees {
@@ -128,7 +129,7 @@ impl Prepared {
         };
         let running = match self.running(job, &pruned.plan, temp.path()) {
             Err(e) if job.verify => return Err(e),
-            // What is not to be loaded need not load.
+            // A file that is not verified need not load.
             found => found.ok(),
         };
         if observer.interrupted() {
@@ -143,7 +144,7 @@ impl Prepared {
             parts => finish_parts(job, temp, parts)?,
         };
         let output = outputs[0].clone();
-        // The result is there whatever comes of this.
+        // The result is complete, whatever happens next.
         let mut warnings = pruned.warnings;
         warnings.extend(fallbacks);
         warnings.extend(self.notes.iter().cloned());
@@ -206,7 +207,7 @@ impl Prepared {
         })
     }
 
-    /// What llama.cpp takes to run the source and the file `output`.
+    /// Memory that llama.cpp takes to run the source and the file `output`.
     fn running(&self, job: &Job, plan: &Plan, output: &Path) -> Result<Running, JobError> {
         let (n_ctx, h) = (run_ctx(job, &self.source), &self.source.hparams);
         Ok(Running {
@@ -218,7 +219,7 @@ impl Prepared {
         })
     }
 
-    /// How the source and the file `output` go on from the beginning of the first held-out window.
+    /// Continuations of the beginning of the first held-out window by the source and the file `output`.
     fn samples(&self, job: &Job, output: &Path) -> Result<Samples, GgmlError> {
         let window = self.windows.tokens_of(self.windows.n_fit..self.windows.n_fit + 1);
         let prompt = &window[..PROMPT_TOKENS.min(window.len())];
@@ -232,7 +233,7 @@ impl Prepared {
     }
 }
 
-/// Sparsity 0: the same bytes, or those of all parts as one file.
+/// Copies the source for sparsity 0: the same bytes, or those of all parts as one file.
 pub(super) fn copy_as_is(
     job: &Job,
     model: &Model,
@@ -311,7 +312,7 @@ fn calibration_text(job: &Job, w: &Windows) -> String {
     if files.is_empty() { own } else { format!("{own}, the rest from {}", files.join(", ")) }
 }
 
-/// What a user needs to hear about a result like this.
+/// Warnings for the user about a result of this kind.
 fn advice(sparsity: f64, q: &Quality, output_arch: Family, deci_biases: bool) -> Vec<String> {
     let mut out = Vec::new();
     if sparsity >= 0.4 {
@@ -325,7 +326,7 @@ fn advice(sparsity: f64, q: &Quality, output_arch: Family, deci_biases: bool) ->
         out.push("perplexity more than doubled: compare with a smaller quant or a smaller model before you ship this".into());
     }
     let since = match output_arch {
-        // With biases of Q, K and V: llama.cpp's pull request 21245.
+        // Biases of Q, K and V need llama.cpp's pull request 21245.
         Family::Deci if deci_biases => Some("llama.cpp since April 2026 and Ollama since 0.30"),
         Family::Deci | Family::OpenElm => Some("llama.cpp since March 2025 and Ollama since 0.9.3"),
         Family::Step35 => Some("llama.cpp since February 2026 and Ollama since 0.30"),

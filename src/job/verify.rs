@@ -1,4 +1,4 @@
-//! Whether a pruned file is what was written, and does what was measured then.
+//! Verification that a pruned file is unchanged and predicts what was measured.
 
 use super::{JobError, open_model};
 use crate::assemble::NEW_MATRICES;
@@ -10,42 +10,42 @@ use crate::pipeline::Observer;
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 
-/// How far our own forward may be from what it said when the file was made, as the median over tokens of the
-/// difference in nats: it computes the same numbers in another order.
+/// Largest median, over tokens, of the difference in nats between the crate's own forward pass and the record
+/// in the file. The pass may compute the same numbers in another order.
 const OWN: f64 = 1e-3;
 
-/// The same of llama.cpp, which takes activations to eight bits for quantised weights, or of a file where some matrices were
-/// encoded once more after that.
+/// The same limit for llama.cpp, which rounds activations to eight bits for quantised weights, and for files
+/// in which some matrices were quantised again afterwards.
 const LLAMA: f64 = 0.2;
 
-/// Tokens of which a file records what it makes.
+/// Number of tokens whose losses a file records.
 pub(super) const RECORDED: usize = 128;
 
-/// What to check.
+/// Description of a verification.
 #[derive(Clone, Debug)]
 pub struct VerifyJob {
-    /// A file that was pruned by this program.
+    /// File that was pruned by this program.
     pub model: PathBuf,
-    /// What it was made from, if that is at hand.
+    /// Its source, if it is available.
     pub source: Option<PathBuf>,
-    /// Threads.
+    /// Number of threads.
     pub n_threads: usize,
 }
 
-/// One thing that was looked at.
+/// One check.
 #[derive(Clone, Debug)]
 pub struct Check {
-    /// What.
+    /// Name of the check.
     pub name: &'static str,
-    /// What was found: as it should be, or not.
+    /// Finding: `Ok` if it is as expected, else `Err`.
     pub found: Result<String, String>,
 }
 
-/// What a file says it is: its predictions on a few tokens, by our own forward pass when it was made.
+/// Record of a file: its predictions on a few tokens, by the crate's own forward pass when the file was made.
 struct Record {
     tokens: Vec<Token>,
     losses: Vec<f64>,
-    /// The file holds exactly the values that were measured.
+    /// Whether the file holds exactly the values that were measured.
     exact: bool,
 }
 
@@ -62,13 +62,13 @@ impl Record {
         })
     }
 
-    /// Whether our own forward of `model` predicts what the record says.
+    /// Checks that the crate's own forward pass of `model` reproduces the record.
     fn agrees_with(&self, model: &Model, n_threads: usize) -> Result<Result<String, String>, JobError> {
         let losses = own_losses(model, &self.tokens, n_threads).map_err(|e| JobError::Prune(e.into()))?;
         Ok(self.agrees(&losses, if self.exact { OWN } else { LLAMA }))
     }
 
-    /// Whether `losses` are those of the record, within `most`.
+    /// Checks that `losses` match the record within `most`.
     fn agrees(&self, losses: &[f64], most: f64) -> Result<String, String> {
         let mut apart: Vec<f64> = losses.iter().zip(&self.losses).map(|(a, b)| (a - b).abs()).collect();
         apart.sort_by(f64::total_cmp);
@@ -80,13 +80,13 @@ impl Record {
             losses.len(),
             ppl(&self.losses)
         );
-        // What is no number is no agreement.
+        // NaN fails the check.
         if losses.len() == self.losses.len() && median <= most { Ok(text) } else { Err(text) }
     }
 }
 
-/// Whether our own forward of the file at `path`, which will be called `name`, says what its record says; nothing to complain
-/// of where there is none.
+/// Checks that the crate's own forward pass of the file at `path`, which will be called `name`, reproduces
+/// its record. Without a record, the check passes.
 pub(super) fn matches_record(path: &Path, name: &Path, n_threads: usize) -> Result<(), JobError> {
     let model = open_model(path)?;
     let Some(record) = Record::of(&model.file) else { return Ok(()) };
@@ -94,10 +94,11 @@ pub(super) fn matches_record(path: &Path, name: &Path, n_threads: usize) -> Resu
     found.map(drop).map_err(|said| JobError::Miswritten { path: name.into(), said })
 }
 
-/// Checks a pruned file. What is wrong with it is among what is returned; an error means that nothing can be said.
+/// Checks a pruned file.
+/// Problems of the file are among the returned checks; an error means that nothing can be checked.
 ///
 /// # Errors
-/// [`JobError`] if a file cannot be read at all, or is none of ours.
+/// [`JobError`] if a file cannot be read, or was not made by this program.
 pub fn verify(job: &VerifyJob, observer: &mut dyn Observer) -> Result<Vec<Check>, JobError> {
     let model = open_model(&job.model)?;
     if model.file.get("putri.version").is_none() {
@@ -132,7 +133,7 @@ pub fn verify(job: &VerifyJob, observer: &mut dyn Observer) -> Result<Vec<Check>
     Ok(checks)
 }
 
-/// Whether the file says that it was made from `source`.
+/// Checks that the file names `source` as its source.
 fn is_source(model: &Model, source: &Model) -> Result<String, String> {
     let (is, said) = (source.file.sha256(), model.file.get("putri.source.sha256"));
     match said {
@@ -147,7 +148,7 @@ fn is_source(model: &Model, source: &Model) -> Result<String, String> {
     }
 }
 
-/// Whether as much of the source is gone as the file says.
+/// Checks that as much of the source is removed as the file says.
 fn sizes_agree(model: &Model, source: &Model) -> Result<String, String> {
     let params = |m: &Model| m.hparams.blocks_params(&m.hparams.blocks) as f64;
     let gone = 1.0 - params(model) / params(source);
@@ -167,7 +168,7 @@ fn sizes_agree(model: &Model, source: &Model) -> Result<String, String> {
     }
 }
 
-/// Whether rows that are copied byte for byte are those of the same heads, and of the same neurons.
+/// Checks that rows that are copied byte for byte are those of the same heads and neurons.
 fn rows_agree(model: &Model, source: &Model) -> Result<String, String> {
     let mut n_compared = 0;
     for (il, (new, old)) in model.blocks.iter().zip(&source.blocks).enumerate() {
@@ -195,7 +196,7 @@ fn rows_agree(model: &Model, source: &Model) -> Result<String, String> {
     Ok(format!("{n_compared} of Q, K, V, gate and up are the source's, of the same heads and neurons"))
 }
 
-/// A matrix whose rows, so many at a time, belong to one group or neuron.
+/// Matrix whose rows, in runs of equal length, each belong to one group or neuron.
 struct Part {
     name: &'static str,
     new: Segment,
@@ -203,17 +204,17 @@ struct Part {
     rows: usize,
 }
 
-/// Whether the file says that the matrix `m` has new values.
+/// Returns whether the file says that the matrix `m` has new values.
 fn is_new(model: &Model, m: BlockMatrix) -> bool {
     match model.file.get(NEW_MATRICES) {
         Some(Value::StrArray(names)) => names.iter().any(|name| name == m.name().as_bytes()),
-        // Files of version 0.1 that do not say have new values in these.
+        // Files of version 0.1 that do not say it have new values in these.
         _ => matches!(m, BlockMatrix::AttnOutput | BlockMatrix::FfnDown),
     }
 }
 
-/// Checks that the rows of all `parts` are taken from the same groups or neurons of the source, and counts them; matrices
-/// that have another type than there are left out.
+/// Checks that the rows of all `parts` come from the same groups or neurons of the source, and counts them.
+/// It skips matrices whose type differs from the source's.
 fn one_origin(model: &Model, source: &Model, parts: &[Part]) -> Result<usize, String> {
     let mut origins: Option<Vec<Vec<usize>>> = None;
     let mut n_compared = 0;
@@ -226,7 +227,7 @@ fn one_origin(model: &Model, source: &Model, parts: &[Part]) -> Result<usize, St
         let rows: Vec<&[u8]> = rows(model, &p.new).collect();
         n_compared += rows.len();
         let found = rows.chunks(p.rows).map(|rows| {
-            // A source may hold a row twice.
+            // A source may contain a row twice.
             let of_row = rows.iter().map(|row| places.get(row).unwrap_or(&none));
             of_row.cloned().reduce(|a, b| common(&a, &b)).unwrap_or_default()
         });

@@ -1,75 +1,13 @@
 //! Hyper-parameters from metadata, with llama.cpp's defaults (`llama_model_base::load_hparams`).
 
+mod scales;
+
 use super::rope::{SlidingWindow, read_rope, read_sliding};
 use super::traits::{Norm, Positions, Scales, SharedExpert, Traits};
-use super::{Family, ModelError};
+use super::{BlockShape, Family, FfnUnit, ModelError};
 use crate::ggml::RopeParams;
 use crate::gguf::{GgufError, GgufFile, Value};
-
-/// Sizes of one block.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct BlockShape {
-    /// Number of query heads.
-    pub n_head: usize,
-    /// Number of key/value heads; each with its n_head / n_head_kv query heads is a group.
-    pub n_head_kv: usize,
-    /// Number of FFN neurons, per expert if there are experts.
-    pub n_ff: usize,
-    /// Number of experts; 0 if there is one FFN for all tokens.
-    pub n_expert: usize,
-}
-
-impl BlockShape {
-    /// Query heads per group, 0 without attention.
-    pub fn heads_per_group(&self) -> usize {
-        self.n_head.checked_div(self.n_head_kv).unwrap_or(0)
-    }
-
-    /// Number of parallel FFNs: the experts, or 1.
-    pub fn n_feed_forwards(&self) -> usize {
-        self.n_expert.max(1)
-    }
-
-    /// Number of FFN units of the kind `ffn_unit`.
-    pub fn n_units(&self, ffn_unit: FfnUnit) -> usize {
-        match ffn_unit {
-            FfnUnit::Neuron => self.n_ff,
-            FfnUnit::Expert => self.n_expert,
-        }
-    }
-
-    /// Shape after [`super::BlockWeights::keep_units`] with the same `experts` and `neurons`.
-    pub fn with_kept(self, experts: &[usize], neurons: &[usize]) -> BlockShape {
-        BlockShape { n_ff: neurons.len() / experts.len().max(1), n_expert: experts.len(), ..self }
-    }
-
-    /// Shape with `n` FFN units of the kind `ffn_unit`.
-    pub fn with_units(self, ffn_unit: FfnUnit, n: usize) -> BlockShape {
-        match ffn_unit {
-            FfnUnit::Neuron => BlockShape { n_ff: n, ..self },
-            FfnUnit::Expert => BlockShape { n_expert: n, ..self },
-        }
-    }
-}
-
-/// Unit in which an FFN is pruned.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum FfnUnit {
-    /// Neuron; in a mixture of experts, one of each expert, chosen per expert.
-    Neuron,
-    /// Whole expert.
-    Expert,
-}
-
-impl FfnUnit {
-    /// Plural of the name.
-    pub fn plural(self) -> &'static str {
-        match self {
-            FfnUnit::Neuron => "neurons",
-            FfnUnit::Expert => "experts",
-        }
-    }
-}
+use scales::{read_scales, read_temperature};
 
 /// Growth of queries with their position (`llm_graph_input_attn_temp` of llama.cpp).
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -410,80 +348,6 @@ fn read_experts(
         SharedExpert::Gated => shared.unwrap_or(dense),
     };
     Ok((n_expert, Some(ExpertParams { n_used, n_ff_shared })))
-}
-
-/// Scale factors of a family that has them.
-struct Factors {
-    embedding: f32,
-    residual: f32,
-    logit: f32,
-    attention: Option<f32>,
-    rotates: bool,
-}
-
-/// Reads the scale factors as `src/models/granite.cpp`, `minicpm.cpp` and `command-r.cpp` of llama.cpp do,
-/// for which 0 means none.
-fn read_scales(
-    file: &GgufFile,
-    key: &impl Fn(&str) -> String,
-    traits: &Traits,
-    [n_embd, n_layer]: [usize; 2],
-) -> Result<Factors, ModelError> {
-    let read = |suffix: &str, default: f32| {
-        let value = file.get_f32(&key(suffix))?.unwrap_or(default);
-        Ok::<_, GgufError>(if value == 0.0 { 1.0 } else { value })
-    };
-    let none = Factors { embedding: 1.0, residual: 1.0, logit: 1.0, attention: None, rotates: true };
-    match traits.scales {
-        None => Ok(none),
-        Some(Scales::Cohere) => Ok(Factors { logit: read("logit_scale", 0.0)?, ..none }),
-        Some(Scales::MiniCpm) => Ok(Factors {
-            embedding: read("embedding_scale", 12.0)?,
-            residual: read("residual_scale", 1.4 / (n_layer as f32).sqrt())?,
-            logit: 1.0 / read("logit_scale", 256.0 / n_embd as f32)?,
-            ..none
-        }),
-        Some(Scales::Granite { rope_switch }) => {
-            if file.get(&key("logit_scale")).is_none() {
-                return Err(GgufError::MissingKey(key("logit_scale")).into());
-            }
-            let finetuned = key("rope.scaling.finetuned");
-            let rotates = match file.get(&finetuned).filter(|_| rope_switch) {
-                None => true,
-                Some(Value::Bool(rotates)) => *rotates,
-                Some(other) => {
-                    let problem = format!("is of type {}, not bool", other.type_name());
-                    return Err(GgufError::BadKey { key: finetuned, problem }.into());
-                }
-            };
-            Ok(Factors {
-                embedding: read("embedding_scale", 0.0)?,
-                residual: read("residual_scale", 0.0)?,
-                logit: 1.0 / read("logit_scale", 0.0)?,
-                attention: file.get_f32(&key("attention.scale"))?.filter(|s| *s != 0.0),
-                rotates,
-            })
-        }
-    }
-}
-
-/// Reads the temperature of attention, if the family has one (`src/models/mistral3.cpp` of llama.cpp).
-fn read_temperature(
-    file: &GgufFile,
-    key: &impl Fn(&str) -> String,
-    traits: &Traits,
-    floor: usize,
-) -> Result<Option<Temperature>, ModelError> {
-    if !traits.yarn_keys {
-        return Ok(None);
-    }
-    let name = key("attention.temperature_scale");
-    let scale = file.get_f32(&name)?.filter(|s| *s != 0.0);
-    if scale.is_some() && floor == 0 {
-        let problem = "needs a rope.scaling.original_context_length that is not 0".into();
-        return Err(GgufError::BadKey { key: name, problem }.into());
-    }
-    Ok(scale.map(|scale| Temperature { scale, floor }))
 }
 
 fn check_block(

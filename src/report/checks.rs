@@ -1,4 +1,4 @@
-//! What `verify` prints.
+//! Output of `verify`.
 
 use super::plain;
 use crate::Check;

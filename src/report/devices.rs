@@ -1,10 +1,11 @@
-//! What `devices` prints.
+//! Output of `devices`.
 
 use super::table::megabytes;
 use crate::ggml::DeviceInfo;
 use std::fmt::Write;
 
-/// Devices as llama.cpp's `--list-devices` prints them; if there are none, with what a backend gave up for.
+/// Devices as llama.cpp's `--list-devices` prints them; if there are none, the reason for which a backend
+/// gave up.
 pub fn devices_table(devices: &[DeviceInfo], gave_up: Option<&str>) -> String {
     let mut out = String::from("Available devices:\n");
     for d in devices {

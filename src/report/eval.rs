@@ -1,4 +1,4 @@
-//! What `eval` prints.
+//! Output of `eval`.
 
 use super::table::megabytes;
 use crate::EvalOutcome;
@@ -6,7 +6,7 @@ use crate::evaluate::{Metrics, Protocol};
 use serde_json::{Value, json};
 use std::fmt::Write;
 
-/// An outcome as text for a terminal; it was scored by `protocol`.
+/// Outcome as text for a terminal, scored by `protocol`.
 pub fn eval_table(o: &EvalOutcome, protocol: Protocol) -> String {
     let mut out = String::new();
     let compared = o.bytes.1.is_some();
@@ -53,7 +53,7 @@ pub fn eval_table(o: &EvalOutcome, protocol: Protocol) -> String {
     out
 }
 
-/// An outcome as a JSON object.
+/// Outcome as a JSON object.
 pub fn eval_json(o: &EvalOutcome, protocol: Protocol) -> String {
     let evaluation = o.evaluation.map(|e| {
         let divergence = e.compared.map(|Metrics { kl, top1, .. }| {

@@ -1,16 +1,18 @@
-//! What a dry run says.
+//! Output of a dry run.
 
 use super::table::{megabytes, percent};
 use crate::DryRun;
 use std::fmt::Write;
 
-/// What the products in graphs reach of a plain product's rate, and the algebra of half of it (it counts as in 64 bits);
-/// what libllama reaches when it writes text, tokens of many windows side by side. Measured on two cores.
+/// Share of a plain product's rate that the products in graphs reach.
+/// The algebra reaches the same share of half the rate, because it counts as in 64 bits. The other constant
+/// is the share of libllama when it generates the tokens of many windows in parallel. Both are from two
+/// cores.
 const GRAPHS: f64 = 0.65;
 const ALGEBRA: f64 = 0.6;
 const WRITING: f64 = 0.14;
 
-/// A dry run as text for a terminal; `rate` is what the machine reaches in a plain product, in operations per second.
+/// Dry run as text for a terminal; `rate` is the machine's rate in a plain product, in operations per second.
 pub fn dry_run_table(d: &DryRun, rate: Option<f64>) -> String {
     let f = &d.forecast;
     let groups: usize = d.before.blocks.iter().map(|b| b.n_head_kv).sum();

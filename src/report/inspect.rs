@@ -1,4 +1,4 @@
-//! What `inspect` prints.
+//! Output of `inspect`.
 
 use super::plain;
 use super::table::{megabytes, millions};
@@ -7,7 +7,7 @@ use crate::model::BlockShape;
 use serde_json::{Value, json};
 use std::fmt::Write;
 
-/// An inspection as text for a terminal.
+/// Inspection as text for a terminal.
 pub fn inspection_table(i: &Inspection) -> String {
     let mut out = String::new();
     let mut line = |label: &str, text: String| {
@@ -40,7 +40,7 @@ pub fn inspection_table(i: &Inspection) -> String {
     out
 }
 
-/// An inspection as a JSON object.
+/// Inspection as a JSON object.
 pub fn inspection_json(i: &Inspection) -> String {
     let per_block = |f: fn(&BlockShape) -> usize| i.size.blocks.iter().map(f).collect::<Vec<_>>();
     let types: Vec<Value> = i
@@ -80,7 +80,7 @@ fn sizes(i: &Inspection) -> &'static str {
     if i.per_block { "head counts and widths per block" } else { "as many heads and neurons in every block" }
 }
 
-/// A number that all blocks share, or those of all.
+/// Number that all blocks share, or the numbers of all.
 fn of_blocks(blocks: &[BlockShape], f: fn(&BlockShape) -> usize) -> String {
     let all: Vec<usize> = blocks.iter().map(f).collect();
     let [least, most] = [all.iter().min(), all.iter().max()].map(|n| n.copied().unwrap_or(0));

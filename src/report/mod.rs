@@ -1,4 +1,4 @@
-//! What the user sees: progress while it runs, and a summary at the end.
+//! Output for the user: progress during a run, and a summary at its end.
 
 mod checks;
 mod devices;

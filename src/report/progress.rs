@@ -1,6 +1,6 @@
 //! Stage, step and time left, on stderr: a bar on a terminal, a line per step elsewhere.
 //!
-//! Progress is a courtesy: a write that fails (the reader went away, the disk is full) never ends a run.
+//! A failed write (the reader is gone, the disk is full) never ends a run.
 
 use super::remaining::{Left, Remaining};
 use crate::pipeline::{Observer, PlannedStage};
@@ -11,10 +11,10 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-/// Shortest time between two lines of one stage that have no note.
+/// Shortest time between two lines without a note in one stage.
 const LINE_EVERY: Duration = Duration::from_secs(2);
 
-/// Note of a block that was taken over from an earlier run (`pipeline::sequential`).
+/// Note of a block that was loaded from an earlier run (`pipeline::stages::blocks`).
 const RESUMED: &str = "from before";
 
 /// Writes a line to stderr. A failed write is ignored.
@@ -27,13 +27,13 @@ pub fn event(e: &Value) {
     let _ = std::io::stdout().write_all(format!("{e}\n").as_bytes());
 }
 
-/// Shows progress and passes on the user's wish to stop.
+/// Observer that shows progress and passes on the user's request to stop.
 pub struct Progress {
     mode: Mode,
     stop: Arc<AtomicBool>,
     start: Instant,
     remaining: Remaining,
-    /// The stage as it was announced.
+    /// Name of the stage as announced.
     stage: String,
     steps: usize,
 }
@@ -46,17 +46,17 @@ enum Mode {
     },
     /// JSON objects on stdout, one per line.
     Events,
-    /// Lines on stderr; the last one of this stage was written then.
+    /// Lines on stderr, with the time of the last line of this stage.
     Lines(Option<Instant>),
 }
 
 impl Progress {
-    /// Progress on stderr, or none if `quiet`. Once `stop` is true the work ends as soon as it can.
+    /// Progress on stderr, or none if `quiet`. Once `stop` is true, the work ends as soon as possible.
     pub fn new(quiet: bool, stop: Arc<AtomicBool>) -> Progress {
         let mode = if quiet {
             Mode::Quiet
         } else if !ProgressDrawTarget::stderr().is_hidden() {
-            // Not where it would not be drawn: off a terminal, or on one that cannot move its cursor.
+            // A bar is not drawn off a terminal, or on one that cannot move its cursor.
             Mode::Bar { bar: None, countdown: Countdown::new() }
         } else {
             Mode::Lines(None)
@@ -64,10 +64,10 @@ impl Progress {
         Progress::of(mode, stop)
     }
 
-    /// Events on stdout for a machine to read, one object per line: `{"event":"stage","stage":…,"steps":…}` and
-    /// `{"event":"step","stage":…,"done":…,"steps":…,"note":…}`. A step also holds the time left where it is known:
-    /// `seconds_left` for the stage, and `run_seconds_left` for the run, or `result_seconds_left` for the present result
-    /// where the number of results is not known.
+    /// Events on stdout for other programs, one object per line: `{"event":"stage","stage":…,"steps":…}` and
+    /// `{"event":"step","stage":…,"done":…,"steps":…,"note":…}`.
+    /// A step also holds the time left if it is known: `seconds_left` for the stage, and `run_seconds_left`
+    /// for the run, or `result_seconds_left` for the present result if the number of results is not known.
     pub fn events(stop: Arc<AtomicBool>) -> Progress {
         Progress::of(Mode::Events, stop)
     }
@@ -77,7 +77,7 @@ impl Progress {
         Progress { mode, stop, start, remaining, stage: String::new(), steps: 0 }
     }
 
-    /// Takes the bar off the terminal.
+    /// Removes the bar from the terminal.
     pub fn finish(&mut self) {
         if let Mode::Bar { bar, .. } = &mut self.mode
             && let Some(bar) = bar.take()
@@ -125,7 +125,8 @@ impl Observer for Progress {
             }
             Mode::Events => event(&step_event(&self.stage, done, self.steps, note, self.remaining.left(now))),
             Mode::Lines(last) => {
-                // Tokens tick by the thousand; blocks and heads have something to say each time.
+                // Steps of tokens come by the thousand without a note; blocks and heads have a note each
+                // time.
                 if note.is_empty() && last.is_some_and(|t| t.elapsed() < LINE_EVERY) && done < self.steps {
                     return;
                 }
@@ -147,7 +148,7 @@ fn step_line(stage: &str, done: usize, steps: usize, note: &str, left: Left) -> 
     format!("{stage} {done}/{steps}{left}{note}")
 }
 
-/// A step as an event. Times are in seconds, with one decimal.
+/// Step as an event. Times are in seconds, with one decimal.
 fn step_event(stage: &str, done: usize, steps: usize, note: &str, left: Left) -> Value {
     let mut e = json!({ "event": "step", "stage": stage, "done": done, "steps": steps, "note": note });
     let run = if left.whole { "run_seconds_left" } else { "result_seconds_left" };
@@ -159,12 +160,12 @@ fn step_event(stage: &str, done: usize, steps: usize, note: &str, left: Left) ->
     e
 }
 
-/// A bar for one stage. indicatif ignores errors when it draws.
+/// Bar for one stage. indicatif ignores errors when it draws.
 fn new_bar(name: &str, steps: usize, countdown: Countdown) -> ProgressBar {
     let bar = ProgressBar::with_draw_target(Some(steps as u64), ProgressDrawTarget::stderr());
     let template = "{prefix:18} {bar:14} {pos}/{len}  {elapsed}{left}  {msg}";
     if let Ok(style) = ProgressStyle::with_template(template) {
-        // Between reports the time counts down.
+        // Between reports, the time counts down.
         let style = style.with_key("left", move |_: &ProgressState, out: &mut dyn std::fmt::Write| {
             let _ = out.write_str(&countdown.left().text("run", "result"));
         });
@@ -175,7 +176,7 @@ fn new_bar(name: &str, steps: usize, countdown: Countdown) -> ProgressBar {
     bar
 }
 
-/// The last estimate and its time, shared with the thread that draws the bar between steps.
+/// Last estimate and its time, shared with the thread that draws the bar between steps.
 #[derive(Clone)]
 struct Countdown(Arc<Mutex<(Instant, Left)>>);
 

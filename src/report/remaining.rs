@@ -1,9 +1,10 @@
-//! Time left, for the running stage and for the whole run. No clock is read here: callers pass the time since the start.
+//! Estimate of the time left, for the running stage and for the whole run. No clock is read here: callers
+//! pass the time since the start.
 
 use crate::pipeline::PlannedStage;
 use std::time::Duration;
 
-/// Estimates the time left from the planned work of each stage and from the time that finished work took.
+/// Estimator of the time left, from the planned work of each stage and the time of finished work.
 #[derive(Default)]
 pub(super) struct Remaining {
     /// Planned stages that have not begun.
@@ -29,14 +30,14 @@ impl Measured {
     }
 }
 
-/// The stage that runs. Times are seconds since the start of the run.
+/// Running stage. Times are in seconds since the start of the run.
 struct Running {
     planned: Option<PlannedStage>,
     steps: usize,
-    /// Steps that are done, and the time of the last report.
+    /// Number of steps that are done, and the time of the last report.
     done: usize,
     at: f64,
-    /// Steps and time that the pace is measured from: steps taken over from an earlier run took none.
+    /// Steps and time from which the pace is measured. Steps loaded from an earlier run took no time.
     from: (usize, f64),
 }
 
@@ -52,7 +53,7 @@ impl Running {
         Some((per_step * self.steps.saturating_sub(self.done) as f64 - (now - self.at)).max(0.0))
     }
 
-    /// What was measured of a planned stage while `share` of it was done until `until`.
+    /// Measurement of a planned stage of which `share` was done until `until`.
     fn measured(&self, share: f64, until: f64) -> Option<(bool, Measured)> {
         let stage = self.planned.filter(|_| share > 0.0)?;
         let seconds = (until - self.from.1).max(0.0);
@@ -65,7 +66,7 @@ impl Running {
 }
 
 impl Remaining {
-    /// Replaces the stages that are still to come. What was measured is kept. `whole` says whether nothing follows them.
+    /// Replaces the planned stages, and keeps the measurements. `whole` says whether nothing follows them.
     pub(super) fn plan(&mut self, now: Duration, stages: &[PlannedStage], whole: bool) {
         self.end(now.as_secs_f64());
         let counts = |s: &&PlannedStage| s.work.is_finite() && s.work > 0.0;
@@ -73,8 +74,9 @@ impl Remaining {
         (self.planned, self.whole) = (!self.ahead.is_empty(), whole);
     }
 
-    /// A stage begins. Planned stages before it are skipped: they leave the rates as they are. A stage that is not planned
-    /// counts only while it runs.
+    /// Starts a stage.
+    /// Planned stages before it are skipped without effect on the rates. A stage that is not planned counts
+    /// only while it runs.
     pub(super) fn stage(&mut self, now: Duration, name: &str, steps: usize) {
         let now = now.as_secs_f64();
         self.end(now);
@@ -83,19 +85,19 @@ impl Remaining {
         self.running = Some(Running { planned, steps, done: 0, at: now, from: (0, now) });
     }
 
-    /// `done` steps are done. `resumed` says that they were taken over from an earlier run.
+    /// Records that `done` steps are done. `resumed` says that they were loaded from an earlier run.
     pub(super) fn step(&mut self, now: Duration, done: usize, resumed: bool) {
         let now = now.as_secs_f64();
         let Some(r) = &mut self.running else { return };
-        // The first report of a stage that goes on from an earlier run counts that run's steps; the first one of
-        // generated text comes together with the stage.
+        // The first report of a resumed stage counts the steps of the earlier run. That of generated text
+        // comes together with the stage.
         if resumed || (r.done == 0 && done > 1) {
             r.from = (done, now);
         }
         (r.done, r.at) = (done, now);
     }
 
-    /// Time left as far as it is known.
+    /// Time left, if it is known.
     pub(super) fn left(&self, now: Duration) -> Left {
         let now = now.as_secs_f64();
         let stage = self.running.as_ref().and_then(|r| r.left(now));
@@ -125,8 +127,8 @@ impl Remaining {
         Some(own + ahead?)
     }
 
-    /// Work per second of compute-bound or of bandwidth-bound stages. Until one of them is measured, the other's rate
-    /// stands in.
+    /// Work per second of compute-bound or of bandwidth-bound stages. Without a measurement of one kind, it
+    /// is the rate of the other.
     fn rate(&self, bandwidth_bound: bool) -> Option<f64> {
         let running = self.running.as_ref().and_then(|r| r.measured(r.measured_share(), r.at));
         let of = |bound: bool| {
@@ -151,25 +153,26 @@ impl Remaining {
     }
 }
 
-/// Time left at one moment; `None` where it is not known.
+/// Time left at one moment; `None` if it is not known.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub(super) struct Left {
-    /// For the running stage.
+    /// Time left for the running stage.
     pub(super) stage: Option<Duration>,
-    /// For the run, or for the present result if the plan does not cover the whole run.
+    /// Time left for the run, or for the present result if the plan does not cover the whole run.
     pub(super) run: Option<Duration>,
     pub(super) whole: bool,
 }
 
 impl Left {
-    /// The same when `passed` has passed.
+    /// Time left after `passed` has passed.
     pub(super) fn after(self, passed: Duration) -> Left {
         let less = |left: Option<Duration>| left.map(|d| d.saturating_sub(passed));
         Left { stage: less(self.stage), run: less(self.run), ..self }
     }
 
-    /// Text that follows the steps, as `, about 1 min 40 s left (whole run about 6 min)`; empty where nothing is known or
-    /// left. `run` and `result` are the words for the whole run and for the present result.
+    /// Text after the steps, such as `, about 1 min 40 s left (whole run about 6 min)`; empty if no time is
+    /// known or left.
+    /// `run` and `result` are the words for the whole run and for the present result.
     pub(super) fn text(self, run: &str, result: &str) -> String {
         let shown = |left: Option<Duration>| left.filter(|d| d.as_secs_f64() >= 0.5).map(spelled);
         let what = if self.whole { run } else { result };
@@ -182,7 +185,7 @@ impl Left {
     }
 }
 
-/// A rough duration for people: `45 s`, `3 min 20 s`, `12 min`, `2 h 05 min`.
+/// Rounded duration for people: `45 s`, `3 min 20 s`, `12 min`, `2 h 05 min`.
 pub(super) fn spelled(d: Duration) -> String {
     let seconds = d.as_secs_f64();
     let rounded = |unit: f64| (seconds / unit).round() as u64;
@@ -233,7 +236,7 @@ mod tests {
         assert_eq!(left(&r, 0.0), [None, None]);
         r.stage(secs(1.0), "heads", 4);
         assert_eq!(left(&r, 9.0), [None, None]);
-        // Without a plan, the stage's own time is known all the same.
+        // Without a plan, the stage's own time is still known.
         let mut r = Remaining::default();
         r.stage(secs(0.0), "text", 4);
         r.step(secs(2.0), 1, false);
@@ -269,14 +272,14 @@ mod tests {
         assert_eq!(left(&r, 2.0), [None, None]);
         r.step(secs(5.0), 21, false);
         assert_eq!(left(&r, 5.0), [Some(27.0), Some(27.0)]);
-        // A first report of many steps is that of an earlier run.
+        // A first report of many steps belongs to an earlier run.
         let mut r = planned(&[stage("heads", 60.0), stage("blocks", 30.0)]);
         r.stage(secs(0.0), "heads", 60);
         r.step(secs(0.5), 40, false);
         assert_eq!(left(&r, 0.5), [None, None]);
         r.step(secs(2.5), 41, false);
         assert_eq!(left(&r, 2.5), [Some(38.0), Some(38.0 + 60.0)]);
-        // All steps taken over: nothing was measured.
+        // All steps are from an earlier run, so nothing was measured.
         let mut r = planned(&[stage("heads", 60.0), stage("blocks", 30.0)]);
         r.stage(secs(0.0), "heads", 60);
         r.step(secs(0.5), 60, false);
@@ -291,7 +294,7 @@ mod tests {
         r.stage(secs(0.0), "calibration text", 100);
         r.step(secs(0.0), 2, false);
         r.step(secs(1.0), 12, false);
-        // Nothing else is measured yet.
+        // No other stage is measured yet.
         assert_eq!(left(&r, 1.0), [Some(8.8), Some(8.8 + 10.0)]);
         r.step(secs(10.0), 100, false);
         r.stage(secs(10.0), "blocks", 5);
@@ -311,7 +314,7 @@ mod tests {
         assert_eq!(left(&r, 12.0), [Some(6.0), Some(106.0)]);
         r.stage(secs(20.0), "blocks", 1);
         r.stage(secs(21.0), "compare with quants", 4);
-        // Nothing planned is left, and this stage says nothing yet.
+        // No planned stage is left, and this stage has no report yet.
         assert_eq!(left(&r, 22.0), [None, None]);
         r.step(secs(23.0), 1, false);
         assert_eq!(left(&r, 23.0), [Some(6.0), Some(6.0)]);
@@ -323,14 +326,14 @@ mod tests {
         r.stage(secs(0.0), "heads", 60);
         r.step(secs(1.0), 1, false);
         r.step(secs(30.0), 30, false);
-        // The search found no more.
+        // The search ends early.
         r.stage(secs(30.0), "blocks", 30);
         assert_eq!(left(&r, 30.0), [None, Some(30.0)]);
         assert_eq!(left(&r, 100.0), [None, Some(0.0)]);
         r.step(secs(130.0), 40, false);
         r.step(secs(131.0), 41, false);
         assert_eq!(left(&r, 131.0), [Some(0.0), Some(0.0)]);
-        // Backwards, and announced a second time.
+        // The step count goes backwards, and the stage is announced again.
         r.step(secs(132.0), 3, false);
         left(&r, 132.0);
         r.stage(secs(133.0), "blocks", 0);
@@ -339,7 +342,7 @@ mod tests {
         r.stage(secs(135.0), "heads", 3);
         r.step(secs(136.0), 1, false);
         assert_eq!(left(&r, 136.0), [Some(2.0), Some(2.0)]);
-        // Work that is no number is none.
+        // Work that is NaN or infinite counts as none.
         let mut r = planned(&[stage("heads", f64::NAN), stage("blocks", f64::INFINITY), stage("tune", -1.0)]);
         r.stage(secs(0.0), "blocks", 2);
         r.step(secs(1.0), 1, false);
@@ -352,7 +355,7 @@ mod tests {
         r.stage(secs(0.0), "blocks", 10);
         r.step(secs(1.0), 1, false);
         r.step(secs(10.0), 10, false);
-        // What passes after the last step is no work of the stage.
+        // Time after the last step is no work of the stage.
         r.plan(secs(99.0), &[stage("blocks", 20.0), stage("", 70.0)], false);
         assert_eq!(left(&r, 99.0), [None, Some(90.0)]);
         assert!(!r.left(secs(99.0)).whole);

@@ -1,4 +1,4 @@
-//! The summary at the end.
+//! Summary at the end of a run.
 
 use super::plain;
 use crate::ggml::RunMemory;
@@ -6,7 +6,7 @@ use crate::model::FfnUnit;
 use crate::{Outcome, Size};
 use std::fmt::Write;
 
-/// The outcome as text for a terminal.
+/// Outcome as text for a terminal.
 pub fn summary(o: &Outcome) -> String {
     let mut out = String::new();
     let mut line = |label: &str, before: String, after: String, change: String| {
@@ -127,7 +127,7 @@ pub(super) fn percent(before: f64, after: f64) -> String {
     if before == 0.0 { String::new() } else { format!("{:+.1} %", (after / before - 1.0) * 100.0) }
 }
 
-/// Largest resident size of this process so far, in bytes, where the system tells.
+/// Largest resident size of this process so far, in bytes, if the system reports it.
 pub fn peak_memory() -> Option<u64> {
     let status = std::fs::read_to_string("/proc/self/status").ok()?;
     let line = status.lines().find_map(|l| l.strip_prefix("VmHWM:"))?;

@@ -1,9 +1,10 @@
-//! Strings of strangers (names, keys, paths) in what is printed or written.
+//! Sanitising of untrusted strings (names, keys, paths) in output.
 
 use std::fmt::Write;
 
-/// `text` as one line for a terminal: characters that move the cursor, change colours, end lines, reorder letters or cannot
-/// be seen become `\u{…}`.
+/// Converts `text` to one line for a terminal.
+/// Characters that move the cursor, change colours, end lines, reorder letters or are invisible become
+/// `\u{…}`.
 pub fn plain(text: &str) -> String {
     let mut out = String::with_capacity(text.len());
     for c in text.chars() {
@@ -16,18 +17,19 @@ pub fn plain(text: &str) -> String {
     out
 }
 
-/// Zero-width characters, marks of direction, separators of lines and paragraphs, tags.
+/// Returns whether `c` is a zero-width character, a mark of direction, a separator of lines or paragraphs, or
+/// a tag.
 fn is_invisible(c: char) -> bool {
     matches!(c,
         '\u{ad}' | '\u{61c}' | '\u{180e}' | '\u{200b}'..='\u{200f}' | '\u{2028}'..='\u{202e}'
         | '\u{2060}'..='\u{206f}' | '\u{feff}' | '\u{fff9}'..='\u{fffb}' | '\u{e0000}'..='\u{e007f}')
 }
 
-/// `text` as words of Markdown: one line, in which nothing is markup.
+/// Converts `text` to one line of plain words in Markdown, with all markup escaped.
 pub(crate) fn markdown(text: &str) -> String {
     let mut out = String::with_capacity(text.len());
     for c in plain(text).chars() {
-        // Every one of ASCII's punctuation characters may stand behind a backslash (CommonMark, 2.4).
+        // A backslash may precede every punctuation character of ASCII (CommonMark, 2.4).
         if c.is_ascii_punctuation() && !".,-:/()%_'".contains(c) || c == '_' {
             out.push('\\');
         }
@@ -36,7 +38,7 @@ pub(crate) fn markdown(text: &str) -> String {
     out
 }
 
-/// `text` as one word for a shell (POSIX): in single quotes unless it is plain.
+/// Converts `text` to one word for a POSIX shell: in single quotes unless it is plain.
 pub fn shell_word(text: &str) -> String {
     let plain = |c: char| c.is_ascii_alphanumeric() || "_-./=:@%+,".contains(c);
     if !text.is_empty() && text.chars().all(plain) {

@@ -1,20 +1,20 @@
-//! Where the time went.
+//! Time of each stage.
 
 use crate::ggml::operations;
 use crate::pipeline::{Forecast, Observer, PlannedStage};
 use std::fmt::Write;
 use std::time::{Duration, Instant};
 
-/// Passes everything on to another observer, and keeps what each stage took.
+/// Observer that measures the time of each stage and passes everything on to another observer.
 pub struct Timings<'a> {
     inner: &'a mut dyn Observer,
     stages: Vec<Stage>,
     running: Option<(String, Instant, u64)>,
 }
 
-/// What one stage took.
+/// Time and operations of one stage.
 pub struct Stage {
-    /// As it was announced.
+    /// Name under which the stage was announced.
     pub name: String,
     /// Wall time.
     pub time: Duration,
@@ -23,7 +23,7 @@ pub struct Stage {
 }
 
 impl Timings<'_> {
-    /// Watches for `inner`.
+    /// Creates an observer that passes everything on to `inner`.
     pub fn new(inner: &mut dyn Observer) -> Timings<'_> {
         Timings { inner, stages: Vec::new(), running: None }
     }
@@ -35,19 +35,20 @@ impl Timings<'_> {
         }
     }
 
-    /// What the stages took.
+    /// Times of all stages.
     pub fn finish(mut self) -> StageTimes {
         self.end();
         StageTimes(self.stages)
     }
 }
 
-/// What each stage of a run took, in order.
+/// Times of the stages of a run, in order.
 pub struct StageTimes(pub Vec<Stage>);
 
 impl StageTimes {
-    /// A line per stage: seconds, the operations of its products, those that `forecast` expected and the algebra's,
-    /// and what was reached. `rate` is what the machine reaches in a plain product, in operations per second.
+    /// Table with a line per stage: seconds, operations of its products, those of `forecast` and of the
+    /// algebra, and the reached share of the rate.
+    /// `rate` is the machine's rate in a plain product, in operations per second.
     pub fn table(&self, rate: f64, forecast: Option<&Forecast>) -> String {
         let mut out = format!(
             "{:<22} {:>9} {:>9} {:>9} {:>9} {:>9} {:>8}\n",
@@ -63,7 +64,7 @@ impl StageTimes {
                 expected / 1e9,
                 algebra / 1e9,
                 (counted + algebra) / seconds / 1e9,
-                // Half as many numbers of 64 bits fit into a register.
+                // A register holds half as many numbers of 64 bits.
                 (counted + 2.0 * algebra) / seconds / rate * 100.0
             );
         };

@@ -194,7 +194,7 @@ fn new_values_of_every_matrix_are_written_where_they_belong() {
             };
             for m in BlockMatrix::ALL {
                 // Some of the matrices of a block keep the source's values.
-                let (Some(old), true) = (values(m), (il + m as usize) % 4 > 0) else { continue };
+                let (Some(old), true) = (values(m), !(il + m as usize).is_multiple_of(4)) else { continue };
                 let new: Vec<f32> = old.data.iter().map(|v| v * (1.0 + 0.5 * rng.uniform())).collect();
                 let q = quantise(&Matrix::new(old.n_in, old.n_out, new), Type::F32, &vec![1.0; old.n_in]);
                 plan.blocks[il].set_matrix(m, q.unwrap());

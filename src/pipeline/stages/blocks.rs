@@ -1,5 +1,8 @@
 //! Sequential pass over the blocks that refits, selects and requantises.
 
+mod attention;
+mod record;
+
 use super::Stage;
 use crate::forward::{Block, BlockOutputs, Collect};
 use crate::ggml::Type;
@@ -13,6 +16,7 @@ use crate::pipeline::{BlockPlan, KeptTensor, PruneError, Record, token_scales};
 use crate::prune::{self, Singular};
 use crate::requant::{FeedbackError, Quantised, quantise, quantise_with_feedback, within_reason};
 use crate::spill::SpillVec;
+use record::{decode, encode};
 use std::ops::Range;
 use std::sync::Arc;
 
@@ -187,69 +191,6 @@ impl Blocks {
     }
 }
 
-/// Encodes a pruned block, with its warnings, as a record.
-fn encode(plan: &BlockPlan, warnings: &[String]) -> Record {
-    let mut record = Record::default()
-        .with_numbers("groups", plan.groups.iter().copied())
-        .with_numbers("experts", plan.experts.iter().copied())
-        .with_numbers("neurons", plan.neurons.iter().copied())
-        .with("warnings", Value::StrArray(warnings.iter().map(|w| w.as_bytes().to_vec()).collect()));
-    for m in BlockMatrix::ALL {
-        record.tensors.extend(plan.matrix(m).map(|q| KeptTensor {
-            name: m.name().into(),
-            ty: q.ty,
-            ne: vec![q.n_in, q.n_out],
-            bytes: q.bytes.to_vec(),
-        }));
-    }
-    for v in BlockVector::ALL {
-        record.tensors.extend(plan.vector(v).as_ref().map(|values| KeptTensor {
-            name: format!("{v:?}"),
-            ty: Type::F32,
-            ne: vec![values.len()],
-            bytes: bytemuck::cast_slice(values).to_vec(),
-        }));
-    }
-    record
-}
-
-/// Decodes the block of a record, for a source block of `shape`, with its warnings; or returns the part that
-/// is damaged.
-fn decode(record: &Record, shape: &BlockShape) -> Result<(BlockPlan, Vec<String>), &'static str> {
-    let subset = |key: &'static str, n: usize| {
-        let found = record.numbers(key).ok_or(key)?;
-        let mut sorted = found.clone();
-        sorted.sort_unstable();
-        sorted.dedup();
-        let sound = sorted.len() == found.len() && sorted.last().is_none_or(|&last| last < n);
-        if sound { Ok(found) } else { Err(key) }
-    };
-    let matrix = |m: BlockMatrix| {
-        let kept =
-            |t: &KeptTensor| Quantised::new(t.ty, t.ne[0], t.ne.iter().skip(1).product(), t.bytes.clone());
-        record.tensor(m.name()).map(kept)
-    };
-    let vector = |v: BlockVector| record.tensor(&format!("{v:?}")).map(|t| t.floats());
-    let plan = BlockPlan {
-        groups: subset("groups", shape.n_head_kv)?,
-        experts: subset("experts", shape.n_expert)?,
-        neurons: subset("neurons", shape.n_feed_forwards() * shape.n_ff)?,
-        matrices: BlockMatrix::ALL.map(matrix),
-        vectors: BlockVector::ALL.map(vector),
-    };
-    let left = shape.with_kept(&plan.experts, &plan.neurons);
-    let of_its_own =
-        |(i, n): (usize, &usize)| Some(&(n / shape.n_ff)) == plan.experts.get(i / left.n_ff.max(1));
-    let in_order = shape.n_expert == 0 || plan.neurons.iter().enumerate().all(of_its_own);
-    // Experts that are kept whole have no new values.
-    let fits = plan.matrix(BlockMatrix::FfnDown).map_or(shape.n_expert > 0, |m| m.n_in == left.n_ff);
-    if !fits || !in_order {
-        return Err("ffn_down");
-    }
-    let Some(Value::StrArray(warnings)) = record.get("warnings") else { return Err("warnings") };
-    Ok((plan, warnings.iter().map(|w| String::from_utf8_lossy(w).into_owned()).collect()))
-}
-
 impl Run<'_> {
     /// Loads block `il` of an earlier run, if there is one, and moves both streams over it. Returns whether
     /// there is one.
@@ -293,69 +234,6 @@ impl Run<'_> {
             self.forward.ffn(&block, &mid, x)?;
         }
         Ok(())
-    }
-
-    /// Moves the dense stream over the whole block, and refits `attn_output` of `w` on the kept groups'
-    /// outputs for the pruned stream.
-    /// Returns the inputs of `attn_output` for the FFN step. Afterwards, the dense stream is one block ahead
-    /// of the pruned one.
-    fn attention_step(
-        &mut self,
-        stage: &Blocks,
-        il: usize,
-        dense_block: Block,
-        w: &mut BlockWeights,
-        streams: &mut Streams,
-    ) -> Result<SpillVec<f32>, PruneError> {
-        let block = self.forward.upload(w)?;
-        let refits = stage.towards_dense && block.has_attention();
-        let (n_in, n_out) = (w.attn_output.n_in, w.attn_output.n_out);
-        let mut moments = refits.then(|| self.forward.gathering(&block, n_in, n_out)).transpose()?;
-        let row = if block.has_attention() { w.attn_output.n_in } else { 0 };
-        let n_embd = self.forward.n_embd();
-        let mut attn_out_input = self.settings.spill.zeros(streams.pruned.len() / n_embd * row)?;
-        for (chunk, fit) in self.all_chunks() {
-            let span = self.forward.span(&chunk);
-            let x = &mut streams.dense[span.clone()];
-            let (mut mid, mut out) = (vec![0.0; x.len()], vec![0.0; x.len()]);
-            self.forward.block(&dense_block, x, Some(&mut mid), &mut out)?;
-            x.copy_from_slice(&out);
-            let scales = token_scales(&mid, self.forward.n_embd(), self.settings.token_weight);
-            let into = moments.as_mut().filter(|_| fit);
-            let collect = into.map(|into| Collect { target: Some(&mid), scales: &scales, into });
-            let at = span.start / n_embd * row..span.end / n_embd * row;
-            attn_out_input[at].copy_from_slice(&self.forward.attn_out_input(
-                &block,
-                &streams.pruned[span],
-                collect,
-            )?);
-        }
-        // Frees the memory for the algebra.
-        drop((dense_block, block));
-        if let Some(moments) = moments {
-            let mut moments = moments.finish();
-            if self.settings.biases {
-                moments.centre();
-            }
-            let keep: Vec<usize> = (0..w.attn_output.n_in).collect();
-            let s = self.settings;
-            let failed = at_block(il, "attn_output");
-            let refit = prune::refit(&w.attn_output, &moments, s.dense_target_weight, &keep, s.ridge_stream);
-            let refit = refit.map_err(|e| failed(e.into()))?;
-            self.report_ridge(il, "attn_output", refit.ridge, s.ridge_stream);
-            let segment =
-                self.model.blocks[il].attn_output.as_ref().expect("a block with attention has attn_output");
-            let ty = s.types.attn_output.unwrap_or(self.model.tensor(segment).ty);
-            let q = self.requantise(&refit.weights, &moments, &keep, s.ridge_attn, ty).map_err(failed)?;
-            let new = within_reason(&q, &w.attn_output).map_err(at_block(il, "attn_output"))?;
-            let old = std::mem::replace(&mut w.attn_output, new);
-            let maps = [&old, &w.attn_output];
-            w.attn_output_bias =
-                self.adapted_bias(w.attn_output_bias.take(), maps, &keep, &moments, s.dense_target_weight);
-            self.plan.blocks[il].set_vector(BlockVector::AttnOutputBias, w.attn_output_bias.clone());
-            self.plan.blocks[il].set_matrix(BlockMatrix::AttnOutput, q.on(&s.spill)?);
-        }
-        Ok(attn_out_input)
     }
 
     /// Chooses the neurons of block `il`, refits `ffn_down`, and moves the pruned stream over the block.

@@ -13,7 +13,8 @@ use std::borrow::Cow;
 use std::path::Path;
 
 impl Report {
-    /// Report of `job` and its outcome `o`, whose written file has the hash `output_sha256`, in hex.
+    /// Collects the report of `job` and its outcome `o`, whose written file has the hash `output_sha256`, in
+    /// hex.
     pub fn new(job: &Job, o: &Outcome, output_sha256: &str) -> Report {
         let provenance = o.provenance.as_ref();
         Report {
@@ -89,7 +90,8 @@ fn memory(m: &RunMemory) -> Memory {
     Memory { weights: m.weights, kv_cache: m.kv_cache, compute: m.compute, bytes: m.total() }
 }
 
-/// Context lengths around `n`, in powers of two, up to the larger of `n` and `most`, which the model was trained for.
+/// Context lengths around `n`, in powers of two, up to the larger of `n` and `most`, the training context of
+/// the model.
 fn contexts(n: usize, most: usize) -> impl Iterator<Item = usize> {
     (0..5).map(move |i| (n.next_power_of_two() >> 2) << i).filter(move |&c| c > 0 && c <= most.max(n))
 }

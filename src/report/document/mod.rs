@@ -1,4 +1,4 @@
-//! The report of a job, as JSON and as the page shows it; `docs/report.md` explains its fields.
+//! Report of a job, as JSON and for the page; `docs/report.md` explains its fields.
 
 mod collect;
 
@@ -6,7 +6,8 @@ use crate::model::FfnUnit;
 use serde::{Serialize, Serializer};
 use std::path::Path;
 
-/// Version of the layout. It grows when a field is renamed, removed or changes its meaning, not when one is added.
+/// Version of the layout. It increases when a field is renamed, removed or changes its meaning, not when one
+/// is added.
 pub const SCHEMA: u32 = 2;
 
 /// Report of one finished job. [`Report::new`] collects it.
@@ -28,28 +29,28 @@ pub struct Report {
     pub before: Size,
     /// Sizes of the result.
     pub after: Size,
-    /// What feed-forwards lost, in the plural.
+    /// Unit that was removed from FFNs, in the plural.
     #[serde(serialize_with = "plural")]
     pub ffn_unit: FfnUnit,
     /// One entry per block, in order.
     pub blocks: Vec<Block>,
-    /// Memory that llama.cpp takes to run source and result, where it was asked.
+    /// Memory that llama.cpp takes to run source and result, if it was measured.
     pub running: Option<Running>,
-    /// Quality on held-out windows; absent when nothing was pruned.
+    /// Quality on held-out windows; absent if nothing was pruned.
     pub held_out: Option<HeldOut>,
     /// Continuations of one text, if the job asked for them.
     pub samples: Option<Samples>,
     /// The result and quantised files of about its size, if the job asked for them.
     pub quant_baselines: Vec<QuantBaseline>,
-    /// What the job was asked for.
+    /// Options of the job.
     pub options: Options,
-    /// Criterion that neurons were removed by, `obs` or `magnitude`; absent where none was chosen.
+    /// Criterion by which neurons were removed, `obs` or `magnitude`; absent if none was chosen.
     pub neuron_criterion: Option<String>,
-    /// Description of the calibration text; absent when nothing was pruned.
+    /// Description of the calibration text; absent if nothing was pruned.
     pub calibration: Option<String>,
     /// Wall time.
     pub seconds: Option<f64>,
-    /// Largest resident memory of the process, where the system reports it.
+    /// Largest resident memory of the process, if the system reports it.
     pub peak_memory_bytes: Option<u64>,
     /// Most memory that graphs and their weights took on all devices together.
     pub peak_device_memory_bytes: Option<u64>,
@@ -62,7 +63,7 @@ pub struct Report {
 pub struct Input {
     /// Its path.
     pub path: String,
-    /// SHA-256 in hex, over all parts of a split model in order; absent when nothing was pruned.
+    /// SHA-256 in hex, over all parts of a split model in order; absent if nothing was pruned.
     pub sha256: Option<String>,
 }
 
@@ -84,7 +85,7 @@ pub struct Size {
     pub bytes: u64,
     /// All parameters.
     pub parameters: usize,
-    /// Parameters of the attention and feed-forward matrices of all blocks.
+    /// Parameters of the attention and FFN matrices of all blocks.
     pub block_parameters: usize,
 }
 
@@ -108,7 +109,7 @@ pub struct Shape {
     pub n_head: usize,
     /// KV heads.
     pub n_head_kv: usize,
-    /// Width of the feed-forward, or of each expert.
+    /// Width of the FFN, or of each expert.
     pub n_ff: usize,
     /// Experts; 0 without.
     pub n_expert: usize,
@@ -151,7 +152,7 @@ pub struct KvCaches {
     pub after: u64,
 }
 
-/// Quality on calibration windows that nothing was fitted on.
+/// Quality on held-out calibration windows.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize)]
 pub struct HeldOut {
     /// Tokens scored.
@@ -205,10 +206,10 @@ pub struct QuantBaseline {
     pub top1: f64,
 }
 
-/// What a job was asked for, in the names of the command line.
+/// Options of a job, in the names of the command line.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct Options {
-    /// Sparsity, as it was found for a target or limit.
+    /// Sparsity; for a target or quality limit, the one that was found.
     pub sparsity: Option<f64>,
     /// Size that the result was not to exceed.
     pub target: Option<Target>,
@@ -220,14 +221,14 @@ pub struct Options {
     pub heads: &'static str,
     /// `auto` or `keep`.
     pub arch: &'static str,
-    /// What is removed from mixtures of experts: `experts` or `width`.
+    /// Unit that is removed from mixtures of experts: `experts` or `width`.
     pub moe: &'static str,
     /// Mix of types that the result is written in; absent for the source's types.
     #[serde(rename = "type")]
     pub to: Option<&'static str>,
-    /// Type of `attn_output` where it gets new values.
+    /// Type of `attn_output` if it gets new values.
     pub tensor_type_attn_output: Option<&'static str>,
-    /// Type of `ffn_down` where it gets new values.
+    /// Type of `ffn_down` if it gets new values.
     pub tensor_type_ffn_down: Option<&'static str>,
     /// Resampled copies of each calibration window.
     pub resample_copies: usize,
@@ -241,7 +242,7 @@ pub struct Options {
     pub files: Vec<String>,
     /// Share of calibration windows that the model generates itself, 0 to 1.
     pub self_share: f64,
-    /// Share of those that use the chat template, 0 to 1.
+    /// Share of those windows that use the chat template, 0 to 1.
     pub chat_share: f64,
     /// Seed of the calibration.
     pub seed: u64,
@@ -270,8 +271,8 @@ pub enum Target {
 }
 
 impl Report {
-    /// Copy without everything that depends on when, where and how fast the result was made: the same job gives the
-    /// same copy everywhere.
+    /// Copy without the fields that depend on when, where and how fast the result was made. The same job
+    /// gives the same copy everywhere.
     pub fn portable(&self) -> Report {
         let mut report = self.clone();
         (report.seconds, report.peak_memory_bytes, report.peak_device_memory_bytes) = (None, None, None);

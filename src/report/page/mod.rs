@@ -1,4 +1,4 @@
-//! The report as one page: no scripts, nothing from the network, light and dark.
+//! Report as one HTML page, without scripts or network access, in light and dark.
 
 mod picture;
 
@@ -56,7 +56,7 @@ pub fn page(report: &Report) -> String {
     page.into_string() + "\n"
 }
 
-/// Large figures: after, and before.
+/// Large figures: the result's values, and the source's.
 fn tiles(report: &Report) -> Markup {
     let (before, after) = (&report.before, &report.after);
     html! {
@@ -104,12 +104,12 @@ fn tile(label: &str, value: &str, note: &str) -> Markup {
     }
 }
 
-/// The value before, as `shown`, and the change since.
+/// Value before, as `shown`, and the change since.
 fn than(shown: String, before: u64, after: u64) -> String {
     format!("{shown} before, {:+.1} %", (after as f64 / before as f64 - 1.0) * 100.0)
 }
 
-/// The result beside files of about its size that are only quantised.
+/// Table of the result and of files of about its size that are only quantised.
 fn quant_baselines(files: &[QuantBaseline]) -> Markup {
     html! {
         section {
@@ -159,7 +159,7 @@ fn samples(s: &Samples) -> Markup {
     }
 }
 
-/// A row of a table; one without a value is left out.
+/// Row of a table; a row without a value is left out.
 type Row = (String, Option<String>);
 
 fn table(title: &str, rows: Vec<Row>) -> Markup {
@@ -180,7 +180,7 @@ fn table(title: &str, rows: Vec<Row>) -> Markup {
     }
 }
 
-/// Everything besides options that is worth a row.
+/// Rows of all details besides the options.
 fn details(r: &Report) -> Vec<Row> {
     let q = r.held_out.as_ref();
     let rows = [
@@ -200,7 +200,7 @@ fn details(r: &Report) -> Vec<Row> {
     rows.map(|(name, value)| (name.to_string(), value)).into()
 }
 
-/// The options by the names and values of the JSON report.
+/// Rows of the options, with the names and values of the JSON report.
 fn options(options: &Options) -> Vec<Row> {
     let shown = |value: Value| match value {
         Value::Null => None,

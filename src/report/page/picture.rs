@@ -1,10 +1,10 @@
-//! Pictures of the page: what each block keeps, and what its width costs.
+//! Pictures of the page: the kept part of each block, and the loss by its width.
 
 use crate::model::FfnUnit;
 use crate::report::document::{Block, Report, Shape};
 use maud::{Markup, html};
 
-/// Sizes of the picture, in its own units: a cell of a group, the widest bar, the gap between rows, the label.
+/// Sizes in the picture's own units: the cell of a group, the widest bar, the gap between rows, the label.
 const CELL: usize = 14;
 const BAR: usize = 320;
 const ROW: usize = 18;
@@ -14,7 +14,7 @@ const LABEL: usize = 34;
 const TALLEST: usize = 90;
 const COLUMN: usize = 12;
 
-/// The blocks, and the estimated losses by their widths if they are known.
+/// Picture of the blocks, and of the estimated losses by their widths if they are known.
 pub(super) fn picture(report: &Report) -> Markup {
     let layout = Layout::new(report);
     let losses: Option<Vec<f64>> = report.blocks.iter().map(|b| b.loss).collect();
@@ -39,14 +39,14 @@ pub(super) fn picture(report: &Report) -> Markup {
 
 /// Sizes that all rows share.
 struct Layout {
-    /// Units of the feed-forward that bars count, and their name.
+    /// Number of FFN units that bars show, and their name.
     units: fn(&Shape) -> usize,
     what: &'static str,
     /// Width of a group's cell.
     cell: usize,
-    /// Where bars begin.
+    /// Horizontal position at which bars begin.
     bars: usize,
-    /// Units of the widest feed-forward.
+    /// Number of units of the widest FFN.
     widest: usize,
 }
 
@@ -58,7 +58,7 @@ impl Layout {
         };
         let largest = |f: fn(&Shape) -> usize| report.blocks.iter().map(|b| f(&b.before)).max().unwrap_or(0);
         let n_groups = largest(|s| s.n_head_kv);
-        // Many groups take smaller cells, so that a phone can show them.
+        // Many groups get smaller cells, so that they fit on a phone's screen.
         let cell = CELL.min(224 / n_groups.max(1)).max(3);
         Layout {
             units,
@@ -69,7 +69,7 @@ impl Layout {
         }
     }
 
-    /// A block: its groups, those that stay filled, and a bar as wide as what stays of its feed-forward.
+    /// Row of a block: its groups, with the kept ones filled, and a bar as wide as the kept part of its FFN.
     fn row(&self, il: usize, b: &Block) -> Markup {
         let y = il * ROW + 2;
         let [before, after] = [&b.before, &b.after].map(self.units);
@@ -95,7 +95,7 @@ impl Layout {
     }
 }
 
-/// Estimated loss of the predictions by each block's width, as columns.
+/// Columns of the estimated loss of the predictions by each block's width.
 fn curve(losses: &[f64]) -> Markup {
     let most = losses.iter().copied().fold(f64::MIN_POSITIVE, f64::max);
     let tall = |loss: f64| (loss.max(0.0) / most * TALLEST as f64).max(1.0);
