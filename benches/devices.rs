@@ -4,7 +4,7 @@
 //!     cargo bench --features cuda --bench devices -- MODEL.gguf --device CUDA0
 //!
 //! Prints Markdown to be pasted into an issue. Both runs are calibrated on the same text, which the model
-//! writes once.
+//! generates once.
 
 use clap::Parser;
 use putri_gguf::calibrate::Recipe;
@@ -21,10 +21,10 @@ use std::path::PathBuf;
 struct Args {
     /// Dense model.
     model: PathBuf,
-    /// Devices, as `putri-gguf devices` names them; all there are if none is named.
+    /// Devices, as `putri-gguf devices` names them; all of them if none is named.
     #[arg(long, value_delimiter = ',')]
     device: Vec<String>,
-    /// Servers whose devices are some of them.
+    /// Servers whose devices are used as well.
     #[arg(long, value_delimiter = ',')]
     rpc: Vec<String>,
     /// Sparsity.
@@ -36,7 +36,7 @@ struct Args {
     /// Calibration windows.
     #[arg(long, default_value_t = Recipe::default().n_windows)]
     chunks: usize,
-    /// What `cargo bench` adds.
+    /// Flag that `cargo bench` adds.
     #[arg(long, hide = true)]
     bench: bool,
 }

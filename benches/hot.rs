@@ -20,7 +20,7 @@ use putri_gguf::requant::quantise_with_feedback;
 use std::hint::black_box;
 use test_model::{Rng, TestModel};
 
-/// Neurons of a feed-forward; outputs are three eighths as many, as in SmolLM2.
+/// Numbers of neurons of an FFN; outputs are three eighths as many, as in SmolLM2.
 const WIDTHS: [usize; 3] = [512, 1536, 4096];
 /// Tokens that pass through a block in one graph.
 const TOKENS: usize = 2048;
@@ -35,7 +35,7 @@ fn map(n_in: usize) -> Matrix {
     Matrix::new(n_in, n_out, Rng(n_in as u64).vec(n_in * n_out, 1.0))
 }
 
-/// The algebra of one feed-forward.
+/// Linear algebra of one FFN.
 fn algebra(c: &mut Criterion) {
     let mut g = c.benchmark_group("algebra");
     g.sample_size(10);
@@ -60,7 +60,7 @@ fn algebra(c: &mut Criterion) {
         g.bench_function(BenchmarkId::new("refit towards a stream", n), |b| {
             b.iter(|| refit(&w, &moments, 0.35, &all, 0.1).expect("regular"));
         });
-        // Half of the inputs go.
+        // Half of the inputs are removed.
         g.throughput(Throughput::Elements(cube * 31 / 24 + (n * n * m * 3 / 4) as u64));
         g.bench_function(BenchmarkId::new("select half", n), |b| {
             b.iter(|| {
@@ -80,7 +80,7 @@ fn algebra(c: &mut Criterion) {
     }
 }
 
-/// What a chunk of tokens costs in a block in SmolLM2's shape.
+/// Cost of a chunk of tokens in a block of SmolLM2's shape.
 fn block(c: &mut Criterion) {
     let mut g = c.benchmark_group("block of SmolLM2");
     g.sample_size(20);

@@ -22,7 +22,7 @@ struct Args {
     /// Dense model.
     #[arg(long)]
     model: PathBuf,
-    /// Calibration text; without it the model writes its own.
+    /// Calibration text; without it, the model generates its own.
     #[arg(long)]
     calibrate: Vec<PathBuf>,
     /// Share of self-generated windows beside --calibrate.
@@ -31,10 +31,10 @@ struct Args {
     /// Share of the self-generated windows that are conversations.
     #[arg(long, default_value_t = 0.0)]
     chat_share: f64,
-    /// File of calibration tokens: read if it is there, else written.
+    /// File of calibration tokens: read if it exists, else written.
     #[arg(long)]
     windows: Option<PathBuf>,
-    /// Texts to judge on.
+    /// Texts to evaluate on.
     #[arg(long, required = true)]
     judge: Vec<PathBuf>,
     /// Windows per judge.
@@ -62,7 +62,7 @@ struct Args {
     /// Keep the pruned files in this folder.
     #[arg(long)]
     keep: Option<PathBuf>,
-    /// What `cargo bench` adds.
+    /// Flag that `cargo bench` adds.
     #[arg(long, hide = true)]
     bench: bool,
 }
@@ -135,7 +135,7 @@ fn settings(row: &str, sparsity: f64, n_threads: usize) -> Settings {
     s
 }
 
-/// The calibration windows: those in `--windows`, or new ones.
+/// Calibration windows: those in `--windows`, or new ones.
 fn windows(args: &Args, job: &Job) -> Windows {
     if let Some(path) = args.windows.as_ref().filter(|p| p.exists()) {
         return read_windows(path);

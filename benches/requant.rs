@@ -28,10 +28,10 @@ struct Args {
     /// Tokens per window.
     #[arg(long, default_value_t = 512)]
     ctx: usize,
-    /// Windows to fit on; half as many more judge.
+    /// Number of windows to fit to; half as many more are held out.
     #[arg(long, default_value_t = 16)]
     chunks: usize,
-    /// Every how many blocks one is measured.
+    /// Distance between measured blocks.
     #[arg(long, default_value_t = 5)]
     every: usize,
     /// Types.
@@ -40,7 +40,7 @@ struct Args {
     /// Threads.
     #[arg(long, default_value_t = 2)]
     threads: usize,
-    /// What `cargo bench` adds.
+    /// Flag that `cargo bench` adds.
     #[arg(long, hide = true)]
     bench: bool,
 }
@@ -66,7 +66,7 @@ fn main() {
     let n_judge = args.chunks.div_ceil(2);
     let windows = file_windows(&vocab, &args.text, args.ctx, args.chunks + n_judge).expect("text");
     assert_eq!(windows.len(), args.chunks + n_judge, "the text is too short");
-    // Every third window judges, so that both kinds come from all over the text.
+    // Every third window is held out, so that both kinds come from all over the text.
     let judges = |i: usize| i % 3 == 2;
     let mut forward = Forward::new(&model, args.ctx, args.threads).expect("engine");
     let mut stream = forward.embed(&model, &windows.concat()).expect("embeddings");

@@ -87,21 +87,22 @@ struct Args {
     /// Threads.
     #[arg(long, default_value_t = 2)]
     threads: usize,
-    /// Devices, as `putri-gguf devices` names them, instead of the CPU; peak and memory stay those of the CPU.
+    /// Devices, as `putri-gguf devices` names them, instead of the CPU; peak and memory stay those of the
+    /// CPU.
     #[arg(long, value_delimiter = ',')]
     device: Vec<String>,
-    /// Instead, what whole models of these shapes are expected to need.
+    /// Print the forecast of whole models of these shapes instead
     #[arg(long)]
     whole: bool,
-    /// GiB of memory that they have to do with.
+    /// Memory limit of these models in GiB
     #[arg(long, requires = "whole")]
     max_memory: Option<f64>,
-    /// What `cargo bench` adds.
+    /// Flag that `cargo bench` adds.
     #[arg(long, hide = true)]
     bench: bool,
 }
 
-/// Says to whoever watches memory which stage it is; 0 is before the first.
+/// Number of the current stage, for the thread that watches memory; 0 is before the first.
 struct Silent {
     peaks: Arc<Mutex<Vec<u64>>>,
     stage: Arc<AtomicUsize>,
@@ -132,7 +133,7 @@ fn main() {
     }
 }
 
-/// Prints the forecast for a whole model: of a file that has a header, and a hole for its tensors.
+/// Prints the forecast for a whole model, from a file that has a header and a hole for its tensors.
 fn expect(shape: Shape, args: &Args, rate: f64) {
     let (n_embd, head_dim, block) = shape.sizes();
     let (n_layer, n_vocab) = shape.whole();
@@ -257,7 +258,7 @@ fn measure(shape: Shape, args: &Args, rate: f64) {
     }
 }
 
-/// Bytes of the process that are no file's.
+/// Bytes of the process without mapped files.
 fn anonymous_memory() -> u64 {
     let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
     let line = status.lines().find_map(|l| l.strip_prefix("RssAnon:"));

@@ -28,13 +28,13 @@ struct Args {
     /// Numbers of threads.
     #[arg(long, value_delimiter = ',', default_value = "1,2")]
     threads: Vec<usize>,
-    /// Times that each file is measured.
+    /// Number of measurements of each file.
     #[arg(long, default_value_t = 3)]
     rounds: usize,
-    /// Measure in another mix of types; rounds what is quantised again, which speed does not mind.
+    /// Measure in another mix of types; quantised tensors are rounded again, which does not affect speed.
     #[arg(long = "type")]
     to: Option<String>,
-    /// What `cargo bench` adds.
+    /// Flag that `cargo bench` adds.
     #[arg(long, hide = true)]
     bench: bool,
 }
@@ -49,13 +49,13 @@ impl Observer for Silent {
     }
 }
 
-/// A file, and what a token passes through in it.
+/// File, and the weights that a token passes through in it.
 struct Candidate {
     name: String,
     path: PathBuf,
     /// Parameters in blocks.
     blocks: f64,
-    /// Bytes of all matrices that a token that is written passes through.
+    /// Bytes of all matrices that a generated token passes through.
     bytes: f64,
 }
 
@@ -64,7 +64,7 @@ impl Candidate {
         let model = Model::open(&path).expect("a model");
         let h = &model.hparams;
         let token_embd = model.file.tensors().iter().find(|t| t.name == "token_embd.weight");
-        // Where it is not the output head as well, one row of it is read.
+        // If the embedding is not also the output head, one row of it is read.
         let unread = if model.token_embd == model.output { 0 } else { token_embd.map_or(0, |t| t.n_bytes()) };
         let bytes = model.file.n_bytes() as f64 - unread as f64;
         Candidate { name, blocks: h.blocks_params(&h.blocks) as f64, bytes, path }
@@ -110,7 +110,8 @@ fn main() {
     }
 }
 
-/// The source, in the types asked for, and what is made of it. How well it is calibrated does not matter here.
+/// The source in the requested types, and its pruned versions. The quality of the calibration does not matter
+/// here.
 fn candidates(args: &Args, folder: &Path) -> Vec<Candidate> {
     let recipe = Recipe { n_ctx: 64, n_windows: 4, ..Recipe::default() };
     let mut source = args.model.clone();

@@ -1,7 +1,6 @@
 //! Prunes a model from another program: `cargo run --release --example smaller -- in.gguf out.gguf 0.2`
 
-use putri_gguf::pipeline::Observer;
-use putri_gguf::{Job, JobError, ggml, run};
+use putri_gguf::{Job, JobError, Observer, run, silence_logs};
 
 /// Says which stage runs; a program with a window would move a bar.
 struct Stages;
@@ -29,7 +28,7 @@ fn main() -> Result<(), JobError> {
         eprintln!("{share} is not a share, as in 0.2");
         std::process::exit(2);
     });
-    ggml::silence_logs();
+    silence_logs();
     let mut job = Job::new(input, output);
     job.settings.sparsity = sparsity;
     let outcome = run(&job, &mut Stages)?;

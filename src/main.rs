@@ -1,9 +1,9 @@
-//! `putri-gguf`: parse, run, exit code.
+//! Program `putri-gguf`: parses the command line, runs it and returns the exit code.
 #![deny(unsafe_code)]
 
 mod cli;
 
-/// Says what is wrong where there is no memory left.
+/// Allocator that reports when there is no memory left.
 #[global_allocator]
 static ALLOCATOR: putri_gguf::ggml::Allocator = putri_gguf::ggml::Allocator;
 

@@ -1,6 +1,6 @@
-//! A folder for a device: the model, what it is run with, where it comes from, and sums to check it by.
+//! Package: a folder for a device with the model, the files to run it, its provenance, and checksums.
 //!
-//! The same job gives the same bytes: nothing in it depends on when, where or how fast it ran.
+//! The same job gives the same bytes: no content depends on when, where or how fast it ran.
 
 use crate::assemble::original_name;
 use crate::gguf::{GgufFile, Value, sha256};
@@ -11,30 +11,32 @@ use crate::report::{Report, markdown, page, plain, shell_word};
 use std::fmt::Write;
 use std::path::Path;
 
-/// The list of all other files, as sha256sum writes and reads it.
+/// Name of the list of checksums of all other files, in the format of sha256sum.
 const SUMS: &str = "SHA256SUMS";
 
-/// What goes into a package.
+/// Content of a package.
 #[derive(Clone, Copy, Debug)]
 pub struct Package<'a> {
-    /// The model's file.
+    /// Path of the model.
     pub model: &'a Path,
-    /// What [`crate::ollama::modelfile`] wrote for it.
+    /// Modelfile, as written by [`crate::ollama::modelfile`].
     pub modelfile: &'a str,
-    /// Its report.
+    /// Report of the model.
     pub report: &'a Report,
-    /// Texts of licences that came with the source.
+    /// Texts of the source's licences.
     pub licenses: &'a [String],
 }
 
 /// Files of a package beside the model and the list.
 const FILES: [&str; 5] = ["Modelfile", "NOTICE.txt", "README.md", "report.html", "report.json"];
 
-/// Refuses a place that cannot become a package of `model`: what is there already, but for an empty folder, and with `force` a
-/// package. None of the paths `outside` may lie in it, for it is made, or replaced, as a whole.
+/// Checks that `folder` can become a package of `model`.
+/// It must not exist, except as an empty folder, or with `force` as a package. None of the paths `outside`
+/// may be in it, because it is created or replaced as a whole.
 ///
 /// # Errors
-/// [`JobError::Exists`], [`JobError::NoPackage`] or [`JobError::InPackage`], or [`JobError::Io`] if nothing can be made there.
+/// [`JobError::Exists`], [`JobError::NoPackage`] or [`JobError::InPackage`], or [`JobError::Io`] if nothing
+/// can be created there.
 pub fn check(folder: &Path, model: &Path, outside: &[&Path], force: bool) -> Result<(), JobError> {
     let name = model.file_name().and_then(|n| n.to_str()).unwrap_or_default();
     let below = |path: &&&Path| resolved(path).starts_with(resolved(folder));
@@ -54,11 +56,11 @@ pub fn check(folder: &Path, model: &Path, outside: &[&Path], force: bool) -> Res
 }
 
 impl Package<'_> {
-    /// Writes it as the folder `folder`, which appears when all is in it. The model is a link to the same file where the
-    /// file system has that.
+    /// Writes the package to `folder`, which appears when it is complete.
+    /// The model is a hard link to the same file if the file system supports that.
     ///
     /// # Errors
-    /// [`JobError`] if a file cannot be read or written, or there is something that [`check`] refuses.
+    /// [`JobError`] if a file cannot be read or written, or [`check`] rejects the folder.
     pub fn write(&self, folder: &Path, force: bool) -> Result<(), JobError> {
         check(folder, self.model, &[], force)?;
         let io = |source| JobError::Io { path: folder.into(), source };
@@ -87,7 +89,7 @@ impl Package<'_> {
         let sums: String = sums.iter().map(|(name, sum)| sum_line(name, sum)).collect();
         std::fs::write(temp.path().join(SUMS), sums).map_err(io)?;
         make_readable(temp.path()).map_err(io)?;
-        // An old package goes when the new one is whole.
+        // An old package is removed when the new one is complete.
         let old = if is_package(folder) {
             let old = temporary_folder(folder)?;
             std::fs::rename(folder, old.path()).map_err(io)?;
@@ -96,13 +98,13 @@ impl Package<'_> {
             None
         };
         std::fs::rename(temp.path(), folder).map_err(|e| {
-            // The old one where it was.
+            // Restores the old package.
             old.as_ref().map(|old| std::fs::rename(old.path(), folder));
             io(e)
         })
     }
 
-    /// How to run it and what that takes.
+    /// README with the commands to run the model and the memory that it takes.
     fn readme(&self, file: &GgufFile, name: &str) -> String {
         let r = self.report;
         let mib = |bytes: u64| format!("{:.1} MiB", bytes as f64 / f64::from(1 << 20));
@@ -146,7 +148,7 @@ impl Package<'_> {
         out
     }
 
-    /// What was changed, and what the source says of its makers and licence.
+    /// Notice of the changes, and of the makers and licence that the source names.
     fn notice(&self, file: &GgufFile, name: &str) -> String {
         let r = self.report;
         let mut out = format!(
@@ -178,7 +180,7 @@ impl Package<'_> {
     }
 }
 
-/// Whether a key says who made a model or on what terms it may be passed on.
+/// Returns whether a key names the makers of a model or its licence.
 fn is_of_makers(key: &str) -> bool {
     const KEYS: [&str; 8] = ["license", "name", "author", "organization", "version", "url", "doi", "uuid"];
     const GROUPS: [&str; 4] = ["license.", "source.", "base_model.", "repo_url"];
@@ -186,7 +188,7 @@ fn is_of_makers(key: &str) -> bool {
         .is_some_and(|k| KEYS.contains(&k) || GROUPS.iter().any(|group| k.starts_with(group)))
 }
 
-/// A name for Ollama: what its names may hold of a file's name.
+/// Name for Ollama: the characters of a file's name that its names may contain.
 fn ollama_name(file: &str) -> String {
     let stem = file.strip_suffix(".gguf").unwrap_or(file).to_lowercase();
     let kept = |c: char| if c.is_ascii_alphanumeric() || "._-".contains(c) { c } else { '-' };
@@ -195,8 +197,8 @@ fn ollama_name(file: &str) -> String {
     if name.is_empty() { "pruned".into() } else { name.into() }
 }
 
-/// A line of the list, as sha256sum writes it: where a name holds line ends or backslashes, they are escaped, which a backslash
-/// before the sum says.
+/// Line of the list, in the format of sha256sum. Line ends and backslashes of a name are escaped; a backslash
+/// before the checksum marks this.
 fn sum_line(name: &str, sum: &str) -> String {
     if !name.contains(['\\', '\n', '\r']) {
         return format!("{sum}  {name}\n");
@@ -205,7 +207,7 @@ fn sum_line(name: &str, sum: &str) -> String {
     format!("\\{sum}  {name}\n")
 }
 
-/// The sum in a line of the list.
+/// Checksum in a line of the list.
 fn line_sum(line: &str) -> &str {
     let line = line.strip_prefix('\\').unwrap_or(line);
     line.split_once("  ").map_or("", |(sum, _)| sum)
@@ -215,7 +217,7 @@ fn is_empty(folder: &Path) -> bool {
     std::fs::read_dir(folder).is_ok_and(|mut entries| entries.next().is_none())
 }
 
-/// Whether a folder holds what its list says and nothing else, so that a newer package may take its place.
+/// Returns whether a folder contains exactly the files of its list, so that a newer package may replace it.
 fn is_package(folder: &Path) -> bool {
     let Ok(sums) = std::fs::read_to_string(folder.join(SUMS)) else { return false };
     let listed: Vec<&str> = sums.lines().collect();
@@ -226,12 +228,12 @@ fn is_package(folder: &Path) -> bool {
                 && e.file_name().to_str().is_some_and(|n| n == SUMS || is_listed(n))
         })
     };
-    // Many folders of models come with such a list: ours has our files, and one model.
+    // Many folders of models contain such a list. A package has exactly these files and one model.
     let ours = FILES.iter().all(|name| is_listed(name)) && listed.len() == FILES.len() + 1;
     ours && std::fs::read_dir(folder).is_ok_and(|mut entries| entries.all(known))
 }
 
-/// Makes a folder, which is private while it is temporary, as readable as the process's umask lets others be.
+/// Makes a temporary folder, which is private, as readable as the process's umask allows.
 fn make_readable(folder: &Path) -> std::io::Result<()> {
     #[cfg(unix)]
     if let Some(files) = usual_mode(folder) {

@@ -1,7 +1,7 @@
 //! Graphs on devices, compared with the same graphs on the CPU.
 //!
-//! By default the devices are two RPC servers of this very process on the loopback interface: real backends
-//! with their own memory, behind a socket. PUTRI_TEST_DEVICE names another device, such as Vulkan0.
+//! By default, the devices are two RPC servers of this process on the loopback interface: real backends with
+//! their own memory, behind a socket. PUTRI_TEST_DEVICE names another device, such as Vulkan0.
 
 mod common;
 
@@ -22,33 +22,33 @@ use std::net::{TcpListener, TcpStream};
 use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Duration;
 
-/// Names and numbers of the devices, and the arguments that stand for them.
+/// Names and numbers of the devices, and the arguments that select them.
 struct Devices {
     all: Vec<Device>,
     args: Vec<String>,
     close: Close,
 }
 
-/// How far from the CPU's results a device's may be.
+/// Largest deviations of a device's results from the CPU's.
 struct Close {
-    /// Sums for the algebra, and gradients, relative to the largest.
+    /// Deviation of sums for the algebra, and of gradients, relative to the largest value.
     sums: f64,
     gradients: f64,
     logits: f32,
-    /// Divergence of what they predict.
+    /// KL divergence of the predictions.
     kl: f64,
-    /// Losses of llama.cpp, whose activations have eight bits on some devices only.
+    /// Deviation of the losses of llama.cpp, whose activations have eight bits on some devices only.
     losses: f64,
 }
 
-/// The same kernels, on another machine: sums in another order.
+/// Bounds for the same kernels on another machine, which may sum in another order.
 const SAME_KERNELS: Close = Close { sums: 2e-5, gradients: 2e-5, logits: 1e-3, kl: 1e-5, losses: 5e-3 };
 
-/// Graphics processors round the inputs of products to ten or eleven bits, whatever precision sums are asked for in. That is
-/// up to 5e-4, and gradients go through several products.
+/// Bounds for graphics processors, which round the inputs of products to ten or eleven bits, whatever
+/// precision is requested for sums. The error is up to 5e-4, and gradients go through several products.
 const HALVED_INPUTS: Close = Close { sums: 1e-3, gradients: 2e-3, logits: 1e-2, kl: 1e-4, losses: 2e-2 };
 
-/// The devices, for one test at a time: a server has one client.
+/// Locks the devices for one test at a time, because a server has one client.
 fn under_test() -> MutexGuard<'static, Devices> {
     static FOUND: OnceLock<Mutex<Devices>> = OnceLock::new();
     let found = FOUND.get_or_init(|| Mutex::new(find()));
@@ -69,7 +69,7 @@ fn find() -> Devices {
     Devices { all, args: vec!["--rpc".into(), servers.join(",")], close: SAME_KERNELS }
 }
 
-/// Serves this machine's CPU to the rest of the test; returns where.
+/// Serves this machine's CPU to the rest of the test and returns its address.
 fn start_server() -> String {
     let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
     let endpoint = format!("127.0.0.1:{port}");
@@ -119,13 +119,13 @@ fn logits_are_those_of_the_cpu_in_every_family() {
             [1.into(), devices.compute()].map(|c| logits(&model, &tokens, c, |il| model.block(il).unwrap()));
         let (max, kl) = compare_logits(&ours, &theirs, model.hparams.n_vocab);
         println!("{name}: {max:e}, KL {kl:e}");
-        // A token near the border between two experts may go to the other one.
+        // A token near the border between two experts may choose the other one.
         let bound = devices.close.logits * if small.experts.is_some() { 10.0 } else { 1.0 };
         assert!(max < bound && kl.abs() < devices.close.kl, "{name}: {max} {kl}");
     }
 }
 
-/// All that a pass over a block collects, as one list of numbers per kind.
+/// All results of a pass over a block, as one list of numbers per kind.
 fn collected(forward: &mut Forward, block: &Block, x: &[f32], n_ff: usize) -> Vec<(&'static str, Vec<f64>)> {
     let n_embd = forward.n_embd();
     let scales: Vec<f32> = (0..x.len() / n_embd).map(|i| 0.5 + (i % 7) as f32 / 7.0).collect();
@@ -137,7 +137,7 @@ fn collected(forward: &mut Forward, block: &Block, x: &[f32], n_ff: usize) -> Ve
     };
     let width = forward.attn_out_input(block, x, None).unwrap().len() / scales.len();
     let [mut at_heads, mut at_neurons] = [width, n_ff].map(|n| forward.gathering(block, n, n_embd).unwrap());
-    // In parts of two windows that add up, more than are added up there at a time.
+    // Each part has two windows. There are more parts than a device adds up at a time.
     let two = 2 * forward.n_ctx() * n_embd;
     for part in (0..x.len()).step_by(two).map(|start| start..start + two) {
         let scales = &scales[part.start / n_embd..part.end / n_embd];
@@ -237,7 +237,7 @@ fn what_the_command_makes_there_is_as_good() {
     let off = (ppl(&dev) / ppl(&cpu)).ln().abs();
     println!("{} on the CPU, {} there", ppl(&cpu), ppl(&dev));
     assert!(off < 0.01, "{} on the CPU, {} there", ppl(&cpu), ppl(&dev));
-    // The record is the CPU's: devices may round to halves.
+    // The record is the CPU's: devices may round to 16 bits.
     let model = Model::open(&cli.path("dev.gguf")).unwrap();
     let key = |key: &str| model.file.get(key).unwrap();
     let tokens = key("putri.check.tokens").as_unsigned_array().unwrap();
@@ -246,7 +246,7 @@ fn what_the_command_makes_there_is_as_good() {
     let losses = own_losses(&model, &tokens, 1).unwrap();
     let apart = losses.iter().zip(&recorded).map(|(a, b)| (a - f64::from(*b)).abs()).fold(0.0, f64::max);
     assert!(losses.len() > 60 && apart < 1e-4, "{apart}");
-    // The CPU, which made neither, finds what was measured there.
+    // The CPU, which made neither file, reproduces the measurements.
     cli.ok(&["verify", "dev.gguf", "--source", "in.gguf", "-q"]);
     let eval = ["eval", "dev.gguf", "-f", "text.txt", "-c", "64", "--no-speed", "--json", "-q"];
     let found = [&[][..], &args].map(|more| -> f64 {
@@ -276,7 +276,7 @@ fn memory_there_is_foreseen_and_kept_within() {
     });
     assert!(foreseen[1] < 0.6 * foreseen[0], "{foreseen:?}");
     for foreseen in foreseen {
-        // A little more may be taken than is foreseen.
+        // Slightly more memory may be needed than is foreseen.
         let limit = (foreseen * 1.2) as u64;
         cli.ok(&[&prune[..], &["--max-device-memory", &limit.to_string()]].concat());
         let report: serde_json::Value =
@@ -321,6 +321,6 @@ fn devices_are_listed_and_what_is_none_is_refused() {
             cli.fails(&[&prune[..], &["-ngl", "9"]].concat(), 2, &["wants a device"]);
         }
     }
-    // Nothing but the CPU, whatever there is.
+    // Only the CPU is used, whatever devices exist.
     cli.ok(&[&prune[..], &["--device", "none", "-c", "64", "--chunks", "8", "-ngl", "0"]].concat());
 }

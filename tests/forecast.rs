@@ -85,7 +85,7 @@ fn models() -> Vec<(&'static str, TestModel, usize, FfnUnit)> {
     dense.chain(mixtures).collect()
 }
 
-/// What stages announced, and how far they came.
+/// Stages as announced, and their progress.
 #[derive(Default)]
 struct Steps(Vec<[usize; 2]>);
 
@@ -111,7 +111,7 @@ fn operations_are_those_that_graphs_count() {
         let n_vocab = model.hparams.n_vocab as Token;
         let tokens = (0..(8 * n_ctx) as Token).map(|i| 3 + i * 31 % (n_vocab - 3)).collect();
         let windows = Windows { n_ctx, tokens, n_fit: 6, n_held_out: 2, n_self: 0 };
-        // In a deep model of random weights the search is done sooner than in others.
+        // In a deep model with random weights, the search ends sooner than in others.
         let groups = Some(if small.blocks.len() > 16 { 0 } else { 4 });
         let settings = Settings {
             sparsity: 0.4,
@@ -127,7 +127,7 @@ fn operations_are_those_that_graphs_count() {
         run(&model, &model, &windows, &settings, &mut (), &mut watched).unwrap();
         let stages = watched.finish().0;
         for (stage, [announced, done]) in stages.iter().zip(&steps.0) {
-            // The search may find no more groups that can go; preparing is one step that nobody waits for.
+            // The search may run out of removable groups; preparing is a single step.
             let whole = !["heads", "tune, preparing"].contains(&stage.name.as_str());
             assert!(announced == done || !whole, "{name}, {}: {done} of {announced}", stage.name);
         }
@@ -142,7 +142,7 @@ fn operations_are_those_that_graphs_count() {
             let bound = match stage.name.as_str() {
                 // How often candidates are scored depends on the weights.
                 "heads" => 2.0,
-                // So does which blocks lose heads; gradients do not go back through the first.
+                // The blocks that lose heads depend on them, too; gradients do not go back through the first.
                 "sensitivity" => 1.12,
                 _ => 1.06,
             };
@@ -185,7 +185,7 @@ fn a_dry_run_says_how_large_the_file_will_be_and_writes_nothing() {
         let said = forecast(&model, &c, &settings).unwrap();
         cli.ok(&[&["in.gguf", "out.gguf", "--force"][..], &common].concat());
         let written = GgufFile::open(&cli.path("out.gguf")).unwrap();
-        // Our own metadata and the padding are not counted, and weigh more in a small file.
+        // The crate's own metadata and the padding are not counted, and weigh more in a small file.
         let (said, is) = (said.file_bytes as f64, written.n_bytes() as f64);
         assert!((said / is - 1.0).abs() < 0.02, "{name}: {said} for {is}");
         std::fs::remove_file(cli.path("out.gguf")).unwrap();
@@ -209,7 +209,7 @@ fn streams_go_into_files_where_memory_is_short() {
     let Err(NoRoom::Memory { least, .. }) = within(1 << 20) else { panic!("a megabyte is not enough") };
     assert!(within(least).is_ok(), "what is said to be needed is enough");
 
-    // It changes nothing in what comes out.
+    // The spill store does not change the result.
     let common = ["--sparsity", "0.4", "-c", "64", "--chunks", "64", "-t", "1", "-q"];
     cli.ok(&[&["in.gguf", "memory.gguf"][..], &common].concat());
     let c = Calibration { n_fit: 64, ..c };
@@ -220,7 +220,7 @@ fn streams_go_into_files_where_memory_is_short() {
     cli.ok(&args);
     let [a, b] = ["memory.gguf", "files.gguf"].map(|f| std::fs::read(cli.path(f)).unwrap());
     assert!(a == b);
-    // Nor does a window at a time, but for the order of sums.
+    // One window at a time changes only the order of sums.
     let little = Settings { chunk_tokens: 1, spill: SpillStore::in_files(cli.dir.path().into()), ..settings };
     let limit = (forecast(&model, &c, &little).unwrap().memory() as u64 + 1).to_string();
     let args = [&["in.gguf", "little.gguf", "--max-memory", &limit][..], &common].concat();
@@ -242,7 +242,8 @@ fn streams_go_into_files_where_memory_is_short() {
 #[test]
 fn a_dry_run_names_types_and_why_they_change() {
     let cli = Cli::new();
-    // A group of 4 query heads is 64 columns: three of four groups are no whole blocks of 256, all of them are.
+    // A group of 4 query heads has 64 columns: three of four groups are not whole quantisation blocks of 256,
+    // all of them are.
     let ty = putri_gguf::ggml::Type::from_name("q4_K").unwrap();
     let small = TestModel { ty, n_embd: 256, blocks: vec![(16, 4, 1024); 4], ..TestModel::default() };
     small.write(&cli.path("in.gguf"));

@@ -1,8 +1,8 @@
-//! Damaged and malicious files give one line that names the fault, or a usable model; no panic, no abort,
-//! no memory beyond the size of the file.
+//! Damaged and malicious files give one line that names the fault, or a usable model. There is no panic, no
+//! abort, and no memory use beyond the size of the file.
 //!
 //! `PUTRI_MUTATIONS=100000 cargo test --release --test hostile -- --nocapture` is the long run. With
-//! `PUTRI_CORPUS=DIR` it leaves the sound files there, for the fuzzer in `fuzz/`.
+//! `PUTRI_CORPUS=DIR`, it writes the sound files there, for the fuzzer in `fuzz/`.
 
 mod common;
 
@@ -17,16 +17,16 @@ use std::io::{BufRead, BufReader};
 use std::path::Path;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-/// Damaged headers in an ordinary run of the tests.
+/// Number of damaged headers in an ordinary run of the tests.
 const MUTATIONS: usize = 4000;
 
-/// Of those that can still be read, how many are pruned whole.
+/// Number of still readable files that are pruned as a whole.
 const PRUNED: usize = 24;
 
-/// Bytes that reading damaged headers may take, whatever they promise.
+/// Largest number of bytes for reading damaged headers, whatever sizes they claim.
 const MEMORY: u64 = 64 << 20;
 
-/// The file that is being read, for the message of an abort.
+/// File that is being read, for the message of an abort.
 static AT: AtomicUsize = AtomicUsize::new(0);
 
 /// Tiny models of several families, so that a damaged file is about as long as its header.
@@ -52,7 +52,7 @@ fn below(rng: &mut Rng, n: usize) -> usize {
     (rng.next_u64() % n.max(1) as u64) as usize
 }
 
-/// A file, where its header ends, and where the values of its metadata and the sizes of its tensors lie.
+/// File, the end of its header, and the positions of the values of its metadata and the sizes of its tensors.
 struct Whole {
     bytes: Vec<u8>,
     header: usize,
@@ -72,11 +72,11 @@ impl Whole {
         Whole { header: raw.data_offset(), values, bytes }
     }
 
-    /// The same damaged, in one place or a few.
+    /// Copy of the file with damage in one place or a few.
     fn damaged(&self, rng: &mut Rng) -> Vec<u8> {
         let mut bytes = self.bytes.clone();
         if below(rng, 2) == 0 {
-            // Of type, length and value of one key or tensor.
+            // Offsets of the type, length and value of one key or tensor.
             let at = self.values[below(rng, self.values.len())] + below(rng, 12);
             bytes[at] = [0, 1, 2, 3, 4, 8, 15, 16, 33, 0x7f, 0x80, 0xff][below(rng, 12)];
         } else {
@@ -131,15 +131,15 @@ fn damage(rng: &mut Rng, bytes: &mut Vec<u8>, header: usize) {
                 let from = below(rng, header - n);
                 bytes.copy_within(from..from + n, at);
             }
-            // A small number, such as sizes and types are.
+            // A small number, like sizes and types.
             7 => bytes[at] = below(rng, 20) as u8,
-            // Near the beginning, where the counts are.
+            // A position near the beginning, where the counts are.
             _ => bytes[4 + below(rng, 20)] = rng.next_u64() as u8,
         }
     }
 }
 
-/// Whether the file can be worked on; if not, the error is one line.
+/// Returns whether the file is usable; if not, the error is one line.
 fn reads(path: &Path) -> bool {
     let model = match Model::open(path) {
         Ok(model) => model,
@@ -198,7 +198,7 @@ fn damaged_headers_are_refused_or_read() {
         let read = std::panic::catch_unwind(|| reads(&path));
         let read = read.unwrap_or_else(|_| panic!("mutation {seed} panicked"));
         n_read += usize::from(read);
-        // What can be read goes all the way, now and then: through llama.cpp, too.
+        // Some of the readable files go all the way, also through llama.cpp.
         if read && n_pruned < PRUNED.max(n / 200) && bytes != whole.bytes {
             n_pruned += 1;
             prunes_or_says_why(&cli, seed);
@@ -212,7 +212,7 @@ fn damaged_headers_are_refused_or_read() {
     assert!(grown < MEMORY, "{grown} bytes for damaged headers");
 }
 
-/// Prunes `in.gguf` by the command: success, or one line and nothing left.
+/// Prunes `in.gguf` with the command: either success, or one line and no files left behind.
 fn prunes_or_says_why(cli: &Cli, seed: usize) {
     let args = ["in.gguf", "out.gguf", "--sparsity", "0.2", "-c", "16", "--chunks", "1", "-t", "1", "-q"];
     let out = cli.run(&args);
@@ -228,14 +228,14 @@ fn prunes_or_says_why(cli: &Cli, seed: usize) {
     assert_eq!(cli.listing().len(), 1, "mutation {seed} left something behind");
 }
 
-/// A header by hand, for what no writer would write. Values are a type number and bytes.
+/// Header written by hand, for content that no writer would write. Values are a type number and bytes.
 #[derive(Clone)]
 struct Header {
     version: u32,
     n_tensors: Option<u64>,
     n_kv: Option<u64>,
     kv: Vec<(String, u32, Vec<u8>)>,
-    /// Name, sizes, type number and offset.
+    /// Tensor by name, sizes, type number and offset.
     tensors: Vec<(String, Vec<u64>, u32, u64)>,
     data: usize,
 }
@@ -371,7 +371,8 @@ fn headers_that_no_writer_writes() {
         let before = cli.listing();
         let out = std::process::Command::new("sh")
             .current_dir(cli.dir.path())
-            // A gigabyte of address space is enough for the program, and not for what these files promise.
+            // A gigabyte of address space is enough for the program, but not for the sizes that these files
+            // claim.
             .args(["-c", "ulimit -v ${PUTRI_TEST_ADDRESS_SPACE:-1500000}; exec \"$0\" in.gguf out.gguf --sparsity 0.25 -q -t 1"])
             .arg(env!("CARGO_BIN_EXE_putri-gguf"))
             .output()
@@ -408,7 +409,7 @@ fn strings_of_any_bytes_are_carried_over() {
     for (key, value) in &extra {
         assert_eq!(read(&out, &format!("{arch}.{key}")).as_ref(), Some(value), "{key}");
     }
-    // And their lengths are what another parser reads.
+    // Another parser reads the same lengths.
     cli.ok(&["verify", "out.gguf", "--source", "in.gguf", "-q", "-t", "1"]);
 }
 
@@ -439,7 +440,7 @@ fn names_move_no_cursor_and_are_no_markup() {
     assert!(readme.contains(r"\<script\>") && !readme.contains("<script>"), "{readme}");
     assert!(readme.contains("llama-cli -m 'o $(id).gguf'"), "{readme}");
     assert!(!read("NOTICE.txt").contains("pruned 3"), "the makers did not call it so");
-    // What is wrong with a file is said in one line, whatever it is called.
+    // The fault of a file is reported in one line, whatever its name is.
     let odd = "odd\u{1b}[2J\nname.gguf";
     std::fs::write(cli.path(odd), "no model").unwrap();
     let out = cli.run(&["inspect", odd]);
@@ -457,7 +458,7 @@ fn weights_that_are_no_numbers() {
         ("blk.2.ffn_norm.weight", f32::NEG_INFINITY),
         ("output.weight", f32::NAN),
         ("output_norm.weight", f32::NAN),
-        // A row that no calibration asks for, but somebody else may.
+        // No calibration uses this row, but a user may.
         ("token_embd.weight", f32::NAN),
     ] {
         small.write(&cli.path("in.gguf"));
@@ -467,7 +468,7 @@ fn weights_that_are_no_numbers() {
             (data.as_ptr() as usize - file.bytes().next().unwrap().as_ptr() as usize, data.len())
         };
         let mut bytes = std::fs::read(cli.path("in.gguf")).unwrap();
-        // In its last row.
+        // The damage is in the last row.
         bytes[start + len - 4..start + len].copy_from_slice(&value.to_le_bytes());
         std::fs::write(cli.path("in.gguf"), bytes).unwrap();
         let args =
@@ -476,7 +477,8 @@ fn weights_that_are_no_numbers() {
     }
 }
 
-/// Prunes `in.gguf`, and does `at` once the stage is announced. Exit code and lines on stderr.
+/// Prunes `in.gguf`, and calls `at` once the stage is announced. Returns the exit code and the lines on
+/// stderr.
 fn disturbed(cli: &Cli, stage: &str, at: impl Fn(&Path)) -> (Option<i32>, Vec<String>) {
     let mut child = std::process::Command::new(env!("CARGO_BIN_EXE_putri-gguf"))
         .current_dir(cli.dir.path())
@@ -504,7 +506,7 @@ fn a_file_that_shrinks_while_it_is_read() {
         .write(&cli.path("in.gguf"));
     for stage in ["widths", "sensitivity", "blocks"] {
         let whole = std::fs::read(cli.path("in.gguf")).unwrap();
-        // No page of it is left, not even those that are in memory.
+        // No page of the file is left, not even those in memory.
         let (code, said) = disturbed(&cli, stage, |path| {
             std::fs::File::options().write(true).open(path).unwrap().set_len(0).unwrap();
         });
@@ -529,7 +531,7 @@ fn a_file_that_vanishes_while_it_is_read() {
     for stage in ["widths", "blocks", "write"] {
         std::fs::remove_file(cli.path("out.gguf")).unwrap();
         std::fs::write(cli.path("in.gguf"), &whole).unwrap();
-        // What is mapped stays readable; another file of that name is none of ours.
+        // The mapped file stays readable. Another file of that name is not touched.
         let (code, said) = disturbed(&cli, stage, |path| {
             std::fs::remove_file(path).unwrap();
             std::fs::write(path, "another").unwrap();

@@ -12,7 +12,7 @@ use std::path::Path;
 
 const QUICK: [&str; 7] = ["--ctx-size", "64", "--chunks", "8", "--threads", "1", "-q"];
 
-/// libllama's log has two decimals, for each of up to two caches.
+/// Rounding of libllama's log, which has two decimals, for each of up to two caches.
 const LOGGED: f64 = 0.011 * (1 << 20) as f64;
 
 fn foreseen(path: &Path, n_ctx: usize) -> u64 {
@@ -24,7 +24,7 @@ fn about(a: u64, b: u64) -> bool {
     (a as f64 - b as f64).abs() <= LOGGED
 }
 
-/// Nothing that is allocated is larger than it was foreseen.
+/// Checks that no allocation is larger than foreseen.
 fn agree(a: &RunMemory, b: &RunMemory) -> bool {
     a.weights == b.weights && about(a.kv_cache, b.kv_cache) && about(a.compute, b.compute)
 }
@@ -65,7 +65,7 @@ fn what_the_result_takes_to_run_is_within_what_was_asked_for() {
     small.write(&cli.path("in.gguf"));
     for n_ctx in [256, 4096] {
         let before = run_memory(&cli.path("in.gguf"), n_ctx).unwrap();
-        // Not what is computed in: that stays about the same.
+        // Compute buffers keep about the same size, so only the rest shrinks.
         let target = before.compute + (before.weights + before.kv_cache) * 3 / 4;
         let (ram, ctx) = (target.to_string(), n_ctx.to_string());
         let args = [
@@ -82,7 +82,8 @@ fn what_the_result_takes_to_run_is_within_what_was_asked_for() {
         let said = cli.ok(&[&args[..], &QUICK].concat());
         let after = taken_memory(&cli.path("out.gguf"), n_ctx).unwrap();
         assert!(after.total() <= target, "{after:?} in {target}");
-        // A step of all widths together; and what was assumed to stay: what is computed in, and the header.
+        // The tolerance is a step of all widths together, and the parts assumed constant: compute buffers and
+        // the header.
         let header = GgufFile::open(&cli.path("in.gguf")).unwrap().n_bytes() - before.weights;
         let step = 4 * 32 * 3 * small.n_embd as u64 * 9 / 8;
         let slack = step + header + 8192 + before.compute - after.compute;
@@ -112,7 +113,8 @@ fn what_is_left_still_goes_through_the_faster_kernels() {
     for share in ["0.2", "0.45"] {
         let args = ["in.gguf", "out.gguf", "--force", "--sparsity", share];
         cli.ok(&[&args[..], &QUICK].concat());
-        // Of matrices in blocks, all that llama.cpp reorders for its kernels, if it does so on this processor.
+        // These are the matrices in blocks that llama.cpp reorders for its kernels, if it does so on this
+        // processor.
         let [before, after] = ["in.gguf", "out.gguf"].map(|name| {
             let path = cli.path(name);
             let file = GgufFile::open(&path).unwrap();
@@ -120,7 +122,7 @@ fn what_is_left_still_goes_through_the_faster_kernels() {
             let bytes: usize = matrices.map(|t| t.n_bytes()).sum();
             (repacked_bytes(&path).unwrap(), bytes as u64)
         });
-        // Tensors are padded there, by less than a matrix of a feed-forward in all.
+        // Tensors are padded there, in total by less than a matrix of an FFN.
         let all_of = |(repacked, bytes): (u64, u64)| repacked.abs_diff(bytes) < 60_000;
         println!("{before:?} {after:?}");
         assert!(before.0 == 0 || all_of(before), "{before:?}");

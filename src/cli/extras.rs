@@ -1,4 +1,4 @@
-//! What is made of a result besides its file: a summary or event, a report, a Modelfile, a package, a model in Ollama.
+//! Additional outputs of a result: a summary or event, a report, a Modelfile, a package, a model in Ollama.
 
 use super::args::Args;
 use super::nested_name;
@@ -9,14 +9,15 @@ use putri_gguf::report::{Report, page as page_of, summary};
 use putri_gguf::{Job, JobError, Outcome, check_distinct, check_output, write_whole};
 use std::path::{Path, PathBuf};
 
-/// What shall be made of one result.
+/// Additional outputs of one result.
 #[derive(Clone, Debug)]
 pub struct Extras {
     report: Option<PathBuf>,
     imatrix: Option<PathBuf>,
     modelfile: Option<PathBuf>,
     package: Option<PathBuf>,
-    /// What the package is not to hold or replace: the model that it is made of, and all else that is read or written.
+    /// Paths that the package must not contain or replace: the model that it is made of, and all other inputs
+    /// and outputs.
     output: PathBuf,
     others: Vec<PathBuf>,
     json: bool,
@@ -24,7 +25,7 @@ pub struct Extras {
 }
 
 impl Extras {
-    /// What `args` ask for; of several results, with the share `nested` in its names.
+    /// Outputs that `args` ask for; for one of several results, with the share `nested` in their names.
     pub fn new(args: &Args, nested: Option<f64>) -> Extras {
         let named = |path: &PathBuf| nested.map_or(path.clone(), |share| nested_name(path, share));
         Extras {
@@ -49,7 +50,7 @@ impl Extras {
         }
     }
 
-    /// Refuses what is there already, or cannot be, before any work.
+    /// Rejects outputs that exist already or cannot be created, before any work.
     fn check(&self) -> Result<(), JobError> {
         if let Some(folder) = &self.package {
             let others: Vec<&Path> = self.others.iter().map(PathBuf::as_path).collect();
@@ -58,12 +59,12 @@ impl Extras {
         self.files().try_for_each(|path| check_output(path, self.force))
     }
 
-    /// Files that are made beside the model.
+    /// Files beside the model.
     fn files(&self) -> impl Iterator<Item = &PathBuf> {
         [&self.report, &self.modelfile].into_iter().flatten()
     }
 
-    /// What does not come along of a model of Ollama's.
+    /// Notes on the parts of a model of Ollama that are not carried over.
     fn notes(&self, outcome: &Outcome, source: Option<&Stored>) -> Vec<String> {
         let mut notes = source.map(|s| s.notes.clone()).unwrap_or_default();
         if self.modelfile.is_some() || self.package.is_some() {
@@ -77,13 +78,14 @@ impl Extras {
         notes
     }
 
-    /// Makes it, of a model that came from `source` if that was in Ollama's store, and says what came of the job: as an
-    /// event, or as a summary that ends with `more` and the output's path. Returns what could not be made; the rest is.
+    /// Creates the outputs and reports the result of the job, as an event, or as a summary that ends with
+    /// `more` and the output's path.
+    /// `source` is the source's entry in Ollama's store, if it is in one. Returns the errors of outputs that
+    /// failed; the others are complete.
     pub fn make(&self, job: &Job, outcome: &Outcome, source: Option<&Stored>, more: &str) -> Vec<String> {
-        let outcome = &Outcome {
-            warnings: outcome.warnings.iter().cloned().chain(self.notes(outcome, source)).collect(),
-            ..outcome.clone()
-        };
+        let mut outcome = outcome.clone();
+        outcome.warnings.extend(self.notes(&outcome, source));
+        let outcome = &outcome;
         let mut missing = Vec::new();
         let mut tried = |what: &str, done: Result<(), JobError>| {
             if let Err(e) = done {
@@ -122,12 +124,13 @@ impl Extras {
     }
 }
 
-/// The model's path in a Modelfile beside it.
+/// Path of the model in a Modelfile beside it.
 fn from(outcome: &Outcome) -> String {
     format!("./{}", outcome.output.file_name().unwrap_or_default().to_string_lossy())
 }
 
-/// Refuses what cannot be made of the results of `job`, and paths that two of its outputs share, before any work.
+/// Rejects outputs that cannot be made of the results of `job`, and paths that two of its outputs share,
+/// before any work.
 pub fn check_all(extras: &[Extras], job: &Job) -> Result<(), JobError> {
     let mut outputs: Vec<PathBuf> = Vec::new();
     for e in extras {
@@ -139,7 +142,7 @@ pub fn check_all(extras: &[Extras], job: &Job) -> Result<(), JobError> {
     extras.iter().try_for_each(Extras::check)
 }
 
-/// The report's data, for which the output is hashed.
+/// Collects the report; it hashes the output.
 fn document(job: &Job, outcome: &Outcome) -> Result<Report, JobError> {
     let written = GgufFile::open(&outcome.output)?;
     Ok(Report::new(job, outcome, &written.sha256()))

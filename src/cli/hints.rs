@@ -1,4 +1,4 @@
-//! What the user can do about an error, in terms of options: the library's messages know none.
+//! Hints on what to do about an error, in terms of options; the library's messages name no options.
 
 use putri_gguf::calibrate::CalibrateError;
 use putri_gguf::evaluate::EvaluateError;
@@ -10,7 +10,7 @@ use putri_gguf::text::TextError;
 use putri_gguf::{ImatrixUse, JobError, QualityLimit};
 use std::borrow::Cow;
 
-/// What to do about a job's failure, if an option helps.
+/// Hint on a job's error, if an option helps.
 pub fn hint(e: &JobError) -> Option<Cow<'static, str>> {
     let fixed = match e {
         JobError::WindowsTooLong { n_ctx_train, .. } => {
@@ -46,7 +46,7 @@ pub fn hint(e: &JobError) -> Option<Cow<'static, str>> {
     Some(fixed.into())
 }
 
-/// The same of what a command does besides a job.
+/// Hint on an error of a command outside a job.
 pub fn of_command(e: &anyhow::Error) -> Option<&'static str> {
     match e.downcast_ref::<OllamaError>() {
         Some(e) => of_ollama(e),
@@ -54,7 +54,7 @@ pub fn of_command(e: &anyhow::Error) -> Option<&'static str> {
     }
 }
 
-/// The same of what Ollama has or does.
+/// Hint on an error of Ollama.
 pub fn of_ollama(e: &OllamaError) -> Option<&'static str> {
     match e {
         OllamaError::Program(_) => Some("--modelfile writes a Modelfile for use elsewhere"),
@@ -123,7 +123,7 @@ mod tests {
         let inner = JobError::Calibrate(memory().into());
         assert_eq!(hint(&inner).as_deref(), of_engine(&memory()));
         assert_eq!(hint(&JobError::Interrupted), None);
-        // Below a context, too.
+        // The hint is also found below a context.
         let of_machine = anyhow::Error::from(memory()).context("--rpc");
         assert_eq!(of_command(&of_machine), of_engine(&memory()));
         let no_program = OllamaError::Program(std::io::ErrorKind::NotFound.into());

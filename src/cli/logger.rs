@@ -1,4 +1,4 @@
-//! What the engine itself says, on stderr (`--verbose`).
+//! Messages of the engine on stderr (`--verbose`).
 
 use log::{LevelFilter, Log, Metadata, Record};
 use putri_gguf::report::{plain, tell};
@@ -6,7 +6,7 @@ use putri_gguf::report::{plain, tell};
 /// Targets of the engine's messages.
 const ENGINE: [&str; 2] = ["ggml", "llama"];
 
-/// Writes the engine's messages, a line each.
+/// Logger that writes the engine's messages to stderr, one per line.
 struct Stderr;
 
 impl Log for Stderr {
@@ -23,7 +23,7 @@ impl Log for Stderr {
     fn flush(&self) {}
 }
 
-/// Shows the engine's messages from now on, all but those for its own debugging, as llama.cpp's programs do.
+/// Shows the engine's messages from now on, except its debugging output, as llama.cpp's programs do.
 pub fn show_logs() {
     static STDERR: Stderr = Stderr;
     if log::set_logger(&STDERR).is_ok() {

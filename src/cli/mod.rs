@@ -1,4 +1,4 @@
-//! The command line: what was typed, and what it means.
+//! Command line: parsing, execution and exit codes.
 
 mod args;
 mod extras;
@@ -27,19 +27,20 @@ use std::process::ExitCode;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-/// The quality that the user set cannot be had.
+/// Exit code if the requested quality cannot be reached.
 const MISSED: u8 = 3;
 
-/// The model is written and verified, but not all that was asked for beside it.
+/// Exit code if the model is written and verified, but an additional output failed.
 const BESIDE: u8 = 4;
 
-/// Interrupted by the user, as shells count it.
+/// Exit code of an interruption by the user, as in shells.
 const INTERRUPTED: u8 = 130;
 
-/// Parses, runs, and maps the result to an exit code: 0 written and verified, 1 failed, 2 usage,
-/// 3 a quality that cannot be had, 4 written but not all that was asked for beside the model, 130 interrupted.
+/// Parses the arguments, runs the command, and maps the result to an exit code.
+/// The codes are 0 written and verified, 1 failed, 2 usage, 3 quality limit out of reach, 4 written but an
+/// additional output failed, 130 interrupted.
 pub fn main() -> ExitCode {
-    // First: the text of --version starts the engine's backends, which log.
+    // Logs are silenced first, because the text of --version starts the engine's backends, which log.
     ggml::silence_logs();
     ggml::install_abort_handler(|message, logged| {
         let why = if message.contains("RPC") {
@@ -50,14 +51,14 @@ pub fn main() -> ExitCode {
             "llama.cpp stopped on an inconsistency in the model or in our use of it"
         };
         let logged = if logged.is_empty() { String::new() } else { format!(" ({logged})") };
-        // Where its source lay when it was compiled is of no use to anybody.
+        // The path of the engine's source at compile time does not help the user.
         let message = message.rsplit_once("/ggml/src/").map_or(message, |(_, rest)| rest);
         say_error(&format!("{why}: {message}{logged}"));
         putri_gguf::remove_temporary();
         ggml::exit_now(1);
     });
     ggml::install_out_of_memory_handler(|n_bytes| {
-        // Without a string of its own, for which there may be no memory either.
+        // The message needs no new string, because there may be no memory for one.
         let _ = writeln!(
             std::io::stderr(),
             "error: out of memory: {n_bytes} bytes more cannot be had; --max-memory does with less, --dry-run says what a run takes"
@@ -66,12 +67,12 @@ pub fn main() -> ExitCode {
         ggml::exit_now(1);
     });
     ggml::let_large_writes_fail();
-    // Usage errors end in 2, help and version in 0.
+    // Usage errors have the exit code 2, help and version 0.
     let cli = match Cli::try_parse_from(as_clap_has_it(std::env::args_os().collect())) {
         Ok(cli) => cli,
-        // What was asked for, to be read to its end.
+        // Help and version are requested output.
         Err(text) if !text.use_stderr() => return ended(show(&text.render().to_string())),
-        // What was typed is a stranger's text, too.
+        // The typed text is untrusted, too.
         Err(e) => {
             e.render().to_string().lines().for_each(|line| tell(&plain(line)));
             return ExitCode::from(2);
@@ -103,8 +104,8 @@ pub fn main() -> ExitCode {
         (Some(Command::Completions { shell }), _) => {
             let mut text = Vec::new();
             clap_complete::generate(shell, &mut Cli::command(), "putri-gguf", &mut text);
-            // For bash it calls a program with a hyphen in its name two ways, so that commands complete nothing
-            // (clap_complete 4.6).
+            // clap_complete 4.6 names a program with a hyphen in two ways for bash, so that commands complete
+            // nothing.
             show(&String::from_utf8_lossy(&text).replace("putri__subcmd__gguf", "putri__gguf"))
         }
         (Some(Command::Man), _) => {
@@ -121,7 +122,7 @@ pub fn main() -> ExitCode {
     ended(done)
 }
 
-/// Says what went wrong, if anything, and with which exit code the process ends.
+/// Reports the error, if there is one, and returns the exit code of the process.
 fn ended(done: Result<(), Failed>) -> ExitCode {
     match done {
         Ok(()) => ExitCode::SUCCESS,
@@ -154,7 +155,8 @@ fn ended(done: Result<(), Failed>) -> ExitCode {
     }
 }
 
-/// llama.cpp's short flags of more than one letter, and its flag that is a command, as clap can have them.
+/// Rewrites llama.cpp's short flags of more than one letter, and its flag that is a command, to arguments
+/// that clap supports.
 fn as_clap_has_it(mut args: Vec<OsString>) -> Vec<OsString> {
     for arg in &mut args {
         match arg.to_str() {
@@ -170,7 +172,7 @@ fn as_clap_has_it(mut args: Vec<OsString>) -> Vec<OsString> {
     args
 }
 
-/// A job's error with its causes, and what to do about it.
+/// Message of a job's error with its causes and a hint.
 fn said(e: &JobError) -> String {
     hinted(with_causes(e), hints::hint(e).as_deref())
 }
@@ -182,27 +184,27 @@ fn hinted(message: String, hint: Option<&str>) -> String {
     }
 }
 
-/// Says what went wrong, in one line.
+/// Prints an error as one line.
 fn say_error(problem: &str) {
     tell(&format!("error: {}", plain(problem)));
 }
 
-/// Why there is no result, or not all of it.
+/// Reason why there is no result, or only a part of it.
 enum Failed {
-    /// Arguments make no sense.
+    /// The arguments are invalid.
     Usage(anyhow::Error),
     /// The work failed.
     Job(JobError),
-    /// The user stopped it, and what was done is kept in this folder.
+    /// The user interrupted the work; the checkpoint is in this folder.
     Interrupted(PathBuf),
-    /// The machine does not give what it takes.
+    /// The machine lacks something that the command needs.
     Machine(anyhow::Error),
-    /// Models are written, but not all that was asked for beside them.
+    /// The models are written, but additional outputs failed.
     Beside(Vec<String>),
 }
 
 impl Failed {
-    /// What is missing beside a model that is written.
+    /// Error of additional outputs that failed, if there are any.
     fn beside(missing: Vec<String>) -> Result<(), Failed> {
         if missing.is_empty() { Ok(()) } else { Err(Failed::Beside(missing)) }
     }
@@ -220,7 +222,7 @@ impl From<JobError> for Failed {
     }
 }
 
-/// Prunes, and says what came of it.
+/// Prunes a model and reports the result.
 fn prune(mut args: Args, devices: &DeviceArgs) -> Result<(), Failed> {
     let stored = stored(&args.input)?;
     if let Some(stored) = &stored {
@@ -256,7 +258,7 @@ fn prune(mut args: Args, devices: &DeviceArgs) -> Result<(), Failed> {
             Ok(())
         });
         progress.finish();
-        // What went wrong with the last one is said last.
+        // The error of the last result is reported last.
         missing.iter().filter(|_| result.is_err()).for_each(|e| say_error(e));
         result?;
         return Failed::beside(missing);
@@ -286,17 +288,17 @@ fn prune(mut args: Args, devices: &DeviceArgs) -> Result<(), Failed> {
     Failed::beside(missing)
 }
 
-/// Makes the devices of other machines some of this one's.
+/// Adds the devices of other machines to those of this one.
 fn join(servers: &[String]) -> Result<(), Failed> {
     servers.iter().try_for_each(|s| ggml::add_server(s)).context("--rpc").map_err(Failed::Machine)
 }
 
-/// Where a model lies that may be one of a local Ollama.
+/// Path of a model, which may be in the store of a local Ollama.
 fn located(input: PathBuf) -> Result<PathBuf, Failed> {
     Ok(stored(&input)?.map_or(input, |stored| stored.model))
 }
 
-/// Measures, and prints the figures.
+/// Evaluates a model and prints the figures.
 fn measure(mut args: EvalArgs) -> Result<(), Failed> {
     args.model = located(args.model)?;
     args.base = args.base.map(located).transpose()?;
@@ -311,7 +313,7 @@ fn measure(mut args: EvalArgs) -> Result<(), Failed> {
     show(&if json { eval_json(&found, job.protocol) + "\n" } else { eval_table(&found, job.protocol) })
 }
 
-/// Checks a pruned file, and prints what was looked at.
+/// Verifies a pruned file and prints the checks.
 fn check(
     model: PathBuf,
     source: Option<PathBuf>,
@@ -333,7 +335,7 @@ fn check(
     }
 }
 
-/// Sets threads and Ctrl-C up; the flag is raised by the first of the latter.
+/// Prepares threads and the handling of Ctrl-C. The first Ctrl-C raises the returned flag.
 fn ready(n_threads: usize) -> anyhow::Result<Arc<AtomicBool>> {
     let stop = stop_on_interrupt().context("cannot watch for Ctrl-C")?;
     let pool = rayon::ThreadPoolBuilder::new().num_threads(n_threads).build_global();
@@ -341,7 +343,7 @@ fn ready(n_threads: usize) -> anyhow::Result<Arc<AtomicBool>> {
     Ok(stop)
 }
 
-/// Prints what was found. That nobody reads it to its end is no failure; that it cannot be written is one.
+/// Prints a result. A reader that closes the pipe early is no error; a failed write is one.
 fn show(text: &str) -> Result<(), Failed> {
     print(text).context("cannot write to standard output").map_err(Failed::Machine)
 }
@@ -354,7 +356,7 @@ fn print(text: &str) -> std::io::Result<()> {
     }
 }
 
-/// A flag that the first Ctrl-C raises; the second ends the process.
+/// Returns a flag that the first Ctrl-C raises; the second ends the process.
 fn stop_on_interrupt() -> Result<Arc<AtomicBool>, ctrlc::Error> {
     let stop = Arc::new(AtomicBool::new(false));
     let flag = Arc::clone(&stop);

@@ -1,4 +1,4 @@
-//! The reference page, docs/cli.md, from the definitions of the arguments.
+//! Generator of the reference page, docs/cli.md, from the definitions of the arguments.
 
 use super::{BESIDE, INTERRUPTED, MISSED};
 use clap::builder::StyledStr;
@@ -21,7 +21,7 @@ pub fn reference(mut root: Command) -> String {
 
 const NOTE: &str = "<!-- Made by `putri-gguf reference > docs/cli.md` from src/cli/args. Do not edit. -->";
 
-/// What clap adds to every command, and to the first one.
+/// Options that clap adds to every command, and to the first one.
 const HELP: [&str; 4] = [
     "#### `-h, --help`",
     "`-h` prints a short help, `--help` prints all that this page says of the command.",
@@ -30,7 +30,7 @@ const HELP: [&str; 4] = [
      Goes with no command.",
 ];
 
-/// The section of one command.
+/// Writes the section of one command.
 fn command(page: &mut Vec<String>, command: &mut Command) {
     let usage = command.render_usage().to_string();
     let usage: Vec<&str> = usage.trim_start_matches("Usage:").lines().map(str::trim).collect();
@@ -60,25 +60,25 @@ fn command(page: &mut Vec<String>, command: &mut Command) {
     }
 }
 
-/// A command's row in the table of commands.
+/// Row of a command in the table of commands.
 fn row(command: &Command) -> String {
     let about = command.get_about().map(ToString::to_string).unwrap_or_default();
     let anchor = command.get_bin_name().unwrap_or_default().replace(' ', "-");
     format!("| [`{}`](#{anchor}) | {} |", command.get_name(), markdown(&about))
 }
 
-/// Whether an argument is shown with its command, not with all commands.
+/// Returns whether an argument is listed with its command, and not with all commands.
 fn is_its_own(arg: &Arg) -> bool {
     let by_clap = ["help", "version"].contains(&arg.get_id().as_str());
     !arg.is_hide_set() && !arg.is_global_set() && !by_clap
 }
 
-/// The heading that an argument stands below.
+/// Heading of an argument.
 fn heading(arg: &Arg) -> &str {
     if arg.is_positional() { "Arguments" } else { arg.get_help_heading().unwrap_or("Options") }
 }
 
-/// The entry of one option or argument.
+/// Writes the entry of one option or argument.
 fn option(page: &mut Vec<String>, arg: &Arg) {
     page.push(format!("#### `{}`", signature(arg)));
     page.extend(paragraphs(arg.get_long_help().or(arg.get_help())));
@@ -109,19 +109,19 @@ fn signature(arg: &Arg) -> String {
     [names, values.join(" ")].join(" ").trim().to_string()
 }
 
-/// The paragraphs of a help text, each of whole sentences.
+/// Paragraphs of a help text, each made of whole sentences.
 fn paragraphs(text: Option<&StyledStr>) -> Vec<String> {
     let text = text.map(ToString::to_string).unwrap_or_default();
     text.split("\n\n").filter(|part| !part.is_empty()).map(sentence).collect()
 }
 
-/// Markdown of a text that may lack its full stop.
+/// Markdown of a text, with a full stop if it lacks one.
 fn sentence(text: &str) -> String {
     let text = text.trim();
     markdown(text) + if text.ends_with('.') { "" } else { "." }
 }
 
-/// Markdown of a text: options are code, and nothing else is markup.
+/// Markdown of a text: options become code, and all other markup is escaped.
 fn markdown(text: &str) -> String {
     let word = |word: &str| {
         let (before, rest) = word.split_at(word.find(|c: char| c != '(').unwrap_or(0));
@@ -135,7 +135,7 @@ fn markdown(text: &str) -> String {
     text.split(' ').map(word).collect::<Vec<_>>().join(" ")
 }
 
-/// The table of exit codes.
+/// Table of exit codes.
 fn exit_codes() -> String {
     let rows = [
         (0, "Done: the model is written and verified (with --no-verify: written)"),

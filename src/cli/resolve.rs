@@ -1,4 +1,4 @@
-//! From what was typed to a job that can run.
+//! Conversion of arguments to a job.
 
 use super::args::{ArchArg, Args, DeviceArgs, EvalArgs, HeadsArg, MethodArg, MoeArg, PplStyle};
 use super::values::{quantise, tensor_types};
@@ -13,12 +13,13 @@ use putri_gguf::text::Encoding;
 use putri_gguf::{EvalJob, Job, KeepState, QualityLimit, RUN_CTX};
 use std::path::{Path, PathBuf};
 
-/// Checks values that only make sense together, and fills in what depends on the machine.
+/// Checks combinations of values, and fills in values that depend on the machine.
 pub fn resolve(args: Args, devices: &DeviceArgs) -> Result<Job> {
     let target = args.target_size.map(Target::Bytes).or_else(|| args.target_params.map(Target::Params));
     let limit = limit(&args)?;
     several(&args, limit)?;
-    // With a target or limit it is found once the model is known; a limit may be met by very little.
+    // With a target or quality limit, the sparsity is found once the model is known. A very small sparsity
+    // may meet a limit.
     let least = if limit.is_some() { 0.01 } else { Settings::default().sparsity };
     let s = args.sparsity.unwrap_or(least);
     ensure!((0.0..1.0).contains(&s), "--sparsity {s} is not a share from 0 to 1 (0.25 removes a quarter)");
@@ -155,10 +156,10 @@ pub fn resolve(args: Args, devices: &DeviceArgs) -> Result<Job> {
     })
 }
 
-/// What a model of a local Ollama is named with.
+/// Prefix of the names of models in a local Ollama.
 const OLLAMA: &str = "ollama:";
 
-/// The model that `input` names, if it is one of a local Ollama.
+/// Finds the model of a local Ollama that `input` names, if it names one.
 pub fn stored(input: &Path) -> Result<Option<Stored>, OllamaError> {
     match input.to_str().and_then(|name| name.strip_prefix(OLLAMA)) {
         Some(name) => ollama::find(&ollama::store()?, name).map(Some),
@@ -181,7 +182,7 @@ fn limit(args: &Args) -> Result<Option<QualityLimit>> {
     })
 }
 
-/// Checks arguments that stand for more than one sparsity.
+/// Checks arguments for more than one sparsity.
 fn several(args: &Args, limit: Option<QualityLimit>) -> Result<()> {
     if let Some(list) = &args.nested {
         let shares = list.iter().all(|s| *s > 0.0 && *s < 1.0);
@@ -199,7 +200,7 @@ fn several(args: &Args, limit: Option<QualityLimit>) -> Result<()> {
     Ok(())
 }
 
-/// Refuses what needs a pruned model where nothing is removed.
+/// Rejects options that need a pruned model if nothing is removed.
 fn goes_with_a_copy(args: &Args) -> Result<()> {
     for (given, flag) in [
         (args.imatrix_out.is_some(), "--imatrix-out"),
@@ -222,16 +223,17 @@ fn goes_with_a_copy(args: &Args) -> Result<()> {
     Ok(())
 }
 
-/// A file of one of the results of `--nested`: the share that goes, in percent, behind the name.
+/// Path of a file of one of the results of `--nested`: the removed share, in percent, is appended to the
+/// name.
 pub fn nested_name(path: &Path, share: f64) -> PathBuf {
     let stem = path.file_stem().unwrap_or_default().to_string_lossy();
     let extension = path.extension().map_or(String::new(), |e| format!(".{}", e.to_string_lossy()));
-    // 0.07 is 7, not 7.000000000000001.
+    // Rounds 0.07 to 7, not 7.000000000000001.
     let percent = (share * 1e6).round() / 1e4;
     path.with_file_name(format!("{stem}-{percent}{extension}"))
 }
 
-/// What `eval` measures.
+/// Converts the arguments of `eval` to a job.
 pub fn resolve_eval(args: EvalArgs) -> Result<EvalJob> {
     ensure!(
         !args.file.is_empty() || args.hellaswag.is_some() || !args.no_speed,
@@ -258,7 +260,7 @@ pub fn resolve_eval(args: EvalArgs) -> Result<EvalJob> {
     })
 }
 
-/// Reads `--device` and `--n-gpu-layers`, once servers are among the devices.
+/// Reads `--device` and `--n-gpu-layers` after servers were added to the devices.
 fn offload(args: &DeviceArgs) -> Result<Offload> {
     let n_layers = args.n_gpu_layers.unwrap_or(usize::MAX);
     if args.device.is_empty() && args.rpc.is_empty() && args.n_gpu_layers.is_none_or(|n| n == 0)

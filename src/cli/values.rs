@@ -1,11 +1,11 @@
-//! Values of options: shares, sizes and counts as clap's `value_parser` takes them, and names of types.
+//! Parsers of option values: shares, sizes and counts for clap's `value_parser`, and names of types.
 
 use anyhow::{Context, Result, bail};
 use putri_gguf::Quantise;
 use putri_gguf::ggml::{FileType, Type};
 use putri_gguf::pipeline::TensorTypes;
 
-/// Reads a share, as in `0.25` or `25%`. Its range is checked where its option is known.
+/// Reads a share, as in `0.25` or `25%`. The caller checks its range.
 pub fn share(text: &str) -> Result<f64, String> {
     let (number, whole) = text.strip_suffix('%').map_or((text, 1.0), |number| (number, 100.0));
     match number.trim().parse::<f64>() {
@@ -14,7 +14,7 @@ pub fn share(text: &str) -> Result<f64, String> {
     }
 }
 
-/// Reads a number of bytes, or of K, M, G or T, in powers of 1024: `8G`, `512M`, `2GiB`, `1000`.
+/// Reads a number of bytes, with K, M, G or T in powers of 1024: `8G`, `512M`, `2GiB`, `1000`.
 pub fn bytes(text: &str) -> Result<u64, String> {
     let upper = text.to_ascii_uppercase();
     let number = upper.strip_suffix('B').unwrap_or(&upper);
@@ -22,7 +22,7 @@ pub fn bytes(text: &str) -> Result<u64, String> {
     scaled(number, 1024.0, &SIZES).ok_or_else(|| "is not a size, as in 8G or 512M".into())
 }
 
-/// Reads a number, or one of K, M, B or T, in powers of 1000: `110M`, `1.2e9`.
+/// Reads a number, with K, M, B or T in powers of 1000: `110M`, `1.2e9`.
 pub fn count(text: &str) -> Result<u64, String> {
     let number = scaled(&text.to_ascii_uppercase(), 1000.0, &COUNTS);
     number.ok_or_else(|| "is not a number of parameters, as in 110M or 1.2e9".into())
@@ -34,7 +34,7 @@ const SIZES: [char; 4] = ['K', 'M', 'G', 'T'];
 /// Units of counts, each 1000 of the one before.
 const COUNTS: [char; 4] = ['K', 'M', 'B', 'T'];
 
-/// A number from 1 on, with one of `units` behind it or none.
+/// Reads a number from 1 on, with or without one of `units` after it.
 fn scaled(text: &str, base: f64, units: &[char]) -> Option<u64> {
     let unit = units.iter().position(|unit| text.ends_with(*unit));
     let number = if unit.is_some() { &text[..text.len() - 1] } else { text };

@@ -7,7 +7,7 @@ mod upload;
 pub(crate) use attention::query_slice;
 
 use super::experts::ExpertRoles;
-use super::{Forward, ForwardError, Net};
+use super::{Forward, ForwardError, MAX_NODES, Net};
 use crate::ggml::{Graph, Resident, RopeParams, TensorId, TensorSpec, Values};
 use crate::model::{
     Activation, BlockShape, BlockWeights, ExpertWeights, Matrix, Norm, QkNorm, SlidingWindow,
@@ -15,10 +15,6 @@ use crate::model::{
 use std::ops::Range;
 use std::sync::Arc;
 use upload::Uploads;
-
-/// Largest number of nodes in a graph of a block.
-/// A block takes about forty, a dozen more per slice of queries, and as many again with gradients.
-pub(super) const MAX_NODES: usize = 1024;
 
 /// Number of queries that attend together, and largest number of such slices per window.
 /// Keys that none of a slice's queries sees are left out. That saves up to half of the work of causal

@@ -3,7 +3,7 @@
 //! There is one graph for the router and one graph per expert, over the tokens that chose it. These tokens
 //! are known only after the first graph has run.
 
-use super::block::MAX_NODES;
+use super::MAX_NODES;
 use super::{Block, Forward, ForwardError, Gathering, Net};
 use crate::ggml::{Graph, TensorId};
 

@@ -6,7 +6,8 @@
 
 mod net;
 
-use super::block::{Half, MAX_NODES, PreNorm, Qkv, linear};
+use super::MAX_NODES;
+use super::block::{Half, PreNorm, Qkv, linear};
 use super::{Block, Forward, ForwardError, Head, Net};
 use crate::ggml::{Graph, TensorId};
 use crate::model::{Activation, BlockVector, Norm, QkNorm};

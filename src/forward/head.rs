@@ -1,6 +1,6 @@
 //! Output head: logits, and values that are computed from them without keeping them.
 
-use super::block::MAX_NODES;
+use super::MAX_NODES;
 use super::{Forward, ForwardError, Net};
 use crate::ggml::{Graph, Resident, TensorId, TensorSpec, Token, Values};
 use crate::model::{Matrix, Model};

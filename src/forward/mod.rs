@@ -26,6 +26,10 @@ use crate::model::{Hparams, Model, Segment};
 use std::ops::Range;
 use std::sync::Arc;
 
+/// Largest number of nodes in a graph of a block.
+/// A block takes about forty, a dozen more per slice of queries, and as many again with gradients.
+const MAX_NODES: usize = 1024;
+
 /// Longest window, in tokens, that gradients go through.
 /// It is attended in one piece, and the attention weights of all its heads are in memory at once.
 pub const MAX_GRADIENT_CTX: usize = 512;

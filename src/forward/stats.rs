@@ -1,6 +1,7 @@
 //! Second moments of activations inside a block: Gram matrices and cross products.
 
-use super::block::{Half, MAX_NODES};
+use super::MAX_NODES;
+use super::block::Half;
 use super::{Block, Forward, ForwardError, Net};
 use crate::ggml::{Computed, Graph, Resident, TensorId};
 use crate::numeric::Moments;

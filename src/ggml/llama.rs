@@ -187,7 +187,7 @@ impl LlamaModel {
     pub fn vocab(&self) -> Vocab<'_> {
         // SAFETY: a live model; the vocabulary lives as long as it.
         let raw = unsafe { sys::llama_model_get_vocab(self.raw.as_ptr()) };
-        Vocab::new(raw, self)
+        Vocab::new(raw)
     }
 }
 

@@ -1,8 +1,8 @@
 //! The tokenizer of a model, by libllama.
 
-use super::llama::LlamaModel;
 use super::{GgmlError, Token};
 use llama_cpp_sys_2 as sys;
+use std::marker::PhantomData;
 
 /// Bytes that a SentencePiece tokenizer gets at once.
 const SPM_PART: usize = 8 << 10;
@@ -11,13 +11,14 @@ const SPM_PART: usize = 8 << 10;
 #[derive(Clone, Copy)]
 pub struct Vocab<'m> {
     raw: *const sys::llama_vocab,
-    _model: &'m LlamaModel,
+    /// The model owns the vocabulary.
+    _model: PhantomData<&'m ()>,
 }
 
 impl<'m> Vocab<'m> {
-    /// The vocabulary `raw` of `model`.
-    pub(super) fn new(raw: *const sys::llama_vocab, model: &'m LlamaModel) -> Vocab<'m> {
-        Vocab { raw, _model: model }
+    /// The vocabulary `raw` of a model that lives for `'m`.
+    pub(super) fn new(raw: *const sys::llama_vocab) -> Vocab<'m> {
+        Vocab { raw, _model: PhantomData }
     }
 
     /// Number of tokens.

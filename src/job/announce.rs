@@ -31,7 +31,8 @@ pub(super) fn announce_all(jobs: &[Job], source: &Model, observer: &mut dyn Obse
     observer.plan(&stages, true);
 }
 
-/// Announces the passes of one result. `later` is the work of the results after it, `None` if their number is not known.
+/// Announces the passes of one result. `later` is the work of the results after it, `None` if their number is
+/// not known.
 pub(super) fn announce(
     job: &Job,
     model: &Model,

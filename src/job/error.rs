@@ -42,6 +42,7 @@ pub enum ImatrixUse {
 /// Error of a job. It leaves no files behind, and the source is unchanged.
 #[derive(Debug, thiserror::Error)]
 #[allow(missing_docs)]
+#[non_exhaustive]
 pub enum JobError {
     #[error("cannot use {}", path.display())]
     Model { path: PathBuf, source: ModelError },

@@ -36,6 +36,7 @@ pub struct EvalJob {
 
 /// Results of an evaluation, for the file and for the base if there is one.
 #[derive(Clone, Copy, Debug)]
+#[non_exhaustive]
 pub struct EvalOutcome {
     /// Bytes of the files.
     pub bytes: (u64, Option<u64>),

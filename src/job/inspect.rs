@@ -11,6 +11,7 @@ use std::path::Path;
 
 /// Description of a model from its header.
 #[derive(Clone, Debug)]
+#[non_exhaustive]
 pub struct Inspection {
     /// `general.architecture`.
     pub arch: &'static str,

@@ -140,6 +140,7 @@ pub const RUN_CTX: usize = 4096;
 
 /// Sizes of a model.
 #[derive(Clone, Debug)]
+#[non_exhaustive]
 pub struct Size {
     /// Bytes of the file.
     pub bytes: u64,
@@ -153,6 +154,7 @@ pub struct Size {
 
 /// Result of a job.
 #[derive(Clone, Debug)]
+#[non_exhaustive]
 pub struct Outcome {
     /// Sizes of the source.
     pub before: Size,
@@ -191,6 +193,7 @@ pub struct Outcome {
 
 /// Memory that llama.cpp takes to run source and result.
 #[derive(Clone, Copy, Debug)]
+#[non_exhaustive]
 pub struct Running {
     /// Number of tokens of context.
     pub n_ctx: usize,
@@ -206,6 +209,7 @@ pub struct Running {
 
 /// Text and its continuations.
 #[derive(Clone, Debug)]
+#[non_exhaustive]
 pub struct Samples {
     /// Beginning of the first held-out window.
     pub prompt: String,
@@ -217,6 +221,7 @@ pub struct Samples {
 
 /// Quality on held-out calibration windows.
 #[derive(Clone, Copy, Debug)]
+#[non_exhaustive]
 pub struct Quality {
     /// Comparison of source and result by the crate's own forward pass.
     pub held_out: HeldOut,

@@ -5,6 +5,7 @@ use super::*;
 
 /// Forecast of a job from shapes.
 #[derive(Clone, Debug)]
+#[non_exhaustive]
 pub struct DryRun {
     /// The source.
     pub before: Size,
@@ -26,7 +27,7 @@ pub struct DryRun {
     pub quantises: bool,
 }
 
-/// Checks `job` as [`run`] does and forecasts it, without running it.
+/// Checks `job` as [`run`](super::run) does and forecasts it, without running it.
 ///
 /// # Errors
 /// [`JobError`].

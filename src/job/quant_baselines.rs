@@ -15,6 +15,7 @@ const MIXES: [&str; 10] =
 
 /// File and its quality on the held-out windows, by libllama.
 #[derive(Clone, Debug)]
+#[non_exhaustive]
 pub struct QuantBaseline {
     /// `pruned`, or the mix of types.
     pub name: String,

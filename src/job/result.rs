@@ -36,49 +36,9 @@ impl Prepared {
     ) -> Result<Outcome, JobError> {
         let (model, source, windows) = (self.model(), &self.source, &self.windows);
         let forecast = forecast(model, &Calibration::from(windows), &job.settings)?;
-        let sparsity = pruned.plan.sparsity(model);
-        // Shorter windows might use other factors of the rotary embedding.
-        let as_before = model.rope_factors(windows.n_ctx)? == model.rope_factors(RECORDED)?;
-        let checked = &windows.held_out()[0][..if as_before { RECORDED.min(windows.n_ctx) } else { 0 }];
-        let provenance = Provenance {
-            source_sha256: self.source_sha256.clone(),
-            sparsity: job.settings.sparsity,
-            sparsity_reached: sparsity,
-            method: job.settings.method.name().into(),
-            calibration: calibration_text(job, windows),
-            seed: job.recipe.seed,
-            stages: pruned.provenance,
-            check_tokens: checked.to_vec(),
-            check_nll: pruned
-                .losses
-                .iter()
-                .take(checked.len().saturating_sub(1))
-                .map(|l| *l as f32)
-                .collect(),
-            check_exact: writes_exactly(model, &pruned.plan),
-        };
-
-        // The file keeps a temporary name until the model is verified.
-        let imatrix = match &job.imatrix_out {
-            None => None,
-            Some(path) => {
-                let squares = pipeline::input_squares(model, &pruned.plan, windows, &job.settings, observer)?;
-                let temp = temporary(path)?;
-                let mut out = BufWriter::new(temp.as_file());
-                let output_arch = pruned.plan.output_arch(model);
-                write_imatrix(
-                    &mut out,
-                    path,
-                    model,
-                    output_arch,
-                    &squares,
-                    windows,
-                    &provenance.calibration,
-                )?;
-                drop(out);
-                Some((path, temp))
-            }
-        };
+        let provenance = self.provenance(job, &pruned)?;
+        // Beside their names until the model is verified.
+        let imatrix = self.imatrix(job, &pruned.plan, &provenance, observer)?;
         observer.stage("write", 1);
         let temp = temporary(&job.output)?;
         let mut out = BufWriter::with_capacity(1 << 20, temp.as_file());
@@ -88,48 +48,19 @@ impl Prepared {
         out.flush().map_err(|source| JobError::Io { path: job.output.clone(), source })?;
         drop(out);
         observer.step(1, "");
-        let mut quality = Quality {
+        let verified =
+            job.verify.then(|| self.verified(job, temp.path(), output_arch, pruned.held_out.ppl, observer));
+        let quality = Quality {
             held_out: pruned.held_out,
-            file_ppl: None,
+            file_ppl: verified.transpose()?,
             fit_tokens: (windows.n_fit * windows.n_ctx, windows.n_self * windows.n_ctx),
             held_out_tokens: windows.n_held_out * windows.n_ctx,
         };
-        if job.verify {
-            // An architecture that the crate only writes cannot be read back.
-            if !output_arch.traits().output_only {
-                matches_record(temp.path(), &job.output, job.settings.n_threads)?;
-            }
-            let held_out = windows.held_out();
-            observer.stage("verify", held_out.len());
-            let written = llama(job, temp.path()).map_err(JobError::does_not_load)?;
-            let told = |done, ppl| {
-                observer.step(done, &format!("perplexity {ppl:.4}"));
-                !observer.interrupted()
-            };
-            let n_threads = job.settings.n_threads;
-            let file = evaluate::evaluate(&written, None, &held_out, Protocol::Hf, n_threads, told)
-                .map_err(|source| JobError::evaluating(&job.output, source))?
-                .ppl;
-            if observer.interrupted() {
-                return Err(JobError::Interrupted);
-            }
-            let own = quality.held_out.ppl;
-            // NaN on either side fails the check.
-            let bound = PARITY.ln() + 1.0 / (quality.held_out_tokens as f64).sqrt();
-            let agrees = (file / own).ln().abs() <= bound;
-            if !agrees {
-                return Err(JobError::Disagrees { file, own });
-            }
-            quality.file_ppl = Some(file);
-        }
-        let samples = if job.samples {
-            Some(self.samples(job, temp.path()).map_err(JobError::does_not_load)?)
-        } else {
-            None
-        };
+        let samples = job.samples.then(|| self.samples(job, temp.path()).map_err(JobError::does_not_load));
+        let samples = samples.transpose()?;
         let running = match self.running(job, &pruned.plan, temp.path()) {
             Err(e) if job.verify => return Err(e),
-            // A file that is not verified need not load.
+            // A file that is not to be loaded need not load.
             found => found.ok(),
         };
         if observer.interrupted() {
@@ -144,47 +75,25 @@ impl Prepared {
             parts => finish_parts(job, temp, parts)?,
         };
         let output = outputs[0].clone();
-        // The result is complete, whatever happens next.
         let mut warnings = pruned.warnings;
         warnings.extend(fallbacks);
         warnings.extend(self.notes.iter().cloned());
         warnings.extend(oddities(windows, &pruned.dense_window_nll));
-        let quant_baselines =
-            match job.compare_quant.then(|| self.quant_baselines(job, &output, bytes, observer)) {
-                None => Vec::new(),
-                Some(Ok(quant_baselines)) => quant_baselines,
-                Some(Err(e)) => {
-                    warnings.push(format!("not compared with quantisation baselines: {}", with_causes(&e)));
-                    Vec::new()
-                }
-            };
-        let shapes = pruned.plan.shapes(model);
-        let before = size_of(source);
+        // The result is there, whatever the comparison does.
+        let compared = job.compare_quant.then(|| self.quant_baselines(job, &output, bytes, observer));
+        let quant_baselines = compared.transpose().unwrap_or_else(|e| {
+            warnings.push(format!("not compared with quantisation baselines: {}", with_causes(&e)));
+            None
+        });
+        let (shapes, before) = (pruned.plan.shapes(model), size_of(source));
         let after = Size {
             bytes,
             params: before.params - removed_params(model, &shapes),
             block_params: model.hparams.blocks_params(&shapes),
             blocks: shapes,
         };
-        if let Some(Target::Bytes(target)) = job.settings.target
-            && bytes > target
-        {
-            warnings.push(format!("the file has {} bytes more than was asked for", bytes - target));
-        }
-        if let (Some(ram), Some(r)) = (job.target_ram, &running)
-            && r.after.total() > ram
-        {
-            warnings.push(format!(
-                "llama.cpp takes {} bytes more to run it than was asked for",
-                r.after.total() - ram
-            ));
-        }
-        let (trained, asked) = (source.hparams.n_ctx_train, run_ctx(job, source));
-        if asked > trained {
-            warnings.push(format!(
-                "it was trained for {trained} tokens of context; {asked} are more than it knows"
-            ));
-        }
+        warnings.extend(self.missed_targets(job, bytes, running.as_ref()));
+        let sparsity = provenance.sparsity_reached;
         let deci_biases = output_arch == Family::Deci && source.blocks.iter().any(|b| b.qkv_bias.is_some());
         warnings.extend(advice(sparsity, &quality, output_arch, deci_biases));
         Ok(Outcome {
@@ -200,11 +109,110 @@ impl Prepared {
             block_losses: pruned.block_losses,
             provenance: Some(provenance),
             samples,
-            quant_baselines,
+            quant_baselines: quant_baselines.unwrap_or_default(),
             forecast: Some(forecast),
             warnings,
             time: start.elapsed(),
         })
+    }
+
+    /// Origin of the pruned model, with what it predicts for the first tokens of a held-out window.
+    fn provenance(&self, job: &Job, pruned: &pipeline::Pruned) -> Result<Provenance, JobError> {
+        let (model, windows) = (self.model(), &self.windows);
+        // Shorter windows might take other factors of the rotation.
+        let as_before = model.rope_factors(windows.n_ctx)? == model.rope_factors(RECORDED)?;
+        let checked = &windows.held_out()[0][..if as_before { RECORDED.min(windows.n_ctx) } else { 0 }];
+        let losses = pruned.losses.iter().take(checked.len().saturating_sub(1));
+        Ok(Provenance {
+            source_sha256: self.source_sha256.clone(),
+            sparsity: job.settings.sparsity,
+            sparsity_reached: pruned.plan.sparsity(model),
+            method: job.settings.method.name().into(),
+            calibration: calibration_text(job, windows),
+            seed: job.recipe.seed,
+            stages: pruned.provenance.clone(),
+            check_tokens: checked.to_vec(),
+            check_nll: losses.map(|l| *l as f32).collect(),
+            check_exact: writes_exactly(model, &pruned.plan),
+        })
+    }
+
+    /// Writes the importance matrix to a temporary file, if the job asks for one. Returns it with its name.
+    fn imatrix<'j>(
+        &self,
+        job: &'j Job,
+        plan: &Plan,
+        provenance: &Provenance,
+        observer: &mut dyn Observer,
+    ) -> Result<Option<(&'j Path, tempfile::NamedTempFile)>, JobError> {
+        let Some(path) = &job.imatrix_out else { return Ok(None) };
+        let (model, windows) = (self.model(), &self.windows);
+        let squares = pipeline::input_squares(model, plan, windows, &job.settings, observer)?;
+        let temp = temporary(path)?;
+        let mut out = BufWriter::new(temp.as_file());
+        let arch = plan.output_arch(model);
+        write_imatrix(&mut out, path, model, arch, &squares, windows, &provenance.calibration)?;
+        drop(out);
+        Ok(Some((path, temp)))
+    }
+
+    /// Checks the written file, which does not have its own name yet.
+    /// The crate's own forward pass must predict what the pruned model did. libllama must load the file and
+    /// agree with `own`, the crate's perplexity on the held-out windows. Returns libllama's perplexity.
+    fn verified(
+        &self,
+        job: &Job,
+        file: &Path,
+        output_arch: Family,
+        own: f64,
+        observer: &mut dyn Observer,
+    ) -> Result<f64, JobError> {
+        let n_threads = job.settings.n_threads;
+        // An architecture that is only written to cannot be read again.
+        if !output_arch.traits().output_only {
+            matches_record(file, &job.output, n_threads)?;
+        }
+        let held_out = self.windows.held_out();
+        observer.stage("verify", held_out.len());
+        let written = llama(job, file).map_err(JobError::does_not_load)?;
+        let told = |done, ppl| {
+            observer.step(done, &format!("perplexity {ppl:.4}"));
+            !observer.interrupted()
+        };
+        let ppl = evaluate::evaluate(&written, None, &held_out, Protocol::Hf, n_threads, told)
+            .map_err(|source| JobError::evaluating(&job.output, source))?
+            .ppl;
+        if observer.interrupted() {
+            return Err(JobError::Interrupted);
+        }
+        // A NaN on either side is no agreement.
+        let n_tokens = self.windows.n_held_out * self.windows.n_ctx;
+        let bound = PARITY.ln() + 1.0 / (n_tokens as f64).sqrt();
+        let agrees = (ppl / own).ln().abs() <= bound;
+        if agrees { Ok(ppl) } else { Err(JobError::Disagrees { file: ppl, own }) }
+    }
+
+    /// Notes of targets that the result of `bytes` does not keep to.
+    fn missed_targets(&self, job: &Job, bytes: u64, running: Option<&Running>) -> Vec<String> {
+        let mut notes = Vec::new();
+        if let Some(Target::Bytes(target)) = job.settings.target
+            && bytes > target
+        {
+            notes.push(format!("the file has {} bytes more than was asked for", bytes - target));
+        }
+        if let (Some(ram), Some(r)) = (job.target_ram, running)
+            && r.after.total() > ram
+        {
+            let more = r.after.total() - ram;
+            notes.push(format!("llama.cpp takes {more} bytes more to run it than was asked for"));
+        }
+        let (trained, asked) = (self.source.hparams.n_ctx_train, run_ctx(job, &self.source));
+        if asked > trained {
+            notes.push(format!(
+                "it was trained for {trained} tokens of context; {asked} are more than it knows"
+            ));
+        }
+        notes
     }
 
     /// Memory that llama.cpp takes to run the source and the file `output`.

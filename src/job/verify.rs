@@ -34,6 +34,7 @@ pub struct VerifyJob {
 
 /// One check.
 #[derive(Clone, Debug)]
+#[non_exhaustive]
 pub struct Check {
     /// Name of the check.
     pub name: &'static str,

@@ -1,6 +1,6 @@
-//! Models of a local Ollama: finds them in its store, writes Modelfiles, and makes models by `ollama create`.
+//! Models of a local Ollama: search in its store, Modelfiles, and models made by `ollama create`.
 //!
-//! Only [`can_create`] and [`create`] run a program or need a server; all else reads files.
+//! Only [`can_create`] and [`create`] run a program or need a server; all other functions read files.
 
 mod modelfile;
 mod store;
@@ -13,10 +13,10 @@ use serde_json::Value as Json;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
-/// Why a model of a store cannot be used, or a model cannot be made in Ollama.
+/// Error of a model in a store, or of making a model in Ollama.
 #[derive(Debug, thiserror::Error)]
 pub enum OllamaError {
-    /// There is no store.
+    /// No store was found.
     #[error("no Ollama store found; set OLLAMA_MODELS to the folder that has manifests and blobs in it")]
     NoStore,
     /// The name is not one that Ollama accepts.
@@ -54,9 +54,9 @@ pub enum OllamaError {
     Layers {
         /// The name as given.
         name: String,
-        /// What it has besides the model.
+        /// Layer besides the model.
         what: &'static str,
-        /// What to do.
+        /// Advice to the user.
         advice: &'static str,
     },
     /// A Modelfile cannot hold something that the model in Ollama needs.
@@ -66,9 +66,9 @@ pub enum OllamaError {
         what.join(", ")
     )]
     Unholdable {
-        /// What it cannot hold, as [`cannot_hold`] names it.
+        /// Parts that it cannot hold, as named by [`cannot_hold`].
         what: Vec<String>,
-        /// What to do.
+        /// Advice to the user.
         advice: &'static str,
     },
     /// `ollama` cannot be run.
@@ -90,7 +90,7 @@ pub enum OllamaError {
     Io {
         /// The file.
         path: PathBuf,
-        /// What the system said.
+        /// Error of the system.
         source: std::io::Error,
     },
     /// A manifest or blob does not hold what it should.
@@ -98,12 +98,12 @@ pub enum OllamaError {
     Damaged {
         /// The file.
         path: PathBuf,
-        /// What is wrong with it.
+        /// Description of the fault.
         problem: String,
     },
 }
 
-/// A model in a store.
+/// Model in a store.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Stored {
     /// The GGUF's path.
@@ -124,12 +124,13 @@ pub struct Stored {
     pub parser: Option<String>,
     /// The lowest version of Ollama that runs the model.
     pub requires: Option<String>,
-    /// What the store has of the model and is not carried over: one sentence each, for the user.
+    /// Notes for the user on parts of the model that are not carried over, one sentence each.
     pub notes: Vec<String>,
 }
 
-/// Refuses, before any work, what [`create`] could not do: a name that Ollama does not accept, values that a Modelfile cannot
-/// hold, no room for a temporary file, a machine without `ollama` or its server. `model` is the path that the GGUF will have.
+/// Checks, before any work, that [`create`] can succeed.
+/// It rejects a name that Ollama does not accept, values that a Modelfile cannot hold, a lack of space for a
+/// temporary file, and a machine without `ollama` or its server. `model` is the path that the GGUF will have.
 ///
 /// # Errors
 /// [`OllamaError::Name`], [`OllamaError::Unholdable`], [`OllamaError::Io`], [`OllamaError::Program`] or
@@ -142,15 +143,16 @@ pub fn can_create(name: &str, model: &Path, source: Option<&Stored>) -> Result<(
     }
     whole_modelfile(model, source)?;
     temporary()?;
-    // Asks the server.
+    // `ollama list` needs the server.
     let out = Command::new("ollama").arg("list").output().map_err(OllamaError::Program)?;
     if out.status.success() { Ok(()) } else { Err(OllamaError::Server(last_words(&out))) }
 }
 
-/// Makes the model called `name` of the GGUF at `model`, by `ollama create` from a Modelfile with what `source` says.
+/// Creates the model called `name` from the GGUF at `model`, by `ollama create` with a Modelfile that
+/// includes the data of `source`.
 ///
 /// # Errors
-/// [`OllamaError`] with what `ollama` said, for example that no server runs.
+/// [`OllamaError`] with the message of `ollama`, for example that no server runs.
 pub fn create(name: &str, model: &Path, source: Option<&Stored>) -> Result<(), OllamaError> {
     let text = whole_modelfile(model, source)?;
     let file = temporary()?;
@@ -164,7 +166,7 @@ pub fn create(name: &str, model: &Path, source: Option<&Stored>) -> Result<(), O
     Err(OllamaError::Create { name: name.into(), said: last_words(&out) })
 }
 
-/// The Modelfile for the GGUF at `model`, named by its absolute path, with nothing left out.
+/// Modelfile for the GGUF at `model`, named by its absolute path, with nothing left out.
 fn whole_modelfile(model: &Path, source: Option<&Stored>) -> Result<String, OllamaError> {
     let absolute =
         std::path::absolute(model).map_err(|source| OllamaError::Io { path: model.into(), source })?;
@@ -181,13 +183,13 @@ fn whole_modelfile(model: &Path, source: Option<&Stored>) -> Result<String, Olla
     Err(OllamaError::Unholdable { what, advice })
 }
 
-/// A file for a Modelfile that `ollama` reads.
+/// Creates a temporary file for a Modelfile that `ollama` reads.
 fn temporary() -> Result<tempfile::NamedTempFile, OllamaError> {
     let made = tempfile::Builder::new().prefix("Modelfile.").tempfile();
     made.map_err(|e| OllamaError::Io { path: std::env::temp_dir(), source: without_path(e) })
 }
 
-/// The last line that a failed program printed.
+/// Last line that a failed program printed.
 fn last_words(out: &Output) -> String {
     let said = String::from_utf8_lossy(&out.stderr);
     let last = said.lines().rev().find(|line| !line.trim().is_empty());

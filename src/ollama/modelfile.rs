@@ -1,28 +1,31 @@
 //! Modelfiles: what the syntax holds, and what it does not.
 //!
-//! Ollama decodes the file as UTF-8, drops a byte order mark at its head, and reads it character by character:
+//! Ollama decodes the file as UTF-8, drops a byte order mark at its head, and reads it character by
+//! character:
 //!
-//! - Between commands it skips spaces, tabs and line breaks (`\n` or `\r`). A `#` starts a comment, up to the line's end.
-//! - A command is a word of ASCII letters in any case (FROM, LICENSE, TEMPLATE, SYSTEM, ADAPTER, RENDERER, PARSER, PARAMETER,
-//!   MESSAGE, REQUIRES), then a space and its value. Between the two, PARAMETER has a name of `[A-Za-z0-9_]+` and MESSAGE
-//!   has a role: `system`, `user` or `assistant`. A parameter that is called like a command is taken for that command, with
-//!   `model` for FROM.
-//! - A line break ends a value that is complete; otherwise it belongs to the value. Spaces and tabs always belong to it. Of all
-//!   other characters, those that Go's `strconv.IsPrint` refuses are dropped silently.
-//! - A value is trimmed of white space, then judged. One that starts with `"""` is complete if it has 6 bytes or more and ends
-//!   with `"""`. Another that starts with `"` is complete if it has 2 bytes or more and ends with `"`. Those quotes are taken
-//!   off. Every other value is complete as it stands. Nothing is unescaped.
+//! - Between commands it skips spaces, tabs and line breaks (`\n` or `\r`). A `#` starts a comment, up to the
+//!   line's end.
+//! - A command is a word of ASCII letters in any case (FROM, LICENSE, TEMPLATE, SYSTEM, ADAPTER, RENDERER,
+//!   PARSER, PARAMETER, MESSAGE, REQUIRES), then a space and its value. Between the two, PARAMETER has a name
+//!   of `[A-Za-z0-9_]+` and MESSAGE has a role: `system`, `user` or `assistant`. A parameter that is called
+//!   like a command is taken for that command, with `model` for FROM.
+//! - A line break ends a value that is complete; otherwise it belongs to the value. Spaces and tabs always
+//!   belong to it. Of all other characters, those that Go's `strconv.IsPrint` refuses are dropped silently.
+//! - A value is trimmed of white space, then judged. One that starts with `"""` is complete if it has 6 bytes
+//!   or more and ends with `"""`. Another that starts with `"` is complete if it has 2 bytes or more and ends
+//!   with `"`. Those quotes are taken off. Every other value is complete as it stands. Nothing is unescaped.
 //!
-//! `"""` therefore holds every text that no line break inside completes, and no other form holds more than that.
+//! `"""` therefore holds every text that no line break inside completes, and no other form holds more than
+//! that.
 
 use super::Stored;
 use serde_json::Value as Json;
 use std::fmt::Write;
 
-/// The model's path, as [`cannot_hold`] names it.
+/// Name of the model's path in [`cannot_hold`].
 pub(super) const PATH: &str = "the path of the model";
 
-/// Names of parameters that Ollama takes for commands.
+/// Names of parameters that Ollama parses as commands.
 const COMMANDS: [&str; 10] = [
     "model", "license", "template", "system", "adapter", "draft", "renderer", "parser", "message", "requires",
 ];
@@ -30,8 +33,9 @@ const COMMANDS: [&str; 10] = [
 /// Roles that a message may have.
 const ROLES: [&str; 3] = ["system", "user", "assistant"];
 
-/// Writes a Modelfile for the GGUF at the path `from`, with what `source` says if the model came from a store. In place of what
-/// [`cannot_hold`] names it has a comment. Without a template Ollama takes that of the GGUF.
+/// Writes a Modelfile for the GGUF at the path `from`, with the data of `source` if the model came from a
+/// store.
+/// A comment replaces each part that [`cannot_hold`] names. Without a template, Ollama uses that of the GGUF.
 pub fn modelfile(from: &str, source: Option<&Stored>) -> String {
     let mut out = String::new();
     for Line { command, value, .. } in lines(from, source) {
@@ -43,18 +47,19 @@ pub fn modelfile(from: &str, source: Option<&Stored>) -> String {
     out
 }
 
-/// Names what a Modelfile cannot hold of the path `from` and of `source`; in one line each, safe to print on a terminal.
+/// Names the parts of the path `from` and of `source` that a Modelfile cannot hold, each in one line that is
+/// safe to print on a terminal.
 pub fn cannot_hold(from: &str, source: Option<&Stored>) -> Vec<String> {
     lines(from, source).into_iter().filter(|line| line.value.is_none()).map(|line| line.what).collect()
 }
 
-/// A command of a Modelfile.
+/// Command of a Modelfile.
 struct Line {
-    /// The command, with the name of a parameter or the role of a message.
+    /// Command, with the name of a parameter or the role of a message.
     command: String,
-    /// The value as written, if the syntax holds it.
+    /// Value as written, if the syntax can hold it.
     value: Option<String>,
-    /// What it is, for the user.
+    /// Description for the user.
     what: String,
 }
 
@@ -73,7 +78,7 @@ fn lines(from: &str, source: Option<&Stored>) -> Vec<Line> {
     all
 }
 
-/// The line of a parameter; none for `null`, which leaves the parameter unset.
+/// Line of a parameter; none for `null`, which leaves the parameter unset.
 fn parameter(name: &str, value: &Json) -> Option<Line> {
     let written = match value {
         Json::Null => return None,
@@ -101,14 +106,14 @@ fn message(role: &str, content: &str) -> Line {
     Line { command: format!("MESSAGE {role}"), value: quoted(content), what }
 }
 
-/// The start of `text`, in quotes and escaped for a terminal.
+/// Beginning of `text`, in quotes and escaped for a terminal.
 fn shown(text: &str) -> String {
     const MOST: usize = 40;
     let start: String = text.chars().take(MOST).collect();
     format!("{start:?}{}", if start.len() < text.len() { "…" } else { "" })
 }
 
-/// Writes `value` as it stands where that reads back the same, else as [`quoted`].
+/// Writes `value` unquoted if it reads back unchanged, else as [`quoted`].
 fn bare_or_quoted(value: &str) -> Option<String> {
     let bare = !value.is_empty()
         && value == value.trim()
@@ -117,9 +122,9 @@ fn bare_or_quoted(value: &str) -> Option<String> {
     quoted(value).map(|quoted| if bare { value.into() } else { quoted })
 }
 
-/// Writes `value` in one quote or three; none if no form of a value reads back as it.
+/// Writes `value` in one quote or three; none if no form reads back unchanged.
 fn quoted(value: &str) -> Option<String> {
-    // A line break ends `"""…` where the text before it, without the white space at its end, ends with three quotes.
+    // A line break ends `"""…` if the text before it, without trailing white space, ends with three quotes.
     let ends_early = value.rsplit(['\n', '\r']).skip(1).any(|line| line.trim_end().ends_with("\"\"\""));
     if ends_early || !value.chars().all(is_kept) {
         return None;
@@ -128,8 +133,8 @@ fn quoted(value: &str) -> Option<String> {
     Some(if three { format!("\"\"\"{value}\"\"\"") } else { format!("\"{value}\"") })
 }
 
-/// `text` without the characters that Ollama drops; where they are white space, as the form feeds and no-break spaces of
-/// licences are, other white space takes their place.
+/// Removes the characters of `text` that Ollama drops. White space, such as the form feeds and no-break
+/// spaces of licences, is replaced by other white space.
 fn kept(text: &str) -> String {
     let kept = |c: char| match c {
         _ if is_kept(c) => Some(c),
@@ -139,14 +144,16 @@ fn kept(text: &str) -> String {
     text.chars().filter_map(kept).collect()
 }
 
-/// Whether Ollama keeps a character of a value: spaces, line breaks, and what Go calls printable.
+/// Returns whether Ollama keeps a character of a value: spaces, line breaks, and printable characters as Go
+/// defines them.
 fn is_kept(c: char) -> bool {
     match c {
         // Quotes and the backslash are printable, but escaped below.
         ' '..='~' | '\t' | '\n' | '\r' => true,
-        // Rust escapes what is not printable by nearly Go's rule: all but letters, marks, numbers, punctuation, symbols and
-        // the ASCII space. At the head of a string it also escapes marks that extend a grapheme, hence the letter before.
-        // The two differ in characters that only one of their versions of Unicode has.
+        // Rust escapes unprintable characters by nearly Go's rule: all but letters, marks, numbers,
+        // punctuation, symbols and the ASCII space. At the head of a string, it also escapes marks that
+        // extend a grapheme, hence the letter before. The two differ in characters that only one of their
+        // versions of Unicode has.
         _ => format!("a{c}").escape_debug().count() == 2,
     }
 }
@@ -158,18 +165,19 @@ mod tests {
     use rand_chacha::ChaCha8Rng;
     use serde_json::json;
 
-    /// What [`tests`] use of characters that Go's `strconv.IsPrint` refuses: control, format, separators, private use, unassigned.
+    /// Characters for [`tests`] that Go's `strconv.IsPrint` refuses: control, format, separators, private
+    /// use, unassigned.
     const DROPPED: &str = "\0\u{7}\u{b}\u{c}\u{1b}\u{7f}\u{81}\u{85}\u{a0}\u{ad}\u{378}\u{600}\u{1680}\u{2003}\u{200b}\
                            \u{200d}\u{2028}\u{2029}\u{202e}\u{2066}\u{3000}\u{e000}\u{feff}\u{e0041}\u{10ffff}";
 
-    /// Takes a word of characters that are `usual`, and the space behind it.
+    /// Splits off a word of characters that are `usual`, and the space after it.
     fn word<'a>(rest: &mut &'a str, usual: impl Fn(char) -> bool) -> Option<&'a str> {
         let (word, after) = rest.split_once([' ', '\t'])?;
         *rest = after;
         word.chars().all(usual).then_some(word)
     }
 
-    /// The text of a value, if it is complete.
+    /// Text of a value, if it is complete.
     fn unquote(text: &str) -> Option<&str> {
         let quotes = match text {
             _ if text.starts_with("\"\"\"") => 3,
@@ -195,7 +203,8 @@ mod tests {
         unquote(so_far.trim()).map(Into::into)
     }
 
-    /// Reads a Modelfile as the module's documentation says: commands with their values; none for what Ollama refuses.
+    /// Parses a Modelfile as the module's documentation describes: commands with their values; none for input
+    /// that Ollama refuses.
     fn read_modelfile(text: &str) -> Option<Vec<(String, String)>> {
         let mut all = Vec::new();
         let mut rest = text.strip_prefix('\u{feff}').unwrap_or(text);
@@ -227,7 +236,7 @@ mod tests {
         }
     }
 
-    /// A model that has `text` wherever it can be, and the commands that say so.
+    /// Model with `text` in every possible place, and the commands for it.
     fn full_of(text: &str) -> (Stored, Vec<(String, String)>) {
         let some = || Some(text.to_string());
         let stored = Stored {

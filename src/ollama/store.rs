@@ -1,23 +1,24 @@
 //! Ollama's store of models.
 //!
-//! A store holds a manifest per model, `manifests/HOST/NAMESPACE/MODEL/TAG`, which lists a config and layers by their digest,
-//! and these as `blobs/sha256-HEX` (`manifest` and `types/model/name.go` of Ollama).
+//! A store holds one manifest per model, `manifests/HOST/NAMESPACE/MODEL/TAG`. The manifest lists a config
+//! and layers by their digests; they are stored as `blobs/sha256-HEX` (`manifest` and `types/model/name.go`
+//! of Ollama).
 
 use super::{OllamaError, Stored};
 use crate::gguf::sha256;
 use serde_json::Value as Json;
 use std::path::{Path, PathBuf};
 
-/// The namespace of models that are named without one.
+/// Namespace of models that are named without one.
 const LIBRARY: &str = "library";
 
-/// The host of models that are named without one.
+/// Host of models that are named without one.
 const REGISTRY: &str = "registry.ollama.ai";
 
-/// What the media types of Ollama's own layers start with.
+/// Prefix of the media types of Ollama's own layers.
 const OLLAMAS: &str = "application/vnd.ollama.image.";
 
-/// The folder with Ollama's models: `OLLAMA_MODELS`, the user's own, or that of the service.
+/// Finds the folder of Ollama's models: `OLLAMA_MODELS`, the user's own, or that of the service.
 ///
 /// # Errors
 /// [`OllamaError::NoStore`].
@@ -30,7 +31,8 @@ pub fn store() -> Result<PathBuf, OllamaError> {
     store_among(home.into_iter().chain(service)).ok_or(OllamaError::NoStore)
 }
 
-/// The first folder that holds a model, else the first that is a store: the user's own may be empty where a service runs.
+/// First folder that holds a model, else the first that is a store. The user's own may be empty if a service
+/// runs.
 fn store_among(candidates: impl IntoIterator<Item = PathBuf>) -> Option<PathBuf> {
     let is_store = |folder: &PathBuf| folder.join("manifests").is_dir();
     let stores: Vec<PathBuf> = candidates.into_iter().filter(is_store).collect();
@@ -38,19 +40,20 @@ fn store_among(candidates: impl IntoIterator<Item = PathBuf>) -> Option<PathBuf>
     with_model.or(stores.first()).cloned()
 }
 
-/// Whether a folder holds a file so many folders below it.
+/// Returns whether a folder holds a file at the depth `depth` below it.
 fn holds_file(folder: &Path, depth: usize) -> bool {
     let mut inside = names_in(folder).map(|name| folder.join(name));
     inside.any(|path| if depth == 0 { path.is_file() } else { holds_file(&path, depth - 1) })
 }
 
-/// Names of a folder's entries; none of a folder that cannot be read. Ollama's own never start with a dot.
+/// Names of a folder's entries; none for an unreadable folder. Ollama's own names never start with a dot.
 fn names_in(folder: &Path) -> impl Iterator<Item = String> {
     let entries = std::fs::read_dir(folder).into_iter().flatten().flatten();
     entries.filter_map(|entry| entry.file_name().into_string().ok()).filter(|name| !name.starts_with('.'))
 }
 
-/// Finds the model called `name` (`[HOST/][NAMESPACE/]MODEL[:TAG]`) in `store`, and checks its weights by their digest.
+/// Finds the model called `name` (`[HOST/][NAMESPACE/]MODEL[:TAG]`) in `store`, and checks its weights by
+/// their digest.
 ///
 /// # Errors
 /// [`OllamaError`] if it is not there, not whole, or not just a GGUF with texts.
@@ -88,7 +91,7 @@ pub fn find(store: &Path, name: &str) -> Result<Stored, OllamaError> {
                     "make a model of its language part alone, and add the projector to the pruned one";
                 return besides("a projector of images", advice);
             }
-            // The latter is the old name.
+            // `prompt` is the old name.
             "template" | "prompt" => found.template = Some(blob.text()?),
             "system" => found.system = Some(blob.text()?),
             "license" => found.licenses.push(license(read(&blob.path)?)),
@@ -128,12 +131,12 @@ pub fn find(store: &Path, name: &str) -> Result<Stored, OllamaError> {
     Ok(found)
 }
 
-/// What the config of a model says beside its layers.
+/// Config of a model, as far as layers do not hold it.
 struct Config {
     renderer: Option<String>,
     parser: Option<String>,
     requires: Option<String>,
-    /// The model runs on another host.
+    /// Whether the model runs on another host.
     remote: bool,
     is_safetensors: bool,
 }
@@ -169,15 +172,15 @@ impl Config {
     }
 }
 
-/// A file of the store that is named by the digest of its bytes.
+/// File of the store, named by the digest of its bytes.
 struct Blob {
     path: PathBuf,
-    /// SHA-256.
+    /// SHA-256 in hex.
     hex: String,
 }
 
 impl Blob {
-    /// The blob with the digest `digest`, which the manifest at `manifest` names.
+    /// Blob with the digest `digest`, which the manifest at `manifest` names.
     fn new(store: &Path, manifest: &Path, digest: &str) -> Result<Blob, OllamaError> {
         let hex = digest
             .strip_prefix("sha256:")
@@ -190,7 +193,7 @@ impl Blob {
         String::from_utf8(read(&self.path)?).map_err(|_| damaged(&self.path, "is no text in UTF-8"))
     }
 
-    /// The path, once the bytes have the digest.
+    /// Verifies the digest of the bytes and returns the path.
     fn checked(self) -> Result<PathBuf, OllamaError> {
         let io = |source| OllamaError::Io { path: self.path.clone(), source };
         let file = std::fs::File::open(&self.path).map_err(io)?;
@@ -211,14 +214,14 @@ fn read(path: &Path) -> Result<Vec<u8>, OllamaError> {
     std::fs::read(path).map_err(|source| OllamaError::Io { path: path.into(), source })
 }
 
-/// The text of a licence: many are older than UTF-8.
+/// Decodes the text of a licence; many are older than UTF-8.
 fn license(bytes: Vec<u8>) -> String {
     String::from_utf8(bytes).unwrap_or_else(|e| {
         encoding_rs::WINDOWS_1252.decode_without_bom_handling(e.as_bytes()).0.into_owned()
     })
 }
 
-/// Parameters from a layer's JSON: a list stands for several of one name.
+/// Parameters from a layer's JSON. A list stands for several parameters of one name.
 fn parameters(text: &str) -> Option<Vec<(String, Json)>> {
     let json: Json = serde_json::from_str(text).ok()?;
     let mut all = Vec::new();
@@ -238,13 +241,13 @@ fn messages(json: &Json) -> Option<Vec<(String, String)>> {
     json.as_array()?.iter().map(message).collect()
 }
 
-/// Whether a message has more than a role and a content.
+/// Returns whether a message has more than a role and a content.
 fn have_more(messages: &Json) -> bool {
     let all = messages.as_array().into_iter().flatten().filter_map(Json::as_object);
     all.flat_map(|m| m.keys()).any(|key| key != "role" && key != "content")
 }
 
-/// The parts of a model's name that are between slashes, and its tag.
+/// Parts of a model's name between slashes, and its tag.
 pub(super) fn parts_of(name: &str) -> Result<(Vec<&str>, &str), OllamaError> {
     let (path, tag) = match name.rsplit_once(':') {
         Some((path, tag)) if !tag.contains('/') => (path, tag),
@@ -258,8 +261,9 @@ pub(super) fn parts_of(name: &str) -> Result<(Vec<&str>, &str), OllamaError> {
     Ok((parts, tag))
 }
 
-/// The manifest of the model called `name`, without regard to case as in Ollama. A name without a host is one of Ollama's
-/// registry if that has it, else one of whatever host has it. Of several an exact match wins.
+/// Finds the manifest of the model called `name`, case-insensitively as in Ollama.
+/// A name without a host means Ollama's registry if that has the model, else any host that has it. An exact
+/// match is preferred.
 fn manifest_of(store: &Path, name: &str) -> Result<PathBuf, OllamaError> {
     let (parts, tag) = parts_of(name)?;
     let wanted = match parts[..] {
@@ -270,7 +274,7 @@ fn manifest_of(store: &Path, name: &str) -> Result<PathBuf, OllamaError> {
     };
     let manifests = store.join("manifests");
     let path_of = |place: &Vec<String>| manifests.join(place.iter().collect::<PathBuf>());
-    // Host, namespace, model and tag of each.
+    // Host, namespace, model and tag of each model.
     let mut found: Vec<Vec<String>> = vec![vec![]];
     for part in wanted {
         let mut deeper = Vec::new();
@@ -322,7 +326,7 @@ mod tests {
         std::fs::create_dir_all(folder("mine/manifests/registry.ollama.ai/library/gone")).unwrap();
         std::fs::create_dir_all(folder("service/manifests")).unwrap();
         assert_eq!(store_among(candidates()), Some(folder("mine")));
-        // Not manifests: these lie elsewhere or are hidden.
+        // These are no manifests: they are elsewhere or hidden.
         std::fs::write(folder("mine/manifests/note"), "").unwrap();
         std::fs::write(folder("mine/manifests/registry.ollama.ai/library/gone/.DS_Store"), "").unwrap();
         for name in ["service", "other"] {

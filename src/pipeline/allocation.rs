@@ -1,10 +1,9 @@
 //! Allocation: numbers of groups and neurons to remove for a sparsity, in steps and layers that the output
 //! architecture supports.
 
-use super::stages::removable_groups;
 use super::{PruneError, Settings, Target, file_size};
 use crate::ggml::Type;
-use crate::model::{BlockShape, FfnUnit, Heads, Model};
+use crate::model::{BlockShape, Family, FfnUnit, Heads, Model};
 use crate::prune::{self, Budget, BudgetError};
 
 /// Checks that the sparsity can be reached with the types of `model`, and that heads can be removed as the
@@ -79,6 +78,14 @@ pub(super) fn groups_to_remove(model: &Model, budgets: &[Budget], s: &Settings) 
     let available: usize = limits.into_iter().zip(budgets).filter(counts).map(|(limit, _)| limit).sum();
     let wanted = wanted.min(available);
     if whole_blocks { wanted - wanted % budgets[0].n_groups.max(1) } else { wanted }
+}
+
+/// Number of groups that each block may lose if blocks may differ.
+pub(super) fn removable_groups(output_arch: Family, budgets: &[Budget]) -> Vec<usize> {
+    // deci reads head_dim only if the first block has heads.
+    let keeps_one = |il: usize| il == 0 || !output_arch.traits().attention_free;
+    let limit = |(il, b): (usize, &Budget)| b.n_groups.saturating_sub(usize::from(keeps_one(il)));
+    budgets.iter().enumerate().map(limit).collect()
 }
 
 /// Number of neurons or experts to remove after the attention gave up `attention_removed` parameters.

@@ -44,6 +44,7 @@ impl From<&Windows> for Calibration {
 
 /// Forecast of a run.
 #[derive(Clone, Debug)]
+#[non_exhaustive]
 pub struct Forecast {
     /// Number of attention groups that are removed.
     pub n_groups: usize,
@@ -67,6 +68,7 @@ pub struct Forecast {
 
 /// Operations and memory of one stage.
 #[derive(Clone, Debug)]
+#[non_exhaustive]
 pub struct StageForecast {
     /// Name under which the stage is announced.
     pub name: &'static str,

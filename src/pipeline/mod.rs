@@ -10,6 +10,7 @@ mod method;
 mod plan;
 mod prediction_loss;
 mod run;
+mod sensitivity;
 mod settings;
 mod size;
 mod stages;

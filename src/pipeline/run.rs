@@ -1,7 +1,7 @@
 //! State that the stages of a run share.
 
-use super::stages::{Sensitivity, Streams};
-use super::stream::planned_stream;
+use super::sensitivity::Sensitivity;
+use super::stream::{Streams, planned_stream};
 use super::{Checkpoint, HeldOut, Observer, Plan, PruneError, Pruned, Settings, allocation, forward};
 use crate::calibrate::Windows;
 use crate::forward::{Forward, ForwardError, Head, LOGIT_ROWS};

@@ -47,3 +47,10 @@ pub(super) fn planned_stream(
     }
     Ok(x)
 }
+
+/// Residual streams `[n_tokens, n_embd]` of all windows in the dense and the pruned model, at the input of
+/// the same block.
+pub(super) struct Streams {
+    pub(super) dense: SpillVec<f32>,
+    pub(super) pruned: SpillVec<f32>,
+}

@@ -4,10 +4,10 @@ use super::table::{megabytes, percent};
 use crate::DryRun;
 use std::fmt::Write;
 
-/// Share of a plain product's rate that the products in graphs reach.
-/// The algebra reaches the same share of half the rate, because it counts as in 64 bits. The other constant
-/// is the share of libllama when it generates the tokens of many windows in parallel. Both are from two
-/// cores.
+/// Shares of a plain product's rate, measured on two cores.
+/// `GRAPHS` is that of products in graphs. `ALGEBRA` is that of the algebra, of half the rate, because it
+/// counts as in 64 bits. `WRITING` is that of libllama when it generates the tokens of many windows in
+/// parallel.
 const GRAPHS: f64 = 0.65;
 const ALGEBRA: f64 = 0.6;
 const WRITING: f64 = 0.14;

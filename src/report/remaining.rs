@@ -256,7 +256,8 @@ mod tests {
         r.stage(secs(5.0), "blocks", 10);
         assert_eq!(left(&r, 5.0), [None, Some(10.0 + 15.0)]);
         assert_eq!(left(&r, 8.0), [None, Some(7.0 + 15.0)]);
-        // Ten times slower than planned: the stage's remainder follows its own pace, the rest the rate of all.
+        // Ten times slower than planned: the stage's remainder follows its own pace, the rest the rate of
+        // all.
         r.step(secs(15.0), 1, false);
         let rate = 12.0 / 15.0;
         assert_eq!(left(&r, 15.0), [Some(90.0), Some(90.0 + 30.0 / rate)]);

@@ -1,22 +1,24 @@
-//! From bytes to characters, as far as they are some.
+//! Decoding of bytes to characters.
 
 use super::encoding::{Kind, Order};
 use super::{TextError, TextFile};
 
-/// Bytes per invalid sequence that pass for damage: a stray byte of a text that was pasted together.
+/// Smallest number of bytes per invalid sequence that passes for damage, such as a stray byte of a text
+/// pasted together.
 const BYTES_PER_STRAY: usize = 4096;
 
-/// Share of NULs, in percent, from which bytes without a mark look like wide units.
+/// Share of NULs, in percent, from which bytes without a mark look like 16-bit or 32-bit units.
 const NUL_PERCENT: usize = 20;
 
-/// Why bytes are no text.
+/// Reason why bytes are not text.
 pub(super) enum Fault {
     Nul { at: usize, looks_like: Option<&'static str> },
     Invalid { at: usize, n_invalid: usize, n_bytes: usize },
 }
 
 impl Fault {
-    /// The error for a fault in bytes that begin at byte `from` of `text`; it counts from the beginning of the file.
+    /// Error for a fault in bytes that begin at byte `from` of `text`; it counts from the beginning of the
+    /// file.
     pub(super) fn at(self, text: &TextFile, from: u64) -> TextError {
         let (path, from) = (text.path.clone(), text.n_mark + from);
         match self {
@@ -32,7 +34,7 @@ impl Fault {
     }
 }
 
-/// Characters of `bytes`, with U+FFFD for each stray invalid sequence.
+/// Decodes `bytes`, with U+FFFD for each stray invalid sequence.
 pub(super) fn decode(kind: Kind, bytes: &[u8]) -> Result<String, Fault> {
     let mut out = Decoded { text: String::with_capacity(bytes.len() + 16), n_invalid: 0, first: 0 };
     if kind.unit() == 1
@@ -57,11 +59,11 @@ pub(super) fn decode(kind: Kind, bytes: &[u8]) -> Result<String, Fault> {
     Ok(out.text)
 }
 
-/// What was decoded so far.
+/// Decoded text so far.
 struct Decoded {
     text: String,
     n_invalid: usize,
-    /// Where the first invalid sequence begins.
+    /// Index of the first byte of the first invalid sequence.
     first: usize,
 }
 
@@ -133,7 +135,7 @@ impl Decoded {
         let mut read = 0;
         loop {
             let rest = &bytes[read..];
-            // An estimate is enough: what does not fit comes with the next call.
+            // An estimate is enough: the next call decodes the rest.
             self.text.reserve(rest.len() + 16);
             let (result, n) = decoder.decode_to_string_without_replacement(rest, &mut self.text, true);
             read += n;
@@ -148,7 +150,8 @@ impl Decoded {
     }
 }
 
-/// The encoding of wide units that has its NULs where `bytes` has them, if most are in one place of the units.
+/// Encoding of 16-bit or 32-bit units that has its NULs where `bytes` has them, if most are at one position
+/// of the units.
 fn wide(bytes: &[u8]) -> Option<&'static str> {
     let mut nuls = [0usize; 4];
     bytes.iter().enumerate().filter(|(_, b)| **b == 0).for_each(|(i, _)| nuls[i % 4] += 1);

@@ -1,14 +1,14 @@
-//! Encodings, and where characters begin in them.
+//! Text encodings, and the search for the beginnings of characters.
 
 use std::fmt;
 
-/// A text encoding, named by the user.
+/// Text encoding named by the user.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub struct Encoding(Kind);
 
 impl Encoding {
-    /// The encoding that a label of the WHATWG Encoding Standard names, such as `windows-1252`, `latin1`, `shift_jis` or
-    /// `gb18030`; also UTF-32, which the standard leaves out.
+    /// Encoding for a label of the WHATWG Encoding Standard, such as `windows-1252`, `latin1`, `shift_jis` or
+    /// `gb18030`; also UTF-32, which the standard omits.
     pub fn for_label(label: &str) -> Option<Encoding> {
         let kind = match label.trim().to_ascii_lowercase().as_str() {
             "utf-32" | "utf32" | "utf-32le" | "utf32le" => Kind::Utf32(Order::Little),
@@ -29,14 +29,14 @@ impl Encoding {
         Some(Encoding(kind))
     }
 
-    /// Its name.
+    /// Name of the encoding.
     pub fn name(self) -> &'static str {
         self.0.name()
     }
 }
 
 impl fmt::Debug for Encoding {
-    /// Its name: a state folder compares settings by this text and shows it.
+    /// Writes the name: a checkpoint folder compares settings by this text and shows it.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(self.name())
     }
@@ -49,7 +49,7 @@ pub(super) enum Order {
     Big,
 }
 
-/// How bytes become characters.
+/// Rule by which bytes become characters.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Kind {
     Utf8,
@@ -65,9 +65,9 @@ impl From<Encoding> for Kind {
 }
 
 impl Kind {
-    /// The encoding that the byte-order mark at the beginning of `head` names, and the bytes of the mark.
+    /// Encoding of the byte-order mark at the beginning of `head`, and the number of bytes of the mark.
     pub(super) fn of_mark(head: &[u8]) -> Option<(Kind, usize)> {
-        // That of UTF-32LE begins as that of UTF-16LE.
+        // The mark of UTF-32LE begins with that of UTF-16LE.
         let marks: [(&[u8], Kind); 5] = [
             (b"\xff\xfe\0\0", Kind::Utf32(Order::Little)),
             (b"\0\0\xfe\xff", Kind::Utf32(Order::Big)),
@@ -90,7 +90,7 @@ impl Kind {
         }
     }
 
-    /// Bytes of the unit that characters are made of.
+    /// Number of bytes of a code unit.
     pub(super) fn unit(self) -> usize {
         match self {
             Kind::Utf8 | Kind::Legacy(_) => 1,
@@ -99,7 +99,7 @@ impl Kind {
         }
     }
 
-    /// Whether bytes anywhere show where the next character begins.
+    /// Returns whether bytes at any position show where the next character begins.
     pub(super) fn shows_starts(self) -> bool {
         match self {
             Kind::Utf8 | Kind::Utf16(_) | Kind::Utf32(_) => true,
@@ -107,14 +107,14 @@ impl Kind {
         }
     }
 
-    /// The first place at `i` or behind it in `bytes`, which begin at byte `at` of a text, where a character begins; the end
-    /// of `bytes` if none does.
+    /// First index from `i` on at which a character begins in `bytes`, which begin at byte `at` of a text;
+    /// the end of `bytes` if there is none.
     pub(super) fn next_start(self, bytes: &[u8], at: u64, i: usize) -> usize {
         let unit = self.unit();
         let aligned = i + (unit - (at as usize % unit + i) % unit) % unit;
         let place = match self {
             Kind::Utf8 => {
-                // More than three continuation bytes in a row are no rest of a character.
+                // A character has at most three continuation bytes.
                 let rest = bytes.iter().skip(i).take(3).take_while(|b| **b & 0xc0 == 0x80);
                 i + rest.count()
             }
@@ -127,9 +127,9 @@ impl Kind {
         place.min(bytes.len())
     }
 
-    /// The place behind the last newline in `bytes`, which begin with a character.
+    /// Index after the last newline in `bytes`, which begin with a character.
     pub(super) fn after_last_newline(self, bytes: &[u8]) -> Option<usize> {
-        // In all legacy encodings the byte of a newline is one, and no part of another character.
+        // In all legacy encodings, a newline is one byte that is part of no other character.
         let unit = self.unit();
         let newline: &[u8] = match self {
             Kind::Utf8 | Kind::Legacy(_) => b"\n",
@@ -163,7 +163,7 @@ mod tests {
         assert_eq!(name("utf-32be"), Some("UTF-32BE"));
         assert_eq!(name("sjis"), Some("Shift_JIS"));
         assert_eq!(name("klingon"), None);
-        // Known to the standard as one that is not to be decoded.
+        // The standard lists it as an encoding that is not decoded.
         assert_eq!(name("iso-2022-kr"), None);
     }
 

@@ -1,6 +1,6 @@
-//! Formats that are mistaken for text files, by their first bytes.
+//! File formats that are mistaken for text, by their first bytes.
 
-/// First bytes and format. Those that are letters only count where binary data follows.
+/// First bytes and name of each format. First bytes that are letters count only before binary data.
 const FORMATS: &[(&[u8], &str)] = &[
     (b"GGUF", "a GGUF model"),
     (b"PK\x03\x04", "a zip archive, as .docx, .odt and .epub are too"),
@@ -34,13 +34,13 @@ const FORMATS: &[(&[u8], &str)] = &[
     (b"\x89HDF\r\n\x1a\n", "an HDF5 file"),
 ];
 
-/// A PDF may hold nothing but letters, and is no text all the same.
+/// First bytes of a PDF, which may hold only letters and still is not text.
 const PDF: &[u8] = b"%PDF-";
 
-/// Where a tar archive names itself, and how.
+/// Offset and bytes of the magic of a tar archive.
 const TAR: (usize, &[u8]) = (257, b"ustar");
 
-/// The format that a file with this beginning has, if it is one of those that are not text.
+/// Format of a file with this beginning, if it is one of the known formats.
 pub(super) fn format(head: &[u8]) -> Option<&'static str> {
     let binary = head.iter().any(|b| is_binary(*b));
     if binary && head.get(TAR.0..).is_some_and(|rest| rest.starts_with(TAR.1)) {
@@ -50,7 +50,8 @@ pub(super) fn format(head: &[u8]) -> Option<&'static str> {
     found.filter(|(magic, _)| binary || *magic == PDF).map(|(_, what)| *what)
 }
 
-/// Whether no text has this byte. Texts have tabs, line and page ends, and the escape of terminals and ISO-2022.
+/// Returns whether text never contains this byte. Texts contain tabs, line and page ends, and the escape of
+/// terminals and ISO-2022.
 fn is_binary(byte: u8) -> bool {
     byte < b' ' && !matches!(byte, b'\t' | b'\n' | b'\r' | 0x0c | 0x1b)
 }

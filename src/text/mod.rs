@@ -1,7 +1,7 @@
 //! Text files in any encoding, read in parts, so that a file of any size takes bounded memory.
 //!
-//! A file is UTF-8, or what its byte-order mark says, or what the user names. What is no text is refused: a
-//! calibration on the bytes of an archive prunes the wrong neurons and nobody notices.
+//! The encoding is UTF-8, or that of the byte-order mark, or one that the user names. Files that are not text
+//! are rejected: calibration on the bytes of an archive would remove the wrong neurons unnoticed.
 
 mod decode;
 mod encoding;
@@ -15,19 +15,19 @@ use std::fs::File;
 use std::io::{Read, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
 
-/// Bytes of the longest piece; also of the longest text that is tokenised as a whole.
+/// Largest number of bytes of a piece, and of a text that is tokenised as a whole.
 pub const PIECE: usize = 2 << 20;
 
-/// Bytes at the beginning of a file that are checked when it is opened.
+/// Number of bytes at the beginning of a file that are checked when it is opened.
 const HEAD: usize = 64 << 10;
 
-/// Longest rest of a character, in bytes, that an excerpt may have to read beyond its end.
+/// Largest number of bytes that an excerpt may read beyond its end to complete a character.
 const REST: usize = 4;
 
-/// Why a file cannot be read as text.
+/// Error of reading a file as text.
 #[derive(Debug, thiserror::Error)]
 pub enum TextError {
-    /// The system refuses.
+    /// The system cannot read the file.
     #[error("cannot read {}", path.display())]
     Io {
         /// The file.
@@ -35,7 +35,7 @@ pub enum TextError {
         /// The system's error.
         source: std::io::Error,
     },
-    /// What can be read once only cannot be copied.
+    /// A pipe, which can be read only once, cannot be copied.
     #[error("cannot copy the text of a pipe to {}", folder.display())]
     Copy {
         /// The folder of temporary files.
@@ -43,19 +43,19 @@ pub enum TextError {
         /// The system's error.
         source: std::io::Error,
     },
-    /// A directory.
+    /// The path is a directory.
     #[error("{}: is a directory; name the text files in it", path.display())]
     Directory {
         /// The directory.
         path: PathBuf,
     },
-    /// There is nothing in it.
+    /// The file is empty.
     #[error("{}: is empty; give a file with text in it", path.display())]
     Empty {
         /// The file.
         path: PathBuf,
     },
-    /// The file begins as those of another format do.
+    /// The file begins like one of another format.
     #[error("{}: is {what}, not text; give its text as a plain file in UTF-8", path.display())]
     Format {
         /// The file.
@@ -63,17 +63,17 @@ pub enum TextError {
         /// The format.
         what: &'static str,
     },
-    /// A NUL character, which no text has.
+    /// The file contains a NUL character.
     #[error("{}: is not text: NUL at byte {at}{}; {}", path.display(), seen(*looks_like), remedy(*looks_like))]
     Nul {
         /// The file.
         path: PathBuf,
-        /// Where, counted from 0.
+        /// Index of the byte, counted from 0.
         at: u64,
         /// The encoding of 16 or 32 bits that has its NULs where this file has them.
         looks_like: Option<&'static str>,
     },
-    /// More of it is not in its encoding than damage explains.
+    /// More bytes are invalid in the encoding than damage explains.
     #[error(
         "{}: is not {encoding}: {n_invalid} invalid sequences in {n_bytes} bytes, the first at byte {at}; save it as UTF-8, or name its encoding, such as windows-1252",
         path.display()
@@ -83,11 +83,11 @@ pub enum TextError {
         path: PathBuf,
         /// The encoding.
         encoding: &'static str,
-        /// Where the first invalid sequence is, counted from 0.
+        /// Index of the first invalid sequence in bytes, counted from 0.
         at: u64,
-        /// Invalid sequences.
+        /// Number of invalid sequences.
         n_invalid: usize,
-        /// Bytes that were looked at.
+        /// Number of checked bytes.
         n_bytes: usize,
     },
 }
@@ -103,23 +103,24 @@ fn remedy(looks_like: Option<&str>) -> &'static str {
     }
 }
 
-/// A text file that was found to be one.
+/// Text file whose beginning was checked.
 #[derive(Debug)]
 pub struct TextFile {
     path: PathBuf,
-    /// The copy of what can be read once only, such as a pipe; a regular file is opened for each read, so that any number
-    /// of files can be given.
+    /// Copy of a source that can be read only once, such as a pipe. A regular file is opened for each read,
+    /// so that any number of files can be given.
     copy: Option<File>,
     kind: Kind,
-    /// Bytes of the byte-order mark.
+    /// Number of bytes of the byte-order mark.
     n_mark: u64,
-    /// Bytes of the text, without the mark.
+    /// Number of bytes of the text, without the mark.
     n_bytes: u64,
 }
 
 impl TextFile {
-    /// Opens `path` and checks its beginning. Without a byte-order mark it is in `encoding`, or else in UTF-8. A pipe is
-    /// copied into a temporary file.
+    /// Opens `path` and checks its beginning.
+    /// Without a byte-order mark, it is in `encoding`, or else in UTF-8. A pipe is copied into a temporary
+    /// file.
     ///
     /// # Errors
     /// [`TextError`] if it cannot be read or is not text.
@@ -152,7 +153,8 @@ impl TextFile {
             n_mark: n_mark as u64,
             n_bytes: status.len().saturating_sub(n_mark as u64),
         };
-        // Before any copy: what is no text may have no end. Files of /proc are regular and claim to have no bytes.
+        // The format is checked before any copy, because binary data may be endless. Files of /proc are
+        // regular and report no bytes.
         let from_pipe = !status.is_file() || status.len() < head.len() as u64;
         let whole = head.len() < HEAD;
         text.decode(&head[n_mark..text.head_end(&head, whole)], 0)?;
@@ -164,19 +166,20 @@ impl TextFile {
         Ok(text)
     }
 
-    /// Its name.
+    /// Path of the file.
     pub fn path(&self) -> &Path {
         &self.path
     }
 
-    /// Bytes of the text as it is stored, without a byte-order mark.
+    /// Number of bytes of the text as stored, without a byte-order mark.
     pub fn n_bytes(&self) -> u64 {
         self.n_bytes
     }
 
-    /// The characters that begin in the `n_bytes` bytes from byte `from` on; adjacent excerpts have no character in common and
-    /// leave none out. Where an encoding does not show where characters begin, the excerpt is of whole lines if more than
-    /// one line begins in it, else of the bytes as they are.
+    /// Characters that begin in the `n_bytes` bytes from byte `from` on.
+    /// Adjacent excerpts have no character in common and omit none. If the encoding does not show where
+    /// characters begin, the excerpt consists of whole lines if more than one line begins in it, else of the
+    /// bytes as they are.
     ///
     /// # Errors
     /// [`TextError`] if the file cannot be read or this part of it is not text.
@@ -205,16 +208,16 @@ impl TextFile {
         self.decode(&bytes[start..end], from + start as u64)
     }
 
-    /// All of it in pieces of at most `most` bytes that end behind a newline where there is one.
+    /// Whole text in pieces of at most `most` bytes that end after a newline if there is one.
     ///
     /// # Panics
-    /// If `most` is less than a character may take, 4.
+    /// If `most` is below 4, the largest number of bytes of a character.
     pub fn pieces(&self, most: usize) -> Pieces<'_> {
         assert!(most >= 4);
         Pieces { text: self, most, at: 0 }
     }
 
-    /// All of it.
+    /// Reads the whole text.
     ///
     /// # Errors
     /// [`TextError`] if it cannot be read or is not text.
@@ -222,7 +225,7 @@ impl TextFile {
         self.pieces(PIECE).collect()
     }
 
-    /// Up to `n` bytes of the text from byte `from` on.
+    /// Reads up to `n` bytes of the text from byte `from` on.
     fn bytes(&self, from: u64, n: usize) -> Result<Vec<u8>, TextError> {
         let n = (n as u64).min(self.n_bytes.saturating_sub(from));
         let read = |mut file: &File| -> std::io::Result<Vec<u8>> {
@@ -238,18 +241,18 @@ impl TextFile {
         found.map_err(|source| TextError::Io { path: self.path.clone(), source })
     }
 
-    /// The text of `bytes`, which begin at byte `at` of the text.
+    /// Decodes `bytes`, which begin at byte `at` of the text.
     fn decode(&self, bytes: &[u8], at: u64) -> Result<String, TextError> {
         decode::decode(self.kind, bytes).map_err(|fault| fault.at(self, at))
     }
 
-    /// Where the characters end that are whole in `head`, which holds the mark.
+    /// Index after the last whole character in `head`, which includes the mark.
     fn head_end(&self, head: &[u8], whole: bool) -> usize {
         let n_mark = self.n_mark as usize;
         if whole || !self.kind.shows_starts() {
             return head.len();
         }
-        // The last character may be cut short; one that begins before it is whole.
+        // The last character may be cut off; one that begins before it is whole.
         let text = &head[n_mark..];
         let mut end = text.len().saturating_sub(REST);
         end = self.kind.next_start(text, 0, end);
@@ -257,7 +260,7 @@ impl TextFile {
     }
 }
 
-/// Pieces of a [`TextFile`], one after another.
+/// Iterator over the pieces of a [`TextFile`].
 pub struct Pieces<'t> {
     text: &'t TextFile,
     most: usize,
@@ -265,7 +268,7 @@ pub struct Pieces<'t> {
 }
 
 impl Pieces<'_> {
-    /// Bytes of the text that the pieces so far are of.
+    /// Number of bytes of the text in the pieces so far.
     pub fn n_bytes(&self) -> u64 {
         self.at
     }
@@ -285,7 +288,7 @@ impl Pieces<'_> {
             }
         };
         let found = text.decode(&bytes[..end], self.at)?;
-        // A file that became shorter ends here.
+        // A file that was truncated meanwhile ends here.
         self.at = if end == 0 { text.n_bytes } else { self.at + end as u64 };
         Ok(found)
     }
@@ -306,9 +309,9 @@ impl Iterator for Pieces<'_> {
     }
 }
 
-/// A temporary file without a name that holds `head` and the rest of `source`, and its length.
+/// Creates an unnamed temporary file with `head` and the rest of `source`, and returns its length.
 fn copied(head: &[u8], source: &mut File) -> Result<(File, u64), TextError> {
-    // What goes wrong is the temporary folder's far more often than the pipe's.
+    // Errors come from the temporary folder far more often than from the pipe.
     let io = |e| TextError::Copy { folder: std::env::temp_dir(), source: without_path(e) };
     let mut copy = tempfile::tempfile().map_err(io)?;
     copy.write_all(head).map_err(io)?;
@@ -316,7 +319,7 @@ fn copied(head: &[u8], source: &mut File) -> Result<(File, u64), TextError> {
     Ok((copy, head.len() as u64 + n_rest))
 }
 
-/// Refuses files of other formats by how they begin.
+/// Rejects files of other formats by their first bytes.
 fn check_format(path: &Path, head: &[u8]) -> Result<(), TextError> {
     match known::format(head) {
         Some(what) => Err(TextError::Format { path: path.into(), what }),

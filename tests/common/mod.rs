@@ -11,7 +11,7 @@ use std::fs::File;
 use std::io::{BufWriter, Write};
 use std::path::{Path, PathBuf};
 
-/// Progress listener that hears nothing and never interrupts.
+/// Observer that ignores progress and never interrupts.
 pub struct Silent;
 
 impl putri_gguf::pipeline::Observer for Silent {
@@ -90,14 +90,14 @@ pub fn libllama_logits(path: &std::path::Path, tokens: &[i32]) -> Vec<f32> {
     (0..tokens.len()).flat_map(|i| ctx.logits(i).to_vec()).collect()
 }
 
-/// Logits of our forward pass for the same window, `[n_tokens, n_vocab]`.
+/// Logits of the crate's own forward pass for the same window, `[n_tokens, n_vocab]`.
 pub fn our_logits(path: &std::path::Path, tokens: &[i32]) -> Vec<f32> {
     let model = putri_gguf::model::Model::open(path).unwrap();
     logits(&model, tokens, 1, |il| model.block(il).unwrap())
 }
 
-/// Logits of our forward pass of `model` with the blocks that `block` gives, on the given compute
-/// resources.
+/// Logits of the crate's own forward pass of `model` with the blocks that `block` returns, on the given
+/// compute resources.
 pub fn logits(
     model: &putri_gguf::model::Model,
     tokens: &[i32],
@@ -111,7 +111,7 @@ pub fn logits(
     logits
 }
 
-/// Residual stream behind the last of these blocks, and the forward pass that made it.
+/// Residual stream after the last of these blocks, and the forward pass that computed it.
 pub fn last_stream(
     model: &putri_gguf::model::Model,
     tokens: &[i32],

@@ -220,7 +220,7 @@ impl Rng {
 }
 
 impl TestModel {
-    /// Traits of its family; libllama judges whether they are right.
+    /// Traits of its family; libllama checks whether they are right.
     fn traits(&self) -> &'static Traits {
         Family::from_name(self.arch).unwrap_or(Family::Llama).traits()
     }

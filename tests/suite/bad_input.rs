@@ -128,7 +128,7 @@ fn gemma3_that_cannot_be() {
         TestModel { extra, ..gemma.clone() }.write(&cli.path(IN));
         prune(&cli, &[], 1, &[IN, part]);
     }
-    // Its graph has no frequency factors, so its loader refuses them.
+    // The graph of this architecture has no frequency factors, so its loader refuses them.
     let cli = Cli::new();
     TestModel { rope_freqs: true, ..gemma }.write(&cli.path(IN));
     prune(&cli, &[], 1, &["rope_freqs.weight", "not known in architecture gemma3"]);
@@ -137,7 +137,7 @@ fn gemma3_that_cannot_be() {
 #[test]
 fn tensors_that_do_not_fit() {
     let cli = Cli::new();
-    // The metadata promises wider blocks than there are.
+    // The metadata claims wider blocks than there are.
     TestModel { extra: vec![("feed_forward_length", Value::U32(128))], ..TestModel::default() }
         .write(&cli.path(IN));
     prune(&cli, &[], 1, &["blk.0.ffn_gate.weight", "[64, 96]", "[64, 128]"]);
@@ -284,7 +284,8 @@ fn what_is_no_model_is_named() {
 
 #[test]
 fn alignments_that_llama_cpp_stops_on() {
-    // Headers of four lengths, each 8 bytes longer than the one before: behind three of them, no tensor starts at a multiple of 32.
+    // Headers of four lengths, each 8 bytes longer than the one before. After three of them, no tensor starts
+    // at a multiple of 32.
     let cli = Cli::new();
     let refused = (0..4).filter(|i| {
         let word = "w".repeat(8 * i + 1);
@@ -292,7 +293,7 @@ fn alignments_that_llama_cpp_stops_on() {
         TestModel { extra, ..TestModel::default() }.write(&cli.path(IN));
         let mut bytes = std::fs::read(cli.path(IN)).unwrap();
         let key = b"general.alignment";
-        // Behind the key stands the number of its type, in 32 bits.
+        // The number of the value's type follows the key, in 32 bits.
         let at = bytes.windows(key.len()).position(|part| part == key).unwrap() + key.len() + 4;
         bytes[at..at + 4].copy_from_slice(&8u32.to_le_bytes());
         std::fs::write(cli.path(IN), bytes).unwrap();
@@ -330,8 +331,8 @@ fn nowhere_to_write() {
 
 #[test]
 fn no_space() {
-    // A limit on file sizes stands for a full disk: the write of the output fails half-way. The shell
-    // ignores the signal that goes with it, and what it starts inherits that.
+    // A limit on file sizes simulates a full disk: the write of the output fails half-way. The shell ignores
+    // the signal for it, and its child processes inherit that.
     let cli = with_model();
     let out = std::process::Command::new("sh")
         .current_dir(cli.dir.path())

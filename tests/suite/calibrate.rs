@@ -54,14 +54,14 @@ fn chats_follow_the_models_template() {
     let (before, after) = prompt.split_once("hello").unwrap();
     let chats: Vec<&String> = texts.iter().filter(|t| t.starts_with(before)).collect();
     assert_eq!(chats.len(), 3, "{texts:?}");
-    // The message ends, the reply begins, and what is given is given once.
+    // The message ends, the reply begins, and the prefix is given once.
     let replied: Vec<_> = chats.iter().filter(|t| t.contains(after)).collect();
     assert!(!replied.is_empty(), "{chats:?}");
     for text in replied {
         let message = &text[before.len()..text.find(after).unwrap()];
         assert!(!message.trim().is_empty() && !message.contains("<|im_end|>"), "{message}");
     }
-    // A model without a template cannot.
+    // A model without a template has no conversations.
     let dir = tempfile::tempdir().unwrap();
     TestModel::default().write(&dir.path().join("m.gguf"));
     let plain = LlamaModel::load(&dir.path().join("m.gguf")).unwrap();
@@ -150,7 +150,7 @@ fn reading_a_text_can_be_stopped_and_is_told() {
     let dir = tempfile::tempdir().unwrap();
     let (path, text) = (dir.path().join("m.gguf"), dir.path().join("t.txt"));
     TestModel::default().write(&path);
-    // Of more than is tokenised as a whole.
+    // The text is longer than one that is tokenised as a whole.
     std::fs::write(&text, (TEXT.to_owned() + "\n").repeat(4000)).unwrap();
     let model = LlamaModel::load(&path).unwrap();
     let r = Recipe { files: vec![text], ..recipe(32, 8, 0.5) };
@@ -162,7 +162,7 @@ fn reading_a_text_can_be_stopped_and_is_told() {
         true
     })
     .unwrap();
-    // Four windows to fit on and one held out, of each.
+    // Each source has four windows to fit to and one held out.
     for origin in [Origin::Files, Origin::Model] {
         let last = told.iter().rfind(|(o, _, _)| *o == origin);
         assert_eq!(last, Some(&(origin, 5 * 32, 5 * 32)));
@@ -187,7 +187,7 @@ fn own_text_begins_with_the_token_that_is_given() {
 fn samples_are_of_every_kind_and_those_beside_them_of_other_windows() {
     for n_ctx in [4, 16] {
         for n_fit in [1usize, 2, 3, 8, 12, 32, 48] {
-            // Every token is the number of its window; even ones are of one kind, odd ones of the other.
+            // Every token is the number of its window; even numbers are of one kind, odd ones of the other.
             let tokens = (0..n_fit * n_ctx).map(|i| (i / n_ctx) as Token).collect();
             let windows = Windows { n_ctx, tokens, n_fit, n_held_out: 0, n_self: 0 };
             for n_taken in [1, n_fit.div_ceil(4), n_fit.div_ceil(2)] {
@@ -200,7 +200,7 @@ fn samples_are_of_every_kind_and_those_beside_them_of_other_windows() {
                 let free = if n_fit > n_taken { n_fit - n_taken } else { n_fit };
                 assert_eq!(numbers.len(), 8.min(free));
                 assert!(n_fit == n_taken || !numbers.iter().any(|i| taken.contains(i)), "{n_fit} {n_taken}");
-                // Half of all may be all of a kind.
+                // Half of all windows may be all windows of one kind.
                 if n_fit >= 32 && n_taken <= n_fit / 4 {
                     assert!(every_kind(&numbers), "{numbers:?}");
                 }

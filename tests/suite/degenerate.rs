@@ -1,7 +1,7 @@
 //! Degenerate numbers: activations without variance, too few tokens, weights out of range.
 //!
-//! The result is finite and behaves in llama.cpp as our forward pass predicts, or there is no result and
-//! one line gives the reason.
+//! The result is finite, and llama.cpp agrees with the prediction of the crate's own forward pass, or there
+//! is no result and one line gives the reason.
 
 use crate::common::cli::Cli;
 use crate::common::test_model::TestModel;
@@ -9,7 +9,7 @@ use putri_gguf::ggml::{Type, silence_logs};
 use putri_gguf::gguf::{GgufFile, OutTensor, write_gguf};
 use std::borrow::Cow;
 
-/// Writes `small` with values that `change` has changed, in place, by tensor.
+/// Writes `small` with the values of its tensors changed in place by `change`.
 fn write(cli: &Cli, small: &TestModel, change: impl Fn(&str, &[usize], &mut Vec<f32>)) {
     let tensors = small.tensors().into_iter().map(|(name, ty, ne, mut values)| {
         change(&name, &ne, &mut values);
@@ -21,7 +21,7 @@ fn write(cli: &Cli, small: &TestModel, change: impl Fn(&str, &[usize], &mut Vec<
     write_gguf(&mut std::fs::File::create(&path).unwrap(), &path, &small.metadata(), &tensors).unwrap();
 }
 
-/// Prunes; what comes out is verified by the command itself, and holds finite numbers.
+/// Prunes the model; the command itself verifies the result, which must hold finite numbers.
 fn prunes(cli: &Cli, name: &str, args: &[&str]) -> String {
     let common = ["in.gguf", "out.gguf", "--force", "--sparsity", "0.4", "-t", "1", "-q"];
     let said = cli.ok(&[&common[..], args].concat());
@@ -42,7 +42,7 @@ fn neurons_that_never_fire() {
     silence_logs();
     let cli = Cli::new();
     let small = TestModel { blocks: vec![(4, 2, 256); 3], ..TestModel::default() };
-    // Some neurons, all of a block, and all of all blocks.
+    // The affected neurons are some of a block, all of a block, and all of all blocks.
     let dead = |share: usize, block: &'static str| {
         move |name: &str, ne: &[usize], values: &mut Vec<f32>| {
             if name.contains("ffn_gate") && name.contains(block) {
@@ -79,7 +79,7 @@ fn activations_that_do_not_vary() {
     silence_logs();
     let cli = Cli::new();
     let small = TestModel { blocks: vec![(4, 2, 256); 3], tied: false, ..TestModel::default() };
-    // All tokens are the same to the model; the stream is the same everywhere.
+    // All tokens have the same embedding, so that the residual stream is the same everywhere.
     write(&cli, &small, |name, ne, values| {
         if name.contains("token_embd") {
             let first = values[..ne[0]].to_vec();
@@ -87,12 +87,12 @@ fn activations_that_do_not_vary() {
         }
     });
     prunes(&cli, "one embedding", &SHORT);
-    // A text of one letter.
+    // The text consists of one letter.
     small.write(&cli.path("in.gguf"));
     std::fs::write(cli.path("a.txt"), "a".repeat(4000)).unwrap();
     let text = ["-f", "a.txt", "--self-share", "0"];
     prunes(&cli, "one token", &[&SHORT[..], &text].concat());
-    // A stream of zeros.
+    // The residual stream is 0.
     write(&cli, &small, |name, _, values| {
         if name.contains("token_embd") {
             values.fill(0.0);
@@ -122,7 +122,7 @@ fn weights_at_the_ends_of_their_range() {
     silence_logs();
     let cli = Cli::new();
     let small = TestModel { ty: Type::F16, blocks: vec![(4, 2, 256); 3], ..TestModel::default() };
-    // Scales that half precision just holds, and others that it does not tell from nothing.
+    // Half precision just holds some of these scales, and rounds others to 0.
     for (name, factor) in [("large", 2e3f32), ("tiny", 1e-7)] {
         write(&cli, &small, |tensor, _, values| {
             if tensor.contains("ffn_down") {
@@ -131,7 +131,8 @@ fn weights_at_the_ends_of_their_range() {
         });
         prunes(&cli, name, &SHORT);
     }
-    // One neuron so loud that its map cannot be written in half precision once it makes up for others.
+    // One neuron has such large activations that its map is not representable in half precision once it
+    // compensates for others.
     write(&cli, &small, |tensor, ne, values| {
         if tensor.contains("ffn_down") {
             values.chunks_exact_mut(ne[0]).for_each(|row| row[0] = 6e4);

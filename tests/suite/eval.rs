@@ -1,4 +1,4 @@
-//! Results of `eval`, compared with sums over the logits of our own forward pass.
+//! Results of `eval`, compared with sums over the logits of the crate's own forward pass.
 
 use crate::common::cli::Cli;
 use crate::common::test_model::TestModel;
@@ -40,7 +40,7 @@ fn both_protocols_score_the_tokens_that_they_should() {
     let bos = vocab.bos().unwrap();
     assert!(vocab.add_bos());
     for style in ["llama", "hf"] {
-        // llama-perplexity: BOS in front of the text, and over the first token of every window.
+        // llama-perplexity puts BOS before the text, and in place of the first token of every window.
         let (mut tokens, first) = match style {
             "llama" => ([&[bos], &text[..]].concat(), N_CTX / 2),
             _ => (vocab.tokenize(&format!("{TEXT}\n"), false).unwrap(), 0),
@@ -83,7 +83,7 @@ fn both_protocols_score_the_tokens_that_they_should() {
         close(&kl["median"], divergences[((n - 1.0) / 2.0).round() as usize]);
         close(&kl["max"], *divergences.last().unwrap());
         let top1 = kl["top1"].as_f64().unwrap();
-        // A near tie may go either way.
+        // In a near tie, either ending may win.
         assert!((top1 - same as f64 / n).abs() < 2.5 / n, "{style}: {top1} for {}", same as f64 / n);
     }
 }
@@ -124,7 +124,7 @@ fn tasks_are_won_by_the_likeliest_ending_per_token() {
         };
         let scores: Vec<f64> = texts.iter().map(score).collect();
         let best = (0..4).max_by(|&a, &b| scores[a].total_cmp(&scores[b])).unwrap();
-        // Every other one is marked wrong.
+        // Every other task is marked wrong.
         let marked = if i % 2 == 0 { best } else { (best + 1) % 4 };
         right += usize::from(marked == best);
         file += &format!("{context}\n{marked}\n{}\n", endings.join("\n"));
@@ -174,7 +174,7 @@ fn a_model_of_few_positions_is_measured_within_them() {
     let text = cli.ok(&["eval", "g.gguf", "-t", "1", "-q"]);
     assert!(text.contains("tokens/s"), "{text}");
     cli.fails(&["eval", "g.gguf", "-f", "t.txt", "-c", "256", "-q", "-t", "1"], 1, &["128 positions", "256"]);
-    // A text that source and result continue, for the report.
+    // Source and result continue a text for the report.
     let args = "g.gguf o.gguf --sparsity 0.2 -c 128 --chunks 4 -t 1 -q --report r.html";
     cli.ok(&args.split(' ').collect::<Vec<_>>());
 }

@@ -18,15 +18,16 @@ fn feed_forward([gate, up, down]: [&Matrix; 3], x: &[f64]) -> Vec<f64> {
     product(down, &neurons([gate, up], x))
 }
 
-/// What experts see of a token's stream.
+/// Input of the experts for a token's residual stream.
 fn normed(mid: &[f32], norm: &[f32], eps: f32) -> Vec<f64> {
     let mean = mid.iter().map(|v| f64::from(v * v)).sum::<f64>() / mid.len() as f64;
     let rms = (mean + f64::from(eps)).sqrt();
     mid.iter().zip(norm).map(|(v, w)| f64::from(v * w) / rms).collect()
 }
 
-/// The tokens that choose each expert are those that go through it, and the Gram matrix at its ffn_down is the sum of
-/// the squares of its neurons over them, each with its factor.
+/// Checks that the tokens that choose each expert are those that go through it.
+/// Also checks that the Gram matrix at its `ffn_down` is the sum of the squares of its neurons over these
+/// tokens, each with its factor.
 fn moments_are_those_of_its_tokens(
     forward: &mut Forward,
     block: &Block,

@@ -1,4 +1,4 @@
-//! Our forward pass, compared with libllama's on the same file.
+//! The crate's own forward pass, compared with libllama's on the same file.
 
 use crate::common::test_model::TestModel;
 use crate::common::{TEXT, compare_logits, last_stream, libllama_logits, our_logits, smollm2};
@@ -13,7 +13,7 @@ fn check_small(name: &str, small: &TestModel) {
 
 fn check_window(name: &str, small: &TestModel, n_tokens: i32) {
     let (max, kl) = compare_window(name, small, n_tokens);
-    // libllama keeps K and V in halves; with that the logits (of size about 5) differ in the third digit.
+    // libllama keeps K and V in 16 bits; this changes the third digit of the logits (of size about 5).
     assert!(max < 0.06 && kl < 2e-5, "{name}: largest difference {max}, KL divergence {kl}");
 }
 
@@ -73,7 +73,7 @@ fn gemma3_agrees_with_libllama() {
         ..gemma.clone()
     };
     check_small("gemma3", &gemma);
-    // Longer than a slice of queries, with keys that no query of the last slice sees.
+    // The window is longer than a slice of queries, and has keys that no query of the last slice sees.
     check_window("long", &gemma, 700);
     check_small("untied", &TestModel { tied: false, ..gemma.clone() });
     check_small("no window, no cap", &TestModel { extra: Vec::new(), ..gemma.clone() });
@@ -104,7 +104,7 @@ fn families_of_one_row_agree_with_libllama() {
     for (name, small) in TestModel::variants() {
         check_small(name, &small);
     }
-    // What only models of a certain depth have: a scale by width, and a window.
+    // These features exist only in models of a certain depth: a scale by width, and a window.
     check_small(
         "gemma2 27B",
         &TestModel { arch: "gemma2", blocks: vec![(4, 2, 32); 46], n_embd: 32, ..TestModel::default() },
@@ -152,14 +152,14 @@ fn smollm2_agrees_with_libllama() {
     let ours = our_logits(&path, &tokens);
     let (max, kl) = compare_logits(&theirs, &ours, vocab.vocab().n_tokens());
     println!("SmolLM2: largest difference {max:.3}, KL divergence {kl:.2e}");
-    // The file is Q4_1: libllama rounds activations to eight bits for it, we do not.
+    // The file is Q4_1: libllama rounds activations to eight bits for it; the crate does not.
     assert!(max < 2.0 && kl < 5e-3, "largest difference {max}, KL divergence {kl}");
 }
 
 #[test]
 fn smollm2_with_f32_weights_agrees_with_libllama_closely() {
-    // The same weights without quantisation: now libllama rounds no activations either, and what is
-    // left are its halves in the KV cache and the order of sums.
+    // With the same weights in floating point, libllama does not round activations. The remaining differences
+    // are its 16-bit KV cache and the order of sums.
     silence_logs();
     let source = GgufFile::open(&smollm2()).unwrap();
     let dir = tempfile::tempdir().unwrap();
@@ -192,7 +192,7 @@ fn tokens_are_drawn_as_often_as_libllama_says() {
         for (token, logit) in logits.iter().enumerate() {
             let expected = f64::from(*logit).exp() / sum * DRAWS as f64;
             let found = drawn.iter().filter(|t| **t as usize == token).count() as f64;
-            // Theirs have K and V in halves.
+            // libllama's logits come from K and V in 16 bits.
             assert!((found - expected).abs() < 1.5 + 0.02 * expected, "{token}: {found} {expected}");
         }
     }

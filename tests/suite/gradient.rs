@@ -9,15 +9,15 @@ use std::sync::Arc;
 const N_CTX: usize = 40;
 const N_WINDOWS: usize = 3;
 
-/// A small model, the reference that it is compared with, and some windows.
+/// Small model, the reference that it is compared with, and some windows.
 struct Setting {
     forward: Forward,
     model: Model,
     blocks: Vec<BlockWeights>,
     tokens: Vec<Token>,
-    /// The reference's last stream.
+    /// Final residual stream of the reference.
     dense: Vec<f32>,
-    /// The tokens that losses are among, if not all.
+    /// Tokens that losses cover, if not all.
     among: Option<Vec<u32>>,
 }
 
@@ -32,7 +32,7 @@ impl Setting {
         let blocks: Vec<_> = (0..model.hparams.n_layer()).map(|il| model.block(il).unwrap()).collect();
         let mut s = Setting { forward, model, blocks, tokens, dense: Vec::new(), among: None };
         s.dense = s.streams().pop().unwrap();
-        // Away from the reference, where there is something to derive.
+        // At the reference itself, the gradient would be 0.
         let mut rng = Rng(5);
         for w in &mut s.blocks {
             for matrix in [&mut w.ffn_down, &mut w.attn_output] {
@@ -42,7 +42,7 @@ impl Setting {
         s
     }
 
-    /// The stream before each block and after the last.
+    /// Residual stream before each block and after the last.
     fn streams(&mut self) -> Vec<Vec<f32>> {
         let mut streams = vec![self.forward.embed(&self.model, &self.tokens).unwrap()];
         for w in &self.blocks {
@@ -131,10 +131,10 @@ fn check_setting(name: &str, mut s: Setting) {
             let mut slope = |h: f64| (loss_at(h) - loss_at(-h)) / (2.0 * h);
             let (measured, wider) = (slope(h), slope(2.0 * h));
             s.blocks[il].set_vector(v, at);
-            // A random direction sees this much of the gradient.
+            // Typical derivative along a random direction.
             let typical = norm(found) * norm(&direction) / (found.len() as f64).sqrt();
             println!("{name}, block {il}, {v:?}: {measured:.5} measured, {derived:.5} derived");
-            // What two steps disagree by is rounding, or the loss that bends.
+            // The difference between two step sizes is rounding or curvature of the loss.
             let off = (measured - derived).abs() - (measured - wider).abs();
             assert!(
                 typical > 0.0 && off < 0.02 * typical.max(derived.abs()),
@@ -144,8 +144,8 @@ fn check_setting(name: &str, mut s: Setting) {
     }
 }
 
-/// What groups are worth, against blocks that leave them out. Their feed-forwards say nothing, so that what comes back
-/// to attention is what is behind the block.
+/// Checks the worth of groups against blocks without them.
+/// The FFNs are set to 0, so that only the gradient after the block reaches attention.
 fn check_groups(name: &str, small: &TestModel) {
     let mut s = Setting::new(small);
     let n_embd = small.n_embd;
@@ -238,7 +238,8 @@ fn gemma3_blocks() {
     check("gemma3", &TestModel::gemma3());
 }
 
-/// KL(p(x) ‖ p(x + h d)) = ½ h² dᵀ F d for a small step h, with F what samples of the curvature are made of.
+/// Checks that KL(p(x) ‖ p(x + h d)) = ½ h² dᵀ F d for a small step h, with F estimated from curvature
+/// samples.
 #[test]
 fn curvature_samples_are_the_curvature_of_the_divergence() {
     const SAMPLES: usize = 6000;

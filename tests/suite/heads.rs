@@ -11,7 +11,7 @@ use putri_gguf::prune::GroupId;
 const N_CTX: usize = 64;
 const N_REMOVE: usize = 6;
 
-/// A model, the windows that groups are judged on, and what it says about them whole.
+/// Model, the windows on which groups are evaluated, and the predictions of the whole model.
 struct Trial<'a> {
     model: &'a Model,
     windows: Vec<&'a [Token]>,
@@ -39,7 +39,7 @@ impl Trial<'_> {
         self.windows.iter().zip(&self.dense).map(of_window).sum::<f64>() / self.windows.len() as f64
     }
 
-    /// The best one more, each time, of all that may go.
+    /// Exhaustive search: removes the best of all removable groups, one at a time.
     fn greedy(&self, all: &[GroupId]) -> Vec<GroupId> {
         let mut removed: Vec<GroupId> = Vec::new();
         for _ in 0..N_REMOVE {
@@ -102,7 +102,8 @@ fn those_go_that_the_predictions_mind_least() {
     }
 }
 
-/// Feed-forwards of half the attention's size, of which half has to stay: they cannot give a quarter of the blocks.
+/// FFNs have half the attention's size, and half of them must be kept: they cannot give up a quarter of the
+/// blocks.
 #[test]
 fn heads_go_where_feed_forwards_cannot_give_enough() {
     let cli = crate::common::cli::Cli::new();

@@ -50,7 +50,7 @@ fn squares_are_those_of_the_inputs() {
         let w = model.block(il).unwrap();
         let block = forward.upload(&w).unwrap();
         close(&got.qkv, &normed_squares(&x, w.attn_norm.as_deref().unwrap_or_default(), eps));
-        // The diagonals of the Gram matrices that pruning collects.
+        // These are the diagonals of the Gram matrices that pruning collects.
         let scales = vec![1.0; n_ctx * n_fit];
         let [mut at_heads, mut at_neurons] =
             [w.attn_output.n_in, w.ffn_down.n_in].map(|n| forward.gathering(&block, n, 0).unwrap());

@@ -69,11 +69,12 @@ fn the_sparsity_that_it_calls_reachable_is_and_more_is_not() {
     }
 }
 
-/// Heads that go in whole blocks' worth must not leave a gap below what more of them reach.
+/// Checks that heads removed at the same number per layer leave no gap below the sparsities that more of them
+/// reach.
 #[test]
 fn every_sparsity_up_to_the_largest_can_be_had() {
     let cli = Cli::new();
-    // A step of 32 in 64 neurons: feed-forwards give at most half, and heads the rest.
+    // With a step of 32 in 64 neurons, FFNs give up at most half, and heads the rest.
     let narrow = |n_kv| TestModel { blocks: vec![(8, n_kv, 64); 4], ..TestModel::default() };
     let mixtures = TestModel::mixtures().into_iter().map(|(_, small)| small);
     for small in [narrow(2), narrow(4), narrow(8), TestModel::gemma3()].into_iter().chain(mixtures) {

@@ -11,10 +11,11 @@ use putri_gguf::model::Model;
 use putri_gguf::pipeline::{Method, Settings};
 use std::path::Path;
 
-// One thread each: tests run side by side, and ggml's threads wait for each other by spinning.
+// Each job uses one thread, because tests run in parallel, and ggml's threads wait for each other by
+// spinning.
 const QUICK: [&str; 6] = ["--ctx-size", "64", "--chunks", "8", "--threads", "1"];
 
-/// Opens `path` with libllama and with a parser that is neither ours nor llama.cpp's.
+/// Opens `path` with libllama and with a third-party parser.
 fn opens_everywhere(path: &Path, arch: &str) {
     LlamaModel::load(path).unwrap();
     let mut container = gguf_rs::get_gguf_container(path.to_str().unwrap()).unwrap();
@@ -96,7 +97,8 @@ fn families_are_pruned_and_run(which: impl Fn(&usize) -> bool) {
             .write(&cli.path("in.gguf"));
         for sparsity in ["0.25", "0.5"] {
             let args = ["in.gguf", "out.gguf", "--force", "--quiet", "--sparsity", sparsity];
-            // The command itself compares llama.cpp's perplexity of the file with that of our own forward.
+            // The command itself compares llama.cpp's perplexity of the file with that of the crate's own
+            // forward pass.
             cli.ok(&[&args[..], &QUICK].concat());
             let model = Model::open(&cli.path("out.gguf")).unwrap();
             let output_archs = Settings::default().output_archs(&Model::open(&cli.path("in.gguf")).unwrap());
@@ -128,7 +130,8 @@ fn mixtures_lose_whole_experts() {
         for sparsity in [0.25, 0.5] {
             let text = sparsity.to_string();
             let args = ["in.gguf", "out.gguf", "--force", "--quiet", "--sparsity", &text];
-            // The command itself compares llama.cpp's perplexity of the file with that of our own forward.
+            // The command itself compares llama.cpp's perplexity of the file with that of the crate's own
+            // forward pass.
             let said = cli.ok(&[&args[..], &QUICK].concat());
             assert!(said.contains("experts"), "{said}");
             opens_everywhere(&cli.path("out.gguf"), small.arch);
@@ -147,7 +150,7 @@ fn mixtures_lose_whole_experts() {
                 out.get(&format!("{}.expert_used_count", small.arch)),
                 Some(&Value::U32(n_used as u32))
             );
-            // Every expert that stays is one of the source, byte for byte, and so is its row of the router.
+            // Every kept expert is one of the source, byte for byte, and so is its row of the router.
             for il in 0..4 {
                 let parts = |f: &GgufFile, role: &str, n: usize| -> Vec<Vec<u8>> {
                     let t = f.find(&format!("blk.{il}.ffn_{role}.weight")).unwrap();
@@ -180,7 +183,8 @@ fn mixtures_lose_neurons_of_each_expert() {
         for (sparsity, width) in [("0.25", 64), ("0.5", 32)] {
             let args = ["in.gguf", "out.gguf", "--force", "--quiet", "--experts", "narrow"];
             let args = [&args[..], &["--sparsity", sparsity], &QUICK].concat();
-            // The command itself compares llama.cpp's perplexity of the file with that of our own forward.
+            // The command itself compares llama.cpp's perplexity of the file with that of the crate's own
+            // forward pass.
             let said = cli.ok(&args);
             assert!(said.contains("neurons of an expert"), "{said}");
             opens_everywhere(&cli.path("out.gguf"), small.arch);
@@ -212,7 +216,8 @@ fn mixtures_lose_neurons_of_each_expert() {
                 };
                 let down = out.find(&format!("blk.{il}.ffn_down_exps.weight")).unwrap();
                 assert_eq!((down.ty, &down.ne[..]), (Type::Q8_0, &[width, h.n_embd, n_expert][..]));
-                // Each row of gate and up is one of the same expert's, byte for byte, and of both the same.
+                // Each row of gate and up is one of the same expert's, byte for byte, and both are from the
+                // same neuron.
                 let [gate, up] = ["gate_exps", "up_exps"].map(|role| {
                     let (old, new) = (rows(&source, role, 96), rows(&out, role, width));
                     let place = |(old, new): (&Vec<Vec<u8>>, &Vec<Vec<u8>>)| -> Vec<usize> {
@@ -228,7 +233,7 @@ fn mixtures_lose_neurons_of_each_expert() {
             }
         }
     }
-    // So few tokens leave some experts without any.
+    // With so few tokens, some experts have none.
     let idle = ["in.gguf", "out.gguf", "--force", "--experts", "narrow", "--sparsity", "0.4", "-c", "16"];
     let said = cli.ok(&[&idle[..], &["--chunks", "1", "--threads", "1", "--no-verify", "-q"]].concat());
     assert!(said.contains("no token of the calibration chose"), "{said}");
@@ -236,7 +241,7 @@ fn mixtures_lose_neurons_of_each_expert() {
     mixture_refusals(&cli);
 }
 
-/// What cannot be done with a mixture, `in.gguf`.
+/// Checks that unsupported jobs on the mixture `in.gguf` are rejected.
 fn mixture_refusals(cli: &Cli) {
     let asked = |more: &[&str], parts: &[&str]| {
         cli.fails(&[&["in.gguf", "x.gguf", "--sparsity", "0.3"][..], more, &QUICK].concat(), 1, parts);
@@ -252,7 +257,7 @@ fn heads_and_architecture_are_what_was_asked_for() {
     silence_logs();
     let cli = Cli::new();
     let of = |arch| TestModel { arch, blocks: vec![(4, 4, 256); 4], head_dim: 16, ..TestModel::default() };
-    // Its architecture, heads in all, and whether blocks are alike.
+    // Architecture, total number of heads, and whether blocks are equal.
     let prune = |small: &TestModel, args: &[&str]| {
         small.write(&cli.path("in.gguf"));
         cli.ok(&[&["in.gguf", "out.gguf", "--force", "-q", "--sparsity", "0.5"][..], args, &QUICK].concat());
@@ -325,7 +330,7 @@ fn gemma3_is_pruned_to_equal_blocks() {
             assert!(*reached >= sparsity.parse::<f32>().unwrap() - 1e-6, "{name}: {reached} for {sparsity}");
         }
     }
-    // Every block keeps a group, so less is within reach.
+    // Every block keeps a group, so the largest sparsity is lower.
     let args = [&["in.gguf", "out.gguf", "--sparsity", "0.9"][..], &QUICK].concat();
     cli.fails(&args, 1, &["0.9", "at most"]);
 }
@@ -473,7 +478,7 @@ fn smollm2_is_pruned_with_text_and_its_own() {
     let path = cli.path("out.gguf");
     opens_everywhere(&path, "deci");
     let (a, b) = (GgufFile::open(&model).unwrap(), GgufFile::open(&path).unwrap());
-    // Everything in the tokenizer stays, and ffn_down keeps its type.
+    // The tokenizer is unchanged, and ffn_down keeps its type.
     for (k, v) in a.metadata().iter().filter(|(k, _)| k.starts_with("tokenizer.")) {
         assert_eq!(b.get(k), Some(v), "{k}");
     }

@@ -15,7 +15,7 @@ fn sparsity(cli: &Cli, name: &str) -> f64 {
     }
 }
 
-/// A figure of the summary's table: the last number of the line.
+/// Figure of the summary's table: the last number of the line.
 fn figure(text: &str, line: &str) -> f64 {
     let line = text.lines().find(|l| l.starts_with(line)).unwrap();
     line.split_whitespace().filter_map(|w| w.parse().ok()).next_back().unwrap()
@@ -34,7 +34,7 @@ fn the_largest_sparsity_within_a_limit_is_found() {
             let text = s.to_string();
             cli.ok(&[&["in.gguf", "at.gguf", "--force", "--sparsity", &text][..], &QUICK].concat())
         };
-        // Between what a fifth and what a third costs.
+        // The limit lies between the losses of a fifth and of a third.
         let limit = (figure(&at(0.2), "KL divergence") + figure(&at(0.34), "KL divergence")) / 2.0;
         let text = limit.to_string();
         let said = cli.ok(&[&["in.gguf", "out.gguf", "--force", "--max-kld", &text][..], &QUICK].concat());
@@ -42,7 +42,7 @@ fn the_largest_sparsity_within_a_limit_is_found() {
         let found = sparsity(&cli, "out.gguf");
         println!("{}: {found} for {limit}", small.arch);
         assert!((0.2..0.34).contains(&found), "{found}");
-        // The same as when that sparsity is asked for.
+        // The file is the same as with that sparsity given.
         at(found);
         let [a, b] = ["at.gguf", "out.gguf"].map(|f| std::fs::read(cli.path(f)).unwrap());
         assert!(a == b, "{}", small.arch);
@@ -86,11 +86,11 @@ fn nested_outputs_are_those_of_single_runs() {
     let events: Vec<Json> = events.lines().map(|line| json(line.as_bytes())).collect();
     let done = events.iter().filter(|e| e["event"] == "done").map(|e| e["report"]["output"]["path"].clone());
     assert_eq!(done.collect::<Vec<_>>(), ["out-30.gguf", "out-45.gguf", "out-60.gguf"]);
-    // Perplexity while windows are scored.
+    // Perplexity is shown while windows are scored.
     let verifies = |e: &&Json| e["stage"] == "verify" && e["event"] == "step";
     let notes: Vec<&str> = events.iter().filter(verifies).map(|e| e["note"].as_str().unwrap()).collect();
     assert!(notes.len() >= 3 && notes.iter().all(|n| n.starts_with("perplexity ")), "{notes:?}");
-    // One that is there already is seen before any work.
+    // An existing output is detected before any work.
     for file in ["out-30.gguf", "i-30.gguf", "r-30.json", "i-45.gguf", "r-45.json"] {
         std::fs::remove_file(cli.path(file)).unwrap();
     }

@@ -1,6 +1,6 @@
-//! Tests by topic, in one binary: each binary of its own links llama.cpp once more.
+//! Tests by topic, in one binary, because each binary links llama.cpp once more.
 //!
-//! Tests that read counters or set handlers of the whole process have binaries of their own beside this one.
+//! Tests that read counters or set handlers of the whole process have their own binaries beside this one.
 
 #[path = "../common/mod.rs"]
 mod common;

@@ -1,4 +1,4 @@
-//! Models of a local Ollama: found by name and digest, refused with a reason, and carried over into a
+//! Models of a local Ollama: found by name and digest, rejected with a reason, and carried over into a
 //! Modelfile.
 //! The store has Ollama's layout.
 
@@ -44,7 +44,7 @@ fn put(cli: &Cli, place: &str, config: Option<&[u8]>, layers: &[(&str, &[u8])]) 
 
 /// Runs the command with that store.
 fn run(cli: &Cli, args: &[&str]) -> (Option<i32>, String, String) {
-    // What the test put there comes first.
+    // The test's programs come first on the path.
     let path = format!("{}:{}", cli.path("bin").display(), std::env::var("PATH").unwrap());
     let out = std::process::Command::new(env!("CARGO_BIN_EXE_putri-gguf"))
         .current_dir(cli.dir.path())
@@ -85,7 +85,7 @@ fn a_model_of_the_store_is_pruned_and_its_words_carried_over() {
     let (code, said, stderr) =
         run(&cli, &[&["ollama:small:1b", "out.gguf", "--modelfile"][..], &QUICK].concat());
     assert_eq!(code, Some(0), "{said}{stderr}");
-    // The same as from the file itself, and the store as it was.
+    // The result is the same as from the file itself, and the store is unchanged.
     let one = [&["plain.gguf", "same.gguf", "--modelfile"][..], &QUICK].concat();
     cli.ok(&one);
     let read = |name: &str| std::fs::read(cli.path(name)).unwrap();
@@ -111,7 +111,7 @@ fn a_model_of_the_store_is_pruned_and_its_words_carried_over() {
     assert!(code == Some(0) && said.contains("Small Random"), "{said}");
     let verify = ["verify", "out.gguf", "--source", "ollama:small:1b", "-q", "-t", "1"];
     assert_eq!(run(&cli, &verify).0, Some(0));
-    // There already.
+    // The output exists already.
     let (code, _, stderr) =
         run(&cli, &[&["ollama:small:1b", "new.gguf", "--modelfile"][..], &QUICK].concat());
     assert_eq!(code, Some(0), "{stderr}");
@@ -160,7 +160,7 @@ fn names_are_those_of_ollama() {
     refused("tensors", "tensors is stored as safetensors, not GGUF; pull a GGUF of it");
     std::fs::write(cli.path("store/manifests/registry.example/user/b/q4"), "{").unwrap();
     refused("user/b:q4", "is no manifest");
-    // A blob that is not what its name says.
+    // The blob does not match its name.
     let blob = blob_of(&cli, &gguf);
     let mut damaged = gguf.clone();
     damaged[gguf.len() / 2] ^= 1;
@@ -212,7 +212,7 @@ fn a_model_is_made_in_ollama() {
     let args = ["ollama:small", "a name.gguf", "--ollama-create", "smaller"];
     let (code, said, stderr) = run(&cli, &[&args[..], &QUICK].concat());
     assert_eq!(code, Some(0), "{stderr}");
-    // What is to be read by a program stays as it is without.
+    // Output for programs is the same as without it.
     assert_eq!(said.lines().last(), Some("a name.gguf"));
     let given = std::fs::read_to_string(cli.path("given.Modelfile")).unwrap();
     assert!(given.contains("SYSTEM \"You are terse.\"\n"), "{given}");
@@ -235,7 +235,7 @@ fn what_ollama_cannot_do_is_said() {
         assert!(code == Some(expected) && errors == 1 && stderr.contains(part), "{code:?} {stderr}");
     };
     let refused = |name: &str, part: &str| refused_with(1, "in.gguf", name, part);
-    // Nothing on the path that is called so, if this machine has none.
+    // The path contains no program of this name, if this machine has none.
     if std::process::Command::new("ollama").arg("--version").output().is_err() {
         refused("m", "cannot run `ollama`");
     }
@@ -256,7 +256,7 @@ fn what_ollama_cannot_do_is_said() {
     assert!(cli.path("out.gguf").exists());
 }
 
-/// The model `name` of the store.
+/// Model `name` of the store.
 fn found(cli: &Cli, name: &str) -> Result<Stored, OllamaError> {
     find(&cli.path("store"), name)
 }
@@ -316,7 +316,7 @@ fn all_that_a_model_says_is_carried_over() {
     ];
     assert_eq!(lines, expected);
 
-    // Kinds that are new: said once each.
+    // Unknown kinds of layers are reported once each.
     let stored = add("draft", json!({}), &[("draft", b"GGUF2"), ("draft", b"GGUF3"), ("n\u{1b}ew", b"")]);
     let kinds = stored.notes.iter().map(|note| note.contains("of the kind \"draft\" is not carried over"));
     assert_eq!(kinds.collect::<Vec<_>>(), [true, false]);
@@ -356,7 +356,7 @@ fn what_of_a_model_cannot_be_read_is_said() {
 #[test]
 fn names_match_without_regard_to_case() {
     let cli = Cli::new();
-    // Each says where it lies.
+    // Each name includes its host.
     let add = |place: &str| add(&cli, place, &[GGUF, ("system", place.as_bytes())]);
     let is_at = |name: &str, place: &str| {
         let system = found(&cli, name).unwrap_or_else(|e| panic!("{name}: {e}")).system;
@@ -367,7 +367,7 @@ fn names_match_without_regard_to_case() {
     is_at("hf.co/bartowski/SmolLM2-135M-Instruct-GGUF:Q4_K_M", repo);
     is_at("HF.co/Bartowski/smollm2-135m-instruct-gguf:q4_k_m", repo);
     is_at("bartowski/smollm2-135m-instruct-gguf:Q4_k_m", repo);
-    // Ollama's registry before others, which are alike.
+    // Ollama's registry is preferred to other hosts.
     for host in ["hf.co", "other.example"] {
         add(&format!("{host}/library/both/latest"));
     }
@@ -377,7 +377,7 @@ fn names_match_without_regard_to_case() {
     is_at("both", "registry.ollama.ai/library/both/latest");
     is_at("Library/BOTH:Latest", "registry.ollama.ai/library/both/latest");
     is_at("hf.co/library/both", "hf.co/library/both/latest");
-    // The exact name before others; where the file system has both.
+    // The exact name is preferred, if the file system distinguishes both.
     for model in ["Twice", "twice"] {
         add(&format!("hf.co/library/{model}/latest"));
     }

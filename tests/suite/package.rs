@@ -7,7 +7,7 @@ use putri_gguf::gguf::{GgufFile, OutTensor, Value, write_gguf};
 
 const QUICK: [&str; 9] = ["--sparsity", "0.3", "--ctx-size", "64", "--chunks", "8", "--threads", "1", "-q"];
 
-/// A model whose makers say on what terms it may be passed on.
+/// Model whose metadata names its makers and licence.
 fn licensed(cli: &Cli) {
     let small = TestModel { ty: Type::Q8_0, blocks: vec![(4, 2, 256); 3], ..TestModel::default() };
     small.write(&cli.path("plain.gguf"));
@@ -84,7 +84,7 @@ fn only_a_package_makes_way_for_another() {
     licensed(&cli);
     let args =
         |extra: &[&'static str]| [&["in.gguf", "out.gguf", "--package", "p"][..], extra, &QUICK].concat();
-    // An empty folder is as good as none.
+    // An empty folder is accepted.
     std::fs::create_dir(cli.path("p")).unwrap();
     cli.ok(&args(&[]));
     cli.fails(
@@ -97,7 +97,7 @@ fn only_a_package_makes_way_for_another() {
     cli.fails(&args(&["--force"]), 1, &["no package"]);
     assert_eq!(std::fs::read(cli.path("p/mine.txt")).unwrap(), b"notes");
     cli.fails(&[&["in.gguf", "new.gguf", "--package", "no/p"][..], &QUICK].concat(), 1, &["No such file"]);
-    // What would go, or be lost, with the folder.
+    // These files would be replaced, or lost, with the folder.
     let inside = |args: &[&str], part: &str| {
         cli.fails(&[args, &QUICK].concat(), 1, &[part, "no place in the package"])
     };
@@ -106,14 +106,14 @@ fn only_a_package_makes_way_for_another() {
     inside(&["in.gguf", "new/out.gguf", "--package", "new"], "new/out.gguf");
     inside(&["in.gguf", "new.gguf", "--package", "q", "--report", "q/r.json"], "q/r.json");
     inside(&["in.gguf", "README.md", "--package", "q"], "README.md");
-    // A list of sums alone does not make it ours.
+    // A list of checksums alone does not make a folder a package.
     std::fs::create_dir(cli.path("models")).unwrap();
     std::fs::write(cli.path("models/a.gguf"), "weights").unwrap();
     std::fs::write(cli.path("models/SHA256SUMS"), "00  a.gguf\n").unwrap();
     let args = ["in.gguf", "new.gguf", "--package", "models", "--force"];
     cli.fails(&[&args[..], &QUICK].concat(), 1, &["no package"]);
     assert!(cli.path("models/a.gguf").exists());
-    // Several results have a folder each.
+    // Each of several results has its own folder.
     let several =
         ["in.gguf", "n.gguf", "--nested", "0.2,0.4", "--package", "q", "-q", "-c", "64", "--chunks", "8"];
     cli.ok(&several);

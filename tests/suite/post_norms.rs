@@ -9,7 +9,7 @@ use putri_gguf::prune::refit;
 const N_CTX: usize = 128;
 const N_WINDOWS: usize = 4;
 
-/// A block of a small Gemma 3, what runs it, its input, and a factor per token.
+/// Block of a small Gemma 3, its forward pass, its input, and a factor per token.
 struct Setting {
     forward: Forward,
     w: BlockWeights,
@@ -30,7 +30,7 @@ impl Setting {
         Setting { forward, w: model.block(1).unwrap(), x, scales }
     }
 
-    /// The stream in the middle of block `w` and after it.
+    /// Residual stream in the middle of block `w` and after it.
     fn run(&mut self, w: &BlockWeights) -> [Vec<f32>; 2] {
         let block = self.forward.upload(w).unwrap();
         let (mut mid, mut out) = (vec![0.0; self.x.len()], vec![0.0; self.x.len()]);
@@ -39,7 +39,7 @@ impl Setting {
     }
 }
 
-/// `m` with every value moved by up to `by`.
+/// Copy of `m` with every value changed by up to `by`.
 fn perturbed(m: &Matrix, by: f32) -> Matrix {
     let noise = Rng(11).vec(m.data.len(), by);
     Matrix::new(m.n_in, m.n_out, m.data.iter().zip(noise).map(|(v, n)| v + n).collect())

@@ -1,4 +1,4 @@
-//! Progress messages during a run; losing them does no harm.
+//! Progress messages during a run; a run survives their loss.
 
 use crate::common::cli::Cli;
 use crate::common::test_model::TestModel;
@@ -16,14 +16,14 @@ fn cli() -> Cli {
     cli
 }
 
-/// The steps of a run with these arguments.
+/// Steps of a run with these arguments.
 fn steps(cli: &Cli, args: &[&str]) -> Vec<Json> {
     let text = cli.ok(&[args, &["--json"], &QUICK].concat());
     let events = text.lines().map(|l| serde_json::from_str::<Json>(l).unwrap());
     events.filter(|e| e["event"] == "step").collect()
 }
 
-/// The values of `key` at steps of `stage`.
+/// Values of `key` at steps of `stage`.
 fn at<'a>(steps: &'a [Json], stage: &str, key: &str) -> Vec<&'a Json> {
     steps.iter().filter(|e| e["stage"] == stage).map(|e| &e[key]).collect()
 }
@@ -38,7 +38,7 @@ fn steps_hold_the_time_left_of_stage_and_run() {
         assert!(left.iter().all(|s| s.as_f64().is_some_and(|s| (0.0..600.0).contains(&s))), "{left:?}");
     }
     assert_eq!(at(&one, "blocks", "seconds_left")[3], &Json::from(0.0));
-    // Of several results all are counted; of a search, the present one is.
+    // The run's time left covers all of several results; in a search, it covers the present one.
     let nested = steps(&cli, &["in.gguf", "n.gguf", "--nested", "0.3,0.5"]);
     let left = at(&nested, "blocks", "run_seconds_left");
     assert!(left.len() == 8 && left.iter().all(|s| s.is_f64()), "{left:?}");
@@ -49,7 +49,7 @@ fn steps_hold_the_time_left_of_stage_and_run() {
     assert!(searched.iter().all(|e| e.get("run_seconds_left").is_none()), "{searched:?}");
 }
 
-/// Prunes with this as stderr.
+/// Prunes with `stderr` as the error output.
 #[cfg(unix)]
 fn with_stderr(cli: &Cli, stderr: impl Into<Stdio>) {
     let status = Command::new(env!("CARGO_BIN_EXE_putri-gguf"))

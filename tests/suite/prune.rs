@@ -1,4 +1,4 @@
-//! Mathematics of pruning, compared with slow and naive versions of it.
+//! Pruning algorithms, compared with slow and naive versions of them.
 
 use crate::common::test_model::Rng;
 use putri_gguf::model::Matrix;
@@ -9,12 +9,12 @@ use putri_gguf::prune::{
     top_by_activation_norm,
 };
 
-/// The inverse of a curvature that has one.
+/// Inverse of an invertible curvature.
 fn inverse(h: &SymMatrix, ridge: f64) -> Inverse {
     Inverse::new(h, ridge).unwrap()
 }
 
-/// A least-squares problem with its data: inputs x `[t, n]`, residuals r `[t, m]`, a map W.
+/// Least-squares problem with its data: inputs x `[t, n]`, residuals r `[t, m]`, and a map W.
 struct Problem {
     t: usize,
     n: usize,
@@ -27,7 +27,7 @@ struct Problem {
 impl Problem {
     fn new(t: usize, n: usize, m: usize, seed: u64) -> Problem {
         let mut rng = Rng(seed);
-        // Correlated inputs of unequal size, as activations are.
+        // The inputs are correlated and of unequal size, like activations.
         let mix: Vec<f64> = (0..n * n).map(|_| f64::from(rng.uniform())).collect();
         let mut x = Vec::with_capacity(t * n);
         for _ in 0..t {
@@ -58,7 +58,7 @@ impl Problem {
         mo
     }
 
-    /// The same problem with every input and residual moved by its mean, and those means.
+    /// Copy of the problem with every input and residual shifted by its mean, and these means.
     fn centred(&self) -> (Problem, Vec<f64>, Vec<f64>) {
         let mean = |v: &[f64], n: usize| -> Vec<f64> {
             (0..n).map(|j| v.iter().skip(j).step_by(n).sum::<f64>() / self.t as f64).collect()
@@ -92,7 +92,7 @@ impl Problem {
         loss
     }
 
-    /// The minimum of that loss by Gauss-Jordan elimination, output by output: `[m, keep.len()]`.
+    /// Minimum of that loss by Gauss-Jordan elimination, output by output: `[m, keep.len()]`.
     fn naive_refit(&self, keep: &[usize], mu: f64, lambda: f64) -> Vec<f64> {
         let k = keep.len();
         let mut out = Vec::new();
@@ -123,7 +123,7 @@ impl Problem {
         out
     }
 
-    /// All subsets of `keep` inputs with their losses after a refit, the least first.
+    /// All subsets of `keep` inputs with their losses after a refit, in ascending order of loss.
     fn all_subsets(&self, keep: usize, lambda: f64) -> Vec<(f64, Vec<usize>)> {
         let mut all: Vec<(f64, Vec<usize>)> = (0u32..1 << self.n)
             .filter(|bits| bits.count_ones() as usize == keep)
@@ -164,7 +164,7 @@ fn refit_is_the_least_squares_solution() {
 fn with_a_bias_only_what_varies_is_fitted() {
     for (t, n, m, seed) in [(60, 6, 3, 1), (120, 15, 4, 2)] {
         let mut p = Problem::new(t, n, m, seed);
-        // Inputs and residuals with means that matter.
+        // The means of inputs and residuals are not negligible.
         p.x.iter_mut().enumerate().for_each(|(i, x)| *x += (i % n) as f64 / 3.0);
         p.r.iter_mut().enumerate().for_each(|(i, r)| *r += 1.0 - (i % m) as f64);
         let mut moments = p.moments();
@@ -238,7 +238,7 @@ fn obs_updates_are_refits() {
         }
         let keep = obs.kept();
         assert_eq!(keep.len(), n - 6);
-        // The loss that OBS adds up is the true one: what the removed weights cost, ridge included.
+        // The sum of OBS's losses is the true loss of the removed weights, including the ridge.
         let w = p.naive_refit(&keep, 0.0, lambda);
         let gone: f64 = (0..n)
             .filter(|j| !keep.contains(j))
@@ -246,7 +246,7 @@ fn obs_updates_are_refits() {
             .sum();
         let exact = p.loss(&keep, &|o, a| w[o * keep.len() + a], 0.0, lambda) + gone;
         assert!((loss - exact).abs() < 1e-6 * exact, "n {n}: {loss} {exact}");
-        // And so are its weights.
+        // The weights are exact as well.
         let found = obs.weights();
         let off = found.data.iter().zip(&w).map(|(a, b)| (f64::from(*a) - b).powi(2)).sum::<f64>();
         let size = w.iter().map(|v| v * v).sum::<f64>();
@@ -281,7 +281,7 @@ fn by_energy_the_least_product_of_length_and_energy_goes() {
         let lambda = 1e-2 * gram.mean_diagonal();
         let mut keep: Vec<usize> = (0..n).collect();
         while keep.len() > n_keep {
-            // Each time from what a refit makes of the others.
+            // Each removal starts from a refit of the others.
             let w = p.naive_refit(&keep, 0.0, lambda);
             let worth = |a: usize| {
                 let square: f64 = (0..m).map(|o| w[o * keep.len() + a].powi(2)).sum();
@@ -333,7 +333,7 @@ fn greedy_is_near_the_best_of_all_subsets() {
         let all = p.all_subsets(5, lambda);
         let rank = all.iter().position(|(_, set)| *set == keep).unwrap();
         best_hits += usize::from(rank == 0);
-        // 126 subsets of 5 in 9.
+        // There are 126 subsets of 5 out of 9.
         assert!(rank < 12, "seed {seed}: greedy is number {rank} of {}", all.len());
     }
     assert!(best_hits >= 2, "the best only {best_hits} times");
@@ -365,8 +365,8 @@ fn the_layer_at_the_probe_is_what_a_refit_would_give() {
             probed.kept,
             greedy(&p.w, None, inverse(&moments.gram, 1e-3), n / 2, NeuronCriterion::Obs).unwrap().0
         );
-        // From the minimum of a loss with curvature H + λI, what is left moves to
-        // (H + λI)_KK⁻¹ (H + λI)_K: Wᵀ; on the kept inputs λI adds λ W_K.
+        // From the minimum of a loss with curvature H + λI, the remaining weights move to (H + λI)_KK⁻¹ (H +
+        // λI)_K: Wᵀ; on the kept inputs, λI adds λ W_K.
         let w = p.naive_refit(&probed.kept, 0.0, lambda);
         for (a, b) in probed.weights.data.iter().zip(&w) {
             assert!((f64::from(*a) - b).abs() < 1e-4 * (0.1 + b.abs()), "n {n}: {a} {b}");
@@ -399,7 +399,7 @@ fn loud_inputs_that_are_nearly_the_same_lose_what_they_should() {
                 (true, false) => 0.0,
                 _ => 0.3f64.powi((j - i) as i32),
             });
-            // The loud ones weigh little, so that all of them but the last go early.
+            // Inputs of large size have small weights, so that all of them but the last are removed early.
             let mut w = Matrix::new(n, 3, Rng(n as u64).vec(3 * n, 1.0));
             let weights = std::sync::Arc::make_mut(&mut w.data);
             weights.chunks_exact_mut(n).for_each(|row| row[..loud].iter_mut().for_each(|v| *v *= 1e-2));
@@ -416,7 +416,7 @@ fn loud_inputs_that_are_nearly_the_same_lose_what_they_should() {
 
 #[test]
 fn threads_change_nothing() {
-    // Wide enough for products to be shared out, and narrowed until neurons go one by one.
+    // The matrix is wide enough for parallel products, and is narrowed until neurons are removed one by one.
     let (n, m) = (500, 900);
     let gram = SymMatrix::from_fn(n, |i, j| 0.8f64.powi((j - i) as i32));
     let (w, costs) = (Matrix::new(n, m, Rng(1).vec(n * m, 1.0)), Matrix::new(n, m, Rng(2).vec(n * m, 1.0)));
@@ -466,7 +466,7 @@ fn a_metric_weighs_errors_by_what_it_has_seen() {
             let column =
                 |m: &Matrix| (0..m.n_out).map(|i| f64::from(m.data[i * m.n_in + j])).collect::<Vec<_>>();
             let e = column(&w);
-            // eᵀ F e from the samples themselves, with a mean diagonal of 1 and a hundredth of that added.
+            // eᵀ F e comes from the samples, with a mean diagonal of 1 and a ridge of a hundredth.
             let seen: f64 = samples
                 .chunks_exact(n)
                 .map(|s| s.iter().zip(&e).map(|(s, e)| f64::from(*s) * e).sum::<f64>().powi(2))
@@ -485,7 +485,7 @@ fn a_metric_weighs_errors_by_what_it_has_seen() {
 
 #[test]
 fn under_a_metric_neurons_stay_that_it_minds() {
-    // Neurons are alike, but the first half writes where nobody looks.
+    // All neurons are alike, but the predictions are not sensitive to the outputs of the first half.
     let (n, m) = (16, 2);
     let rows: Vec<f32> = (0..m * n).map(|k| f32::from(u8::from((k % n < n / 2) == (k < n)))).collect();
     let w = Matrix::new(n, m, rows);
@@ -525,7 +525,7 @@ fn what_few_tokens_make_up_for_holds_for_others() {
         println!(
             "{t} tokens for {n} neurons: ridge {ridge:.1e}, {fitted:.3e}, close {close:.3e}, unfitted {unfitted:.3e}"
         );
-        // Of a handful nothing can be learnt; it must not do harm either.
+        // A few tokens do not improve the fit, but must not make it worse.
         assert!(fitted < 1.02 * unfitted, "{t} tokens for {n} neurons: {fitted}, but {unfitted} as it was");
         if t > 8 * n {
             assert_eq!(ridge, settings.ridge_ffn);
@@ -553,7 +553,7 @@ fn the_papers_score_is_its_formula() {
     let p = Problem::new(90, 7, 3, 9);
     let moments = p.moments();
     let n = p.n;
-    // H⁻¹ by elimination, U by the textbook recurrence, energies from the data.
+    // H⁻¹ comes from elimination, U from the textbook recurrence, and energies from the data.
     let h = &moments.gram;
     let mut a: Vec<Vec<f64>> = (0..n)
         .map(|i| {

@@ -1,4 +1,4 @@
-//! Promises of the README, of the reference page and of the help texts.
+//! Statements of the README, of the reference page and of the help texts.
 
 use crate::common::cli::Cli;
 use crate::common::test_model::TestModel;
@@ -22,7 +22,7 @@ fn commands_in_the_readme_run() {
     let cli = Cli::new();
     let small = TestModel { blocks: vec![(4, 2, 256); 3], ..TestModel::default() };
     TestModel { ty: Type::Q8_0, ..small.clone() }.write(&cli.path("in.gguf"));
-    // Wide enough for types in blocks of 256.
+    // The model is wide enough for types in blocks of 256.
     let blocks = vec![(4, 2, 1024); 3];
     TestModel { ty: Type::F16, n_embd: 256, head_dim: 64, blocks, ..small }.write(&cli.path("f16.gguf"));
     for name in ["notes.txt", "other.txt"] {
@@ -33,21 +33,21 @@ fn commands_in_the_readme_run() {
     assert!(commands.len() >= 4, "{commands:?}");
     for command in commands {
         let args: Vec<&str> = command.split_whitespace().skip(1).take_while(|a| *a != "#").collect();
-        // A small model knows only 256 tokens of context.
+        // A small model has only 256 tokens of context.
         let more = match args[0] {
             "inspect" => &[][..],
             "eval" => &["-c", "64", "-q"],
             "verify" => &["-t", "1", "-q"],
             _ => &["-c", "64", "--chunks", "8", "-t", "1", "-q", "--force"],
         };
-        // As if it were a model of several hundred MB.
+        // The figures are scaled to a model of several hundred MB.
         let size = if args.contains(&"--target-ram") { "1400K" } else { "200K" };
         let args: Vec<&str> = args.into_iter().map(|a| if a == "3.8G" { size } else { a }).collect();
         cli.ok(&[&args[..], more].concat());
     }
 }
 
-/// Long options that a command's help defines, not those that its paragraphs mention.
+/// Long options that a command's help defines, without those that its paragraphs mention.
 fn defined(cli: &Cli, command: &[&str]) -> BTreeSet<String> {
     let help = cli.ok(&[command, &["--help"]].concat());
     let lines = help.lines().filter(|l| l.starts_with("  -") || l.starts_with("      --"));
@@ -59,7 +59,8 @@ fn options_in_the_readme_and_the_guide_exist() {
     let cli = Cli::new();
     let commands: [&[&str]; 5] = [&[], &["inspect"], &["eval"], &["verify"], &["rpc-server"]];
     let known: BTreeSet<String> = commands.iter().flat_map(|command| defined(&cli, command)).collect();
-    // Code that begins with an option is of ours; those of other programs stand behind their names.
+    // Code that begins with an option shows an option of putri-gguf; options of other programs follow their
+    // names.
     let spans = [README, GUIDE].into_iter().flat_map(|text| text.split('`')).filter(|s| s.starts_with('-'));
     let told: BTreeSet<String> = spans.flat_map(options).collect();
     assert!(!told.is_empty());

@@ -56,13 +56,13 @@ fn it_says_what_the_files_say() {
         let by = Model::open(&cli.path("out.gguf")).unwrap().file.get("putri.neuron_criterion").cloned();
         assert_eq!(r["neuron_criterion"].as_str().map(|by| Value::Str(by.into())), by);
         assert_eq!(by.is_some(), small.experts.is_none());
-        // As on the command line.
+        // The names are those of the command line.
         for (option, value) in [("method", "putri"), ("heads", "auto"), ("arch", "auto"), ("moe", "experts")]
         {
             assert_eq!(r["options"][option], value, "{option}");
         }
         assert_eq!(r["ffn_unit"], if small.experts.is_some() { "experts" } else { "neurons" });
-        // Every field is explained.
+        // The documentation explains every field.
         let explained = include_str!("../../docs/report.md");
         for field in fields(&r) {
             let names = [("`", "`"), (".", "`"), ("`", "."), ("`", "[]`")];
@@ -89,7 +89,7 @@ fn the_page_needs_nothing_else_and_shows_every_block() {
     {
         assert!(page.contains(part), "no {part}");
     }
-    // What is opened is closed.
+    // Every opened element is closed.
     for tag in ["section", "figure", "svg", "div", "table", "tr", "td", "th", "title", "text", "g"] {
         let opened = page.matches(&format!("<{tag}>")).count() + page.matches(&format!("<{tag} ")).count();
         assert_eq!(opened, page.matches(&format!("</{tag}>")).count(), "{tag}");
@@ -114,7 +114,7 @@ fn a_report_that_cannot_be_is_refused_before_any_work() {
 fn quant_baselines_are_the_mixes_that_come_closest_in_size() {
     silence_logs();
     let cli = Cli::new();
-    // Wide enough for types in blocks of 256.
+    // The model is wide enough for types in blocks of 256.
     let blocks = vec![(4, 2, 1024); 3];
     let ty = putri_gguf::ggml::Type::F16;
     TestModel { ty, n_embd: 256, head_dim: 64, blocks, ..TestModel::default() }.write(&cli.path("in.gguf"));
@@ -142,7 +142,7 @@ fn quant_baselines_are_the_mixes_that_come_closest_in_size() {
         assert!(text.contains(file["name"].as_str().unwrap()), "{text}");
         assert!(file["kl_divergence"].as_f64().unwrap() > 0.0 && file["ppl"].as_f64().unwrap() > 1.0);
     }
-    // Nothing of them is left.
+    // No temporary files are left.
     let names: Vec<_> = cli.listing().into_iter().map(|(p, _)| p.file_name().unwrap().to_owned()).collect();
     assert_eq!(names, ["in.gguf", "out.gguf", "r.json"]);
 }

@@ -1,4 +1,4 @@
-//! Requantising, judged by the error of the outputs that it causes.
+//! Requantisation, measured by the error of the outputs.
 
 use crate::common::test_model::Rng;
 use putri_gguf::ggml::Type;

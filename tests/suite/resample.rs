@@ -16,8 +16,9 @@ fn pruned(model: &Model, resample_copies: usize, resample_share: f64) -> Pruned 
     run(model, model, &windows, &settings, &mut (), &mut Silent).unwrap()
 }
 
-/// Twins in which nothing is resampled are as much text again, but none that a fit did not know, however many there are: only
-/// resampled copies with other tokens may change what it comes to, and each set of them has other tokens.
+/// Checks that only resampled copies with other tokens change the result.
+/// Copies without resampled tokens repeat the same text, however many there are. Each set of resampled copies
+/// has other tokens.
 #[test]
 fn only_other_tokens_make_a_difference() {
     silence_logs();
@@ -40,7 +41,7 @@ fn only_other_tokens_make_a_difference() {
         assert!(apart(&none, &other) > 1e-4, "{}: {:?}", small.arch, other.held_out);
         assert!(apart(&other, &others) > 1e-4, "{}: {:?}", small.arch, others.held_out);
 
-        // Blocks are fitted to resampled copies; how much goes from each is measured on the windows.
+        // Blocks are fitted to resampled copies, but the allocation is measured on the windows.
         let shapes = |o: &Pruned| -> Vec<_> {
             o.plan.blocks.iter().map(|b| (b.groups.clone(), b.experts.len(), b.neurons.len())).collect()
         };

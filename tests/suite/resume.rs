@@ -14,7 +14,7 @@ use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
-/// Stops the work when it has been asked so many times.
+/// Observer that stops the work after it was asked a number of times.
 struct StopsAfter(Cell<usize>);
 
 impl Observer for StopsAfter {
@@ -54,14 +54,14 @@ fn interrupted_anywhere_a_run_ends_in_the_same_bytes() {
         let mut job = job(cli.dir.path(), method);
         job.settings.moe_unit = moe_unit;
         if small.experts.is_some() {
-            // Half of what so narrow experts have is more than the blocks can give.
+            // The blocks cannot give up half of such narrow experts.
             job.settings.sparsity = 0.4;
         }
         run(&job, &mut StopsAfter(Cell::new(usize::MAX))).unwrap();
         let undisturbed = std::fs::read(&job.output).unwrap();
         let state = cli.path("state");
         job.state = Some(KeepState { folder: state.clone(), resume: true });
-        // Alone, and one interruption after another.
+        // Each interruption is tested alone, and one after another.
         for one_by_one in [false, true] {
             let mut n_stopped = 0;
             for patience in (2..).step_by(3) {
@@ -120,17 +120,17 @@ fn neurons_go_by_what_a_run_found_best_or_was_told() {
     assert_eq!([&told[0].2, &told[1].2], [&named(NeuronCriterion::ALL[0]), &named(NeuronCriterion::ALL[1])]);
     job.settings.criterion = None;
     let found = undisturbed(&job);
-    // Whatever was found, the other is what a state says that names the other.
+    // A checkpoint that names the other criterion leads to the other result.
     let best = told.iter().position(|bytes| *bytes == found).expect("it goes one way or the other");
     job.state = Some(KeepState { folder: cli.path("state"), resume: true });
     let criterion = cli.path("state/criterion.gguf");
     for patience in (2..).take_while(|_| !criterion.exists()) {
-        // From the beginning, or the last of many could go from before the choice to the end.
+        // Every run starts from the beginning; otherwise the last could go from before the choice to the end.
         drop(std::fs::remove_dir_all(cli.path("state")));
         assert!(matches!(run(&job, &mut StopsAfter(Cell::new(patience))), Err(JobError::Interrupted)));
     }
     assert!(!cli.path("state/block-000.gguf").exists());
-    // Widths or the choice alone: the other is found anew, and is the same.
+    // If widths or criterion are missing, they are computed again with the same result.
     let kept = cli.path("kept");
     for lost in ["widths.gguf", "criterion.gguf"] {
         drop(std::fs::remove_dir_all(&kept));
@@ -174,7 +174,7 @@ fn killed_a_run_ends_in_the_same_bytes() {
         std::thread::sleep(Duration::from_millis(wait));
         child.kill().unwrap();
         let finished = child.wait().unwrap().success();
-        // An output is complete, even if the run was killed while it tidied up behind it.
+        // An output is complete, even if the run was killed while it cleaned up.
         if let Ok(bytes) = std::fs::read(cli.path("out.gguf")) {
             assert!(bytes == whole);
             assert!(!finished || !cli.path("state").exists(), "a finished run leaves no state");
@@ -188,7 +188,7 @@ fn killed_a_run_ends_in_the_same_bytes() {
 
 #[test]
 fn a_state_that_did_not_fit_on_the_disk_is_not_taken_for_one() {
-    // A limit on file sizes stands for a full disk, as in `bad_input.rs`: the first block does not fit.
+    // A limit on file sizes simulates a full disk, as in `bad_input.rs`: the first block does not fit.
     let cli = Cli::new();
     TestModel { blocks: vec![(4, 2, 256); 4], ..TestModel::default() }.write(&cli.path("in.gguf"));
     let common = ["--sparsity", "0.25", "-c", "64", "--chunks", "8", "-t", "1", "-q"];
@@ -240,12 +240,12 @@ fn a_state_is_only_taken_over_on_the_same_terms() {
     fails(&["--sparsity", "0.5"], &["state", "unfinished", "--resume"]);
     fails(&["--sparsity", "0.4", "--resume"], &["another run", "sparsity: 0.5", "sparsity: 0.4"]);
     fails(&["--sparsity", "0.5", "--resume", "--seed", "2"], &["another run", "seed: 1", "seed: 2"]);
-    // Damage is found.
+    // Damage is detected.
     let bytes = std::fs::read(&windows).unwrap();
     std::fs::write(&windows, &bytes[..bytes.len() / 2]).unwrap();
     fails(&["--sparsity", "0.5", "--resume"], &["windows.gguf"]);
     std::fs::write(&windows, bytes).unwrap();
-    // Without its terms the rest of it is of no use.
+    // Without its terms, the rest of the checkpoint is not usable.
     let quarter = ["--sparsity", "0.25"];
     cli.ok(&[&["in.gguf", "expected.gguf", "-c", "64", "--chunks", "8", "-q"][..], &quarter].concat());
     let kept = cli.listing_of("state");
@@ -255,7 +255,7 @@ fn a_state_is_only_taken_over_on_the_same_terms() {
     assert!(a == b);
     std::fs::create_dir(cli.path("state")).unwrap();
     kept.iter().for_each(|(path, bytes)| std::fs::write(path, bytes).unwrap());
-    // More threads are no other terms.
+    // The number of threads is not one of the terms.
     cli.ok(&[&["in.gguf", "out.gguf"][..], &common, &["--sparsity", "0.5", "--resume", "-t", "2"]].concat());
 }
 
@@ -279,7 +279,7 @@ fn two_runs_do_not_share_a_state() {
     let second = cli.run(&[&["in.gguf", "other.gguf", "-q"][..], &args].concat());
     let said = String::from_utf8_lossy(&second.stderr);
     assert!(second.status.code() == Some(1) && said.contains("another run keeps its checkpoint"), "{said}");
-    // One that is killed lets go of it.
+    // A killed run releases the folder.
     first.kill().unwrap();
     first.wait().unwrap();
     cli.ok(&[&["in.gguf", "out.gguf", "-q"][..], &args].concat());

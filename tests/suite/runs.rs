@@ -1,4 +1,4 @@
-//! Runs outlive the terminal, the reader and the log that they start with, and report it if they cannot.
+//! Runs survive the loss of their terminal, reader or log, and report it if they cannot continue.
 
 use crate::common::cli::Cli;
 use crate::common::test_model::TestModel;
@@ -31,7 +31,7 @@ fn code(out: &Output) -> Option<i32> {
     out.status.code()
 }
 
-/// The lines on stderr that say what went wrong.
+/// Lines on stderr that report errors.
 fn errors(out: &Output) -> Vec<String> {
     let stderr = String::from_utf8_lossy(&out.stderr).into_owned();
     assert!(!stderr.contains("panicked") && !stderr.contains("backtrace"), "{stderr}");
@@ -42,7 +42,7 @@ fn errors(out: &Output) -> Vec<String> {
 fn signals_that_are_ignored_stay_ignored() {
     let cli = with_model();
     for (signal, number) in [("HUP", 1), ("TERM", 15), ("INT", 2)] {
-        // As nohup does it; the signal comes while the run is at work.
+        // The signal is ignored, as by nohup; it arrives during the work.
         let line = format!(
             "trap '' {signal}; $P {PRUNE} 2>log & p=$!; \
              for i in $(seq 400); do grep -q heads log 2>/dev/null && break; sleep 0.05; done; \
@@ -50,7 +50,7 @@ fn signals_that_are_ignored_stay_ignored() {
         );
         let out = sh(&cli, &line);
         assert_eq!(code(&out), Some(0), "{signal}: {}", std::fs::read_to_string(cli.path("log")).unwrap());
-        // Where it is not ignored, it ends the run. A shell may have started these tests with signals ignored.
+        // If it is not ignored, it ends the run. These tests may have been started with signals ignored.
         let run = Command::new("bash")
             .current_dir(cli.dir.path())
             .args([
@@ -76,14 +76,14 @@ fn signals_that_are_ignored_stay_ignored() {
 #[test]
 fn a_run_outlives_who_reads_its_progress() {
     let cli = with_model();
-    // The reader goes after the first line; the disk of the log is full.
+    // The reader stops after the first line; the disk of the log is full.
     for line in [format!("$P {PRUNE} 2> >(head -1 >/dev/null)"), format!("$P {PRUNE} 2>/dev/full")] {
         std::fs::remove_file(cli.path("out.gguf")).ok();
         let out = sh(&cli, &line);
         assert_eq!(code(&out), Some(0), "{line}");
         assert!(cli.path("out.gguf").exists(), "{line}");
     }
-    // What goes wrong has its exit code though nobody can read of it.
+    // An error has its exit code even if its message cannot be written.
     assert_eq!(code(&sh(&cli, "$P nowhere.gguf out.gguf --sparsity 0.2 2>/dev/full")), Some(1));
     assert_eq!(code(&sh(&cli, &format!("$P {PRUNE} -q | true; exit ${{PIPESTATUS[0]}}"))), Some(0));
 }
@@ -96,7 +96,7 @@ fn what_cannot_be_printed_is_no_success() {
         assert_eq!(code(&out), Some(1), "{line}");
         assert!(errors(&out)[0].contains("standard output"), "{:?}", errors(&out));
     }
-    // The model is there, and that is said.
+    // The model is complete, and the message says so.
     let out = sh(&cli, &format!("$P {PRUNE} -q >/dev/full"));
     assert_eq!(code(&out), Some(4));
     let said = errors(&out);
@@ -107,7 +107,7 @@ fn what_cannot_be_printed_is_no_success() {
 #[test]
 fn what_cannot_be_made_beside_the_model_is_said_and_the_rest_is_made() {
     let cli = with_model();
-    // A report that becomes impossible during the run: its folder goes.
+    // The report becomes impossible during the run, because its folder is deleted.
     std::fs::create_dir(cli.path("gone")).unwrap();
     let args = PRUNE.replace("--force", "--report gone/r.json --modelfile --package p");
     let args = args.replace("--chunks 8", "--chunks 64");
@@ -148,7 +148,7 @@ fn too_little_memory_is_an_error() {
         if code(&out) == Some(0) {
             return true;
         }
-        // The dynamic linker itself may have too little for the process to begin.
+        // The dynamic linker may run out of memory before the process starts.
         let begun = !String::from_utf8_lossy(&out.stderr).contains("error while loading shared libraries");
         if begun && code(&out) != Some(127) {
             assert_eq!(code(&out), Some(1), "{kib} KiB: {}", String::from_utf8_lossy(&out.stderr));

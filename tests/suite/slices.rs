@@ -71,13 +71,13 @@ fn removed_rows_leave_the_others_as_they_were() {
                 assert_eq!(rows(&out, &name), rows(&model.file, &name)[from..from + n]);
             }
         }
-        // attn_output loses columns: the blocks of 32 of each row that belong to group 0.
+        // attn_output loses columns: the quantisation blocks of 32 of each row that belong to group 0.
         let (old, new) =
             (rows(&model.file, "blk.1.attn_output.weight"), rows(&out, "blk.1.attn_output.weight"));
         let half = Type::Q4_0.row_bytes(64);
         assert!(old.iter().zip(&new).all(|(o, n)| o[half..] == n[..]));
 
-        // Block 2 has no attention left, and nothing of it in the file.
+        // Block 2 has no attention, and no attention tensors in the file.
         assert!(out.tensors().iter().all(|t| !t.name.starts_with("blk.2.attn")));
 
         // Block 0: three neurons, in the order of the plan.
@@ -89,7 +89,7 @@ fn removed_rows_leave_the_others_as_they_were() {
         let (old, new) = (bias(&model.file), bias(&out));
         assert_eq!(new, [&old[20..24], &old[12..16], &old[360..364]].concat());
 
-        // What the plan does not touch.
+        // Tensors that the plan does not change.
         for name in
             ["token_embd.weight", "output_norm.weight", "blk.1.ffn_down.weight", "blk.0.attn_norm.weight"]
         {
@@ -148,7 +148,7 @@ fn families_give_their_logits_in_other_architectures() {
                 "{name} in {}: largest difference {max:.2e}, KL divergence {kl:.2e}",
                 output_arch.name()
             );
-            // In another order of rows, sums of halves round otherwise.
+            // In another order of rows, sums of 16-bit numbers round differently.
             assert!(max < 0.02 && kl < 1e-6, "{name}: {max} {kl}");
             let kept = Plan { output_archs: model.output_archs(heads, Arch::Keep), ..plan };
             assert_eq!(kept.output_arch(&model), own, "{name}");
@@ -263,13 +263,13 @@ fn a_qwen3_with_uneven_blocks_is_an_openelm() {
         let (max, kl) = compare_logits(&libllama_logits(&target, &tokens), &ours, small.n_vocab);
         println!("{ty}: largest difference {max:.2e}, KL divergence {kl:.2e}");
         assert!(kl < if ty == Type::F32 { 2e-5 } else { 2e-3 }, "{ty}: {max} {kl}");
-        // All of the rows of Q, then those of K and V, as they were.
+        // All rows of Q are followed by those of K and V, unchanged.
         let found = rows(&GgufFile::open(&target).unwrap(), "blk.0.attn_qkv.weight");
         let names = if fused_qkv { vec!["attn_qkv"] } else { vec!["attn_q", "attn_k", "attn_v"] };
         let old = names.iter().flat_map(|n| rows(&model.file, &format!("blk.0.{n}.weight")));
         assert!(old.eq(found));
     }
-    // There is no room for a head of its own.
+    // The output architecture has no separate output head.
     TestModel { arch: "qwen3", tied: false, ..TestModel::default() }.write(&source);
     assert_eq!(Plan::whole(&Model::open(&source).unwrap()).output_archs.per_block, None);
 }
@@ -288,7 +288,8 @@ fn a_qwen3_with_its_own_head_is_a_step35_if_it_shall_be() {
     let output_archs = model.output_archs(Heads::PerLayer, Arch::Auto);
     let mut plan = Plan { output_archs, ..Plan::whole(&model) };
     assert_eq!(plan.output_arch(&model), Family::Qwen3);
-    // As it is, the same bits in libllama; with fewer heads, our own logits.
+    // The whole model gives the same bits in libllama; with fewer heads, the reference is the crate's own
+    // logits.
     let loads_fewer_heads = plan.output_archs.equal;
     plan.output_archs.equal = Family::Step35;
     write(&model, &plan, &target);
@@ -302,7 +303,7 @@ fn a_qwen3_with_its_own_head_is_a_step35_if_it_shall_be() {
     let (max, kl) = compare_logits(&libllama_logits(&target, &tokens), &ours, small.n_vocab);
     println!("largest difference {max:.2e}, KL divergence {kl:.2e}");
     assert!(max < 0.06 && kl < 2e-5, "{max} {kl}");
-    // A stretched rotary embedding is not known there.
+    // That architecture does not support a scaled rotary embedding.
     let factor = ("rope.scaling.factor", Value::F32(4.0));
     TestModel { extra: vec![factor], ..small }.write(&source);
     let model = Model::open(&source).unwrap();
@@ -409,7 +410,8 @@ fn other_alignments_are_read_and_written_as_32() {
     let (source, target) = (dir.path().join("a.gguf"), dir.path().join("b.gguf"));
     let small = TestModel { biases: true, ..TestModel::default() };
     small.write(&source);
-    // The same file with its tensors aligned at 64: the key's value, the header's padding, the offsets.
+    // The same file with its tensors aligned at 64 differs in the key's value, the header's padding, and the
+    // offsets.
     let old = GgufFile::open(&source).unwrap();
     let old_bytes = old.bytes().next().unwrap();
     let mut bytes = old_bytes.to_vec();
@@ -424,7 +426,7 @@ fn other_alignments_are_read_and_written_as_32() {
     let mut cursor = 0;
     let body = out.len();
     for t in old.tensors() {
-        // Behind the name: n_dims, the sizes, the type, the offset.
+        // The name is followed by n_dims, the sizes, the type and the offset.
         let name = t.name.as_bytes();
         cursor += out[cursor..body].windows(name.len()).position(|w| w == name).unwrap() + name.len();
         let field = cursor + 4 + 8 * t.ne.len() + 4;

@@ -12,7 +12,7 @@ fn part(prefix: &str, i: usize) -> String {
     format!("{prefix}-{:05}-of-{N_PARTS:05}.gguf", i + 1)
 }
 
-/// Cuts `in.gguf` into parts as llama-gguf-split does: metadata in the first, tensors in order.
+/// Splits `in.gguf` into parts as llama-gguf-split does: metadata in the first, tensors in order.
 fn cut(cli: &Cli, prefix: &str, claims: usize) {
     let whole = GgufFile::open(&cli.path("in.gguf")).unwrap();
     let each = whole.tensors().len().div_ceil(N_PARTS);
@@ -42,7 +42,7 @@ fn split_model(ty: Type) -> Cli {
 fn parts_are_pruned_as_the_whole_is() {
     let cli = split_model(Type::Q8_0);
     let first = part("m", 0);
-    // What is cut here is what llama.cpp joins.
+    // llama.cpp joins these parts.
     LlamaModel::load(&cli.path(&first)).unwrap();
     for (input, output) in [("in.gguf", "a.gguf"), (&first, "b.gguf")] {
         cli.ok(&[&[input, output, "--sparsity", "0.4"][..], &QUICK].concat());
@@ -97,7 +97,7 @@ fn parts_can_stay_parts() {
     let left: Vec<_> =
         cli.listing().into_iter().filter(|(p, _)| p.to_string_lossy().contains("parts")).collect();
     assert!(left.is_empty(), "{left:?}");
-    // One of them that is there already is seen before any work.
+    // An existing part is detected before any work.
     std::fs::remove_file(cli.path(&part("out", 0))).unwrap();
     let args = [&first, "out.gguf", "--sparsity", "0.4", "--keep-split"];
     cli.fails(&[&args[..], &QUICK].concat(), 1, &[&part("out", 1), "--force"]);

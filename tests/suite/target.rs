@@ -35,7 +35,7 @@ fn they_are_kept_and_as_much_as_fits_stays() {
         small.write(&cli.path("in.gguf"));
         let (bytes, params) = sizes(&cli, "in.gguf");
         let n_blocks = small.blocks.len() as u64;
-        // The least that all blocks can lose together, in parameters.
+        // Smallest number of parameters that all blocks can lose together.
         let d = small.n_embd as u64;
         let step = n_blocks * if small.experts.is_some() { (3 * 96 + 1) * d } else { 32 * 3 * d };
         for share in [0.9, 0.7, 0.55] {

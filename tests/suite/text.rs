@@ -31,7 +31,7 @@ fn lines() -> String {
     )
 }
 
-/// `text` in all encodings that a mark tells, the mark in front.
+/// `text` in all encodings with a byte-order mark, including the mark.
 fn marked(text: &str) -> Vec<(&'static str, Vec<u8>)> {
     let text = format!("\u{feff}{text}");
     let wide = |f: fn(u16) -> [u8; 2]| text.encode_utf16().flat_map(f).collect::<Vec<u8>>();
@@ -76,7 +76,7 @@ fn every_encoding_gives_the_same_windows() {
     let read = |encoding| TextFile::open(&path, encoding).unwrap().read().unwrap();
     for (label, bytes) in marked(&text) {
         std::fs::write(&path, &bytes).unwrap();
-        // The mark counts, whatever is named.
+        // The mark is preferred to a named encoding.
         for encoding in [None, named("windows-1252")] {
             assert_eq!(read(encoding), text, "{label}");
             assert_eq!(calibrated(&model, &path, encoding), expected, "{label}");
@@ -110,7 +110,7 @@ fn excerpts_have_whole_characters_each_once() {
             }
         }
     }
-    // Where bytes do not show it, excerpts are of whole lines.
+    // If bytes do not show where characters begin, excerpts are of whole lines.
     let line = "日本語の文章です。\n";
     std::fs::write(&path, encoding_rs::SHIFT_JIS.encode(&line.repeat(50)).0).unwrap();
     let file = TextFile::open(&path, named("shift_jis")).unwrap();
@@ -192,7 +192,7 @@ fn a_stray_byte_is_no_reason_to_refuse() {
     let cli = cli();
     let path = cli.path("t.txt");
     let line = [TEXT.as_bytes(), b"caf\xe9\n"].concat();
-    // One in less than 4096 bytes is damage; one in every line is another encoding.
+    // One invalid sequence in 4096 bytes is damage; one in every line is another encoding.
     let rest = (TEXT.to_owned() + "\n").repeat(5);
     std::fs::write(&path, [&line[..], rest.as_bytes()].concat()).unwrap();
     let text = TextFile::open(&path, None).unwrap().read().unwrap();
@@ -204,7 +204,7 @@ fn a_stray_byte_is_no_reason_to_refuse() {
     }
 }
 
-/// The part of `eval` about the text.
+/// The part of `eval` that reads the text.
 fn eval(cli: &Cli, args: &[&str]) -> serde_json::Value {
     let common = ["eval", "a.gguf", "-c", "64", "-t", "1", "-q", "--json", "--no-speed"];
     let found: serde_json::Value = serde_json::from_str(&cli.ok(&[&common[..], args].concat())).unwrap();
@@ -231,7 +231,7 @@ fn encodings_are_named_as_in_the_web() {
 #[cfg(unix)]
 fn pipes_are_read_like_files() {
     let cli = cli();
-    // More than is checked before it is copied.
+    // The text is longer than the part checked before the copy.
     let text = (TEXT.to_owned() + "\n").repeat(200);
     std::fs::write(cli.path("t.txt"), &text).unwrap();
     let expected = eval(&cli, &["-f", "t.txt", "--chunks", "3"]);
@@ -261,7 +261,7 @@ fn pipes_are_read_like_files() {
         .output()
         .unwrap();
     assert!(out.status.success(), "{}", String::from_utf8_lossy(&out.stderr));
-    // What has no end is refused before it is copied.
+    // Endless input is rejected before the copy.
     cli.fails(&["eval", "a.gguf", "-f", "/dev/zero", "-q"], 1, &["/dev/zero", "NUL at byte 0"]);
 }
 
@@ -282,7 +282,7 @@ fn windows_of_a_long_text_are_from_all_over_it_and_begin_with_lines() {
         assert_eq!(windows.len(), 20, "{what}");
         for (i, w) in windows.iter().enumerate() {
             assert_eq!((w.len(), w[0]), (64, 1), "{what}");
-            // The tokenizer puts a space in front, and writes spaces as U+2581.
+            // The tokenizer adds a leading space, and writes spaces as U+2581.
             let found = model.vocab().detokenize(&w[1..]).replace('\u{2581}', " ");
             let number = found.trim_start().strip_prefix("Line ").map(|rest| rest[..6].parse::<usize>());
             let Some(Ok(number)) = number else { panic!("{what}: {found}") };
@@ -295,7 +295,7 @@ fn windows_of_a_long_text_are_from_all_over_it_and_begin_with_lines() {
     }
     std::fs::write(&path, &text).unwrap();
     check(&of(&[TextFile::open(&path, named("shift_jis")).unwrap()]), "shift_jis");
-    // Several files are as one.
+    // Several files are concatenated.
     let whole = of(&[TextFile::open(&path, None).unwrap()]);
     let files: Vec<TextFile> = parts
         .windows(2)
@@ -319,7 +319,7 @@ fn texts_are_scored_from_the_beginning_on() {
     };
     let of =
         |files: &[TextFile], protocol, n| windows(&model, files, protocol, 64, n, &mut |_, _| true).unwrap();
-    // Short ones together, as one text, without the last newline for llama.cpp.
+    // Short files are tokenised as one text, without the last newline for llama.cpp.
     let texts = [numbered(30), numbered(20)];
     let files = [open("a.txt", &texts[0]), open("b.txt", &texts[1])];
     let whole = texts.concat();
@@ -331,7 +331,7 @@ fn texts_are_scored_from_the_beginning_on() {
         expected.iter_mut().for_each(|w| w[0] = bos.unwrap_or(w[0]));
         assert_eq!(of(&files, protocol, usize::MAX), expected);
     }
-    // A long one is read as far as it must be.
+    // A long file is read only as far as needed.
     let long = [open("long.txt", &numbered(50_000))];
     let all = of(&long, Protocol::Llama, usize::MAX);
     // A space is three tokens of this tokenizer.
@@ -347,7 +347,7 @@ fn texts_are_scored_from_the_beginning_on() {
     assert!(some.len() < all.len() && some[..] == all[..some.len()]);
 }
 
-/// Runs the command, and gives the most memory that it had.
+/// Runs the command and returns its peak memory.
 #[cfg(target_os = "linux")]
 fn peak_of(cli: &Cli, args: &[&str]) -> u64 {
     let mut child = Command::new(env!("CARGO_BIN_EXE_putri-gguf"))
@@ -376,7 +376,7 @@ fn peak_of(cli: &Cli, args: &[&str]) -> u64 {
 #[cfg(target_os = "linux")]
 fn memory_does_not_grow_with_the_text() {
     let cli = cli();
-    // As a whole it takes over a gigabyte to tokenise.
+    // As a whole, it takes over a gigabyte to tokenise.
     std::fs::write(cli.path("big.txt"), numbered(800_000)).unwrap();
     let eval =
         ["eval", "a.gguf", "-f", "big.txt", "-c", "64", "--chunks", "4", "-t", "1", "-q", "--no-speed"];

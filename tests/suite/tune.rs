@@ -8,7 +8,7 @@ use putri_gguf::model::{BlockMatrix, BlockVector, Model};
 use putri_gguf::pipeline::{Pruned, Settings, run};
 use std::path::Path;
 
-/// Windows of something like text to fit on, and some to judge by.
+/// Windows of text-like tokens to fit to, and some held out.
 fn windows(n_ctx: usize, n_fit: usize, n_held_out: usize) -> Windows {
     let n = (n_fit + n_held_out) * n_ctx;
     let tokens = (0..n).map(|i| 3 + ((i * i * 31 + i * 7919) % 250) as i32).collect();
@@ -39,7 +39,7 @@ fn check(small: &TestModel, windows: &Windows, biases: bool) {
     let model = Model::open(&path).unwrap();
     let settings = Settings { tune_tokens: 256, ..Settings::default() };
     let plain = pruned(&model, windows, &Settings { tune: 0, ..settings.clone() });
-    // What is resampled is text of another kind here than what is held out, which slows it down.
+    // The resampled text is of another kind than the held-out text, which slows convergence.
     let tuned = pruned(&model, windows, &Settings { tune: 8, ..settings.clone() });
     let [before, after] = [&plain, &tuned].map(|o| divergence(&path, &model, windows, o));
     println!("{}: held-out divergence {before:.4} to {after:.4}", small.arch);
@@ -53,7 +53,7 @@ fn check(small: &TestModel, windows: &Windows, biases: bool) {
         assert!(!b.groups.is_empty() || b.vector(BlockVector::AttnNorm).is_none());
     }
 
-    // A rate at which nothing good can come of it.
+    // This rate is too high for any improvement.
     let wild = Settings { tune: 1, tune_rate: 100.0, ..settings };
     let kept = pruned(&model, windows, &wild);
     assert_eq!(divergence(&path, &model, windows, &kept), before, "{}: not undone", small.arch);
@@ -73,6 +73,6 @@ fn a_gemma3_comes_closer() {
 #[test]
 fn windows_too_long_for_gradients_are_cut() {
     check(&TestModel::default(), &windows(600, 3, 1), true);
-    // Of which one token is left over.
+    // One token of the text is left over.
     check(&TestModel::default(), &windows(601, 3, 1), true);
 }

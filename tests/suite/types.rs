@@ -35,10 +35,10 @@ fn types_are_those_of_llama_quantize() {
         assert_eq!(out.get("general.file_type"), whole.get("general.file_type"));
         let mut quantised = 0;
         for t in whole.tensors() {
-            // Blocks whose attention has gone have no such tensors.
+            // Blocks without attention have no such tensors.
             let Some(mine) = out.find(&t.name) else { continue };
             quantised += usize::from(t.ty.is_quantized());
-            // Rows of attn_output that are no longer whole blocks of 256 fall back.
+            // Rows of attn_output that are not whole blocks of 256 fall back to another type.
             let fallback = mine.ty != t.ty && !mine.ne[0].is_multiple_of(t.ty.block_size());
             assert!(mine.ty == t.ty || fallback, "{name}: {} is {} instead of {}", t.name, mine.ty, t.ty);
         }
@@ -51,7 +51,7 @@ fn types_are_those_of_llama_quantize() {
 fn types_that_rows_do_not_fit_are_named() {
     silence_logs();
     let cli = Cli::new();
-    // Rows of 320 values are no whole blocks of 256, those of ffn_down are.
+    // Rows of 320 values are not whole blocks of 256; those of ffn_down are.
     let odd = TestModel {
         n_embd: 320,
         head_dim: 64,
@@ -74,7 +74,7 @@ fn types_that_rows_do_not_fit_are_named() {
     LlamaModel::load(&cli.path("out.gguf")).unwrap();
     let report = std::fs::read_to_string(cli.path("r.json")).unwrap();
     assert!(report.contains("no whole blocks of 256"), "{report}");
-    // Where all rows fit, nothing is said.
+    // If all rows fit, there is no message.
     small(Type::F16).write(&cli.path("in.gguf"));
     let said = cli.ok(&[&["in.gguf", "out.gguf", "--type", "Q8_0", "--force"][..], &QUICK].concat());
     assert!(!said.contains("no whole blocks"), "{said}");
@@ -99,7 +99,7 @@ fn in_f32_it_is_the_pruned_model_itself() {
 
 #[test]
 fn what_it_is_compared_with_is_the_source() {
-    // The perplexity before is the source's, however coarse the types of the result.
+    // The perplexity before pruning is the source's, however coarse the types of the result are.
     silence_logs();
     let cli = Cli::new();
     small(Type::F16).write(&cli.path("in.gguf"));

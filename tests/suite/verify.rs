@@ -10,7 +10,8 @@ use std::path::Path;
 
 const QUICK: [&str; 7] = ["--ctx-size", "64", "--chunks", "8", "--threads", "1", "-q"];
 
-/// Writes `source` anew, with the metadata that `value` gives and the bytes that `data` gives by name.
+/// Writes a copy of `source` with the metadata that `value` returns and the bytes that `data` returns by
+/// name.
 fn edited(
     source: &GgufFile,
     target: &Path,
@@ -74,7 +75,7 @@ fn matrices_that_are_encoded_anew_are_no_fault() {
     let cli = Cli::new();
     let small = TestModel { arch: "qwen3", blocks: vec![(4, 2, 256); 4], ..TestModel::default() };
     small.write(&cli.path("f32.gguf"));
-    // As in a mix of types, V in a wider one; openelm has one matrix for the three.
+    // V has a wider type, as in a mix of types; openelm has one matrix for Q, K and V.
     crate::common::retype(&GgufFile::open(&cli.path("f32.gguf")).unwrap(), &cli.path("in.gguf"), |name| {
         let wide = name.contains("attn_v") && name.ends_with("weight");
         let matrix = name.ends_with("weight") && !name.contains("norm");
@@ -97,7 +98,7 @@ fn swapped(bytes: &[u8], n: usize, a: usize, b: usize) -> Vec<u8> {
     bytes
 }
 
-/// Plants faults into `good.gguf`, which was made of `in.gguf`, and expects each to be caught.
+/// Inserts faults into `good.gguf`, which was made of `in.gguf`, and expects `verify` to detect each.
 fn faults_are_caught(cli: &Cli) {
     let source = GgufFile::open(&cli.path("in.gguf")).unwrap();
     let good = GgufFile::open(&cli.path("good.gguf")).unwrap();
@@ -131,8 +132,8 @@ fn faults_are_caught(cli: &Cli) {
         edited(&good, &cli.path("bad.gguf"), same, |name, bytes| (name == at).then(|| change(bytes)));
         verify(parts);
     };
-    // The columns of ffn_down in another order than the rows of gate and up: whole blocks of them, so that it is the
-    // same for every type.
+    // The columns of ffn_down are in another order than the rows of gate and up. Whole blocks of them are
+    // swapped, so that the test is the same for every type.
     let block = good.find(&down).unwrap().ty.block_size().max(32);
     let part = good.find(&down).unwrap().ty.row_bytes(block);
     let turned = |bytes: &[u8]| -> Vec<u8> {
@@ -154,7 +155,7 @@ fn faults_are_caught(cli: &Cli) {
         tensor(&q, &|b| swapped(b, row(&q) * head, 0, per_group), &["predictions", "rows"]);
         tensor(&q, &|b| swapped(b, row(&q), 0, per_group * head), &["rows"]);
     }
-    // ffn_down is twice as large as it should be, or smaller, as a ridge of the wrong scale makes it.
+    // ffn_down is twice as large as expected, or smaller, as with a ridge of the wrong scale.
     let floats = good.floats(good.find(&down).unwrap(), 0..shape(&down)[1]).unwrap();
     let ty = good.find(&down).unwrap().ty;
     let scaled = |by: f32| {
@@ -162,13 +163,13 @@ fn faults_are_caught(cli: &Cli) {
     };
     tensor(&down, &|_| scaled(2.0), &["predictions"]);
     tensor(&down, &|_| scaled(0.9), &["predictions"]);
-    // A weight is no number.
+    // A weight is NaN.
     tensor(
         "output_norm.weight",
         &|b| [&f32::NAN.to_le_bytes()[..], &b[4..]].concat(),
         &["output_norm.weight"],
     );
-    // Metadata that was not brought up to date.
+    // Metadata that was not updated.
     let key = |at: &str, to: &dyn Fn(&Value) -> Value, parts: &[&str]| {
         let at = format!("{arch}.{at}");
         edited(&good, &cli.path("bad.gguf"), |k, v| if k == at { to(v) } else { v.clone() }, whole);
@@ -180,7 +181,7 @@ fn faults_are_caught(cli: &Cli) {
     key("attention.head_count_kv", &|_| Value::U32(1), &["attn_"]);
     key("rope.freq_base", &|_| Value::F32(500.0), &["predictions"]);
     key("attention.layer_norm_rms_epsilon", &|_| Value::F32(0.5), &["predictions"]);
-    // What it says of itself.
+    // Statements of the file about itself.
     let about = |at: &str, to: Value, part: &str| {
         edited(&good, &cli.path("bad.gguf"), |k, v| if k == at { to.clone() } else { v.clone() }, whole);
         verify(&[part]);

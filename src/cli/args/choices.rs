@@ -24,7 +24,7 @@ pub enum HeadsArg {
     None,
 }
 
-/// What is removed from the feed-forwards of mixtures of experts.
+/// Units that are removed from the FFNs of mixtures of experts.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum MoeArg {
     /// Whole experts: those that contribute least to the tokens routed to them (REAP, arXiv 2510.13999).

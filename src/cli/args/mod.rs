@@ -1,5 +1,5 @@
-//! What the user typed. Each option has one definition: the first paragraph of its comment is its line in `-h`, all
-//! paragraphs are its text in `--help`, in the manual page and in docs/cli.md.
+//! Arguments of the command line. Each option has one definition: the first paragraph of its comment is its
+//! line in `-h`, and all paragraphs are its text in `--help`, in the manual page and in docs/cli.md.
 
 mod choices;
 mod eval;
@@ -14,9 +14,10 @@ use std::path::PathBuf;
 
 /// Make a GGUF language model smaller and faster by structured pruning.
 ///
-/// putri-gguf removes whole attention heads and feed-forward neurons, or whole experts of mixtures of experts. It
-/// refits what is kept and writes a GGUF that stock llama.cpp and Ollama run. Without --file, the model generates its own
-/// calibration text. The source is never changed, and the output appears once it is complete and verified.
+/// putri-gguf removes whole attention heads and feed-forward neurons, or whole experts of mixtures of
+/// experts. It refits what is kept and writes a GGUF that stock llama.cpp and Ollama run. Without --file, the
+/// model generates its own calibration text. The source is never changed, and the output appears once it is
+/// complete and verified.
 #[derive(Parser, Clone, Debug)]
 #[command(
     name = "putri-gguf",
@@ -29,30 +30,32 @@ use std::path::PathBuf;
     override_usage = "putri-gguf [OPTIONS] --sparsity <S> <INPUT> <OUTPUT>\n       putri-gguf inspect|eval|verify [OPTIONS] <MODEL>"
 )]
 pub struct Cli {
-    /// What to do instead of pruning.
+    /// Command other than pruning.
     #[command(subcommand)]
     pub command: Option<Command>,
-    /// How to prune.
+    /// Arguments of pruning.
     #[command(flatten)]
     pub prune: Option<Args>,
-    /// Where to compute. Not part of the former: what is optional as a whole can have no such part.
+    /// Choice of devices. It is not part of `prune`, because an optional group of arguments cannot contain
+    /// another group.
     #[command(flatten)]
     pub devices: DeviceArgs,
     /// Show llama.cpp's own messages on stderr
     ///
-    /// llama.cpp reports on loading, devices and memory there, in many lines. By default they are hidden, and its
-    /// errors become part of putri-gguf's. --quiet hides the progress only, so the two go together.
+    /// llama.cpp reports on loading, devices and memory there, in many lines. By default they are hidden, and
+    /// its errors become part of putri-gguf's. --quiet hides the progress only, so the two go together.
     #[arg(short, long, global = true)]
     pub verbose: bool,
 }
 
-/// Other things than pruning.
+/// Commands other than pruning.
 #[derive(Subcommand, Clone, Debug)]
 pub enum Command {
     /// Show what a model consists of and what can be removed
     ///
-    /// inspect reads the header only, so it is fast for files of any size. It shows parameters by part, heads, widths,
-    /// types, the architecture that a pruned file would have and why, and the largest sparsity that can be reached.
+    /// inspect reads the header only, so it is fast for files of any size. It shows parameters by part,
+    /// heads, widths, types, the architecture that a pruned file would have and why, and the largest sparsity
+    /// that can be reached.
     Inspect {
         /// The model (GGUF, or ollama:NAME)
         ///
@@ -66,19 +69,21 @@ pub enum Command {
     },
     /// Measure a model with llama.cpp: perplexity, KL divergence, speed
     ///
-    /// eval works on any GGUF that llama.cpp loads, pruned or not. --base adds a comparison with a second model.
+    /// eval works on any GGUF that llama.cpp loads, pruned or not. --base adds a comparison with a second
+    /// model.
     Eval(EvalArgs),
     /// Check that a pruned file is intact
     ///
-    /// verify loads the file and compares its predictions on a few tokens with those recorded in its metadata when it
-    /// was written. With --source it also compares the file with its source. Exit code 1: something is wrong.
+    /// verify loads the file and compares its predictions on a few tokens with those recorded in its metadata
+    /// when it was written. With --source it also compares the file with its source. Exit code 1: something
+    /// is wrong.
     Verify {
         /// The pruned file
         model: PathBuf,
         /// Also compare with the source of the pruned file
         ///
-        /// verify checks the source's hash, the sparsity, and that the rows of Q, K, V, gate and up are those of the
-        /// source for the same heads and neurons.
+        /// verify checks the source's hash, the sparsity, and that the rows of Q, K, V, gate and up are those
+        /// of the source for the same heads and neurons.
         #[arg(long, value_name = "MODEL")]
         source: Option<PathBuf>,
         /// Number of threads [default: all cores]
@@ -109,8 +114,8 @@ pub enum Command {
     },
     /// Let other machines compute on this one with --rpc; trusted networks only
     ///
-    /// The server computes on the CPU for one client at a time, until it is stopped. The protocol has no password:
-    /// run it in trusted networks only.
+    /// The server computes on the CPU for one client at a time, until it is stopped. The protocol has no
+    /// password: run it in trusted networks only.
     RpcServer {
         /// Address to listen on
         ///
@@ -144,7 +149,7 @@ pub enum Command {
     Reference,
 }
 
-/// Tokens per window by default.
+/// Default number of tokens per window.
 pub const DEFAULT_CTX: usize = 512;
 
 const EXAMPLES: &str = "\

@@ -1,7 +1,7 @@
 //! Operations and bytes of the parts that stages are made of, from shapes.
 
 use super::*;
-use crate::pipeline::stages::probes;
+use crate::pipeline::sensitivity::probes;
 
 /// Sizes of one block on which the work depends. They are whole numbers, except for means over blocks.
 #[derive(Clone, Copy)]

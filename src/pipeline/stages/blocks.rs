@@ -3,7 +3,7 @@
 mod attention;
 mod record;
 
-use super::Stage;
+use super::{Stage, block_record};
 use crate::forward::{Block, BlockOutputs, Collect};
 use crate::ggml::Type;
 use crate::gguf::Value;
@@ -11,7 +11,7 @@ use crate::model::{BlockMatrix, BlockShape, BlockVector, BlockWeights, Matrix};
 use crate::numeric::Moments;
 use crate::pipeline::forecast::{BASE_BYTES, StageForecast, Work, inverse_ops, removal_ops};
 use crate::pipeline::run::Run;
-use crate::pipeline::stream::embedded;
+use crate::pipeline::stream::{Streams, embedded};
 use crate::pipeline::{BlockPlan, KeptTensor, PruneError, Record, token_scales};
 use crate::prune::{self, Singular};
 use crate::requant::{FeedbackError, Quantised, quantise, quantise_with_feedback, within_reason};
@@ -19,13 +19,6 @@ use crate::spill::SpillVec;
 use record::{decode, encode};
 use std::ops::Range;
 use std::sync::Arc;
-
-/// Residual streams `[n_tokens, n_embd]` of all windows in the dense and the pruned model, at the input of
-/// the same block.
-pub(in crate::pipeline) struct Streams {
-    pub(in crate::pipeline) dense: SpillVec<f32>,
-    pub(in crate::pipeline) pruned: SpillVec<f32>,
-}
 
 /// Stage that narrows every block to its width, one after another.
 /// For each block it refits `attn_output`, chooses neurons or experts, refits `ffn_down`, and requantises
@@ -56,11 +49,6 @@ impl Blocks {
     /// First stage of 2SSP.
     pub(in crate::pipeline) const TWO_STAGE: Blocks =
         Blocks { towards_dense: false, selection: Selection::ActivationNorm };
-}
-
-/// Name of the record of block `il`.
-pub(super) fn record_name(il: usize) -> String {
-    format!("block-{il:03}")
 }
 
 impl Stage for Blocks {
@@ -127,7 +115,7 @@ impl Stage for Blocks {
     }
 
     fn records(&self, n_layer: usize) -> Vec<String> {
-        (0..n_layer).map(record_name).collect()
+        (0..n_layer).map(block_record).collect()
     }
 
     fn run(&self, run: &mut Run) -> Result<(), PruneError> {
@@ -183,7 +171,7 @@ impl Blocks {
             None => run.ffn_step(self, il, &mut w, width, attn_out_input, streams)?,
             Some(_) => run.expert_step(il, &mut w, width, attn_out_input, streams)?,
         };
-        run.checkpoint.save(&record_name(il), encode(&run.plan.blocks[il], &run.warnings[n_warnings..]))?;
+        run.checkpoint.save(&block_record(il), encode(&run.plan.blocks[il], &run.warnings[n_warnings..]))?;
         let held_out = run.forward.span(&(run.fitted.n_fit..run.fitted.n_windows()));
         let [dense, pruned] = [&streams.dense, &streams.pruned].map(|s| &s[held_out.clone()]);
         let off = mean_distance(dense, pruned, run.forward.n_embd());
@@ -195,7 +183,7 @@ impl Run<'_> {
     /// Loads block `il` of an earlier run, if there is one, and moves both streams over it. Returns whether
     /// there is one.
     fn take_over(&mut self, il: usize, streams: &mut Streams) -> Result<bool, PruneError> {
-        let name = record_name(il);
+        let name = block_record(il);
         let Some(record) = self.blocks_resume.then(|| self.checkpoint.load(&name)).transpose()?.flatten()
         else {
             return Ok(false);

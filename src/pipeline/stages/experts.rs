@@ -1,11 +1,11 @@
 //! Mixtures of experts in the sequential pass: selection of the experts to keep, or of the neurons of each.
 
-use super::Streams;
 use super::blocks::at_block;
 use crate::forward::{Block, BlockOutputs, Chosen, ExpertUse};
 use crate::model::{BlockMatrix, BlockWeights, FfnUnit};
 use crate::numeric::Moments;
 use crate::pipeline::run::Run;
+use crate::pipeline::stream::Streams;
 use crate::pipeline::{PruneError, token_scales};
 use crate::prune::{self, Inverse, NeuronCriterion};
 use crate::requant::{Quantised, quantise, within_reason};

@@ -1,15 +1,16 @@
 //! Search for attention groups to remove, over cached residual streams.
 
-use super::{Stage, sensitivity};
+use super::{HEADS, Stage, sensitivity};
 use crate::forward::{Block, BlockOutputs, Forward, MAX_GRADIENT_CTX};
 use crate::ggml::Token;
-use crate::model::{BlockShape, Family};
+use crate::model::BlockShape;
+use crate::pipeline::allocation::removable_groups;
 use crate::pipeline::forecast::{BASE_BYTES, Sizes, StageForecast, Work};
 use crate::pipeline::prediction_loss::{Loss, PredictionLoss};
 use crate::pipeline::run::Run;
 use crate::pipeline::stream::embedded;
 use crate::pipeline::{Plan, PruneError, Record, Settings, forward};
-use crate::prune::{Budget, Candidate, GroupId, LazyGreedy};
+use crate::prune::{Candidate, GroupId, LazyGreedy};
 use crate::spill::SpillVec;
 
 /// Number of tokens, and of tokens per window, for the first order of the candidates in models without
@@ -24,16 +25,13 @@ pub(in crate::pipeline) const STREAM_BYTES: usize = 256 << 20;
 /// least.
 pub(in crate::pipeline) struct GreedyHeads;
 
-/// Name of the record of the search, which is saved after each group.
-pub(crate) const RECORD: &str = "heads";
-
 impl Stage for GreedyHeads {
     fn forecast(&self, w: &Work) -> Vec<StageForecast> {
         vec![forecast_first_look(w), forecast_search(w)]
     }
 
     fn records(&self, _: usize) -> Vec<String> {
-        vec![RECORD.into()]
+        vec![HEADS.into()]
     }
 
     fn run(&self, run: &mut Run) -> Result<(), PruneError> {
@@ -88,9 +86,9 @@ fn decode(record: &Record, shapes: &[BlockShape]) -> Option<LazyGreedy> {
 impl Run<'_> {
     /// Search of an earlier run.
     fn kept_search(&mut self) -> Result<Option<LazyGreedy>, PruneError> {
-        let Some(record) = self.checkpoint.load(RECORD)? else { return Ok(None) };
+        let Some(record) = self.checkpoint.load(HEADS)? else { return Ok(None) };
         let search = decode(&record, &self.model.hparams.blocks);
-        Ok(Some(search.ok_or_else(|| self.checkpoint.damaged(RECORD, "groups"))?))
+        Ok(Some(search.ok_or_else(|| self.checkpoint.damaged(HEADS, "groups"))?))
     }
 
     /// Search of putri-gguf: one group at a time, in the order of a first look that only estimates.
@@ -113,7 +111,7 @@ impl Run<'_> {
             while greedy.removed.len() < n_remove
                 && greedy.step(&may_remove, |removed, ask| search.score(removed, ask))?
             {
-                search.run.checkpoint.save(RECORD, encode(&greedy))?;
+                search.run.checkpoint.save(HEADS, encode(&greedy))?;
             }
         }
         // The groups removed at a lower sparsity are the first of those removed at a higher one.
@@ -155,14 +153,6 @@ pub(super) fn group_limits(run: &Run) -> Vec<usize> {
         None => vec![run.n_groups / budgets.len(); budgets.len()],
         Some(output_arch) => removable_groups(output_arch, budgets),
     }
-}
-
-/// Number of groups that each block may lose if blocks may differ.
-pub(in crate::pipeline) fn removable_groups(output_arch: Family, budgets: &[Budget]) -> Vec<usize> {
-    // deci reads head_dim only if the first block has heads.
-    let keeps_one = |il: usize| il == 0 || !output_arch.traits().attention_free;
-    let limit = |(il, b): (usize, &Budget)| b.n_groups.saturating_sub(usize::from(keeps_one(il)));
-    budgets.iter().enumerate().map(limit).collect()
 }
 
 /// Unit of removal.

@@ -1,9 +1,10 @@
 //! Comparison of the pruned model with the dense one on the held-out windows, at the end of a method.
 
-use super::{Stage, Streams};
+use super::Stage;
 use crate::pipeline::PruneError;
 use crate::pipeline::forecast::{StageForecast, Work};
 use crate::pipeline::run::Run;
+use crate::pipeline::stream::Streams;
 
 /// Stage that compares the residual streams that the passes left after the last block.
 pub(in crate::pipeline) struct JudgeStreams;

@@ -15,20 +15,29 @@ mod sensitivity;
 mod tune;
 mod widths;
 
-pub(super) use blocks::{Blocks, Streams};
+pub(super) use blocks::Blocks;
 pub(super) use head_rounds::HeadRounds;
-pub(crate) use heads::RECORD as HEADS;
-pub(super) use heads::{GreedyHeads, removable_groups};
+pub(super) use heads::GreedyHeads;
 pub(super) use judge::{EvaluatePlan, JudgeStreams};
 pub(super) use neuron_criterion::ChooseCriterion;
 pub(super) use resample::ResampleCopies;
-pub(super) use sensitivity::{MeasureSensitivity, Sensitivity};
+pub(super) use sensitivity::MeasureSensitivity;
 pub(super) use tune::Tune;
 pub(super) use widths::{LossCurveWidths, UniformWidths};
 
+use super::PruneError;
 use super::forecast::{StageForecast, Work};
 use super::run::Run;
-use super::{Calibration, PruneError, Settings};
+
+/// Names of the records that stages keep in a checkpoint: the order of heads, the widths, the criterion.
+pub(crate) const HEADS: &str = "heads";
+const WIDTHS: &str = "widths";
+const CRITERION: &str = "criterion";
+
+/// Name of the record of block `il`.
+fn block_record(il: usize) -> String {
+    format!("block-{il:03}")
+}
 
 /// One stage of a method.
 pub(super) trait Stage {
@@ -48,9 +57,4 @@ pub(super) trait Stage {
     /// # Errors
     /// [`PruneError`] if the engine fails, the checkpoint is damaged, or the observer interrupts.
     fn run(&self, run: &mut Run) -> Result<(), PruneError>;
-}
-
-/// Number of tokens per window of the curvature samples, and of the tokens of all these windows.
-pub(super) fn probes(s: &Settings, c: &Calibration) -> (usize, f64) {
-    sensitivity::probes(s, c)
 }

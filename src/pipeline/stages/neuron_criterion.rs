@@ -5,12 +5,13 @@
 //! decide.
 
 use super::blocks::at_block;
-use super::{Sensitivity, Stage, widths};
+use super::{CRITERION, Stage};
 use crate::gguf::Value;
 use crate::model::FfnUnit;
 use crate::pipeline::forecast::{BASE_BYTES, StageForecast, Work, inverse_ops, removal_ops};
 use crate::pipeline::prediction_loss::{Loss, PredictionLoss};
 use crate::pipeline::run::Run;
+use crate::pipeline::sensitivity::{Sensitivity, curve_windows};
 use crate::pipeline::stream::planned_stream;
 use crate::pipeline::{Plan, PruneError, Record, forward};
 use crate::prune::{self, NeuronCriterion, Singular};
@@ -29,9 +30,6 @@ pub(in crate::pipeline) fn is_tried(il: usize, n_layer: usize) -> bool {
     before(il) < before(il + 1)
 }
 
-/// Name of the record of the criterion.
-pub(super) const RECORD: &str = "criterion";
-
 /// Stage that chooses the criterion by which neurons are removed, if the settings name none.
 pub(in crate::pipeline) struct ChooseCriterion;
 
@@ -41,7 +39,7 @@ impl Stage for ChooseCriterion {
     fn forecast(&self, w: &Work) -> Vec<StageForecast> {
         let n_ctx = w.c.n_ctx;
         let (trial_ctx, n_trial) = w.probes();
-        let n = (widths::n_windows(w.s, n_ctx, w.c.n_fit) * n_ctx) as f64;
+        let n = (curve_windows(w.s, n_ctx, w.c.n_fit) * n_ctx) as f64;
         let ways = NeuronCriterion::ALL.len() as f64;
         let e = w.n_embd();
         let whole = w.whole();
@@ -81,7 +79,7 @@ impl Stage for ChooseCriterion {
     }
 
     fn records(&self, _: usize) -> Vec<String> {
-        vec![RECORD.into()]
+        vec![CRITERION.into()]
     }
 
     fn run(&self, run: &mut Run) -> Result<(), PruneError> {
@@ -103,17 +101,17 @@ impl Stage for ChooseCriterion {
         if run.settings.ffn_unit(run.model) == FfnUnit::Neuron {
             run.provenance.push(("neuron_criterion", name.clone()));
         }
-        Ok(run.checkpoint.save(RECORD, Record::default().with("criterion", name))?)
+        Ok(run.checkpoint.save(CRITERION, Record::default().with("criterion", name))?)
     }
 }
 
 impl Run<'_> {
     /// Criterion of an earlier run.
     fn kept_criterion(&mut self) -> Result<Option<NeuronCriterion>, PruneError> {
-        let Some(record) = self.checkpoint.load(RECORD)? else { return Ok(None) };
+        let Some(record) = self.checkpoint.load(CRITERION)? else { return Ok(None) };
         let name = record.get("criterion").and_then(Value::as_text);
         let criterion = name.and_then(|name| NeuronCriterion::named(&name));
-        Ok(Some(criterion.ok_or_else(|| self.checkpoint.damaged(RECORD, "criterion"))?))
+        Ok(Some(criterion.ok_or_else(|| self.checkpoint.damaged(CRITERION, "criterion"))?))
     }
 
     /// Returns the criterion that changes the predictions of the dense model less.

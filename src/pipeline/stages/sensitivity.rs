@@ -1,88 +1,19 @@
-//! Sensitivity of the model's predictions to errors in the residual stream after each block, direction by
-//! direction.
-//!
-//! For small errors it is the curvature of the KL divergence (here that among likely tokens): the Fisher
-//! information. Random vectors carried back through the model are samples of it. YAQA (arXiv 2505.22988)
-//! quantises layers under such curvatures. Here they rank neurons, give the loss of narrowing a block, and
-//! estimate the worth of a head.
+//! Measurement of the sensitivity: curvature samples are carried back through the model.
 
-use super::{Stage, neuron_criterion, widths};
+use super::{CRITERION, Stage, WIDTHS, block_record};
 use crate::forward::{OnTheWay, whole_windows};
 use crate::ggml::Token;
-use crate::model::{BlockWeights, Matrix};
 use crate::pipeline::forecast::{BASE_BYTES, Sizes, StageForecast, Work};
 use crate::pipeline::run::Run;
+use crate::pipeline::sensitivity::{CTX, Samples, Sensitivity, curve_windows};
 use crate::pipeline::stream::planned_stream;
-use crate::pipeline::{Calibration, PruneError, Settings, forward, mean_square, prediction_loss};
-use crate::prune::{Metric, Singular};
-use crate::spill::SpillVec;
+use crate::pipeline::{PruneError, forward, mean_square, prediction_loss};
 use half::bf16;
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
-use std::borrow::Cow;
-use std::sync::Arc;
-
-/// Length of the windows for the curvature samples, in tokens. They are short, so that they come from many
-/// places.
-pub(in crate::pipeline) const CTX: usize = 256;
 
 /// Number of tokens whose residual streams before all blocks are in memory at a time.
 pub(in crate::pipeline) const BATCH_TOKENS: usize = 2048;
-
-/// Curvature samples after each block.
-pub(in crate::pipeline) struct Sensitivity {
-    behind: Vec<Samples>,
-    n_embd: usize,
-    /// Tokens of the samples, in windows of `n_ctx`.
-    pub(in crate::pipeline) tokens: Vec<Token>,
-    pub(in crate::pipeline) n_ctx: usize,
-}
-
-/// One random vector per token.
-struct Samples {
-    /// Unit vectors, `[n_tokens, n_embd]`.
-    directions: SpillVec<bf16>,
-    lengths: Vec<f32>,
-}
-
-impl Sensitivity {
-    /// Loss of the predictions if the residual stream after block `il` is `other` instead of `own`, per token
-    /// in nats of KL divergence.
-    /// `own` and `other` `[n_tokens, n_embd]` belong to the tokens of the samples. The loss is half the
-    /// square of each error's product with its token's sample; the mean of this is the quadratic form of the
-    /// curvature. It leaves out what errors of several tokens do together.
-    pub(in crate::pipeline) fn divergence(&self, il: usize, own: &[f32], other: &[f32]) -> f64 {
-        let Samples { directions, lengths } = &self.behind[il];
-        let errors = own.chunks_exact(self.n_embd).zip(other.chunks_exact(self.n_embd));
-        let tokens = directions.chunks_exact(self.n_embd).zip(lengths).zip(errors);
-        let losses = tokens.map(|((direction, length), (own, other))| {
-            let along = direction.iter().zip(own.iter().zip(other)).map(|(d, (a, b))| d.to_f32() * (b - a));
-            0.5 * f64::from(length * along.sum::<f32>()).powi(2)
-        });
-        losses.sum::<f64>() / lengths.len() as f64
-    }
-
-    /// Map whose squared outputs are the cost of errors of `ffn_down`, with the values `ffn_down` in block
-    /// `il`. The rest of the block is `w`.
-    /// Rows are multiplied by the weights of the norm after them.
-    ///
-    /// # Errors
-    /// [`Singular`] if the samples are not finite.
-    pub(in crate::pipeline) fn costs(
-        &self,
-        il: usize,
-        w: &BlockWeights,
-        ffn_down: &Matrix,
-    ) -> Result<Matrix, Singular> {
-        let samples: Vec<f32> = self.behind[il].directions.iter().map(|v| v.to_f32()).collect();
-        let mut map = Cow::Borrowed(ffn_down);
-        if let Some(post_norm) = &w.ffn_post_norm {
-            let rows = Arc::make_mut(&mut map.to_mut().data).chunks_exact_mut(ffn_down.n_in);
-            rows.zip(post_norm).for_each(|(row, g)| row.iter_mut().for_each(|v| *v *= g));
-        }
-        Ok(Metric::new(&samples, self.n_embd)?.apply(&map))
-    }
-}
 
 /// Stage that measures the sensitivity of the predictions to errors after each block, on the model without
 /// the removed groups, if a later stage needs it.
@@ -100,8 +31,8 @@ impl Stage for MeasureSensitivity {
     }
 
     fn run(&self, run: &mut Run) -> Result<(), PruneError> {
-        let last_block = super::blocks::record_name(run.model.hparams.n_layer() - 1);
-        let later = [widths::RECORD, neuron_criterion::RECORD, &last_block];
+        let last_block = block_record(run.model.hparams.n_layer() - 1);
+        let later = [WIDTHS, CRITERION, &last_block];
         let needed = !later.into_iter().all(|name| run.checkpoint.holds(name));
         if needed && run.settings.sensitivity_tokens > 0 {
             run.sensitivity = Some(run.sensitivity(run.settings.sensitivity_tokens)?);
@@ -132,14 +63,6 @@ pub(super) fn forecast_carried_back(
     }
 }
 
-/// Number of tokens per window of the curvature samples, and of the tokens of all these windows.
-pub(super) fn probes(s: &Settings, c: &Calibration) -> (usize, f64) {
-    let n_ctx = CTX.min(c.n_ctx);
-    let beside = c.n_fit - widths::n_windows(s, c.n_ctx, c.n_fit);
-    let n_windows = s.sensitivity_tokens.div_ceil(n_ctx).clamp(1, if beside > 0 { beside } else { c.n_fit });
-    (n_ctx, (n_windows * n_ctx) as f64)
-}
-
 /// Receiver of a block's number and of some values per token.
 type PerToken<'a> = &'a mut dyn FnMut(usize, &[f32]);
 
@@ -151,7 +74,7 @@ impl Run<'_> {
         let s = self.settings;
         let n_ctx = self.windows.n_ctx.min(CTX);
         // The loss of a narrowed block on text that it is fitted to would be close to 0.
-        let fitted = widths::n_windows(s, self.windows.n_ctx, self.windows.n_fit);
+        let fitted = curve_windows(s, self.windows.n_ctx, self.windows.n_fit);
         let tokens = self.windows.sample_beside(n_tokens, n_ctx, fitted);
         let n_embd = self.model.hparams.n_embd;
         let none = |_| {
@@ -247,38 +170,5 @@ impl Run<'_> {
             }
         }
         Ok(())
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::spill::SpillStore;
-
-    #[test]
-    fn an_error_costs_by_the_sample_of_its_token() {
-        const N: usize = 8;
-        // Token i is sensitive only to errors in direction i, and later tokens are more so.
-        let mut directions = SpillStore::default().zeros(N * N).unwrap();
-        (0..N).for_each(|i| directions[i * N + i] = bf16::ONE);
-        let lengths = (0..N).map(|i| 1.0 + i as f32).collect();
-        let s = Sensitivity {
-            behind: vec![Samples { directions, lengths }],
-            n_embd: N,
-            tokens: vec![0; N],
-            n_ctx: N,
-        };
-        let own: Vec<f32> = (0..N * N).map(|i| (i * 7 % 5) as f32).collect();
-        assert_eq!(s.divergence(0, &own, &own), 0.0);
-        for token in 0..N {
-            for direction in 0..N {
-                let mut other = own.clone();
-                other[token * N + direction] -= 0.5;
-                let expected =
-                    if token == direction { 0.5 * (0.5 * (1 + token) as f64).powi(2) } else { 0.0 };
-                let found = s.divergence(0, &own, &other);
-                assert!((found - expected / N as f64).abs() < 1e-9, "{token} {direction}: {found}");
-            }
-        }
     }
 }

@@ -10,8 +10,8 @@
 //! the others, some tokens are resampled from the dense model's predictions for their positions, differently
 //! each time, and the dense model reads the same tokens.
 
+use super::Stage;
 use super::resample::{places, resample};
-use super::{Stage, Streams};
 use crate::calibrate::Windows;
 use crate::forward::{BlockGradient, Forward, ForwardError, Head, MAX_GRADIENT_CTX, OnTheWay, whole_windows};
 use crate::ggml::Token;
@@ -20,7 +20,7 @@ use crate::model::BlockVector;
 use crate::pipeline::forecast::{BASE_BYTES, StageForecast, Work};
 use crate::pipeline::prediction_loss::{self, Loss, PredictionLoss};
 use crate::pipeline::run::Run;
-use crate::pipeline::stream::planned_stream;
+use crate::pipeline::stream::{Streams, planned_stream};
 use crate::pipeline::{Plan, PruneError, forward};
 use rand::SeedableRng;
 use rand::seq::SliceRandom;

@@ -1,31 +1,23 @@
 //! Widths per layer, from the loss of each block as it narrows.
 
 use super::blocks::at_block;
-use super::{Sensitivity, Stage};
+use super::{Stage, WIDTHS};
 use crate::forward::{BlockOutputs, Collect};
 use crate::model::{BlockWeights, Matrix};
 use crate::numeric::Moments;
 use crate::pipeline::forecast::{BASE_BYTES, Sizes, StageForecast, Work, inverse_ops, removal_ops};
 use crate::pipeline::run::Run;
+use crate::pipeline::sensitivity::{Sensitivity, curve_windows};
 use crate::pipeline::stream::embedded;
 use crate::pipeline::{
-    PruneError, Record, Settings, equal_widths, equally_narrowed, forward, neurons_for_target,
-    neurons_to_remove, token_scales,
+    PruneError, Record, equal_widths, equally_narrowed, forward, neurons_for_target, neurons_to_remove,
+    token_scales,
 };
 use crate::prune::{self, Curve, Inverse, Singular};
 use crate::spill::SpillVec;
 
 /// Smallest divergence, in nats, that counts as different from 0.
 const MIN_DIVERGENCE: f64 = 1e-9;
-
-/// Number of windows on which the curves are measured, of `n_fit` to fit to. It is at most half of them,
-/// because the cost of narrowing is measured on others.
-pub(in crate::pipeline) fn n_windows(s: &Settings, n_ctx: usize, n_fit: usize) -> usize {
-    s.curve_tokens.div_ceil(n_ctx).clamp(1, n_fit.div_ceil(2))
-}
-
-/// Name of the record of the widths.
-pub(super) const RECORD: &str = "widths";
 
 /// Stage that chooses a width per layer such that the sparsity or target is reached, from the loss of each
 /// block as it narrows.
@@ -35,7 +27,7 @@ impl Stage for LossCurveWidths {
     fn forecast(&self, w: &Work) -> Vec<StageForecast> {
         let n_ctx = w.c.n_ctx;
         let (probe_ctx, n_probe) = w.probes();
-        let n = (n_windows(w.s, n_ctx, w.c.n_fit) * n_ctx) as f64;
+        let n = (curve_windows(w.s, n_ctx, w.c.n_fit) * n_ctx) as f64;
         let (mut operations, mut algebra) = (0.0, 0.0);
         for (il, b) in w.headless().into_iter().enumerate() {
             let narrowed = Sizes { ff: b.ff * (1.0 - w.s.sparsity), ..b };
@@ -64,7 +56,7 @@ impl Stage for LossCurveWidths {
     }
 
     fn records(&self, _: usize) -> Vec<String> {
-        vec![RECORD.into()]
+        vec![WIDTHS.into()]
     }
 
     fn run(&self, run: &mut Run) -> Result<(), PruneError> {
@@ -78,7 +70,7 @@ impl Stage for LossCurveWidths {
             }
         };
         let record = Record::default().with_numbers("widths", run.widths.iter().copied());
-        Ok(run.checkpoint.save(RECORD, record)?)
+        Ok(run.checkpoint.save(WIDTHS, record)?)
     }
 }
 
@@ -99,14 +91,14 @@ impl Stage for UniformWidths {
 impl Run<'_> {
     /// Widths of an earlier run.
     fn kept_widths(&mut self) -> Result<Option<Vec<usize>>, PruneError> {
-        let Some(record) = self.checkpoint.load(RECORD)? else { return Ok(None) };
+        let Some(record) = self.checkpoint.load(WIDTHS)? else { return Ok(None) };
         let (shapes, unit) = (&self.model.hparams.blocks, self.settings.ffn_unit(self.model));
         let fits = |widths: &Vec<usize>| {
             widths.len() == shapes.len()
                 && widths.iter().zip(shapes).all(|(&w, s)| w > 0 && w <= s.n_units(unit))
         };
         let widths = record.numbers("widths").filter(fits);
-        Ok(Some(widths.ok_or_else(|| self.checkpoint.damaged(RECORD, "widths"))?))
+        Ok(Some(widths.ok_or_else(|| self.checkpoint.damaged(WIDTHS, "widths"))?))
     }
 
     fn choose_widths(&mut self, sensitivity: Option<&Sensitivity>) -> Result<Vec<usize>, PruneError> {
@@ -177,7 +169,7 @@ impl Run<'_> {
     /// block.
     pub(in crate::pipeline) fn few_windows(&self) -> Result<(usize, SpillVec<f32>), PruneError> {
         let (s, n_ctx) = (self.settings, self.windows.n_ctx);
-        let n_windows = n_windows(s, n_ctx, self.windows.n_fit);
+        let n_windows = curve_windows(s, n_ctx, self.windows.n_fit);
         let tokens = self.windows.sample(n_windows * n_ctx, n_ctx);
         Ok((n_windows, embedded(&self.forward, self.model, &tokens, &s.spill)?))
     }

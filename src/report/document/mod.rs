@@ -98,7 +98,8 @@ pub struct Block {
     pub after: Shape,
     /// The source's KV heads that are kept.
     pub kept_groups: Vec<usize>,
-    /// Estimated loss of the predictions by the width of this block alone, in nats of KL divergence, if known.
+    /// Estimated loss of the predictions by the width of this block alone, in nats of KL divergence, if
+    /// known.
     pub loss: Option<f64>,
 }
 
@@ -146,9 +147,9 @@ pub struct Memory {
 pub struct KvCaches {
     /// Tokens of context.
     pub ctx_size: usize,
-    /// Of the source.
+    /// Bytes of the source's KV cache.
     pub before: u64,
-    /// Of the result.
+    /// Bytes of the result's KV cache.
     pub after: u64,
 }
 
@@ -169,7 +170,7 @@ pub struct HeldOut {
     pub top1: f64,
     /// Tokens fitted on.
     pub calibration_tokens: usize,
-    /// Those of them that the model generated itself.
+    /// Number of these tokens that the model generated itself.
     pub calibration_tokens_self_written: usize,
 }
 
