@@ -52,7 +52,7 @@ struct Args {
     /// Sparsities.
     #[arg(long, value_delimiter = ',', default_value = "0.5")]
     sparsity: Vec<f64>,
-    /// Rows: putri, paper, 2ssp, or one of them with settings changed as in `putri:mixture=0.3,uniform`; or
+    /// Rows: putri, paper, 2ssp, or one of them with settings changed as in `putri:dense_target_weight=0.3,uniform`; or
     /// a pruned file, to judge it as it is.
     #[arg(long, default_values_t = ["paper".to_string(), "putri".to_string()])]
     row: Vec<String>,
@@ -103,32 +103,32 @@ fn settings(row: &str, sparsity: f64, n_threads: usize) -> Settings {
         let (key, value) = change.split_once('=').unwrap_or((change, ""));
         let number = || value.parse::<f64>().unwrap_or_else(|_| panic!("{change}: not a number"));
         match key {
-            "dense_target_weight" => s.dense_target_weight = number(),
-            "token_weight" => s.token_weight = number(),
-            "rescored" => s.rescored = Some(number() as usize),
-            "ridge_stream" => s.ridge_stream = number(),
-            "ridge_attn" => s.ridge_attn = number(),
-            "ridge_ffn" => s.ridge_ffn = number(),
-            "groups" => s.groups = Some(number() as usize),
-            "head_tokens" => s.head_tokens = number() as usize,
-            "head_ctx" => s.head_ctx = number() as usize,
-            "curve_tokens" => s.curve_tokens = number() as usize,
-            "nll" => s.head_loss = Loss::Likelihood,
-            "plain" => s.error_feedback = false,
+            "dense_target_weight" => s.blocks.dense_target_weight = number(),
+            "token_weight" => s.blocks.token_weight = number(),
+            "rescored" => s.head_search.rescored = Some(number() as usize),
+            "ridge_stream" => s.blocks.ridge_stream = number(),
+            "ridge_attn" => s.blocks.ridge_attn = number(),
+            "ridge_ffn" => s.blocks.ridge_ffn = number(),
+            "groups" => s.head_search.groups = Some(number() as usize),
+            "head_tokens" => s.head_search.tokens = number() as usize,
+            "head_ctx" => s.head_search.ctx = number() as usize,
+            "curve_tokens" => s.widths.curve_tokens = number() as usize,
+            "nll" => s.head_search.loss = Loss::Likelihood,
+            "plain" => s.blocks.error_feedback = false,
             "attn_output" => s.types.attn_output = Some(Type::from_name(value).expect("type")),
             "ffn_down" => s.types.ffn_down = Some(Type::from_name(value).expect("type")),
-            "sensitivity_tokens" => s.sensitivity_tokens = number() as usize,
-            "resample_copies" => s.resample_copies = number() as usize,
-            "resample_share" => s.resample_share = number(),
-            "tune" => s.tune = number() as usize,
-            "tune_rate" => s.tune_rate = number(),
-            "tune_limit" => s.tune_limit = number() as usize,
-            "tune_tokens" => s.tune_tokens = number() as usize,
-            "tune_resample_share" => s.tune_resample_share = number(),
-            "least_width" => s.least_width = number(),
-            "nobias" => s.biases = false,
+            "sensitivity_tokens" => s.sensitivity.tokens = number() as usize,
+            "resample_copies" => s.resample.copies = number() as usize,
+            "resample_share" => s.resample.share = number(),
+            "tune" => s.tune.passes = number() as usize,
+            "tune_rate" => s.tune.rate = number(),
+            "tune_limit" => s.tune.limit = number() as usize,
+            "tune_tokens" => s.tune.tokens = number() as usize,
+            "tune_resample_share" => s.tune.resample_share = number(),
+            "least_width" => s.widths.least = number(),
+            "nobias" => s.blocks.biases = false,
             "criterion" => s.criterion = NeuronCriterion::named(value),
-            "uniform" => s.per_block_widths = false,
+            "uniform" => s.widths.per_layer = false,
             other => panic!("no setting {other}"),
         }
     }

@@ -14,7 +14,9 @@ use putri_gguf::calibrate::Recipe;
 use putri_gguf::evaluate::speed;
 use putri_gguf::ggml::{FileType, LlamaModel, repacked_bytes, silence_logs};
 use putri_gguf::model::Model;
-use putri_gguf::pipeline::{Observer, Settings};
+use putri_gguf::pipeline::{
+    HeadSettings, Observer, ResampleSettings, SensitivitySettings, Settings, TuneSettings, WidthSettings,
+};
 use putri_gguf::{Job, Nested, Quantise, run_nested};
 use std::path::{Path, PathBuf};
 
@@ -126,12 +128,11 @@ fn candidates(args: &Args, folder: &Path) -> Vec<Candidate> {
         again: true,
     });
     let settings = Settings {
-        head_tokens: 64,
-        head_ctx: 64,
-        curve_tokens: 256,
-        sensitivity_tokens: 64,
-        resample_copies: 0,
-        tune: 0,
+        head_search: HeadSettings { tokens: 64, ctx: 64, ..HeadSettings::default() },
+        widths: WidthSettings { curve_tokens: 256, ..WidthSettings::default() },
+        sensitivity: SensitivitySettings { tokens: 64 },
+        resample: ResampleSettings { copies: 0, ..ResampleSettings::default() },
+        tune: TuneSettings { passes: 0, ..TuneSettings::default() },
         n_threads: recipe.n_threads,
         ..Settings::default()
     };

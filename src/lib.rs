@@ -107,8 +107,9 @@ pub use job::{
 pub use model::{Arch, BlockShape, Family, FfnUnit, Heads, KvCache, ModelError};
 pub use numeric::{Kl, Metrics};
 pub use pipeline::{
-    Calibration, Forecast, Loss, Method, NoRoom, Observer, PlannedStage, PruneError, Settings, StageForecast,
-    Target, TargetError, TensorTypes,
+    BlockSettings, Calibration, Forecast, HeadSettings, Loss, Method, NoRoom, Observer, PlannedStage,
+    PruneError, ResampleSettings, SensitivitySettings, Settings, StageForecast, Target, TargetError,
+    TensorTypes, TuneSettings, WidthSettings,
 };
 pub use prune::NeuronCriterion;
 pub use spill::SpillStore;

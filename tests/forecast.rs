@@ -8,7 +8,10 @@ use putri_gguf::calibrate::Windows;
 use putri_gguf::ggml::{Token, silence_logs};
 use putri_gguf::gguf::GgufFile;
 use putri_gguf::model::{FfnUnit, Model};
-use putri_gguf::pipeline::{Calibration, NoRoom, Observer, Settings, forecast, run, within_memory};
+use putri_gguf::pipeline::{
+    Calibration, HeadSettings, NoRoom, Observer, ResampleSettings, Settings, TuneSettings, WidthSettings,
+    forecast, run, within_memory,
+};
 use putri_gguf::prune::NeuronCriterion;
 use putri_gguf::report::Timings;
 use putri_gguf::spill::SpillStore;
@@ -115,9 +118,9 @@ fn operations_are_those_that_graphs_count() {
         let groups = Some(if small.blocks.len() > 16 { 0 } else { 4 });
         let settings = Settings {
             sparsity: 0.4,
-            groups,
-            resample_copies: 2,
-            tune_limit: 1024,
+            head_search: HeadSettings { groups, ..HeadSettings::default() },
+            resample: ResampleSettings { copies: 2, ..ResampleSettings::default() },
+            tune: TuneSettings { limit: 1024, ..TuneSettings::default() },
             moe_unit,
             ..Settings::default()
         };
@@ -158,7 +161,8 @@ fn what_was_told_takes_no_time() {
     let model = Model::open(&cli.path("in.gguf")).unwrap();
     let c = Calibration { n_ctx: 256, n_fit: 6, n_held_out: 2 };
     let stages = |per_block_widths: bool, criterion: Option<NeuronCriterion>| {
-        let settings = Settings { per_block_widths, criterion, ..Settings::default() };
+        let widths = WidthSettings { per_layer: per_block_widths, ..WidthSettings::default() };
+        let settings = Settings { widths, criterion, ..Settings::default() };
         let stages = forecast(&model, &c, &settings).unwrap().stages;
         ["widths", "neuron criterion"].map(|name| stages.iter().any(|s| s.name == name))
     };

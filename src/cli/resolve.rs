@@ -8,7 +8,7 @@ use putri_gguf::evaluate::Protocol;
 use putri_gguf::ggml::{self, Device, Offload};
 use putri_gguf::model::{Arch, FfnUnit, Heads};
 use putri_gguf::ollama::{self, OllamaError, Stored};
-use putri_gguf::pipeline::{Method, Settings, Target};
+use putri_gguf::pipeline::{Method, ResampleSettings, Settings, Target, TuneSettings};
 use putri_gguf::text::Encoding;
 use putri_gguf::{EvalJob, Job, KeepState, QualityLimit, RUN_CTX};
 use std::path::{Path, PathBuf};
@@ -93,8 +93,8 @@ pub fn resolve(args: Args, devices: &DeviceArgs) -> Result<Job> {
         Ok(n)
     };
     let resample_copies =
-        ours("--resample-copies", args.resample_copies, Settings::default().resample_copies, 100)?;
-    let tune = ours("--tune", args.tune, Settings::default().tune, 1000)?;
+        ours("--resample-copies", args.resample_copies, Settings::default().resample.copies, 100)?;
+    let tune = ours("--tune", args.tune, Settings::default().tune.passes, 1000)?;
     let offload = offload(devices)?;
     ensure!(
         args.max_device_memory.is_none() || !offload.devices.is_empty(),
@@ -147,8 +147,8 @@ pub fn resolve(args: Args, devices: &DeviceArgs) -> Result<Job> {
             },
             n_threads,
             devices: offload.devices,
-            resample_copies,
-            tune,
+            resample: ResampleSettings { copies: resample_copies, ..ResampleSettings::default() },
+            tune: TuneSettings { passes: tune, ..TuneSettings::default() },
             types: tensor_types(&args.tensor_type)?,
             ..Settings::default()
         },

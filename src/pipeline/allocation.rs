@@ -1,7 +1,9 @@
 //! Allocation: numbers of groups and neurons to remove for a sparsity, in steps and layers that the output
 //! architecture supports.
 
-use super::{PruneError, Settings, Target, file_size};
+use super::{
+    BlockSettings, PruneError, SensitivitySettings, Settings, Target, TuneSettings, WidthSettings, file_size,
+};
 use crate::ggml::Type;
 use crate::model::{BlockShape, Family, FfnUnit, Heads, Model};
 use crate::prune::{self, Budget, BudgetError};
@@ -34,16 +36,18 @@ pub(super) fn within_family(model: &Model, s: &Settings) -> Settings {
         // The other experts are unchanged when some are removed, and gradients are not implemented for
         // experts.
         return Settings {
-            per_block_widths: false,
-            biases: false,
-            sensitivity_tokens: 0,
-            tune: 0,
+            widths: WidthSettings { per_layer: false, ..s.widths.clone() },
+            blocks: BlockSettings { biases: false, ..s.blocks.clone() },
+            sensitivity: SensitivitySettings { tokens: 0 },
+            tune: TuneSettings { passes: 0, ..s.tune.clone() },
             ..s.clone()
         };
     }
+    let per_layer = s.widths.per_layer && s.sensitivity.tokens > 0 && output_archs.per_block.is_some();
+    let biases = s.blocks.biases && output_archs.have_biases();
     Settings {
-        per_block_widths: s.per_block_widths && s.sensitivity_tokens > 0 && output_archs.per_block.is_some(),
-        biases: s.biases && output_archs.have_biases(),
+        widths: WidthSettings { per_layer, ..s.widths.clone() },
+        blocks: BlockSettings { biases, ..s.blocks.clone() },
         ..s.clone()
     }
 }
@@ -60,7 +64,7 @@ pub(super) fn groups_to_remove(model: &Model, budgets: &[Budget], s: &Settings) 
     let largest = budgets.iter().map(|b| b.group_params).max().unwrap_or(0).max(1);
     let affordable = (total as f64 * s.sparsity) as usize / largest;
     let by_formula = || s.method.head_groups(budgets, s.sparsity);
-    let (wanted, fewest) = s.groups.map_or_else(by_formula, |groups| (groups, 0));
+    let (wanted, fewest) = s.head_search.groups.map_or_else(by_formula, |groups| (groups, 0));
     let wanted = wanted.max(fewest).min(affordable);
     let whole_blocks = s.method.removes_whole_attention();
     let Some(output_arch) = output_archs.of_heads() else {
@@ -189,7 +193,7 @@ pub fn budgets(model: &Model, s: &Settings) -> Vec<Budget> {
 
 /// Smallest number out of `n_units` that a block keeps, whatever its losses are.
 fn least_width(n_units: usize, s: &Settings) -> usize {
-    (n_units as f64 * (1.0 - s.sparsity) * s.least_width) as usize
+    (n_units as f64 * (1.0 - s.sparsity) * s.widths.least) as usize
 }
 
 /// Step of the widths. It keeps `ffn_down` in its type, and rows long enough for vector kernels.

@@ -123,7 +123,7 @@ pub fn forecast(model: &Model, c: &Calibration, settings: &Settings) -> Result<F
         // Widths per block are hardly ever all the same.
         output_arch: output_archs
             .per_block
-            .filter(|_| s.per_block_widths)
+            .filter(|_| s.widths.per_layer)
             .unwrap_or_else(|| output_archs.of(&shapes)),
         new_matrices: new_matrices(model, s, &shapes),
         // Stages that do not run have no operations.

@@ -1,10 +1,10 @@
 //! Pruning methods, each a list of stages.
 
-use super::Settings;
 use super::stages::{
     Blocks, ChooseCriterion, EvaluatePlan, GreedyHeads, HeadRounds, JudgeStreams, LossCurveWidths,
     MeasureSensitivity, ResampleCopies, Stage, Tune, UniformWidths,
 };
+use super::{BlockSettings, ResampleSettings, Settings, TuneSettings};
 use crate::prune::{self, Budget};
 
 /// Pruning method.
@@ -106,11 +106,9 @@ impl Method {
         match self {
             Method::Putri => s,
             Method::Paper | Method::TwoStage => Settings {
-                error_feedback: false,
-                token_weight: 0.0,
-                biases: false,
-                tune: 0,
-                resample_copies: 0,
+                blocks: BlockSettings { error_feedback: false, token_weight: 0.0, biases: false, ..s.blocks },
+                tune: TuneSettings { passes: 0, ..s.tune },
+                resample: ResampleSettings { copies: 0, ..s.resample },
                 ..s
             },
         }

@@ -31,6 +31,9 @@ pub use settings::{Settings, TensorTypes};
 pub use size::{FileSize, NewMatrices, Target, TargetError, sparsity_for};
 use size::{even_shapes, file_size, new_matrices};
 pub(crate) use stages::HEADS;
+pub use stages::{
+    BlockSettings, HeadSettings, ResampleSettings, SensitivitySettings, TuneSettings, WidthSettings,
+};
 use stream::embedded;
 
 use crate::calibrate::Windows;

@@ -73,14 +73,14 @@ impl Sensitivity {
 pub(super) fn probes(s: &Settings, c: &Calibration) -> (usize, f64) {
     let n_ctx = CTX.min(c.n_ctx);
     let beside = c.n_fit - curve_windows(s, c.n_ctx, c.n_fit);
-    let n_windows = s.sensitivity_tokens.div_ceil(n_ctx).clamp(1, if beside > 0 { beside } else { c.n_fit });
+    let n_windows = s.sensitivity.tokens.div_ceil(n_ctx).clamp(1, if beside > 0 { beside } else { c.n_fit });
     (n_ctx, (n_windows * n_ctx) as f64)
 }
 
 /// Number of windows on which the curves are measured, of `n_fit` to fit to. It is at most half of them,
 /// because the cost of narrowing is measured on others.
 pub(super) fn curve_windows(s: &Settings, n_ctx: usize, n_fit: usize) -> usize {
-    s.curve_tokens.div_ceil(n_ctx).clamp(1, n_fit.div_ceil(2))
+    s.widths.curve_tokens.div_ceil(n_ctx).clamp(1, n_fit.div_ceil(2))
 }
 
 #[cfg(test)]

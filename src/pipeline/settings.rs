@@ -1,6 +1,9 @@
 //! Settings of a run and their defaults.
 
-use super::{Loss, Method, Target};
+use super::stages::{
+    BlockSettings, HeadSettings, ResampleSettings, SensitivitySettings, TuneSettings, WidthSettings,
+};
+use super::{Method, Target};
 use crate::forward::CHUNK_TOKENS;
 use crate::ggml::{Compute, Device, Type};
 use crate::model::{Arch, FfnUnit, Heads, Model, OutputArchs};
@@ -27,67 +30,21 @@ pub struct Settings {
     pub n_threads: usize,
     /// Devices that run the blocks instead of the CPU.
     pub devices: Vec<Device>,
-    /// Weight of the dense model's residual stream in the refit's target.
-    pub dense_target_weight: f64,
-    /// Exponent of the residual stream's size by which a token's error is divided, as the next norm does. At
-    /// 0 all errors count equally, so that the few tokens with massive activations dominate. At 1 relative
-    /// errors count.
-    pub token_weight: f64,
-    /// Ridge of a map's correction towards the dense model's residual stream, relative to the mean of its
-    /// Gram matrix's diagonal.
-    pub ridge_stream: f64,
-    /// Ridge of the refit that compensates for removed neurons and for the rounding of `ffn_down`, if there
-    /// are enough tokens.
-    pub ridge_ffn: f64,
-    /// Ridge of the refit that compensates for the rounding of `attn_output`.
-    pub ridge_attn: f64,
-    /// Number of attention groups to remove, instead of the method's formula.
-    pub groups: Option<usize>,
-    /// Number of tokens that the search for heads evaluates.
-    pub head_tokens: usize,
-    /// Length of the longest window on which putri-gguf's own search compares candidates, of which one half
-    /// is repeated; at most 512 tokens are used.
-    pub head_ctx: usize,
-    /// Number of candidates that the paper's rounds score again after the first round, instead of all.
-    pub rescored: Option<usize>,
-    /// Loss by which the search for heads ranks candidates after the first look, which always uses
-    /// divergence.
-    pub head_loss: Loss,
-    /// Number of tokens on which the loss curves of the widths are measured and the trials of the neuron
-    /// criteria are fitted.
-    pub curve_tokens: usize,
-    /// Whether columns that are not yet rounded compensate for the rounding of those before.
-    pub error_feedback: bool,
-    /// Number of tokens on which the sensitivity of the predictions to each output of a block is measured.
-    /// The sensitivity determines the choice of neurons and the widths per layer; widths are equal without
-    /// it. At 0 all outputs count equally.
-    pub sensitivity_tokens: usize,
+    /// Settings of the stage in `stages/heads.rs`.
+    pub head_search: HeadSettings,
+    /// Settings of the stage in `stages/sensitivity.rs`.
+    pub sensitivity: SensitivitySettings,
+    /// Settings of the stage in `stages/widths.rs`.
+    pub widths: WidthSettings,
+    /// Settings of the stage in `stages/resample.rs`.
+    pub resample: ResampleSettings,
+    /// Settings of the stage in `stages/blocks.rs`.
+    pub blocks: BlockSettings,
+    /// Settings of the stage in `stages/tune.rs`.
+    pub tune: TuneSettings,
     /// Criterion by which neurons are removed. If it is none, and outputs do not all count equally, both
     /// criteria are tried on the model.
     pub criterion: Option<NeuronCriterion>,
-    /// Whether every block gets its own width.
-    pub per_block_widths: bool,
-    /// Smallest width of a block if each gets its own, relative to the width with the same share removed
-    /// everywhere.
-    pub least_width: f64,
-    /// Number of resampled copies of every fitted window, to which blocks are fitted as well. A copy is the
-    /// same text, with some tokens resampled from the dense model's predictions.
-    pub resample_copies: usize,
-    /// Share of a copy's tokens that are resampled, from 0 to 1.
-    pub resample_share: f64,
-    /// Whether biases take over the mean of the removed units.
-    pub biases: bool,
-    /// Number of passes of tuning over its part of the calibration windows; 0 turns tuning off.
-    pub tune: usize,
-    /// Largest step of tuning, relative to a vector's size.
-    pub tune_rate: f64,
-    /// Largest number of tokens per pass of tuning, spread evenly over the calibration windows.
-    pub tune_limit: usize,
-    /// Number of tokens per step of tuning, at least one window.
-    pub tune_tokens: usize,
-    /// Share of the tokens, from 0 to 1, that tuning resamples from the dense model's predictions in half of
-    /// the windows of a step.
-    pub tune_resample_share: f64,
     /// Types of the matrices that get new values.
     pub types: TensorTypes,
     /// Number of tokens that pass through a block in one graph, at least one window.
@@ -105,7 +62,7 @@ impl Settings {
     /// Number of versions of each window that blocks are fitted to: the window itself and its resampled
     /// copies.
     pub fn copies(&self) -> usize {
-        1 + self.resample_copies
+        1 + self.resample.copies
     }
 
     /// Ridge of the refit that compensates for neurons removed out of `n_ff`, where fits see `n_tokens`
@@ -117,7 +74,7 @@ impl Settings {
     /// resampled copies: a small number of tokens needs the same ridge with them.
     pub fn ridge_of_neurons(&self, n_ff: usize, n_tokens: usize) -> f64 {
         let few = n_ff as f64 / n_tokens as f64 / ENOUGH;
-        self.ridge_ffn.max((self.ridge_ffn * few.powi(2)).min(1.0))
+        self.blocks.ridge_ffn.max((self.blocks.ridge_ffn * few.powi(2)).min(1.0))
     }
 
     /// Output architectures that `model` may be written in.
@@ -155,30 +112,13 @@ impl Default for Settings {
             arch: Arch::Auto,
             n_threads: 1,
             devices: Vec::new(),
-            dense_target_weight: 0.35,
-            token_weight: 1.0,
-            ridge_stream: 0.1,
-            ridge_ffn: 1e-3,
-            ridge_attn: 1e-2,
-            groups: None,
-            head_tokens: 1024,
-            head_ctx: 256,
-            rescored: None,
-            head_loss: Loss::Divergence,
-            curve_tokens: 4096,
-            sensitivity_tokens: 2048,
-            error_feedback: true,
+            head_search: HeadSettings::default(),
+            sensitivity: SensitivitySettings::default(),
+            widths: WidthSettings::default(),
+            resample: ResampleSettings::default(),
+            blocks: BlockSettings::default(),
+            tune: TuneSettings::default(),
             criterion: None,
-            per_block_widths: true,
-            least_width: 0.0,
-            resample_copies: 1,
-            resample_share: 0.5,
-            biases: true,
-            tune: 1,
-            tune_rate: 0.005,
-            tune_limit: 16384,
-            tune_tokens: 2048,
-            tune_resample_share: 0.5,
             types: TensorTypes::default(),
             chunk_tokens: CHUNK_TOKENS,
             spill: SpillStore::default(),

@@ -270,7 +270,7 @@ pub(super) fn file_size(model: &Model, s: &Settings, shapes: &[BlockShape]) -> F
             let norms = t.qk_norm.iter().flatten().copied();
             of_attention.into_iter().flatten().chain(norms).for_each(|gone| sizes[gone.tensor] = (0, 0));
         }
-        if s.biases {
+        if s.blocks.biases {
             let missing = [t.attn_output_bias.is_none() && new.n_head_kv > 0, t.ffn_down_bias.is_none()];
             more.extend(missing.into_iter().filter(|m| *m).map(|_| (4 * h.n_embd + ENTRY_BYTES, h.n_embd)));
         }

@@ -5,7 +5,7 @@ use crate::common::{Silent, compare_logits, logits};
 use putri_gguf::calibrate::Windows;
 use putri_gguf::ggml::{Token, silence_logs};
 use putri_gguf::model::{BlockWeights, Model};
-use putri_gguf::pipeline::{Settings, run};
+use putri_gguf::pipeline::{HeadSettings, Settings, TuneSettings, run};
 use putri_gguf::prune::GroupId;
 
 const N_CTX: usize = 64;
@@ -68,10 +68,13 @@ fn those_go_that_the_predictions_mind_least() {
         let windows = Windows { n_ctx: N_CTX, tokens, n_fit: 5, n_held_out: 1, n_self: 0 };
         let settings = Settings {
             sparsity: 0.3,
-            groups: Some(N_REMOVE),
-            head_tokens: 3 * N_CTX,
-            head_ctx: N_CTX,
-            tune: 0,
+            head_search: HeadSettings {
+                groups: Some(N_REMOVE),
+                tokens: 3 * N_CTX,
+                ctx: N_CTX,
+                ..HeadSettings::default()
+            },
+            tune: TuneSettings { passes: 0, ..TuneSettings::default() },
             ..Settings::default()
         };
         let plan = run(&model, &model, &windows, &settings, &mut (), &mut Silent).unwrap().plan;
@@ -81,7 +84,7 @@ fn those_go_that_the_predictions_mind_least() {
             all.iter().copied().filter(|id| !plan.blocks[id.block].groups.contains(&id.group)).collect();
         assert_eq!(found.len(), N_REMOVE);
 
-        let judged = windows.sample_twice(settings.head_tokens, N_CTX);
+        let judged = windows.sample_twice(settings.head_search.tokens, N_CTX);
         let mut trial =
             Trial { model: &model, windows: judged.chunks(N_CTX).collect(), dense: Vec::new(), n_vocab };
         trial.dense =

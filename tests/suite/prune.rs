@@ -521,14 +521,14 @@ fn what_few_tokens_make_up_for_holds_for_others() {
             [loss(&keep, &refit.weights), loss(&keep, &seen.w.select_cols(&keep))]
         };
         let ridge = settings.ridge_of_neurons(n, t);
-        let ([fitted, unfitted], [close, _]) = (with(ridge), with(settings.ridge_ffn));
+        let ([fitted, unfitted], [close, _]) = (with(ridge), with(settings.blocks.ridge_ffn));
         println!(
             "{t} tokens for {n} neurons: ridge {ridge:.1e}, {fitted:.3e}, close {close:.3e}, unfitted {unfitted:.3e}"
         );
         // A few tokens do not improve the fit, but must not make it worse.
         assert!(fitted < 1.02 * unfitted, "{t} tokens for {n} neurons: {fitted}, but {unfitted} as it was");
         if t > 8 * n {
-            assert_eq!(ridge, settings.ridge_ffn);
+            assert_eq!(ridge, settings.blocks.ridge_ffn);
         } else {
             assert!(fitted < close, "{t} tokens for {n} neurons: {fitted}, {close} with less ridge");
         }

@@ -5,14 +5,15 @@ use crate::common::test_model::TestModel;
 use putri_gguf::calibrate::Windows;
 use putri_gguf::ggml::silence_logs;
 use putri_gguf::model::Model;
-use putri_gguf::pipeline::{Pruned, Settings, run};
+use putri_gguf::pipeline::{Pruned, ResampleSettings, Settings, run};
 
 fn pruned(model: &Model, resample_copies: usize, resample_share: f64) -> Pruned {
     let (n_ctx, n_fit, n_held_out) = (64, 40, 4);
     let n = (n_fit + n_held_out) * n_ctx;
     let tokens = (0..n).map(|i| 3 + ((i * i * 31 + i * 7919) % 250) as i32).collect();
     let windows = Windows { n_ctx, tokens, n_fit, n_held_out, n_self: 0 };
-    let settings = Settings { sparsity: 0.4, resample_copies, resample_share, ..Settings::default() };
+    let resample = ResampleSettings { copies: resample_copies, share: resample_share };
+    let settings = Settings { sparsity: 0.4, resample, ..Settings::default() };
     run(model, model, &windows, &settings, &mut (), &mut Silent).unwrap()
 }
 

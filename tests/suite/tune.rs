@@ -5,7 +5,7 @@ use crate::common::{Silent, compare_logits, logits, our_logits};
 use putri_gguf::calibrate::Windows;
 use putri_gguf::ggml::silence_logs;
 use putri_gguf::model::{BlockMatrix, BlockVector, Model};
-use putri_gguf::pipeline::{Pruned, Settings, run};
+use putri_gguf::pipeline::{Pruned, Settings, TuneSettings, run};
 use std::path::Path;
 
 /// Windows of text-like tokens to fit to, and some held out.
@@ -37,10 +37,13 @@ fn check(small: &TestModel, windows: &Windows, biases: bool) {
     let path = dir.path().join("small.gguf");
     small.write(&path);
     let model = Model::open(&path).unwrap();
-    let settings = Settings { tune_tokens: 256, ..Settings::default() };
-    let plain = pruned(&model, windows, &Settings { tune: 0, ..settings.clone() });
+    let with = |passes, rate| Settings {
+        tune: TuneSettings { passes, rate, tokens: 256, ..TuneSettings::default() },
+        ..Settings::default()
+    };
+    let plain = pruned(&model, windows, &with(0, 0.005));
     // The resampled text is of another kind than the held-out text, which slows convergence.
-    let tuned = pruned(&model, windows, &Settings { tune: 8, ..settings.clone() });
+    let tuned = pruned(&model, windows, &with(8, 0.005));
     let [before, after] = [&plain, &tuned].map(|o| divergence(&path, &model, windows, o));
     println!("{}: held-out divergence {before:.4} to {after:.4}", small.arch);
     assert!(after < 0.99 * before, "{}: {before} to {after}", small.arch);
@@ -54,7 +57,7 @@ fn check(small: &TestModel, windows: &Windows, biases: bool) {
     }
 
     // This rate is too high for any improvement.
-    let wild = Settings { tune: 1, tune_rate: 100.0, ..settings };
+    let wild = with(1, 100.0);
     let kept = pruned(&model, windows, &wild);
     assert_eq!(divergence(&path, &model, windows, &kept), before, "{}: not undone", small.arch);
     assert_eq!(kept.held_out, plain.held_out);

@@ -281,7 +281,7 @@ impl Work<'_> {
 
     /// Bytes of the curvature samples.
     pub(in crate::pipeline) fn sensitivity_bytes(&self) -> f64 {
-        let runs = self.s.sensitivity_tokens > 0 && self.s.method.measures_sensitivity();
+        let runs = self.s.sensitivity.tokens > 0 && self.s.method.measures_sensitivity();
         if runs { self.stream_bytes(self.n_layer() * self.n_embd() * 0.5 * self.probes().1) } else { 0.0 }
     }
 
@@ -305,7 +305,7 @@ impl Work<'_> {
     pub(in crate::pipeline) fn lessons(&self) -> (usize, f64) {
         let parts = self.c.n_ctx.div_ceil(MAX_GRADIENT_CTX);
         let n_ctx = self.c.n_ctx / parts;
-        let n = (self.s.tune_limit / n_ctx).clamp(1, self.c.n_fit * parts);
+        let n = (self.s.tune.limit / n_ctx).clamp(1, self.c.n_fit * parts);
         (n_ctx, (n * n_ctx) as f64)
     }
 

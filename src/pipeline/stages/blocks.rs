@@ -20,6 +20,43 @@ use record::{decode, encode};
 use std::ops::Range;
 use std::sync::Arc;
 
+/// Settings of the sequential pass over the blocks.
+#[derive(Clone, Debug, PartialEq)]
+pub struct BlockSettings {
+    /// Weight of the dense model's residual stream in the refit's target.
+    pub dense_target_weight: f64,
+    /// Exponent of the residual stream's size by which a token's error is divided, as the next norm does. At
+    /// 0 all errors count equally, so that the few tokens with massive activations dominate. At 1 relative
+    /// errors count.
+    pub token_weight: f64,
+    /// Ridge of a map's correction towards the dense model's residual stream, relative to the mean of its
+    /// Gram matrix's diagonal.
+    pub ridge_stream: f64,
+    /// Ridge of the refit that compensates for removed neurons and for the rounding of `ffn_down`, if there
+    /// are enough tokens.
+    pub ridge_ffn: f64,
+    /// Ridge of the refit that compensates for the rounding of `attn_output`.
+    pub ridge_attn: f64,
+    /// Whether columns that are not yet rounded compensate for the rounding of those before.
+    pub error_feedback: bool,
+    /// Whether biases take over the mean of the removed units.
+    pub biases: bool,
+}
+
+impl Default for BlockSettings {
+    fn default() -> BlockSettings {
+        BlockSettings {
+            dense_target_weight: 0.35,
+            token_weight: 1.0,
+            ridge_stream: 0.1,
+            ridge_ffn: 1e-3,
+            ridge_attn: 1e-2,
+            error_feedback: true,
+            biases: true,
+        }
+    }
+}
+
 /// Stage that narrows every block to its width, one after another.
 /// For each block it refits `attn_output`, chooses neurons or experts, refits `ffn_down`, and requantises
 /// both. Each block sees the pruned and requantised blocks before it.
@@ -246,7 +283,7 @@ impl Run<'_> {
             let mut mid = vec![0.0; span.len()];
             let dense = &streams.dense[span.clone()];
             let target = (n_out > 0).then_some(dense);
-            let scales = token_scales(dense, self.forward.n_embd(), self.settings.token_weight);
+            let scales = token_scales(dense, self.forward.n_embd(), self.settings.blocks.token_weight);
             let collect = fit.then_some(Collect { target, scales: &scales, into: &mut moments });
             let wanted = BlockOutputs { mid: Some(&mut mid), out: None, moments: collect };
             self.forward.from_attn_out_input(&block, &streams.pruned[span.clone()], a, wanted)?;
@@ -259,7 +296,7 @@ impl Run<'_> {
         let attn_out_input = block.is_parallel().then_some(attn_out_input);
         drop(block);
         let mut moments = moments.finish();
-        if self.settings.biases {
+        if self.settings.blocks.biases {
             moments.centre();
         }
         let failed = at_block(il, "ffn_down");
@@ -271,7 +308,7 @@ impl Run<'_> {
         let ty = self.type_of_ffn_down(il);
         let q = self.requantise(&refit.weights, &moments, &keep, ridge, ty).map_err(failed)?;
         let new = within_reason(&q, &w.ffn_down).map_err(at_block(il, "ffn_down"))?;
-        let (maps, dense_target_weight) = ([&w.ffn_down, &new], self.settings.dense_target_weight);
+        let (maps, dense_target_weight) = ([&w.ffn_down, &new], self.settings.blocks.dense_target_weight);
         w.ffn_down_bias =
             self.adapted_bias(w.ffn_down_bias.take(), maps, &keep, &moments, dense_target_weight);
         self.plan.blocks[il].set_vector(BlockVector::FfnDownBias, w.ffn_down_bias.clone());
@@ -309,7 +346,7 @@ impl Run<'_> {
         moments: &Moments,
         dense_target_weight: f64,
     ) -> Option<Vec<f32>> {
-        if !self.settings.biases {
+        if !self.settings.blocks.biases {
             return bias;
         }
         let change = prune::bias_change(old, new, keep, moments, dense_target_weight);
@@ -341,12 +378,13 @@ impl Run<'_> {
         let all: Vec<usize> = (0..ffn_down.n_in).collect();
         // The error of the removed neurons depends mostly on the kept ones. The error of earlier blocks
         // mostly does not, and a close fit to it overfits the calibration text.
-        let corrected = prune::refit(ffn_down, moments, s.dense_target_weight, &all, s.ridge_stream)?;
+        let corrected =
+            prune::refit(ffn_down, moments, s.blocks.dense_target_weight, &all, s.blocks.ridge_stream)?;
         let costs = self.sensitivity.as_ref().map(|s| s.costs(il, w, &corrected.weights)).transpose()?;
         let inverse = prune::Inverse::new(&moments.gram, ridge)?;
         let (keep, mut refit) =
             prune::greedy(&corrected.weights, costs.as_ref(), inverse, width, self.criterion)?;
-        if corrected.ridge > s.ridge_stream {
+        if corrected.ridge > s.blocks.ridge_stream {
             refit.ridge = refit.ridge.max(corrected.ridge);
         }
         Ok((keep, refit))
@@ -375,7 +413,7 @@ impl Run<'_> {
         ridge: f64,
         ty: Type,
     ) -> Result<Quantised, FeedbackError> {
-        if self.settings.error_feedback {
+        if self.settings.blocks.error_feedback {
             return quantise_with_feedback(weights, &moments.gram, keep, ridge, ty);
         }
         Ok(quantise(weights, ty, &importance(moments, keep))?)

@@ -145,7 +145,7 @@ impl Run<'_> {
             let rows = |stream: &[f32]| -> Vec<f32> {
                 part.iter().flat_map(|&(t, _)| &stream[t * n_embd..][..n_embd]).copied().collect()
             };
-            let mut scales = token_scales(&rows(&streams.dense), n_embd, self.settings.token_weight);
+            let mut scales = token_scales(&rows(&streams.dense), n_embd, self.settings.blocks.token_weight);
             scales.iter_mut().zip(part).for_each(|(scale, (_, weight))| *scale *= weight);
             let mid = rows(&streams.pruned);
             self.forward.expert_moments(block, expert, &mid, &scales, &mut moments)?;

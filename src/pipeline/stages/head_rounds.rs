@@ -37,7 +37,7 @@ impl Stage for HeadRounds {
         let removed = match self.unit {
             Unit::Group => {
                 let n_kv = run.model.hparams.blocks[0].n_head_kv.max(1);
-                let rescored = run.settings.rescored;
+                let rescored = run.settings.head_search.rescored;
                 run.observer.stage("heads", n_remove);
                 let n_ctx = PAPER_TOKENS.min(run.windows.n_ctx);
                 let tokens = run.windows.sample(PAPER_TOKENS, n_ctx);
@@ -70,10 +70,10 @@ impl Run<'_> {
         let first = |c: &&GroupId| self.plan.blocks[c.block].groups[0] == c.group && may_go(c.block);
         let whole: Vec<GroupId> = candidates.iter().filter(first).copied().collect();
         let n_blocks = n_remove / self.model.hparams.blocks[0].n_head_kv.max(1);
-        let rescored = self.settings.rescored;
+        let rescored = self.settings.head_search.rescored;
         self.observer.stage("heads", n_blocks);
         let n_ctx = PAPER_TOKENS.min(self.windows.n_ctx);
-        let tokens = self.windows.sample(self.settings.head_tokens, n_ctx);
+        let tokens = self.windows.sample(self.settings.head_search.tokens, n_ctx);
         let mut search = Search::new(self, &tokens, n_ctx, Loss::Likelihood, Unit::Attention)?;
         let score = |removed: &[GroupId], ask: &[GroupId]| search.score(removed, ask);
         let removed = rounds(&whole, n_blocks, 1, rescored, |_, _| true, score)?;

@@ -21,6 +21,29 @@ pub(in crate::pipeline) const ROUGH_CTX: usize = 128;
 /// Largest number of bytes of the candidates' residual streams at a time.
 pub(in crate::pipeline) const STREAM_BYTES: usize = 256 << 20;
 
+/// Settings of the search for heads.
+#[derive(Clone, Debug, PartialEq)]
+pub struct HeadSettings {
+    /// Number of attention groups to remove, instead of the method's formula.
+    pub groups: Option<usize>,
+    /// Number of tokens that the search for heads evaluates.
+    pub tokens: usize,
+    /// Length of the longest window on which putri-gguf's own search compares candidates, of which one half
+    /// is repeated; at most 512 tokens are used.
+    pub ctx: usize,
+    /// Number of candidates that the paper's rounds score again after the first round, instead of all.
+    pub rescored: Option<usize>,
+    /// Loss by which the search for heads ranks candidates after the first look, which always uses
+    /// divergence.
+    pub loss: Loss,
+}
+
+impl Default for HeadSettings {
+    fn default() -> HeadSettings {
+        HeadSettings { groups: None, tokens: 1024, ctx: 256, rescored: None, loss: Loss::Divergence }
+    }
+}
+
 /// Stage that removes attention groups one at a time, each time the one whose removal changes the predictions
 /// least.
 pub(in crate::pipeline) struct GreedyHeads;
@@ -100,14 +123,14 @@ impl Run<'_> {
     ) -> Result<Vec<GroupId>, PruneError> {
         let n_ctx = window_of_heads(self.settings, self.windows.n_ctx);
         // In text without repetition, heads that copy from far back seem worthless.
-        let tokens = self.windows.sample_twice(self.settings.head_tokens, n_ctx);
+        let tokens = self.windows.sample_twice(self.settings.head_search.tokens, n_ctx);
         let mut greedy = match self.kept_search()? {
             Some(kept) => kept,
             None => LazyGreedy::new(self.first_look(candidates, &tokens, n_ctx)?),
         };
         if greedy.removed.len() < n_remove {
             self.observer.stage("heads", n_remove);
-            let mut search = Search::new(self, &tokens, n_ctx, self.settings.head_loss, Unit::Group)?;
+            let mut search = Search::new(self, &tokens, n_ctx, self.settings.head_search.loss, Unit::Group)?;
             while greedy.removed.len() < n_remove
                 && greedy.step(&may_remove, |removed, ask| search.score(removed, ask))?
             {
@@ -130,7 +153,7 @@ impl Run<'_> {
             self.observer.stage(STAGE, 1);
             let n_ctx = ROUGH_CTX.min(n_ctx);
             let tokens = self.windows.sample_twice(ROUGH_TOKENS, n_ctx);
-            let mut search = Search::new(self, &tokens, n_ctx, self.settings.head_loss, Unit::Group)?;
+            let mut search = Search::new(self, &tokens, n_ctx, self.settings.head_search.loss, Unit::Group)?;
             let scores = search.score(&[], &candidates)?;
             self.observer.step(1, "");
             return Ok(candidates.into_iter().zip(scores).collect());
@@ -143,7 +166,7 @@ impl Run<'_> {
 /// Number of tokens per window on which the search compares candidates, for calibration windows of `n_ctx`
 /// tokens. It is even, and gradients can go back through it.
 pub(in crate::pipeline) fn window_of_heads(s: &Settings, n_ctx: usize) -> usize {
-    (s.head_ctx.min(n_ctx).min(MAX_GRADIENT_CTX) & !1).max(2)
+    (s.head_search.ctx.min(n_ctx).min(MAX_GRADIENT_CTX) & !1).max(2)
 }
 
 /// Number of groups that each block may lose, so that stock llama.cpp runs the rest.
@@ -315,7 +338,7 @@ fn forecast_first_look(w: &Work) -> StageForecast {
     let name = "heads, first look";
     if w.model.hparams.experts.is_none() {
         let n_ctx = window_of_heads(w.s, w.c.n_ctx);
-        let n = w.sampled(w.s.head_tokens, n_ctx);
+        let n = w.sampled(w.s.head_search.tokens, n_ctx);
         let stage = sensitivity::forecast_carried_back(w, name, &w.whole(), 0, n, n_ctx);
         // `attn_output` runs once for all groups, and once without each.
         let products = |(b, of): (&Sizes, &BlockShape)| b.q * (1.0 + of.n_head_kv as f64);
@@ -338,7 +361,7 @@ fn forecast_first_look(w: &Work) -> StageForecast {
 /// Forecast of the search: a step per removed group.
 fn forecast_search(w: &Work) -> StageForecast {
     let n_ctx = window_of_heads(w.s, w.c.n_ctx);
-    let n = w.sampled(w.s.head_tokens, n_ctx);
+    let n = w.sampled(w.s.head_search.tokens, n_ctx);
     let sweeps = w.n_groups_removed as f64 * SWEEPS_PER_STEP * w.model_ops(&w.whole(), n, n_ctx);
     forecast_of(w, "heads", n, n_ctx, sweeps, 4.0 * w.n_groups_removed as f64)
 }

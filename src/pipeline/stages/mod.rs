@@ -15,14 +15,20 @@ mod sensitivity;
 mod tune;
 mod widths;
 
+pub use blocks::BlockSettings;
 pub(super) use blocks::Blocks;
 pub(super) use head_rounds::HeadRounds;
 pub(super) use heads::GreedyHeads;
+pub use heads::HeadSettings;
 pub(super) use judge::{EvaluatePlan, JudgeStreams};
 pub(super) use neuron_criterion::ChooseCriterion;
 pub(super) use resample::ResampleCopies;
+pub use resample::ResampleSettings;
 pub(super) use sensitivity::MeasureSensitivity;
+pub use sensitivity::SensitivitySettings;
 pub(super) use tune::Tune;
+pub use tune::TuneSettings;
+pub use widths::WidthSettings;
 pub(super) use widths::{LossCurveWidths, UniformWidths};
 
 use super::PruneError;

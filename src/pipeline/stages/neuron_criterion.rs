@@ -69,7 +69,7 @@ impl Stage for ChooseCriterion {
         vec![StageForecast {
             name: "neuron criterion",
             // Without curvature samples, there is nothing to choose by.
-            operations: if w.s.sensitivity_tokens > 0 && w.s.criterion.is_none() { operations } else { 0.0 },
+            operations: if w.s.sensitivity.tokens > 0 && w.s.criterion.is_none() { operations } else { 0.0 },
             algebra,
             memory: BASE_BYTES + streams + streams_tried + most,
             on_devices: w.kept_graph_bytes()

@@ -18,13 +18,29 @@ use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use std::sync::Arc;
 
+/// Settings of the resampled copies.
+#[derive(Clone, Debug, PartialEq)]
+pub struct ResampleSettings {
+    /// Number of resampled copies of every fitted window, to which blocks are fitted as well. A copy is the
+    /// same text, with some tokens resampled from the dense model's predictions.
+    pub copies: usize,
+    /// Share of a copy's tokens that are resampled, from 0 to 1.
+    pub share: f64,
+}
+
+impl Default for ResampleSettings {
+    fn default() -> ResampleSettings {
+        ResampleSettings { copies: 1, share: 0.5 }
+    }
+}
+
 /// Stage that makes resampled copies of the windows that blocks are fitted to.
 pub(in crate::pipeline) struct ResampleCopies;
 
 impl Stage for ResampleCopies {
     fn forecast(&self, w: &Work) -> Vec<StageForecast> {
         let (n_ctx, n) = (w.c.n_ctx, w.n_fit());
-        let drawn = (w.s.copies() - 1) as f64 * w.s.resample_share * n;
+        let drawn = (w.s.copies() - 1) as f64 * w.s.resample.share * n;
         let operations = w.model_ops(&w.whole(), n, n_ctx) + w.logit_ops(w.n_vocab(), drawn);
         // Graphs keep the memory of their largest need.
         let passing = w.graph_bytes(n_ctx, n) + w.predicting_bytes().max(w.block_bytes());
@@ -41,7 +57,7 @@ impl Stage for ResampleCopies {
         if let Some(windows) = run.resampled()? {
             run.fitted = Arc::new(windows);
         }
-        run.provenance.push(("resample_copies", Value::U32(run.settings.resample_copies as u32)));
+        run.provenance.push(("resample_copies", Value::U32(run.settings.resample.copies as u32)));
         Ok(())
     }
 }
@@ -68,10 +84,10 @@ impl Run<'_> {
         }
         let head = forward.head(self.reference)?;
         let mut rng = ChaCha8Rng::seed_from_u64(2);
-        let mut resample_copies = text.repeat(s.resample_copies);
+        let mut resample_copies = text.repeat(s.resample.copies);
         for (i, copy) in resample_copies.chunks_exact_mut(n_ctx).enumerate() {
             self.check_interrupted()?;
-            let places = places(&[0], 0, n_ctx, s.resample_share, &mut rng);
+            let places = places(&[0], 0, n_ctx, s.resample.share, &mut rng);
             let window = i % w.n_fit;
             let span = forward.span(&(window..window + 1));
             resample(&mut forward, &head, copy, &places, &stream[span], &mut rng)?;

@@ -15,6 +15,21 @@ use rand_chacha::ChaCha8Rng;
 /// Number of tokens whose residual streams before all blocks are in memory at a time.
 pub(in crate::pipeline) const BATCH_TOKENS: usize = 2048;
 
+/// Settings of the measurement of the sensitivity.
+#[derive(Clone, Debug, PartialEq)]
+pub struct SensitivitySettings {
+    /// Number of tokens on which the sensitivity of the predictions to each output of a block is measured.
+    /// The sensitivity determines the choice of neurons and the widths per layer; widths are equal without
+    /// it. At 0 all outputs count equally.
+    pub tokens: usize,
+}
+
+impl Default for SensitivitySettings {
+    fn default() -> SensitivitySettings {
+        SensitivitySettings { tokens: 2048 }
+    }
+}
+
 /// Stage that measures the sensitivity of the predictions to errors after each block, on the model without
 /// the removed groups, if a later stage needs it.
 pub(in crate::pipeline) struct MeasureSensitivity;
@@ -24,7 +39,7 @@ impl Stage for MeasureSensitivity {
         let (n_ctx, n) = w.probes();
         let stage = forecast_carried_back(w, "sensitivity", &w.headless(), 1, n, n_ctx);
         vec![StageForecast {
-            operations: if w.s.sensitivity_tokens > 0 { stage.operations } else { 0.0 },
+            operations: if w.s.sensitivity.tokens > 0 { stage.operations } else { 0.0 },
             memory: stage.memory + w.sensitivity_bytes(),
             ..stage
         }]
@@ -34,8 +49,8 @@ impl Stage for MeasureSensitivity {
         let last_block = block_record(run.model.hparams.n_layer() - 1);
         let later = [WIDTHS, CRITERION, &last_block];
         let needed = !later.into_iter().all(|name| run.checkpoint.holds(name));
-        if needed && run.settings.sensitivity_tokens > 0 {
-            run.sensitivity = Some(run.sensitivity(run.settings.sensitivity_tokens)?);
+        if needed && run.settings.sensitivity.tokens > 0 {
+            run.sensitivity = Some(run.sensitivity(run.settings.sensitivity.tokens)?);
         }
         Ok(())
     }

@@ -105,6 +105,28 @@ impl Lessons<'_> {
     }
 }
 
+/// Settings of tuning.
+#[derive(Clone, Debug, PartialEq)]
+pub struct TuneSettings {
+    /// Number of passes of tuning over its part of the calibration windows; 0 turns tuning off.
+    pub passes: usize,
+    /// Largest step of tuning, relative to a vector's size.
+    pub rate: f64,
+    /// Largest number of tokens per pass of tuning, spread evenly over the calibration windows.
+    pub limit: usize,
+    /// Number of tokens per step of tuning, at least one window.
+    pub tokens: usize,
+    /// Share of the tokens, from 0 to 1, that tuning resamples from the dense model's predictions in half of
+    /// the windows of a step.
+    pub resample_share: f64,
+}
+
+impl Default for TuneSettings {
+    fn default() -> TuneSettings {
+        TuneSettings { passes: 1, rate: 0.005, limit: 16384, tokens: 2048, resample_share: 0.5 }
+    }
+}
+
 /// Stage that adjusts norms and biases on the whole model.
 pub(in crate::pipeline) struct Tune;
 
@@ -117,7 +139,7 @@ impl Stage for Tune {
         let Some(mut streams) = run.streams.take() else { return Ok(()) };
         let tuned = run.tune(&mut streams)?;
         run.streams = Some(streams);
-        let passes = if tuned { run.settings.tune } else { 0 };
+        let passes = if tuned { run.settings.tune.passes } else { 0 };
         run.provenance.push(("tune", Value::U32(passes as u32)));
         Ok(())
     }
@@ -128,7 +150,7 @@ fn forecast_preparing(w: &Work) -> StageForecast {
     let streams = w.stream_bytes(w.n_embd() * 2.0 * w.n_all());
     StageForecast {
         name: "tune, preparing",
-        operations: if w.s.tune > 0 { operations } else { 0.0 },
+        operations: if w.s.tune.passes > 0 { operations } else { 0.0 },
         algebra: 0.0,
         memory: BASE_BYTES + streams + w.new_bytes() + w.scratch_bytes() + w.predicting_bytes(),
         on_devices: w.kept_graph_bytes() + w.predicting_bytes(),
@@ -140,9 +162,9 @@ fn forecast_tuning(w: &Work) -> StageForecast {
     let (pruned, n_held_out) = (w.pruned(), w.n_held_out());
     // Half of the windows are processed again, with tokens resampled; all of them, if they are cut.
     let read = if n_ctx == w.c.n_ctx { n / 2.0 } else { n };
-    let step = n.min(whole_windows(w.s.tune_tokens, n_ctx) as f64);
+    let step = n.min(whole_windows(w.s.tune.tokens, n_ctx) as f64);
     let pass = w.model_ops(&w.whole(), read, n_ctx)
-        + w.logit_ops(w.n_vocab(), w.s.tune_resample_share * n / 2.0)
+        + w.logit_ops(w.n_vocab(), w.s.tune.resample_share * n / 2.0)
         + w.model_ops(&pruned, n, n_ctx)
         + pruned.iter().map(|b| w.gradient_ops(*b, n, n_ctx)).sum::<f64>()
         + w.loss_ops(n, step, 3.0);
@@ -151,7 +173,7 @@ fn forecast_tuning(w: &Work) -> StageForecast {
     let streams = w.stream_bytes(w.n_embd() * (w.n_layer() * step + 2.0 * w.n_all()));
     StageForecast {
         name: "tune",
-        operations: if w.s.tune > 0 { w.s.tune as f64 * pass + held_out } else { 0.0 },
+        operations: if w.s.tune.passes > 0 { w.s.tune.passes as f64 * pass + held_out } else { 0.0 },
         algebra: 0.0,
         memory: BASE_BYTES
             + streams
@@ -170,7 +192,7 @@ impl Run<'_> {
     /// predictions on the held-out windows do not improve, all vectors are restored. Returns whether the
     /// vectors changed.
     fn tune(&mut self, streams: &mut Streams) -> Result<bool, PruneError> {
-        if self.settings.tune == 0 {
+        if self.settings.tune.passes == 0 {
             return Ok(false);
         }
         self.observer.stage("tune, preparing", 1);
@@ -185,8 +207,8 @@ impl Run<'_> {
             PredictionLoss::new(&mut self.forward, model, reference, tokens, dense, Loss::Divergence)?;
         let mut lessons = self.lessons(self.windows, &streams.dense)?;
         let n_windows = lessons.starts.len();
-        let per_step = (self.settings.tune_tokens / lessons.forward.n_ctx()).clamp(1, n_windows);
-        let n_steps = self.settings.tune * n_windows.div_ceil(per_step);
+        let per_step = (self.settings.tune.tokens / lessons.forward.n_ctx()).clamp(1, n_windows);
+        let n_steps = self.settings.tune.passes * n_windows.div_ceil(per_step);
         let before = judge.loss(&mut self.forward, &streams.pruned[span.clone()])?;
         let untuned: Vec<_> = self.plan.blocks.iter().map(|b| b.vectors.clone()).collect();
         let mut state: Vec<BlockState> =
@@ -194,7 +216,7 @@ impl Run<'_> {
         self.observer.stage("tune", n_steps);
         let mut rng = ChaCha8Rng::seed_from_u64(0);
         let mut n = 0;
-        for _ in 0..self.settings.tune {
+        for _ in 0..self.settings.tune.passes {
             let mut order: Vec<usize> = (0..n_windows).collect();
             order.shuffle(&mut rng);
             for batch in order.chunks(per_step) {
@@ -202,7 +224,7 @@ impl Run<'_> {
                 // The rate is that of the middle of each step, so that even a single step has an effect.
                 let progress = (n as f32 - 0.5) / n_steps as f32;
                 let rate = (progress / WARM_UP).min(1.0) * 0.5 * (1.0 + (PI * progress).cos());
-                self.tune_step(&mut lessons, batch, &mut state, rate * self.settings.tune_rate as f32, n)?;
+                self.tune_step(&mut lessons, batch, &mut state, rate * self.settings.tune.rate as f32, n)?;
                 self.observer.step(n, "");
             }
         }
@@ -229,7 +251,7 @@ impl Run<'_> {
         let n_ctx = w.n_ctx / parts;
         let forward = forward(self.model, n_ctx, s)?;
         let n_all = w.n_fit * parts;
-        let n = (s.tune_limit / n_ctx).clamp(1, n_all);
+        let n = (s.tune.limit / n_ctx).clamp(1, n_all);
         let chosen = (0..n).map(|i| (2 * i + 1) * n_all / (2 * n));
         let starts = chosen.map(|i| i / parts * w.n_ctx + i % parts * n_ctx).collect();
         let dense = forward.head(self.reference)?;
@@ -246,7 +268,7 @@ impl Run<'_> {
         rate: f32,
         n: usize,
     ) -> Result<(), PruneError> {
-        let (tokens, mut target) = lessons.text(batch, self.settings.tune_resample_share)?;
+        let (tokens, mut target) = lessons.text(batch, self.settings.tune.resample_share)?;
         let Lessons { forward, dense, .. } = lessons;
         let unknown = &tokens[target.len() / forward.n_embd()..];
         if !unknown.is_empty() {
@@ -284,7 +306,7 @@ impl Run<'_> {
         let w = self.plan.block(self.model, il)?;
         Ok(BlockVector::ALL.map(|v| {
             let there = !v.of_attention() || w.shape.n_head_kv > 0;
-            let may = !v.is_bias() || self.settings.biases;
+            let may = !v.is_bias() || self.settings.blocks.biases;
             let values = w.vector(v).filter(|_| there && may)?;
             // A bias is a weight with a constant input of 1.
             let size = match v {

@@ -19,6 +19,25 @@ use crate::spill::SpillVec;
 /// Smallest divergence, in nats, that counts as different from 0.
 const MIN_DIVERGENCE: f64 = 1e-9;
 
+/// Settings of the widths.
+#[derive(Clone, Debug, PartialEq)]
+pub struct WidthSettings {
+    /// Whether every block gets its own width.
+    pub per_layer: bool,
+    /// Smallest width of a block if each gets its own, relative to the width with the same share removed
+    /// everywhere.
+    pub least: f64,
+    /// Number of tokens on which the loss curves of the widths are measured and the trials of the neuron
+    /// criteria are fitted.
+    pub curve_tokens: usize,
+}
+
+impl Default for WidthSettings {
+    fn default() -> WidthSettings {
+        WidthSettings { per_layer: true, least: 0.0, curve_tokens: 4096 }
+    }
+}
+
 /// Stage that chooses a width per layer such that the sparsity or target is reached, from the loss of each
 /// block as it narrows.
 pub(in crate::pipeline) struct LossCurveWidths;
@@ -48,7 +67,7 @@ impl Stage for LossCurveWidths {
         let choosing = w.block_bytes() + w.choosing_bytes(0.0, false, 6.0) + graphs;
         vec![StageForecast {
             name: "widths",
-            operations: if w.s.per_block_widths { operations } else { 0.0 },
+            operations: if w.s.widths.per_layer { operations } else { 0.0 },
             algebra,
             memory: BASE_BYTES + streams + probes + collecting.max(choosing).max(moments + probing + sums),
             on_devices: w.kept_graph_bytes() + probing.max(w.block_bytes() + sums),
@@ -103,7 +122,7 @@ impl Run<'_> {
 
     fn choose_widths(&mut self, sensitivity: Option<&Sensitivity>) -> Result<Vec<usize>, PruneError> {
         let attention_removed = self.plan.attention_params_removed(&self.budgets);
-        let by_loss = sensitivity.filter(|_| self.settings.per_block_widths);
+        let by_loss = sensitivity.filter(|_| self.settings.widths.per_layer);
         let curves = by_loss.map(|s| self.loss_curves(s)).transpose()?;
         let (model, s, budgets) = (self.model, self.settings, &self.budgets);
         let narrowed = |n_remove: usize| match &curves {
@@ -201,7 +220,7 @@ impl Run<'_> {
             let x = &stream[span.clone()];
             let attn_out_input = self.forward.attn_out_input(&block, x, None)?;
             let mut out = vec![0.0; x.len()];
-            let scales = token_scales(x, self.forward.n_embd(), self.settings.token_weight);
+            let scales = token_scales(x, self.forward.n_embd(), self.settings.blocks.token_weight);
             let collect = Collect { target: None, scales: &scales, into: &mut moments };
             let wanted =
                 BlockOutputs { out: Some(&mut out), moments: Some(collect), ..BlockOutputs::default() };
@@ -209,7 +228,7 @@ impl Run<'_> {
             stream[span].copy_from_slice(&out);
         }
         let mut moments = moments.finish();
-        if self.settings.biases {
+        if self.settings.blocks.biases {
             moments.centre();
         }
         Ok(moments)

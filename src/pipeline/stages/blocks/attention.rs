@@ -28,7 +28,7 @@ impl Run<'_> {
             let (mut mid, mut out) = (vec![0.0; x.len()], vec![0.0; x.len()]);
             self.forward.block(&dense_block, x, Some(&mut mid), &mut out)?;
             x.copy_from_slice(&out);
-            let scales = token_scales(&mid, self.forward.n_embd(), self.settings.token_weight);
+            let scales = token_scales(&mid, self.forward.n_embd(), self.settings.blocks.token_weight);
             let into = moments.as_mut().filter(|_| fit);
             let collect = into.map(|into| Collect { target: Some(&mid), scales: &scales, into });
             let at = span.start / n_embd * row..span.end / n_embd * row;
@@ -42,24 +42,36 @@ impl Run<'_> {
         drop((dense_block, block));
         if let Some(moments) = moments {
             let mut moments = moments.finish();
-            if self.settings.biases {
+            if self.settings.blocks.biases {
                 moments.centre();
             }
             let keep: Vec<usize> = (0..w.attn_output.n_in).collect();
             let s = self.settings;
             let failed = at_block(il, "attn_output");
-            let refit = prune::refit(&w.attn_output, &moments, s.dense_target_weight, &keep, s.ridge_stream);
+            let refit = prune::refit(
+                &w.attn_output,
+                &moments,
+                s.blocks.dense_target_weight,
+                &keep,
+                s.blocks.ridge_stream,
+            );
             let refit = refit.map_err(|e| failed(e.into()))?;
-            self.report_ridge(il, "attn_output", refit.ridge, s.ridge_stream);
+            self.report_ridge(il, "attn_output", refit.ridge, s.blocks.ridge_stream);
             let segment =
                 self.model.blocks[il].attn_output.as_ref().expect("a block with attention has attn_output");
             let ty = s.types.attn_output.unwrap_or(self.model.tensor(segment).ty);
-            let q = self.requantise(&refit.weights, &moments, &keep, s.ridge_attn, ty).map_err(failed)?;
+            let q =
+                self.requantise(&refit.weights, &moments, &keep, s.blocks.ridge_attn, ty).map_err(failed)?;
             let new = within_reason(&q, &w.attn_output).map_err(at_block(il, "attn_output"))?;
             let old = std::mem::replace(&mut w.attn_output, new);
             let maps = [&old, &w.attn_output];
-            w.attn_output_bias =
-                self.adapted_bias(w.attn_output_bias.take(), maps, &keep, &moments, s.dense_target_weight);
+            w.attn_output_bias = self.adapted_bias(
+                w.attn_output_bias.take(),
+                maps,
+                &keep,
+                &moments,
+                s.blocks.dense_target_weight,
+            );
             self.plan.blocks[il].set_vector(BlockVector::AttnOutputBias, w.attn_output_bias.clone());
             self.plan.blocks[il].set_matrix(BlockMatrix::AttnOutput, q.on(&s.spill)?);
         }
