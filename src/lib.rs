@@ -59,7 +59,7 @@
 //! # What is not here
 //!
 //! The other modules are public for the tests and benchmarks of this repository, and may change with every version.
-#![warn(missing_docs)]
+#![warn(missing_docs, unreachable_pub)]
 #![deny(unsafe_code)]
 
 #[doc(hidden)]

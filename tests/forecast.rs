@@ -233,7 +233,7 @@ fn streams_go_into_files_where_memory_is_short() {
     cli.ok(&args);
     let shapes = |name: &str| -> Vec<(String, Vec<usize>)> {
         let file = GgufFile::open(&cli.path(name)).unwrap();
-        file.tensors().iter().map(|t| (t.name.clone(), t.ne.to_vec())).collect()
+        file.tensors().iter().map(|t| (t.name.clone(), t.ne.clone())).collect()
     };
     assert_eq!(shapes("memory.gguf"), shapes("little.gguf"));
     cli.fails(

@@ -104,7 +104,7 @@ fn damage(rng: &mut Rng, bytes: &mut Vec<u8>, header: usize) {
         1 << 63,
         u64::MAX,
     ];
-    for _ in 0..1 + below(rng, 3) {
+    for _ in 0..=below(rng, 3) {
         let header = header.min(bytes.len());
         if header < 16 {
             return;

@@ -69,7 +69,7 @@ fn of_calibration(e: &CalibrateError) -> Option<&'static str> {
         CalibrateError::NoStart => Some("give --file TEXT and --self-share 0"),
         CalibrateError::NoTemplate => Some("leave out --chat-share"),
         CalibrateError::Llama(e) => of_engine(e),
-        _ => None,
+        CalibrateError::Interrupted => None,
     }
 }
 

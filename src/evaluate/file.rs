@@ -180,7 +180,7 @@ pub fn evaluate(
         if let Some(other) = &mut other {
             base_logits.clear();
             other.run(window, first, |_, rows| {
-                rows.iter().for_each(|row| base_logits.extend_from_slice(row))
+                rows.iter().for_each(|row| base_logits.extend_from_slice(row));
             })?;
         }
         own.run(window, first, |at, rows| {

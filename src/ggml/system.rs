@@ -340,7 +340,7 @@ mod tests {
             unsafe {
                 let params = sys::gguf_init_params { no_alloc: true, ctx: std::ptr::null_mut() };
                 sys::gguf_init_from_file(c"/nowhere/at.all".as_ptr(), params);
-                sys::ggml_abort(c"there.c".as_ptr(), 12, c"%s".as_ptr(), c"ne[0] is odd".as_ptr())
+                sys::ggml_abort(c"there.c".as_ptr(), 12, c"%s".as_ptr(), c"ne[0] is odd".as_ptr());
             };
         }
         let name = "ggml::system::tests::a_failed_assertion_ends_in_our_message_and_exit_code";

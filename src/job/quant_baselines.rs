@@ -58,9 +58,9 @@ impl Prepared {
             let (temp, bytes) = quantise(MIXES[middle])?;
             let found = Some((MIXES[middle], temp, bytes));
             if bytes <= goal {
-                (from, below) = (middle + 1, found)
+                (from, below) = (middle + 1, found);
             } else {
-                (to, above) = (middle, found)
+                (to, above) = (middle, found);
             }
             if observer.interrupted() {
                 return Err(JobError::Interrupted);

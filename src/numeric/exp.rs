@@ -32,7 +32,7 @@ pub fn nll(row: &[f32], next: usize) -> f64 {
 }
 
 /// Exponential exp(x) for x ≤ 0 to about 2e-7 relative: 2^n · p(r) with a polynomial on |r| ≤ ln2/2.
-pub fn exp_neg(x: f32) -> f32 {
+pub(super) fn exp_neg(x: f32) -> f32 {
     const LOG2E: f32 = std::f32::consts::LOG2_E;
     // ln 2 in two parts, so that r keeps its low bits (Cody and Waite).
     const LN2_HI: f32 = 0.693_359_4;

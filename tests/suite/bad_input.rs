@@ -148,7 +148,7 @@ fn tensors_that_do_not_fit() {
 }
 
 #[test]
-fn twins_where_there_are_none() {
+fn resampled_copies_where_there_are_none() {
     prune(
         &with_model(),
         &["--method", "paper", "--resample-copies", "1"],

@@ -99,7 +99,7 @@ fn only_a_package_makes_way_for_another() {
     cli.fails(&[&["in.gguf", "new.gguf", "--package", "no/p"][..], &QUICK].concat(), 1, &["No such file"]);
     // These files would be replaced, or lost, with the folder.
     let inside = |args: &[&str], part: &str| {
-        cli.fails(&[args, &QUICK].concat(), 1, &[part, "no place in the package"])
+        cli.fails(&[args, &QUICK].concat(), 1, &[part, "no place in the package"]);
     };
     std::fs::remove_file(cli.path("p/mine.txt")).unwrap();
     inside(&["p/out.gguf", "new.gguf", "--package", "p", "--force"], "p/out.gguf");

@@ -565,9 +565,9 @@ fn the_papers_score_is_its_formula() {
         for (i, row) in a.iter_mut().enumerate() {
             let f = row[q];
             if i == q {
-                *row = pivot.clone()
+                *row = pivot.clone();
             } else {
-                row.iter_mut().zip(&pivot).for_each(|(v, s)| *v -= f * s)
+                row.iter_mut().zip(&pivot).for_each(|(v, s)| *v -= f * s);
             }
         }
     }

@@ -2,6 +2,7 @@
 
 mod attention;
 mod record;
+mod settings;
 
 use super::{Stage, block_record};
 use crate::forward::{Block, BlockOutputs, Collect};
@@ -17,47 +18,12 @@ use crate::prune::{self, Singular};
 use crate::requant::{FeedbackError, Quantised, quantise, quantise_with_feedback, within_reason};
 use crate::spill::SpillVec;
 use record::{decode, encode};
+pub use settings::BlockSettings;
 use std::ops::Range;
 use std::sync::Arc;
 
-/// Settings of the sequential pass over the blocks.
-#[derive(Clone, Debug, PartialEq)]
-pub struct BlockSettings {
-    /// Weight of the dense model's residual stream in the refit's target.
-    pub dense_target_weight: f64,
-    /// Exponent of the residual stream's size by which a token's error is divided, as the next norm does. At
-    /// 0 all errors count equally, so that the few tokens with massive activations dominate. At 1 relative
-    /// errors count.
-    pub token_weight: f64,
-    /// Ridge of a map's correction towards the dense model's residual stream, relative to the mean of its
-    /// Gram matrix's diagonal.
-    pub ridge_stream: f64,
-    /// Ridge of the refit that compensates for removed neurons and for the rounding of `ffn_down`, if there
-    /// are enough tokens.
-    pub ridge_ffn: f64,
-    /// Ridge of the refit that compensates for the rounding of `attn_output`.
-    pub ridge_attn: f64,
-    /// Whether columns that are not yet rounded compensate for the rounding of those before.
-    pub error_feedback: bool,
-    /// Whether biases take over the mean of the removed units.
-    pub biases: bool,
-}
-
-impl Default for BlockSettings {
-    fn default() -> BlockSettings {
-        BlockSettings {
-            dense_target_weight: 0.35,
-            token_weight: 1.0,
-            ridge_stream: 0.1,
-            ridge_ffn: 1e-3,
-            ridge_attn: 1e-2,
-            error_feedback: true,
-            biases: true,
-        }
-    }
-}
-
 /// Stage that narrows every block to its width, one after another.
+///
 /// For each block it refits `attn_output`, chooses neurons or experts, refits `ffn_down`, and requantises
 /// both. Each block sees the pruned and requantised blocks before it.
 pub(in crate::pipeline) struct Blocks {

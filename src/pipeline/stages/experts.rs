@@ -56,7 +56,7 @@ impl Run<'_> {
                 (self.plan.blocks[il].experts, self.plan.blocks[il].neurons) = (keep, neurons);
             }
             FfnUnit::Neuron if n_keep < n_ff => {
-                self.narrow_experts(il, block, w, n_keep, &chosen, streams)?
+                self.narrow_experts(il, block, w, n_keep, &chosen, streams)?;
             }
             FfnUnit::Neuron => drop(block),
         }
