@@ -262,7 +262,8 @@ fn rows_of<'p>(model: &Model, tensor: usize, parts: Vec<Part<'p>>) -> Action<'p>
     Action::Joined(model.file.tensors()[tensor].name.clone(), parts)
 }
 
-/// Joins rows of `n_in` values into one tensor, in the widest of their types; rows of other types are requantised.
+/// Joins rows of `n_in` values into one tensor, in the widest of their types. Rows of other types are
+/// requantised.
 fn join<'m>(
     model: &'m Model,
     name: String,

@@ -10,7 +10,7 @@ use crate::model::{Arch, FfnUnit, Heads, Model, OutputArchs};
 use crate::prune::NeuronCriterion;
 use crate::spill::SpillStore;
 
-/// Settings of the passes.
+/// Settings of a run: those of each stage, and those that several stages read.
 #[derive(Clone, Debug)]
 pub struct Settings {
     /// Share of the blocks' parameters to remove, 0 < s < 1.
@@ -30,17 +30,17 @@ pub struct Settings {
     pub n_threads: usize,
     /// Devices that run the blocks instead of the CPU.
     pub devices: Vec<Device>,
-    /// Settings of the stage in `stages/heads.rs`.
+    /// Settings of the search for head groups to remove.
     pub head_search: HeadSettings,
-    /// Settings of the stage in `stages/sensitivity.rs`.
+    /// Settings of the sensitivity.
     pub sensitivity: SensitivitySettings,
-    /// Settings of the stage in `stages/widths.rs`.
+    /// Settings of the blocks' widths.
     pub widths: WidthSettings,
-    /// Settings of the stage in `stages/resample.rs`.
+    /// Settings of the resampled copies.
     pub resample: ResampleSettings,
-    /// Settings of the stage in `stages/blocks.rs`.
+    /// Settings of the sequential pass over the blocks.
     pub blocks: BlockSettings,
-    /// Settings of the stage in `stages/tune.rs`.
+    /// Settings of the tuning of norms and biases.
     pub tune: TuneSettings,
     /// Criterion by which neurons are removed. If it is none, and outputs do not all count equally, both
     /// criteria are tried on the model.

@@ -1,7 +1,7 @@
 //! Stages of the methods, one file each.
 //!
-//! A stage owns all that belongs to it: its run, its checkpoint records and how it reads them back, its
-//! forecast from shapes alone, and its part of the output's provenance. A method is a list of stages
+//! A stage owns all that belongs to it: its settings, its run, its checkpoint records and how it reads them
+//! back, its forecast from shapes alone, and its part of the output's provenance. A method is a list of stages
 //! ([`Method`](super::Method)).
 
 mod blocks;
