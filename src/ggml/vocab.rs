@@ -7,7 +7,7 @@ use std::marker::PhantomData;
 /// Bytes that a SentencePiece tokenizer gets at once.
 const SPM_PART: usize = 8 << 10;
 
-/// Tokenizer of a [`LlamaModel`].
+/// Tokenizer of a [`LlamaModel`](super::LlamaModel).
 #[derive(Clone, Copy)]
 pub struct Vocab<'m> {
     raw: *const sys::llama_vocab,
