@@ -157,12 +157,12 @@ impl Run<'_> {
         let dense = planned_stream(&mut trial, self.reference, &whole, tokens, observer, |_| Ok(()))?;
         let judge =
             PredictionLoss::new(&mut trial, self.model, self.reference, tokens, &dense, Loss::Divergence)?;
-        let [by_loss, by_energy] = streams;
-        let [by_loss, by_energy] = [judge.loss(&mut trial, &by_loss)?, judge.loss(&mut trial, &by_energy)?];
-        let note = format!("divergence {by_loss:.4} by loss, {by_energy:.4} by energy");
+        let [obs, magnitude] = streams;
+        let [obs, magnitude] = [judge.loss(&mut trial, &obs)?, judge.loss(&mut trial, &magnitude)?];
+        let note = format!("divergence {obs:.4} with obs, {magnitude:.4} with magnitude");
         self.observer.step(widths.len() + 1, &note);
         // Any criterion is better than one whose divergence is NaN.
-        let better = by_energy < by_loss * (1.0 - CLEAR) || (by_loss.is_nan() && !by_energy.is_nan());
+        let better = magnitude < obs * (1.0 - CLEAR) || (obs.is_nan() && !magnitude.is_nan());
         Ok(if better { NeuronCriterion::Magnitude } else { NeuronCriterion::Obs })
     }
 }
