@@ -80,6 +80,8 @@ mod job;
 pub mod model;
 #[doc(hidden)]
 pub mod numeric;
+#[doc(hidden)]
+pub mod observe;
 pub mod ollama;
 pub mod package;
 #[doc(hidden)]
@@ -93,16 +95,18 @@ pub mod requant;
 pub mod spill;
 #[doc(hidden)]
 pub mod text;
+#[doc(hidden)]
+pub mod train;
 
 pub use calibrate::{CalibrateError, Recipe, Windows};
 pub use evaluate::{EvaluateError, Evaluation, Protocol, Speed};
 pub use ggml::{Device, FileType, GgmlError, Offload, RunMemory, Type, silence_logs};
 pub use gguf::GgufError;
 pub use job::{
-    Check, DryRun, EvalJob, EvalOutcome, ImatrixUse, Inspection, Job, JobError, KeepState, Nested, Outcome,
-    Quality, QualityLimit, QuantBaseline, Quantise, RUN_CTX, Running, Samples, Size, VerifyJob, calibration,
-    check_distinct, check_output, dry_run, eval, inspect, remove_temporary, run, run_nested, verify,
-    with_causes, write_whole,
+    BlocksDryRun, Check, DryRun, EvalJob, EvalOutcome, ExpertsDryRun, ExpertsOutcome, ImatrixUse, Inspection,
+    Job, JobError, KeepState, Nested, Outcome, Quality, QualityLimit, QuantBaseline, Quantise, RUN_CTX,
+    Running, Samples, Size, VerifyJob, calibration, check_distinct, check_output, dry_run, eval, inspect,
+    remove_temporary, run, run_nested, verify, with_causes, write_whole,
 };
 pub use model::{Arch, BlockShape, Family, FfnUnit, Heads, KvCache, ModelError};
 pub use numeric::{Kl, Metrics};

@@ -1,10 +1,11 @@
 //! Importance matrix of the pruned model, in llama.cpp's format (`common/imatrix-loader.cpp`).
 
+use super::ExpertPlan;
 use crate::calibrate::Windows;
 use crate::forward::InputSquares;
 use crate::ggml::Type;
-use crate::gguf::{GgufError, OutTensor, Value, write_gguf};
-use crate::model::{Family, Model, Segment};
+use crate::gguf::{GgufError, GgufFile, OutTensor, TensorData, Value, write_gguf};
+use crate::model::{Family, Mixture, Model, Segment};
 use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::io::Write;
@@ -82,7 +83,62 @@ fn entries<'m>(model: &'m Model, squares: &'m [InputSquares]) -> BTreeMap<&'m st
     entries
 }
 
+/// Writes the importance matrix in the file at `from`, which is one of `mixture`, for what `plan` keeps of it.
+/// `path` only names the output in errors.
+///
+/// # Errors
+/// [`GgufError`] if it is no importance matrix of the mixture in GGUF, or the output cannot be written.
+pub fn slice_imatrix(
+    from: &Path,
+    mixture: &Mixture,
+    plan: &ExpertPlan,
+    out: &mut impl Write,
+    path: &Path,
+) -> Result<(), GgufError> {
+    let file = GgufFile::open(from)?;
+    let wrong = |reason: String| GgufError::Header { path: from.into(), reason };
+    if file.get_str("general.type")? != Some("imatrix") {
+        return Err(wrong("is no importance matrix in GGUF, as llama-imatrix writes it".into()));
+    }
+    let mut n_cut = 0;
+    let mut tensors = Vec::new();
+    for t in file.tensors() {
+        let name = t.name.strip_suffix(".in_sum2").or_else(|| t.name.strip_suffix(".counts"));
+        let of = name.and_then(|name| Some((name, mixture.file.find(name)?)));
+        let Some((name, _)) = of else {
+            let reason = format!("has an entry {}, which is no tensor of the model", t.name);
+            return Err(wrong(reason));
+        };
+        let block = name.strip_prefix("blk.").and_then(|rest| rest.split_once('.')?.0.parse::<usize>().ok());
+        let first_draft = mixture.n_layer - mixture.n_draft;
+        if plan.drop_drafts && block.is_some_and(|block| block >= first_draft) {
+            continue;
+        }
+        let mask = block.and_then(|block| plan.layers.get(&block)).filter(|_| name.ends_with("_exps.weight"));
+        let Some(mask) = mask else {
+            tensors.push(OutTensor::copy(&file, t));
+            continue;
+        };
+        if t.ne.get(1) != Some(&mixture.n_expert) {
+            return Err(wrong(format!(
+                "entry {} is {:?}, not of {} experts",
+                t.name, t.ne, mixture.n_expert
+            )));
+        }
+        let (bytes, kept) = (file.data(t), mask.kept_experts());
+        let each = bytes.len() / mixture.n_expert;
+        let parts = kept.iter().map(|e| &bytes[e * each..(e + 1) * each]).collect();
+        let ne = vec![t.ne[0], kept.len()];
+        tensors.push(OutTensor { name: t.name.clone(), ty: t.ty, ne, data: TensorData::Parts(parts) });
+        n_cut += 1;
+    }
+    if n_cut == 0 {
+        return Err(wrong("has no entries of experts".into()));
+    }
+    write_gguf(out, path, file.metadata(), &tensors)
+}
+
 fn floats<'a>(name: String, ne: Vec<usize>, values: &[f64]) -> OutTensor<'a> {
     let bytes: Vec<u8> = values.iter().flat_map(|v| (*v as f32).to_ne_bytes()).collect();
-    OutTensor { name, ty: Type::F32, ne, data: Box::new(move || Ok(Cow::Owned(bytes.clone()))) }
+    OutTensor { name, ty: Type::F32, ne, data: TensorData::made(move || Ok(Cow::Owned(bytes.clone()))) }
 }

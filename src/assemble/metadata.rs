@@ -160,7 +160,7 @@ impl ShapeKeys {
 const PRUNED: &str = " (pruned ";
 const CLOSED: &str = "%)";
 
-fn renamed(name: &[u8], sparsity: f64) -> Vec<u8> {
+pub(super) fn renamed(name: &[u8], sparsity: f64) -> Vec<u8> {
     let name = original_name(name);
     let end = format!("{PRUNED}{:.0}{CLOSED}", sparsity * 100.0);
     // An empty name stays empty.
@@ -187,7 +187,7 @@ pub(crate) fn size_label(n_params: usize) -> String {
     if scaled < 9.5 { format!("{scaled:.1}{unit}") } else { format!("{scaled:.0}{unit}") }
 }
 
-fn provenance(p: &Provenance) -> Vec<(String, Value)> {
+pub(super) fn provenance(p: &Provenance) -> Vec<(String, Value)> {
     let text = |s: &str| Value::Str(s.into());
     let check = [
         ("check.tokens", Value::i32_array(&p.check_tokens)),

@@ -1,16 +1,19 @@
 //! Assembly of a GGUF in the output architecture from a plan.
 
+mod experts;
 mod imatrix;
 mod metadata;
 mod tensors;
 mod types;
 
-pub use imatrix::{importance, write_imatrix};
+pub use experts::{ExpertPlan, assemble_experts, experts_size};
+pub(crate) use experts::{KEPT_EXPERTS, KEPT_LAYERS, experts_of_tokens};
+pub use imatrix::{importance, slice_imatrix, write_imatrix};
 pub use metadata::Provenance;
 pub(crate) use metadata::{NEW_MATRICES, original_name};
 
 use crate::ggml::FileType;
-use crate::gguf::{GgufError, OutTensor, write_gguf};
+use crate::gguf::{GgufError, OutTensor, TensorData, write_gguf};
 use crate::model::{BlockMatrix, BlockTensors, Family, Model, Segment};
 use crate::pipeline::{BlockPlan, Plan};
 use std::io::Write;
@@ -66,10 +69,17 @@ pub fn writes_exactly(model: &Model, plan: &Plan) -> bool {
 
 /// Wraps a tensor so that it is rejected on writing if it holds NaN or infinite values, copied or new.
 fn checked(t: OutTensor) -> OutTensor {
-    let (ty, name, data) = (t.ty, t.name.clone(), t.data);
-    let data = move || {
-        let bytes = data()?;
-        if ty.decodes_to_numbers(&bytes) { Ok(bytes) } else { Err(GgufError::Damaged(name.clone())) }
+    let (ty, name) = (t.ty, t.name.clone());
+    let sound = move |bytes: &[u8]| {
+        if ty.decodes_to_numbers(bytes) { Ok(()) } else { Err(GgufError::Damaged(name.clone())) }
     };
-    OutTensor { data: Box::new(data), ..t }
+    let data = match t.data {
+        TensorData::Made(make) => TensorData::made(move || {
+            let bytes = make()?;
+            sound(&bytes).map(|()| bytes)
+        }),
+        // The source's values were checked before the run.
+        parts @ TensorData::Parts(_) => parts,
+    };
+    OutTensor { data, ..t }
 }

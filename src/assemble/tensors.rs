@@ -1,7 +1,7 @@
 //! Tensors of the output, in the source's order.
 
 use crate::ggml::Type;
-use crate::gguf::{GgufError, OutTensor, TensorInfo};
+use crate::gguf::{GgufError, MakeBytes, OutTensor, TensorData, TensorInfo};
 use crate::model::{BlockMatrix, BlockVector, Family, Model, Segment, group_rows};
 use crate::pipeline::Plan;
 use crate::requant::{Quantised, output_type, quantise, select_columns, select_rows};
@@ -102,7 +102,7 @@ fn query_scale(model: &Model, plan: &Plan) -> f32 {
 /// Creates a float vector with the values `data`.
 fn values(name: String, data: &[f32]) -> OutTensor<'_> {
     let bytes = move || Ok(Cow::Borrowed(bytemuck::cast_slice(data)));
-    OutTensor { name, ty: Type::F32, ne: vec![data.len()], data: Box::new(bytes) }
+    OutTensor { name, ty: Type::F32, ne: vec![data.len()], data: TensorData::made(bytes) }
 }
 
 /// Plans the tensors of block `il`.
@@ -298,7 +298,7 @@ fn join<'m>(
         }
         Ok(Cow::Owned(bytes))
     };
-    Ok(OutTensor { name, ty, ne: vec![n_in, n_rows], data: Box::new(data) })
+    Ok(OutTensor { name, ty, ne: vec![n_in, n_rows], data: TensorData::made(data) })
 }
 
 /// Reorders the rows of each head from NEOX pairs (j, j + n/2), which are rotated together, to pairs (2j,
@@ -315,7 +315,7 @@ fn output<'m>(
     t: &'m TensorInfo,
     action: Action<'m>,
 ) -> Result<Option<OutTensor<'m>>, GgufError> {
-    let (ty, ne, data): (Type, Vec<usize>, Box<dyn Fn() -> _ + 'm>) = match action {
+    let (ty, ne, data): (Type, Vec<usize>, MakeBytes<'m>) = match action {
         Action::Drop => return Ok(None),
         Action::Values(data) => return Ok(Some(values(t.name.clone(), data))),
         Action::Scaled(factor) => {
@@ -366,5 +366,5 @@ fn output<'m>(
             }
         }
     };
-    Ok(Some(OutTensor { name: t.name.clone(), ty, ne, data }))
+    Ok(Some(OutTensor { name: t.name.clone(), ty, ne, data: TensorData::Made(data) }))
 }

@@ -64,7 +64,7 @@ impl Frame {
 
     /// Frame with the text that the model's chat template puts before and after a user's message.
     fn chat(model: &LlamaModel) -> Result<Frame, CalibrateError> {
-        let prompt = model.chat_prompt(MESSAGE).ok_or(CalibrateError::NoTemplate)?;
+        let prompt = model.chat(&[("user", MESSAGE)], true).ok_or(CalibrateError::NoTemplate)?;
         let (before, after) = prompt.split_once(MESSAGE).ok_or(CalibrateError::NoTemplate)?;
         let vocab = model.vocab();
         let bos = vocab.bos().filter(|_| vocab.add_bos());

@@ -4,13 +4,16 @@
 //! but nothing is fitted to them, so they can judge the result. Tuning uses them once, to decide whether it
 //! helped.
 
+mod chats;
 mod generate;
 mod oddities;
 mod text;
+mod texts;
 
 pub use generate::{Schedule, generate};
 pub use oddities::oddities;
 pub use text::{file_windows, text_windows};
+pub use texts::{Text, collect_texts, expected_texts};
 
 use crate::ggml::{GgmlError, LlamaModel, Token};
 use crate::text::{Encoding, TextError, TextFile};
@@ -60,6 +63,9 @@ pub struct Recipe {
     pub n_windows: usize,
     /// Paths of the text files.
     pub files: Vec<PathBuf>,
+    /// Weight of each text file among the others; equal weights if there are none. Only texts that are kept
+    /// apart have weights ([`collect_texts`]).
+    pub weights: Vec<f64>,
     /// Encoding of the files that have no byte-order mark, if it is not UTF-8.
     pub encoding: Option<Encoding>,
     /// Whether names of special tokens in the files, such as `<|im_end|>`, are read as these tokens.
@@ -86,6 +92,7 @@ impl Default for Recipe {
             n_ctx: 512,
             n_windows: 32,
             files: Vec::new(),
+            weights: Vec::new(),
             encoding: None,
             parse_special: false,
             start: None,

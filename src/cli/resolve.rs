@@ -1,6 +1,9 @@
 //! Conversion of arguments to a job.
 
-use super::args::{ArchArg, Args, DeviceArgs, EvalArgs, HeadsArg, MethodArg, MoeArg, PplStyle};
+use super::args::{
+    ArchArg, Args, DeviceArgs, EvalArgs, ExpertCriterionArg, HeadsArg, MethodArg, MoeArg, PplStyle,
+    RouterWeightsArg,
+};
 use super::values::{quantise, tensor_types};
 use anyhow::{Context, Result, bail, ensure};
 use putri_gguf::calibrate::Recipe;
@@ -8,7 +11,9 @@ use putri_gguf::evaluate::Protocol;
 use putri_gguf::ggml::{self, Device, Offload};
 use putri_gguf::model::{Arch, FfnUnit, Heads};
 use putri_gguf::ollama::{self, OllamaError, Stored};
+use putri_gguf::pipeline::experts::ExpertSettings;
 use putri_gguf::pipeline::{Method, ResampleSettings, Settings, Target, TuneSettings};
+use putri_gguf::prune::{ExpertCriterion, RouterWeights};
 use putri_gguf::text::Encoding;
 use putri_gguf::{EvalJob, Job, KeepState, QualityLimit, RUN_CTX};
 use std::path::{Path, PathBuf};
@@ -29,6 +34,7 @@ pub fn resolve(args: Args, devices: &DeviceArgs) -> Result<Job> {
     let named = [
         ("--imatrix-out", &args.imatrix_out),
         ("--report", &args.report),
+        ("--stats-out", &args.stats_out),
         ("--package", &args.package),
         ("--state-dir", &args.state_dir),
     ];
@@ -95,6 +101,37 @@ pub fn resolve(args: Args, devices: &DeviceArgs) -> Result<Job> {
     let resample_copies =
         ours("--resample-copies", args.resample_copies, Settings::default().resample.copies, 100)?;
     let tune = ours("--tune", args.tune, Settings::default().tune.passes, 1000)?;
+    ensure!((0.0..=1.0).contains(&args.protect), "--protect {} is not a share from 0 to 1", args.protect);
+    ensure!(
+        args.text_weights.is_empty() || args.text_weights.len() == args.file.len(),
+        "--text-weights has {} weights for {} texts",
+        args.text_weights.len(),
+        args.file.len()
+    );
+    ensure!(
+        args.text_weights.iter().all(|w| w.is_finite() && *w > 0.0),
+        "--text-weights has a weight that is not above 0"
+    );
+    let defaults = ExpertSettings::default();
+    let passes = |flag, wanted: Option<usize>, default| {
+        ensure!(wanted.is_none_or(|n| n <= 1000), "{flag} is not from 0 to 1000");
+        Ok(wanted.unwrap_or(default))
+    };
+    let experts = ExpertSettings {
+        criterion: match args.expert_criterion {
+            ExpertCriterionArg::Reap => ExpertCriterion::Reap,
+            ExpertCriterionArg::Frequency => ExpertCriterion::Frequency,
+            ExpertCriterionArg::RouterWeight => ExpertCriterion::RouterWeight,
+        },
+        weights: match args.router_weights {
+            RouterWeightsArg::Applied => RouterWeights::Applied,
+            RouterWeightsArg::Normalised => RouterWeights::Normalised,
+        },
+        protect: args.protect,
+        refine: passes("--refine", args.refine, defaults.refine)?,
+        repair: passes("--refit-routers", args.refit_routers, defaults.repair)?,
+        drop_drafts: args.drop_mtp,
+    };
     let offload = offload(devices)?;
     ensure!(
         args.max_device_memory.is_none() || !offload.devices.is_empty(),
@@ -103,6 +140,9 @@ pub fn resolve(args: Args, devices: &DeviceArgs) -> Result<Job> {
     Ok(Job {
         n_gpu_layers: offload.n_layers,
         imatrix_out: args.imatrix_out,
+        imatrix_in: args.imatrix,
+        stats_out: args.stats_out,
+        stats_in: args.stats_in,
         quantise: args.to.map(|name| quantise(&name, args.allow_requantize)).transpose()?,
         state: args.state_dir.map(|folder| KeepState { folder, resume: args.resume }),
         keep_split: args.keep_split,
@@ -120,6 +160,7 @@ pub fn resolve(args: Args, devices: &DeviceArgs) -> Result<Job> {
             n_windows: args.chunks,
             self_share: args.self_share.unwrap_or(if args.file.is_empty() { 1.0 } else { 0.5 }),
             files: args.file,
+            weights: args.text_weights,
             encoding: encoding(args.encoding.as_deref())?,
             parse_special: args.parse_special,
             chat_share: args.chat_share,
@@ -141,6 +182,7 @@ pub fn resolve(args: Args, devices: &DeviceArgs) -> Result<Job> {
                 MoeArg::Experts => FfnUnit::Expert,
                 MoeArg::Width => FfnUnit::Neuron,
             },
+            experts,
             arch: match args.arch {
                 ArchArg::Auto => Arch::Auto,
                 ArchArg::Keep => Arch::Keep,

@@ -59,6 +59,21 @@ impl Device {
     }
 }
 
+/// Memory of this machine in bytes, if the CPU backend can tell.
+pub fn total_memory() -> Option<u64> {
+    init_once();
+    // SAFETY: null is checked; both numbers are written before the call returns.
+    unsafe {
+        let cpu = sys::ggml_backend_dev_by_type(sys::GGML_BACKEND_DEVICE_TYPE_CPU);
+        if cpu.is_null() {
+            return None;
+        }
+        let (mut free, mut total) = (0, 0);
+        sys::ggml_backend_dev_memory(cpu, &mut free, &mut total);
+        (total > 0).then_some(total as u64)
+    }
+}
+
 /// All devices but the CPU, including those of servers that were added.
 pub fn devices() -> Vec<DeviceInfo> {
     init_once();

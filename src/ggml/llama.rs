@@ -148,15 +148,22 @@ impl LlamaModel {
         Ok(())
     }
 
-    /// Formats `content` as a user's message in the model's own chat template, up to the start of the
-    /// reply.
+    /// Formats `messages` (role and content each) in the model's own chat template, up to the start of the
+    /// next reply if `open` is set.
     /// Returns `None` if the model has no template or libllama does not recognise it (it has the common
     /// ones built in and runs no Jinja).
-    pub fn chat_prompt(&self, content: &str) -> Option<String> {
-        let content = CString::new(content).ok()?;
-        let message = sys::llama_chat_message { role: c"user".as_ptr(), content: content.as_ptr() };
-        let mut text = vec![0u8; 2 * content.as_bytes().len() + 1024];
-        // SAFETY: the template is owned by a live model; message and buffer outlive the calls, and the
+    pub fn chat(&self, messages: &[(&str, &str)], open: bool) -> Option<String> {
+        let c_string = |text: &str| CString::new(text).ok();
+        let texts: Vec<(CString, CString)> =
+            messages.iter().map(|(r, c)| Some((c_string(r)?, c_string(c)?))).collect::<Option<_>>()?;
+        let message = |(role, content): &(CString, CString)| sys::llama_chat_message {
+            role: role.as_ptr(),
+            content: content.as_ptr(),
+        };
+        let raw: Vec<sys::llama_chat_message> = texts.iter().map(message).collect();
+        let n_bytes: usize = texts.iter().map(|(_, content)| content.as_bytes().len()).sum();
+        let mut text = vec![0u8; 2 * n_bytes + 1024];
+        // SAFETY: the template is owned by a live model; messages and buffer outlive the calls, and the
         // buffer is passed with its length.
         unsafe {
             let template = sys::llama_model_chat_template(self.raw.as_ptr(), std::ptr::null());
@@ -166,9 +173,9 @@ impl LlamaModel {
             for _ in 0..2 {
                 let n = sys::llama_chat_apply_template(
                     template,
-                    &message,
-                    1,
-                    true,
+                    raw.as_ptr(),
+                    raw.len(),
+                    open,
                     text.as_mut_ptr().cast(),
                     text.len() as i32,
                 );
@@ -215,7 +222,8 @@ pub struct Context<'m> {
     batch: sys::llama_batch,
     n_batch: usize,
     n_vocab: usize,
-    n_last: usize,
+    /// Whether each token of the last batch has logits.
+    has_logits: Vec<bool>,
     _model: &'m LlamaModel,
 }
 
@@ -233,6 +241,18 @@ impl<'m> Context<'m> {
         n_batch: usize,
         n_threads: usize,
     ) -> Result<Self, GgmlError> {
+        Context::with(model, n_ctx, n_seq, n_batch, n_threads, |_| {})
+    }
+
+    /// Creates a context as [`Context::new`] does, with its parameters as changed by `set`.
+    pub(super) fn with(
+        model: &'m LlamaModel,
+        n_ctx: usize,
+        n_seq: usize,
+        n_batch: usize,
+        n_threads: usize,
+        set: impl FnOnce(&mut sys::llama_context_params),
+    ) -> Result<Self, GgmlError> {
         // SAFETY: parameters are plain data; null is checked; the batch is freed with the context.
         unsafe {
             let mut params = sys::llama_context_default_params();
@@ -244,13 +264,15 @@ impl<'m> Context<'m> {
             params.n_threads_batch = n_threads as i32;
             params.no_perf = true;
             params.op_offload = false;
+            set(&mut params);
             let raw =
                 NonNull::new(sys::llama_init_from_model(model.raw.as_ptr(), params)).ok_or_else(|| {
                     let message = format!("cannot make a context of {n_seq} x {n_ctx} tokens");
                     GgmlError::Llama(with_cause(message))
                 })?;
             let batch = sys::llama_batch_init(n_batch as i32, 0, 1);
-            Ok(Context { raw, batch, n_batch, n_vocab: model.vocab().n_tokens(), n_last: 0, _model: model })
+            let n_vocab = model.vocab().n_tokens();
+            Ok(Context { raw, batch, n_batch, n_vocab, has_logits: Vec::new(), _model: model })
         }
     }
 
@@ -268,9 +290,7 @@ impl<'m> Context<'m> {
     /// # Panics
     /// If there are more tokens than `n_batch`.
     pub fn decode(&mut self, tokens: &[BatchToken]) -> Result<(), GgmlError> {
-        self.decode_with(tokens, true)?;
-        self.n_last = tokens.len();
-        Ok(())
+        self.decode_at(tokens, |_| true)
     }
 
     /// Decodes `tokens`, with logits for the last only, as a chat does.
@@ -281,12 +301,24 @@ impl<'m> Context<'m> {
     /// # Panics
     /// If there are more tokens than `n_batch`.
     pub fn decode_quietly(&mut self, tokens: &[BatchToken]) -> Result<(), GgmlError> {
-        self.decode_with(tokens, false)
+        self.decode_at(tokens, |i| i + 1 == tokens.len())
     }
 
-    fn decode_with(&mut self, tokens: &[BatchToken], all_logits: bool) -> Result<(), GgmlError> {
+    /// Decodes `tokens`, with logits for those whose numbers `wanted` wants.
+    ///
+    /// # Errors
+    /// [`GgmlError::Llama`] if libllama fails.
+    ///
+    /// # Panics
+    /// If there are more tokens than `n_batch`.
+    pub fn decode_at(
+        &mut self,
+        tokens: &[BatchToken],
+        wanted: impl Fn(usize) -> bool,
+    ) -> Result<(), GgmlError> {
         assert!(tokens.len() <= self.n_batch);
-        self.n_last = 0;
+        self.has_logits.clear();
+        let has_logits: Vec<bool> = (0..tokens.len()).map(wanted).collect();
         // SAFETY: the batch has room for n_batch tokens with one sequence id each.
         let status = unsafe {
             for (i, t) in tokens.iter().enumerate() {
@@ -294,25 +326,25 @@ impl<'m> Context<'m> {
                 *self.batch.pos.add(i) = t.pos;
                 *self.batch.n_seq_id.add(i) = 1;
                 **self.batch.seq_id.add(i) = t.seq;
-                *self.batch.logits.add(i) = i8::from(all_logits || i + 1 == tokens.len());
+                *self.batch.logits.add(i) = i8::from(has_logits[i]);
             }
             self.batch.n_tokens = tokens.len() as i32;
             sys::llama_decode(self.raw.as_ptr(), self.batch)
         };
-        if status == 0 {
-            Ok(())
-        } else {
-            Err(GgmlError::Llama(format!("failed to decode a batch (status {status})")))
+        if status != 0 {
+            return Err(GgmlError::Llama(format!("failed to decode a batch (status {status})")));
         }
+        self.has_logits = has_logits;
+        Ok(())
     }
 
     /// Logits `[n_vocab]` of the i-th token of the last batch.
     ///
     /// # Panics
-    /// If `i` is not a token of the last successful batch.
+    /// If `i` is not a token of the last successful batch that has logits.
     pub fn logits(&self, i: usize) -> &[f32] {
-        assert!(i < self.n_last);
-        // SAFETY: logits are requested at every position; the pointer lives until the next decode, which
+        assert!(self.has_logits[i]);
+        // SAFETY: logits are requested at this position; the pointer lives until the next decode, which
         // needs `&mut self`.
         unsafe {
             let p = sys::llama_get_logits_ith(self.raw.as_ptr(), i as i32);

@@ -16,8 +16,9 @@ mod quantize;
 mod system;
 mod types;
 mod vocab;
+mod watch;
 
-pub use device::{Compute, Device, DeviceInfo, add_server, device_memory_peak, devices, serve};
+pub use device::{Compute, Device, DeviceInfo, add_server, device_memory_peak, devices, serve, total_memory};
 pub use engine::{Engine, Resident, TensorSpec, Values};
 pub use gguf::{RawGguf, RawValue};
 pub use graph::{Computed, Graph, RopeParams, TensorId};
@@ -34,6 +35,7 @@ pub use system::{
 };
 pub use types::Type;
 pub use vocab::Vocab;
+pub use watch::{Node, Watched, Watcher};
 
 use std::path::PathBuf;
 

@@ -2,11 +2,30 @@
 
 use super::{GgufError, GgufFile, TensorInfo, Value};
 use crate::ggml::{RawGguf, Type};
+use std::borrow::Cow;
 use std::fs::File;
 use std::io::{BufWriter, Write};
 use std::path::{Path, PathBuf};
 
-/// Tensor to be written; `data` produces its bytes on demand.
+/// Bytes of a tensor to be written.
+pub enum TensorData<'a> {
+    /// Function that produces all of them on demand.
+    Made(MakeBytes<'a>),
+    /// Parts of a mapped file, which are written one after another without a copy of the whole.
+    Parts(Vec<&'a [u8]>),
+}
+
+/// Function that produces the bytes of a tensor.
+pub type MakeBytes<'a> = Box<dyn Fn() -> Result<Cow<'a, [u8]>, GgufError> + 'a>;
+
+impl<'a> TensorData<'a> {
+    /// Bytes that `make` produces on demand.
+    pub fn made(make: impl Fn() -> Result<Cow<'a, [u8]>, GgufError> + 'a) -> TensorData<'a> {
+        TensorData::Made(Box::new(make))
+    }
+}
+
+/// Tensor to be written.
 pub struct OutTensor<'a> {
     /// Name.
     pub name: String,
@@ -14,14 +33,14 @@ pub struct OutTensor<'a> {
     pub ty: Type,
     /// Sizes, ne\[0\] first.
     pub ne: Vec<usize>,
-    /// Function that produces its bytes.
-    pub data: Box<dyn Fn() -> Result<std::borrow::Cow<'a, [u8]>, GgufError> + 'a>,
+    /// Its bytes.
+    pub data: TensorData<'a>,
 }
 
 impl<'a> OutTensor<'a> {
     /// Creates an unchanged copy of a tensor of `file`.
     pub fn copy(file: &'a GgufFile, t: &'a TensorInfo) -> OutTensor<'a> {
-        let data = Box::new(|| Ok(std::borrow::Cow::Borrowed(file.data(t))));
+        let data = TensorData::Parts(vec![file.data(t)]);
         OutTensor { name: t.name.clone(), ty: t.ty, ne: t.ne.clone(), data }
     }
 
@@ -64,10 +83,19 @@ pub fn write_gguf(
     out.write_all(&header.to_bytes()).map_err(io)?;
     let padding = [0u8; ALIGNMENT];
     for t in tensors {
-        let bytes = (t.data)()?;
-        assert_eq!(bytes.len(), t.n_bytes(), "data of tensor {}", t.name);
-        out.write_all(&bytes).map_err(io)?;
-        out.write_all(&padding[..bytes.len().next_multiple_of(ALIGNMENT) - bytes.len()]).map_err(io)?;
+        let n = match &t.data {
+            TensorData::Made(make) => {
+                let bytes = make()?;
+                out.write_all(&bytes).map_err(io)?;
+                bytes.len()
+            }
+            TensorData::Parts(parts) => {
+                parts.iter().try_for_each(|part| out.write_all(part)).map_err(io)?;
+                parts.iter().map(|part| part.len()).sum()
+            }
+        };
+        assert_eq!(n, t.n_bytes(), "data of tensor {}", t.name);
+        out.write_all(&padding[..n.next_multiple_of(ALIGNMENT) - n]).map_err(io)?;
     }
     out.flush().map_err(io)
 }

@@ -1,9 +1,8 @@
 //! State of an interrupted run for the next one: a folder of small GGUF files, each complete or absent.
 
 use super::{Job, JobError};
-use crate::calibrate::{Recipe, Windows};
-use crate::gguf::{GgufError, GgufFile, OutTensor, TensorInfo, Value, sha256, write_gguf};
-use crate::model::Model;
+use crate::calibrate::{Recipe, Text, Windows};
+use crate::gguf::{GgufError, GgufFile, OutTensor, TensorData, TensorInfo, Value, sha256, write_gguf};
 use crate::pipeline::{Checkpoint, KeptTensor, Record, Settings, record_names};
 use std::borrow::Cow;
 use std::fs::{File, TryLockError};
@@ -12,6 +11,7 @@ use std::path::{Path, PathBuf};
 /// File with the terms of the run. Another run may only resume on the same terms.
 const TERMS: &str = "run.txt";
 const WINDOWS: &str = "windows.gguf";
+const TEXTS: &str = "texts.gguf";
 /// File that is being written. It always has the same name, so that a killed run leaves at most one, which
 /// the next run overwrites or deletes.
 const UNFINISHED: &str = "unfinished.part";
@@ -57,7 +57,8 @@ impl Drop for Lock {
 }
 
 impl DiskCheckpoint {
-    /// Opens or creates `folder` for runs of `job` on a source with the checksum `source_sha256`.
+    /// Opens or creates `folder` for runs of `job` on a source of `n_layer` blocks with the checksum
+    /// `source_sha256`.
     /// Existing records are used only with `resume`, and only if they were made on the same terms.
     ///
     /// # Errors
@@ -66,13 +67,12 @@ impl DiskCheckpoint {
         folder: &Path,
         resume: bool,
         job: &Job,
-        source: &Model,
+        n_layer: usize,
         source_sha256: &str,
     ) -> Result<DiskCheckpoint, JobError> {
         let io = |source| JobError::Io { path: folder.into(), source };
         std::fs::create_dir_all(folder).map_err(io)?;
         let lock = Lock::of(folder)?;
-        let n_layer = source.hparams.n_layer();
         let state = DiskCheckpoint { folder: folder.into(), n_layer, _lock: lock };
         let (path, terms) = (folder.join(TERMS), terms(job, source_sha256));
         match std::fs::read_to_string(&path) {
@@ -120,6 +120,52 @@ impl DiskCheckpoint {
         self.write(WINDOWS, &values, &[])
     }
 
+    /// Calibration texts of a mixture, if they were collected.
+    pub(super) fn texts(&self) -> Result<Option<Vec<Text>>, GgufError> {
+        let Some(file) = self.read(TEXTS)? else { return Ok(None) };
+        let damaged = || self.damaged_file(TEXTS, "texts");
+        let Some(Value::StrArray(names)) = file.get("names") else { return Err(damaged()) };
+        let (weights, counts) = (self.numbers(&file, "weights")?, self.numbers(&file, "counts")?);
+        let lengths = self.numbers(&file, "lengths")?;
+        let mut tokens = self.numbers(&file, "tokens")?.into_iter().map(|t| t as i32);
+        let mut lengths = lengths.into_iter();
+        let mut windows = |n: usize| -> Option<Vec<Vec<i32>>> {
+            (0..n)
+                .map(|_| {
+                    let length = lengths.next()?;
+                    let window: Vec<i32> = tokens.by_ref().take(length).collect();
+                    (window.len() == length).then_some(window)
+                })
+                .collect()
+        };
+        if weights.len() != names.len() || counts.len() != 2 * names.len() {
+            return Err(damaged());
+        }
+        let text = |(i, name): (usize, &Vec<u8>)| {
+            Some(Text {
+                name: String::from_utf8_lossy(name).into_owned(),
+                weight: f64::from_bits(weights[i] as u64),
+                fit: windows(counts[2 * i])?,
+                held_out: windows(counts[2 * i + 1])?,
+            })
+        };
+        names.iter().enumerate().map(text).collect::<Option<_>>().map(Some).ok_or_else(damaged)
+    }
+
+    pub(super) fn keep_texts(&self, texts: &[Text]) -> Result<(), GgufError> {
+        let windows = || texts.iter().flat_map(|t| t.fit.iter().chain(&t.held_out));
+        let tokens: Vec<i32> = windows().flatten().copied().collect();
+        let names = texts.iter().map(|t| t.name.clone().into_bytes()).collect();
+        let values = [
+            ("names".into(), Value::StrArray(names)),
+            ("weights".into(), numbers(texts.iter().map(|t| t.weight.to_bits() as usize))),
+            ("counts".into(), numbers(texts.iter().flat_map(|t| [t.fit.len(), t.held_out.len()]))),
+            ("lengths".into(), numbers(windows().map(Vec::len))),
+            ("tokens".into(), Value::i32_array(&tokens)),
+        ];
+        self.write(TEXTS, &values, &[])
+    }
+
     /// Deletes all records, and the folder if it contains nothing else.
     pub(super) fn remove(self) {
         self.clear();
@@ -130,7 +176,7 @@ impl DiskCheckpoint {
     /// Deletes all records, the terms first.
     fn clear(&self) {
         let records = record_names(self.n_layer).into_iter().map(|name| file_of(&name));
-        let others = [TERMS, WINDOWS, UNFINISHED].map(String::from);
+        let others = [TERMS, WINDOWS, TEXTS, UNFINISHED].map(String::from);
         others.into_iter().chain(records).for_each(|name| drop(std::fs::remove_file(self.folder.join(name))));
     }
 
@@ -197,7 +243,7 @@ impl Checkpoint for DiskCheckpoint {
             name: t.name.clone(),
             ty: t.ty,
             ne: t.ne.clone(),
-            data: Box::new({
+            data: TensorData::made({
                 let bytes = t.bytes.clone();
                 move || Ok(Cow::Owned(bytes.clone()))
             }),

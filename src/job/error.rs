@@ -12,6 +12,7 @@ use crate::evaluate::EvaluateError;
 use crate::ggml::{GgmlError, Type};
 use crate::gguf::GgufError;
 use crate::model::ModelError;
+use crate::observe::UsageError;
 use crate::pipeline::{NoRoom, PruneError, TargetError};
 use crate::text::TextError;
 use std::error::Error;
@@ -121,6 +122,10 @@ pub enum JobError {
     NotOurs(PathBuf),
     #[error("{}: {n} of the checks failed", path.display())]
     Faults { path: PathBuf, n: usize },
+    #[error("cannot read {}", path.display())]
+    Read { path: PathBuf, source: std::io::Error },
+    #[error("{}", path.display())]
+    Stats { path: PathBuf, source: UsageError },
     #[error("interrupted")]
     Interrupted,
 }

@@ -5,6 +5,7 @@ mod checkpoint;
 mod error;
 mod eval;
 mod inspect;
+mod mixture;
 mod output;
 mod plan;
 mod prepared;
@@ -16,11 +17,12 @@ mod verify;
 pub use error::{ImatrixUse, JobError, with_causes};
 pub use eval::{EvalJob, EvalOutcome, eval};
 pub use inspect::{Inspection, inspect};
+pub use mixture::{ExpertsDryRun, ExpertsOutcome};
 #[cfg(unix)]
 pub(crate) use output::usual_mode;
 pub use output::{check_distinct, check_output, remove_temporary, write_whole};
 pub(crate) use output::{resolved, temporary_folder};
-pub use plan::{DryRun, dry_run};
+pub use plan::{BlocksDryRun, DryRun, dry_run};
 pub use prepared::calibration;
 pub use quality_limit::QualityLimit;
 pub use quant_baselines::QuantBaseline;
@@ -32,12 +34,15 @@ use crate::evaluate::EvaluateError;
 use crate::forward::whole_windows;
 use crate::ggml::{FileType, RunMemory, run_memory};
 use crate::gguf::GgufError;
-use crate::model::{BlockShape, Family, FfnUnit, KvCache, Model, ModelError};
+use crate::model::{BlockShape, FfnUnit, KvCache, Model, ModelError};
 use crate::pipeline::{self, Calibration, Forecast, HeldOut, Observer, Settings, Target};
 use announce::{announce_all, work_after};
 use checkpoint::DiskCheckpoint;
 use output::check_paths;
-use plan::{ask_memory, expected_calibration, forecast, on_target, open, open_model, run_ctx, settings};
+use plan::{
+    ask_memory, expected_calibration, forecast, on_target, open, open_file, open_in, open_model, run_ctx,
+    settings,
+};
 use prepared::{HeadOrderCache, Prepared};
 use result::{copy_as_is, size_of};
 use std::path::{Path, PathBuf};
@@ -52,6 +57,12 @@ pub struct Job {
     pub output: PathBuf,
     /// Path of the pruned model's importance matrix, if it is written.
     pub imatrix_out: Option<PathBuf>,
+    /// Importance matrix of a mixture, from which that of the pruned model is cut.
+    pub imatrix_in: Option<PathBuf>,
+    /// Path of the statistics of a mixture's experts, if they are written.
+    pub stats_out: Option<PathBuf>,
+    /// Statistics of the experts, which are taken instead of observing them.
+    pub stats_in: Option<PathBuf>,
     /// Mix of types of the result, instead of the source's types.
     pub quantise: Option<Quantise>,
     /// Whether to write as many files as a split source has.
@@ -97,6 +108,9 @@ impl Job {
             input: input.into(),
             output: output.into(),
             imatrix_out: None,
+            imatrix_in: None,
+            stats_out: None,
+            stats_in: None,
             quantise: None,
             keep_split: false,
             force: false,
@@ -161,7 +175,7 @@ pub struct Outcome {
     /// Sizes of the result.
     pub after: Size,
     /// Output architecture.
-    pub output_arch: Family,
+    pub output_arch: String,
     /// Share of the blocks' parameters that was removed.
     pub sparsity: f64,
     /// Unit that was removed from FFNs.
@@ -183,8 +197,10 @@ pub struct Outcome {
     pub quant_baselines: Vec<QuantBaseline>,
     /// Continuations of the same text by source and result, if the job asked for them.
     pub samples: Option<Samples>,
-    /// Forecast from shapes; absent if nothing was pruned.
+    /// Forecast from shapes, for results of the passes over the blocks.
     pub forecast: Option<Forecast>,
+    /// Findings about the experts, if whole experts were removed.
+    pub experts: Option<ExpertsOutcome>,
     /// Warnings for the user.
     pub warnings: Vec<String>,
     /// Wall time.
@@ -203,8 +219,8 @@ pub struct Running {
     pub before: RunMemory,
     /// Memory of the result.
     pub after: RunMemory,
-    /// KV caches of source and result, for other context lengths.
-    pub kv_caches: [KvCache; 2],
+    /// KV caches of source and result, for other context lengths, if they are known from the shapes.
+    pub kv_caches: Option<[KvCache; 2]>,
 }
 
 /// Text and its continuations.
@@ -239,7 +255,11 @@ pub struct Quality {
 /// [`JobError`]; then there is no output, and no temporary file.
 pub fn run(job: &Job, observer: &mut dyn Observer) -> Result<Outcome, JobError> {
     let start = Instant::now();
-    let source = open(job)?;
+    let file = open_file(&job.input)?;
+    if mixture::takes(job, &file) && (job.settings.sparsity > 0.0 || job.limit.is_some()) {
+        return mixture::run(job, file, observer);
+    }
+    let source = open_in(&job.input, file)?;
     check_paths(job, &source.file)?;
     let wanted = job.settings.target.is_some() || job.target_ram.is_some() || job.limit.is_some();
     if job.settings.sparsity == 0.0 && !wanted {
@@ -284,7 +304,11 @@ pub fn run_nested(
     observer: &mut dyn Observer,
     mut done: impl FnMut(&Job, &Outcome) -> Result<(), JobError>,
 ) -> Result<(), JobError> {
-    let source = open(job)?;
+    let file = open_file(&job.input)?;
+    if mixture::takes(job, &file) {
+        return mixture::run_nested(job, file, results, observer, done);
+    }
+    let source = open_in(&job.input, file)?;
     let job_of = |n: &Nested| Job {
         output: n.output.clone(),
         imatrix_out: n.imatrix_out.clone(),

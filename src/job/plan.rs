@@ -2,11 +2,21 @@
 
 use super::output::folder_of;
 use super::*;
+use crate::gguf::GgufFile;
 
 /// Forecast of a job from shapes.
 #[derive(Clone, Debug)]
+pub enum DryRun {
+    /// Of passes over the blocks.
+    Blocks(Box<BlocksDryRun>),
+    /// Of the removal of whole experts.
+    Experts(ExpertsDryRun),
+}
+
+/// Forecast of the passes over the blocks.
+#[derive(Clone, Debug)]
 #[non_exhaustive]
-pub struct DryRun {
+pub struct BlocksDryRun {
     /// The source.
     pub before: Size,
     /// Forecast of the passes and the result.
@@ -32,11 +42,15 @@ pub struct DryRun {
 /// # Errors
 /// [`JobError`].
 pub fn dry_run(job: &Job) -> Result<DryRun, JobError> {
-    let source = open(job)?;
+    let file = open_file(&job.input)?;
+    if mixture::takes(job, &file) {
+        return mixture::dry_run(job, file).map(DryRun::Experts);
+    }
+    let source = open_in(&job.input, file)?;
     check_paths(job, &source.file)?;
     let settings = settings(job, &source)?;
     let forecast = forecast(&source, &expected_calibration(job), &settings)?;
-    Ok(DryRun {
+    Ok(DryRun::Blocks(Box::new(BlocksDryRun {
         before: size_of(&source),
         ffn_unit: settings.ffn_unit(&source),
         run_ctx: run_ctx(job, &source),
@@ -46,7 +60,7 @@ pub fn dry_run(job: &Job) -> Result<DryRun, JobError> {
         settings,
         self_written: job.recipe.self_written(),
         quantises: job.quantise.is_some(),
-    })
+    })))
 }
 
 /// Checks the settings of `job` and returns them within its memory limits.
@@ -131,7 +145,22 @@ pub(super) fn open(job: &Job) -> Result<Model, JobError> {
 }
 
 pub(super) fn open_model(path: &Path) -> Result<Model, JobError> {
-    Model::open(path).map_err(|e| match e {
+    open_in(path, open_file(path)?)
+}
+
+/// Opens the container at `path`.
+pub(super) fn open_file(path: &Path) -> Result<GgufFile, JobError> {
+    GgufFile::open(path).map_err(|e| named(path, e.into()))
+}
+
+/// Reads the model in the container that was opened at `path`.
+pub(super) fn open_in(path: &Path, file: GgufFile) -> Result<Model, JobError> {
+    Model::new(file).map_err(|e| named(path, e))
+}
+
+/// Error about the file at `path`, which the error may name itself.
+fn named(path: &Path, e: ModelError) -> JobError {
+    match e {
         // Errors of these variants name the file already.
         ModelError::Gguf(
             e @ (GgufError::Io { .. }
@@ -143,7 +172,7 @@ pub(super) fn open_model(path: &Path) -> Result<Model, JobError> {
             | GgufError::UnknownType { .. }),
         ) => JobError::Gguf(e),
         source => JobError::Model { path: path.into(), source },
-    })
+    }
 }
 
 /// Rejects importance matrices of experts, and quantisation of a quantised model unless the job asks for it.

@@ -6,8 +6,8 @@ use super::output::temporary;
 use super::{Job, JobError, QualityLimit, Quantise, ask_memory, on_target, open, quality_limit, run_ctx};
 use crate::assemble::importance;
 use crate::calibrate::{self, CalibrateError, Origin, Recipe, Windows};
-use crate::ggml::{GgmlError, LlamaModel, Offload, RunMemory, Token, quantize_file};
-use crate::gguf::GgufError;
+use crate::ggml::{GgmlError, LlamaModel, Offload, RunMemory, Token, quantize_file, total_memory};
+use crate::gguf::{GgufError, GgufFile, Value};
 use crate::model::Model;
 use crate::pipeline::{self, Checkpoint, HEADS, Observer, Plan, Record, Settings};
 use std::path::Path;
@@ -75,7 +75,8 @@ impl Prepared {
             }
             Some(keep) => {
                 let sha = sha256()?;
-                let state = DiskCheckpoint::open(&keep.folder, keep.resume, job, &source, &sha)?;
+                let state =
+                    DiskCheckpoint::open(&keep.folder, keep.resume, job, source.hparams.n_layer(), &sha)?;
                 let windows = match state.windows()? {
                     Some(windows) => windows,
                     None => {
@@ -214,9 +215,9 @@ fn windows(
 
 /// First token of generated text: the BOS that the file names, or else the EOS.
 /// If the file names none, libllama returns token 1, 2 or 11, which may be any word.
-fn start_token(model: &Model) -> Option<Token> {
+fn start_token(file: &GgufFile, n_vocab: usize) -> Option<Token> {
     ["tokenizer.ggml.bos_token_id", "tokenizer.ggml.eos_token_id"].iter().find_map(|key| {
-        let id = model.file.get_u32(key).ok().flatten().filter(|id| *id < model.hparams.n_vocab)?;
+        let id = file.get_u32(key).ok().flatten().filter(|id| *id < n_vocab)?;
         Token::try_from(id).ok()
     })
 }
@@ -231,13 +232,46 @@ fn collect(
     let writes = job.recipe.self_written() > 0;
     let llama = if writes { llama(job, &job.input) } else { LlamaModel::load_mapped(&job.input) };
     let llama = llama.map_err(JobError::Llama)?;
-    let start = job.recipe.start.or_else(|| start_token(model));
+    let start = job.recipe.start.or_else(|| start_token(&model.file, model.hparams.n_vocab));
     if writes && start.is_none() {
         return Err(CalibrateError::NoStart.into());
     }
     let recipe = Recipe { n_parallel: n_parallel(model, job), start, ..job.recipe.clone() };
+    gathering(observer, |told| calibrate::collect(&llama, &recipe, notes, told))
+}
+
+/// Collects the texts of a mixture in `file`, the input of `job`, by `collect`.
+pub(super) fn collecting<T>(
+    job: &Job,
+    file: &GgufFile,
+    observer: &mut dyn Observer,
+    collect: impl FnOnce(&Recipe, Told) -> Result<T, CalibrateError>,
+) -> Result<T, JobError> {
+    let n_vocab = match file.get("tokenizer.ggml.tokens") {
+        Some(Value::StrArray(tokens)) => tokens.len(),
+        _ => usize::MAX,
+    };
+    let start = job.recipe.start.or_else(|| start_token(file, n_vocab));
+    if job.recipe.self_written() > 0 && start.is_none() {
+        return Err(CalibrateError::NoStart.into());
+    }
+    let recipe = Recipe { start, n_parallel: job.recipe.n_parallel.min(PARALLEL), ..job.recipe.clone() };
+    gathering(observer, |told| collect(&recipe, told))
+}
+
+/// Largest number of windows that a mixture generates side by side.
+const PARALLEL: usize = 8;
+
+/// Progress of the collection of texts: origin, tokens done, tokens in all; returns whether to go on.
+pub(super) type Told<'a> = &'a mut dyn FnMut(Origin, usize, usize) -> bool;
+
+/// Collects calibration text by `collect`, with its progress shown to `observer`.
+fn gathering<T>(
+    observer: &mut dyn Observer,
+    collect: impl FnOnce(Told) -> Result<T, CalibrateError>,
+) -> Result<T, JobError> {
     let mut begun = None;
-    let windows = calibrate::collect(&llama, &recipe, notes, |origin, done, total| {
+    let found = collect(&mut |origin, done, total| {
         // A short text is read at once and needs no progress.
         if begun == Some(origin) || origin == Origin::Model || done < total {
             if begun != Some(origin) {
@@ -249,8 +283,18 @@ fn collect(
         }
         !observer.interrupted()
     });
-    match windows {
+    match found {
         Err(CalibrateError::Interrupted) => Err(JobError::Interrupted),
         other => Ok(other?),
     }
+}
+
+/// Share of the machine's memory up to which a model may be copied for faster kernels.
+const COPIED_SHARE: u64 = 4;
+
+/// Loads the model of `n_bytes` at `path` as [`llama`] does, but so that its weights stay in the mapped file if
+/// it is large beside the machine's memory.
+pub(super) fn llama_mapped_if_large(job: &Job, path: &Path, n_bytes: u64) -> Result<LlamaModel, GgmlError> {
+    let large = total_memory().is_none_or(|total| n_bytes > total / COPIED_SHARE);
+    if job.settings.devices.is_empty() && large { LlamaModel::load_mapped(path) } else { llama(job, path) }
 }

@@ -7,7 +7,7 @@ use super::{Job, JobError, Outcome, Quality, Running, Samples, Size, forecast, r
 use crate::assemble::{Provenance, Written, assemble, write_imatrix, writes_exactly};
 use crate::calibrate::{Windows, oddities};
 use crate::evaluate::{self, Protocol};
-use crate::ggml::{GgmlError, LlamaModel, run_memory};
+use crate::ggml::{GgmlError, LlamaModel, Token, run_memory};
 use crate::gguf::{OutTensor, write_gguf};
 use crate::model::{BlockShape, Family, KvCache, Model};
 use crate::pipeline::{self, Calibration, Observer, Plan, Target};
@@ -56,7 +56,8 @@ impl Prepared {
             fit_tokens: (windows.n_fit * windows.n_ctx, windows.n_self * windows.n_ctx),
             held_out_tokens: windows.n_held_out * windows.n_ctx,
         };
-        let samples = job.samples.then(|| self.samples(job, temp.path()).map_err(JobError::does_not_load));
+        let window = windows.tokens_of(windows.n_fit..windows.n_fit + 1);
+        let samples = job.samples.then(|| samples(job, temp.path(), window).map_err(JobError::does_not_load));
         let samples = samples.transpose()?;
         let running = match self.running(job, &pruned.plan, temp.path()) {
             Err(e) if job.verify => return Err(e),
@@ -99,7 +100,7 @@ impl Prepared {
         Ok(Outcome {
             before,
             after,
-            output_arch,
+            output_arch: output_arch.name().into(),
             sparsity,
             ffn_unit: job.settings.ffn_unit(model),
             running,
@@ -111,6 +112,7 @@ impl Prepared {
             samples,
             quant_baselines: quant_baselines.unwrap_or_default(),
             forecast: Some(forecast),
+            experts: None,
             warnings,
             time: start.elapsed(),
         })
@@ -223,22 +225,21 @@ impl Prepared {
             n_ctx_train: h.n_ctx_train,
             before: self.to_run,
             after: run_memory(output, n_ctx).map_err(JobError::does_not_load)?,
-            kv_caches: [&h.blocks, &plan.shapes(&self.source)].map(|shapes| KvCache::new(h, shapes)),
+            kv_caches: Some([&h.blocks, &plan.shapes(&self.source)].map(|shapes| KvCache::new(h, shapes))),
         })
     }
+}
 
-    /// Continuations of the beginning of the first held-out window by the source and the file `output`.
-    fn samples(&self, job: &Job, output: &Path) -> Result<Samples, GgmlError> {
-        let window = self.windows.tokens_of(self.windows.n_fit..self.windows.n_fit + 1);
-        let prompt = &window[..PROMPT_TOKENS.min(window.len())];
-        let written =
-            |model: &LlamaModel| evaluate::continuation(model, prompt, SAMPLE_TOKENS, job.settings.n_threads);
-        let source = llama(job, &job.input)?;
-        let before = written(&source)?;
-        let prompt = source.vocab().detokenize(prompt);
-        drop(source);
-        Ok(Samples { prompt, before, after: written(&llama(job, output)?)? })
-    }
+/// Continuations of the beginning of `window` by the source of `job` and the file `output`.
+pub(super) fn samples(job: &Job, output: &Path, window: &[Token]) -> Result<Samples, GgmlError> {
+    let prompt = &window[..PROMPT_TOKENS.min(window.len())];
+    let written =
+        |model: &LlamaModel| evaluate::continuation(model, prompt, SAMPLE_TOKENS, job.settings.n_threads);
+    let source = llama(job, &job.input)?;
+    let before = written(&source)?;
+    let prompt = source.vocab().detokenize(prompt);
+    drop(source);
+    Ok(Samples { prompt, before, after: written(&llama(job, output)?)? })
 }
 
 /// Copies the source for sparsity 0: the same bytes, or those of all parts as one file.
@@ -274,7 +275,7 @@ pub(super) fn copy_as_is(
     Ok(Outcome {
         after: Size { bytes, ..before.clone() },
         before,
-        output_arch: model.hparams.family,
+        output_arch: model.hparams.family.name().into(),
         ffn_unit: job.settings.ffn_unit(model),
         sparsity: 0.0,
         running: None,
@@ -286,6 +287,7 @@ pub(super) fn copy_as_is(
         samples: None,
         quant_baselines: Vec::new(),
         forecast: None,
+        experts: None,
         warnings: Vec::new(),
         time: start.elapsed(),
     })

@@ -34,6 +34,11 @@ impl KvCache {
         cache
     }
 
+    /// KV cache that takes `bytes` with a context of `n_ctx` tokens, and grows with it.
+    pub fn of_bytes(bytes: u64, n_ctx: usize) -> KvCache {
+        KvCache { full: bytes as usize / n_ctx.next_multiple_of(CELLS), sliding: 0, n_swa: 0 }
+    }
+
     /// Size in bytes with a context of `n_ctx` tokens.
     pub fn bytes(&self, n_ctx: usize) -> u64 {
         let cells = n_ctx.next_multiple_of(CELLS);

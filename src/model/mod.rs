@@ -4,6 +4,7 @@
 mod family;
 mod hparams;
 mod kv_cache;
+mod mixture;
 mod open;
 mod output_arch;
 mod rope;
@@ -15,6 +16,7 @@ mod weights;
 pub use family::Family;
 pub use hparams::{ExpertParams, Hparams, Temperature};
 pub use kv_cache::KvCache;
+pub use mixture::{ExpertAxis, ExpertGroups, ExpertLayer, Mixture, count};
 pub use open::Model;
 pub use output_arch::{Arch, Heads, OutputArchs};
 pub use rope::SlidingWindow;

@@ -4,6 +4,7 @@
 
 mod allocation;
 mod checkpoint;
+pub mod experts;
 mod forecast;
 mod memory;
 mod method;
@@ -41,6 +42,7 @@ use crate::forward::{Forward, ForwardError, InputSquares};
 use crate::ggml::GgmlError;
 use crate::gguf::{GgufError, Value};
 use crate::model::Model;
+use crate::observe::ObserveError;
 use crate::prune::{BudgetError, Singular};
 
 /// Stage that has not run yet, with its amount of work.
@@ -118,6 +120,9 @@ pub enum PruneError {
         /// Ratio of the new values' size to the old.
         times: f32,
     },
+    /// An observation in libllama failed.
+    #[error(transparent)]
+    Observe(ObserveError),
     /// A temporary file failed.
     #[error("cannot use a temporary file")]
     Spill(#[from] std::io::Error),
@@ -179,7 +184,8 @@ pub fn run(
 pub fn record_names(n_layer: usize) -> Vec<String> {
     let methods = [Method::Putri, Method::Paper, Method::TwoStage];
     let stages = methods.into_iter().flat_map(Method::stages);
-    stages.flat_map(|stage| stage.records(n_layer)).collect()
+    let of_experts = experts::RECORDS.map(String::from);
+    stages.flat_map(|stage| stage.records(n_layer)).chain(of_experts).collect()
 }
 
 /// Squared inputs of the pruned model's matrices on the windows that it was fitted to, block by block.

@@ -1,5 +1,6 @@
 //! Settings of a run and their defaults.
 
+use super::experts::ExpertSettings;
 use super::stages::{
     BlockSettings, HeadSettings, ResampleSettings, SensitivitySettings, TuneSettings, WidthSettings,
 };
@@ -42,6 +43,8 @@ pub struct Settings {
     pub blocks: BlockSettings,
     /// Settings of the tuning of norms and biases.
     pub tune: TuneSettings,
+    /// Settings of the choice of whole experts.
+    pub experts: ExpertSettings,
     /// Criterion by which neurons are removed. If it is none, and outputs do not all count equally, both
     /// criteria are tried on the model.
     pub criterion: Option<NeuronCriterion>,
@@ -118,6 +121,7 @@ impl Default for Settings {
             resample: ResampleSettings::default(),
             blocks: BlockSettings::default(),
             tune: TuneSettings::default(),
+            experts: ExpertSettings::default(),
             criterion: None,
             types: TensorTypes::default(),
             chunk_tokens: CHUNK_TOKENS,

@@ -4,6 +4,7 @@
 //! a weight matrix W is `[n_out, n_in]` row-major, and H = Σ x xᵀ is `[n_in, n_in]` over its inputs x.
 
 mod budget;
+mod experts;
 mod heads;
 mod inverse;
 mod metric;
@@ -20,6 +21,9 @@ use rayon::prelude::*;
 pub use budget::{
     Budget, BudgetError, fewest_head_groups, ffn_params_to_remove, head_groups, head_groups_paper,
     smallest_group,
+};
+pub use experts::{
+    ExpertCriterion, FEW_TOKENS, RouterWeights, Units, by_score, eliminate, mask, protected, scores,
 };
 pub use heads::{Candidate, GroupId, LazyGreedy, rounds};
 pub use inverse::{Inverse, InverseIn};

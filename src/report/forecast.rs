@@ -1,7 +1,7 @@
 //! Output of a dry run.
 
-use super::table::{megabytes, percent};
-use crate::DryRun;
+use super::table::{megabytes, millions, percent};
+use crate::{BlocksDryRun, DryRun, ExpertsDryRun};
 use std::fmt::Write;
 
 /// Shares of a plain product's rate, measured on two cores.
@@ -14,6 +14,37 @@ const WRITING: f64 = 0.14;
 
 /// Dry run as text for a terminal; `rate` is the machine's rate in a plain product, in operations per second.
 pub fn dry_run_table(d: &DryRun, rate: Option<f64>) -> String {
+    match d {
+        DryRun::Blocks(d) => blocks_table(d, rate),
+        DryRun::Experts(d) => experts_table(d),
+    }
+}
+
+fn experts_table(d: &ExpertsDryRun) -> String {
+    let mut out = format!("{:<22} {:>14} {:>14}\n", "", "before", "after");
+    let mut line = |label: &str, before: String, after: String, change: String| {
+        let _ = writeln!(out, "{label:<22} {before:>14} {after:>14}   {change}");
+    };
+    let (p, q) = (d.before.bytes, d.after.bytes);
+    line("file", megabytes(p), megabytes(q), percent(p as f64, q as f64));
+    let (p, q) = (d.before.params, d.after.params);
+    line("parameters", millions(p), millions(q), percent(p as f64, q as f64));
+    let [p, q] = d.n_expert;
+    line("experts a layer", p.to_string(), q.to_string(), percent(p as f64, q as f64));
+    let (observed, judging) = d.tokens;
+    let _ = writeln!(
+        out,
+        "\nThe file will have {} bytes, to the byte. {} layers lose experts; a token still passes through {} of them,\n\
+         so that speed stays about the same. Architecture {}, as before.\n\
+         {observed} tokens are decoded to observe the routers, {judging} to judge the result, {} of them written by the\n\
+         model itself. llama.cpp decodes them with the memory that it takes to run the source.",
+        d.after.bytes, d.n_layers, d.n_used, d.arch, d.self_written
+    );
+    out
+}
+
+/// Dry run of the passes over the blocks; `rate` is the machine's rate in a plain product, in operations per second.
+fn blocks_table(d: &BlocksDryRun, rate: Option<f64>) -> String {
     let f = &d.forecast;
     let groups: usize = d.before.blocks.iter().map(|b| b.n_head_kv).sum();
     let units: usize = d.before.blocks.iter().map(|b| b.n_units(d.ffn_unit)).sum();

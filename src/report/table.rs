@@ -3,7 +3,8 @@
 use super::plain;
 use crate::ggml::RunMemory;
 use crate::model::FfnUnit;
-use crate::{Outcome, Size};
+use crate::pipeline::experts::STATISTICS;
+use crate::{ExpertsOutcome, Outcome, Size};
 use std::fmt::Write;
 
 /// Outcome as text for a terminal.
@@ -55,7 +56,15 @@ pub fn summary(o: &Outcome) -> String {
         line("same top token", String::new(), format!("{:.1} %", h.top1 * 100.0), String::new());
         let judge = match q.file_ppl {
             Some(_) => {
-                format!("the written file in llama.cpp; our own forward of it says {:.2}", h.ppl)
+                let who = if o.experts.is_some() {
+                    "the source without these experts has"
+                } else {
+                    "our own forward of it says"
+                };
+                format!("the written file in llama.cpp; {who} {:.2}", h.ppl)
+            }
+            None if o.experts.is_some() => {
+                "the source without these experts; the file was not verified".into()
             }
             None => "our own forward; the file was not verified".into(),
         };
@@ -65,7 +74,10 @@ pub fn summary(o: &Outcome) -> String {
             "\nPerplexity on {} held-out calibration tokens ({judge}).\nCalibrated on {fit} tokens, {own} of them written by the model itself.",
             q.held_out_tokens
         );
-        blocks(&mut out, o);
+        match &o.experts {
+            Some(e) => experts(&mut out, e),
+            None => blocks(&mut out, o),
+        }
     }
     if !o.quant_baselines.is_empty() {
         let _ = writeln!(
@@ -94,13 +106,43 @@ pub fn summary(o: &Outcome) -> String {
         out,
         "\nSparsity {:.1} % of the blocks, architecture {}, {:.0} s{memory}.",
         o.sparsity * 100.0,
-        o.output_arch.name(),
+        o.output_arch,
         o.time.as_secs_f64()
     );
     for w in &o.warnings {
         let _ = writeln!(out, "note: {}", plain(w));
     }
     out
+}
+
+/// Steps of the choice of experts, and the quality on each text.
+fn experts(out: &mut String, e: &ExpertsOutcome) {
+    let _ = writeln!(
+        out,
+        "\n{} of {} experts stay in each layer, {} for a token. Divergence with the choice by each step:",
+        e.n_keep, e.n_expert, e.n_used
+    );
+    for s in &e.steps {
+        let name = if s.name == STATISTICS { format!("{} ({})", s.name, e.criterion) } else { s.name.into() };
+        let undone = if s.kept { "" } else { "undone" };
+        let _ = writeln!(out, "  {:<34} {}", format!("{name:<24} {:>9.4}", s.kl_divergence), undone);
+    }
+    let _ = writeln!(
+        out,
+        "\n{:<24} {:>12} {:>12} {:>14} {:>15}",
+        "text, the worst first", "before", "after", "KL divergence", "same top token"
+    );
+    for t in &e.texts {
+        let (name, m) = (plain(&t.name), &t.metrics);
+        let _ = writeln!(
+            out,
+            "{name:<24} {:>12.2} {:>12.2} {:>14.4} {:>13.1} %",
+            m.base_ppl,
+            m.ppl,
+            m.kl.mean,
+            m.top1 * 100.0
+        );
+    }
 }
 
 /// KV heads and widths per block, ten blocks to a line.

@@ -63,6 +63,16 @@ pub enum TextError {
         /// The format.
         what: &'static str,
     },
+    /// A line of a file of conversations is none.
+    #[error("{}: line {line} is no conversation ({problem}); each line is {{\"messages\": [{{\"role\": …, \"content\": …}}]}}", path.display())]
+    Conversation {
+        /// The file.
+        path: PathBuf,
+        /// Number of the line, counted from 1.
+        line: usize,
+        /// Fault of the line.
+        problem: String,
+    },
     /// The file contains a NUL character.
     #[error("{}: is not text: NUL at byte {at}{}; {}", path.display(), seen(*looks_like), remedy(*looks_like))]
     Nul {

@@ -2,10 +2,11 @@
 #![allow(dead_code)]
 
 pub mod cli;
+pub mod mixture_models;
 pub mod test_model;
 
 use putri_gguf::ggml::Type;
-use putri_gguf::gguf::{GgufFile, OutTensor, write_gguf};
+use putri_gguf::gguf::{GgufFile, OutTensor, TensorData, write_gguf};
 use std::borrow::Cow;
 use std::fs::File;
 use std::io::{BufWriter, Write};
@@ -64,7 +65,7 @@ fn write_again(
                 name: t.name.clone(),
                 ty: ty.unwrap_or(t.ty),
                 ne: t.ne.clone(),
-                data: Box::new(move || match ty {
+                data: TensorData::made(move || match ty {
                     None => Ok(Cow::Borrowed(source.data(t))),
                     Some(ty) => {
                         let floats = source.floats(t, 0..t.n_rows())?;

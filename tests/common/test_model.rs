@@ -1,7 +1,7 @@
 //! Small random models with a real tokenizer layout, written through the library's own writer.
 
 use putri_gguf::ggml::Type;
-use putri_gguf::gguf::{OutTensor, Value, write_gguf};
+use putri_gguf::gguf::{OutTensor, TensorData, Value, write_gguf};
 use putri_gguf::model::{Family, Norm, Parallel, Positions, QkNorm, RopeFactors, SharedExpert, Traits};
 use std::borrow::Cow;
 use std::path::Path;
@@ -271,7 +271,7 @@ impl TestModel {
     }
 
     /// Byte-level SentencePiece vocabulary: three special tokens, 256 bytes, then filler.
-    fn tokenizer(&self) -> Vec<(String, Value)> {
+    pub fn tokenizer(&self) -> Vec<(String, Value)> {
         let mut tokens = vec!["<unk>".to_string(), "<s>".into(), "</s>".into()];
         tokens.extend((0..256).map(|b| format!("<0x{b:02X}>")));
         tokens.extend((tokens.len()..self.n_vocab).map(|i| format!("▁w{i}")));
@@ -427,7 +427,7 @@ impl TestModel {
             .into_iter()
             .map(|(name, ty, ne, values)| {
                 let bytes = ty.quantize(&values, ne[0], None).unwrap();
-                OutTensor { name, ty, ne, data: Box::new(move || Ok(Cow::Owned(bytes.clone()))) }
+                OutTensor { name, ty, ne, data: TensorData::made(move || Ok(Cow::Owned(bytes.clone()))) }
             })
             .collect();
         let mut file = std::fs::File::create(path).unwrap();

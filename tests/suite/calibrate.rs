@@ -11,6 +11,7 @@ fn recipe(n_ctx: usize, n_windows: usize, self_share: f64) -> Recipe {
         n_ctx,
         n_windows,
         files: Vec::new(),
+        weights: Vec::new(),
         encoding: None,
         parse_special: false,
         start: None,
@@ -50,7 +51,7 @@ fn chats_follow_the_models_template() {
         Schedule { n_ctx: 200, n_windows: 6, seed: 2, chat_share: 0.5, n_parallel: 64, start: None };
     let windows = generate(&model, &schedule, 1, &mut |_, _| true).unwrap();
     let texts: Vec<String> = windows.iter().map(|w| model.vocab().detokenize(w)).collect();
-    let prompt = model.chat_prompt("hello").unwrap();
+    let prompt = model.chat(&[("user", "hello")], true).unwrap();
     let (before, after) = prompt.split_once("hello").unwrap();
     let chats: Vec<&String> = texts.iter().filter(|t| t.starts_with(before)).collect();
     assert_eq!(chats.len(), 3, "{texts:?}");

@@ -6,7 +6,7 @@
 use crate::common::cli::Cli;
 use crate::common::test_model::TestModel;
 use putri_gguf::ggml::{Type, silence_logs};
-use putri_gguf::gguf::{GgufFile, OutTensor, write_gguf};
+use putri_gguf::gguf::{GgufFile, OutTensor, TensorData, write_gguf};
 use std::borrow::Cow;
 
 /// Writes `small` with the values of its tensors changed in place by `change`.
@@ -14,7 +14,7 @@ fn write(cli: &Cli, small: &TestModel, change: impl Fn(&str, &[usize], &mut Vec<
     let tensors = small.tensors().into_iter().map(|(name, ty, ne, mut values)| {
         change(&name, &ne, &mut values);
         let bytes = ty.quantize(&values, ne[0], None).unwrap();
-        OutTensor { name, ty, ne, data: Box::new(move || Ok(Cow::Owned(bytes.clone()))) }
+        OutTensor { name, ty, ne, data: TensorData::made(move || Ok(Cow::Owned(bytes.clone()))) }
     });
     let tensors: Vec<OutTensor> = tensors.collect();
     let path = cli.path("in.gguf");

@@ -17,6 +17,7 @@ mod imatrix;
 mod inspect;
 mod job;
 mod limits;
+mod mixtures;
 mod ollama;
 mod package;
 mod post_norms;

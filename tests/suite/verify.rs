@@ -4,7 +4,7 @@ use crate::common::cli::Cli;
 use crate::common::smollm2;
 use crate::common::test_model::TestModel;
 use putri_gguf::ggml::{Type, silence_logs};
-use putri_gguf::gguf::{GgufFile, OutTensor, Value, write_gguf};
+use putri_gguf::gguf::{GgufFile, OutTensor, TensorData, Value, write_gguf};
 use std::borrow::Cow;
 use std::path::Path;
 
@@ -28,7 +28,7 @@ fn edited(
                 name: t.name.clone(),
                 ty: t.ty,
                 ne: t.ne.clone(),
-                data: Box::new(move || Ok(bytes.clone())),
+                data: TensorData::made(move || Ok(bytes.clone())),
             }
         })
         .collect();

@@ -35,6 +35,26 @@ pub enum MoeArg {
     Width,
 }
 
+/// Names of [`putri_gguf::prune::ExpertCriterion`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum ExpertCriterionArg {
+    /// Mean length of an expert's weighted output over the tokens that chose it (REAP, arXiv 2510.13999).
+    Reap,
+    /// Number of tokens that chose it.
+    Frequency,
+    /// Sum of its router weights.
+    RouterWeight,
+}
+
+/// Names of [`putri_gguf::prune::RouterWeights`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum RouterWeightsArg {
+    /// Weights as the layer applies them.
+    Applied,
+    /// Weights of each token divided by their sum, for routers that do not do so themselves.
+    Normalised,
+}
+
 /// Names of [`putri_gguf::model::Arch`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum ArchArg {

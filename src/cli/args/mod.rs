@@ -5,7 +5,7 @@ mod choices;
 mod eval;
 mod prune;
 
-pub use choices::{ArchArg, HeadsArg, MethodArg, MoeArg, PplStyle};
+pub use choices::{ArchArg, ExpertCriterionArg, HeadsArg, MethodArg, MoeArg, PplStyle, RouterWeightsArg};
 pub use eval::{DeviceArgs, EvalArgs};
 pub use prune::Args;
 

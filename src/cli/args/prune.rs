@@ -1,7 +1,7 @@
 //! Arguments of pruning, in one struct, because clap does not support groups inside an optional group.
 
 use super::DEFAULT_CTX;
-use super::choices::{ArchArg, HeadsArg, MethodArg, MoeArg};
+use super::choices::{ArchArg, ExpertCriterionArg, HeadsArg, MethodArg, MoeArg, RouterWeightsArg};
 use crate::cli::values::{bytes, count, share};
 use std::path::PathBuf;
 
@@ -142,6 +142,77 @@ pub struct Args {
     /// this stage; mixtures of experts are not tuned.
     #[arg(long, value_name = "N", help_heading = "Method", hide_short_help = true)]
     pub tune: Option<usize>,
+
+    /// Criterion by which whole experts are kept
+    ///
+    /// The choice that it makes is refined afterwards; see --refine.
+    #[arg(long, value_enum, default_value_t = ExpertCriterionArg::Reap, help_heading = "Experts", hide_short_help = true)]
+    pub expert_criterion: ExpertCriterionArg,
+    /// Router weights that the criterion uses
+    ///
+    /// They differ only where a router does not divide the weights of a token by their sum. The statistics
+    /// hold both.
+    #[arg(long, value_enum, default_value_t = RouterWeightsArg::Applied, help_heading = "Experts", hide_short_help = true)]
+    pub router_weights: RouterWeightsArg,
+    /// Share of the experts that each text protects, as in 0.1 or 10%
+    ///
+    /// The experts that a text needs most stay, by its own statistics, even if all texts together would not
+    /// keep them. It helps against a loss of languages or of tool calls that are a small part of the texts.
+    #[arg(long, value_name = "SHARE", value_parser = share, default_value_t = 0.0, help_heading = "Experts", hide_short_help = true)]
+    pub protect: f64,
+    /// Work on refining the choice of experts, in passes over the calibration text
+    ///
+    /// The source is decoded with the experts masked that would go, and other choices are tried. From 0 to
+    /// 1000; 0 keeps the criterion's choice.
+    #[arg(long, value_name = "N", help_heading = "Experts", hide_short_help = true)]
+    pub refine: Option<usize>,
+    /// Passes over the calibration text that refit the routers to the experts that stay
+    ///
+    /// Only rows of the routers get new values. From 0 to 1000; 0 keeps them.
+    #[arg(long, value_name = "N", help_heading = "Experts", hide_short_help = true)]
+    pub refit_routers: Option<usize>,
+    /// Leave out the layers that draft tokens (MTP)
+    ///
+    /// By default they lose experts like the others, chosen blindly, since their routers take no part in
+    /// ordinary decoding. The output does not depend on them, only how many drafts are accepted.
+    #[arg(long, help_heading = "Experts", hide_short_help = true)]
+    pub drop_mtp: bool,
+    /// Write the statistics of the experts to this file (JSON)
+    ///
+    /// Per text, layer and expert: tokens, near misses, router weights, and scores. --stats-in takes the file
+    /// again, for any share and without decoding. It also shows which experts are worth a place on a GPU
+    /// (llama.cpp's --override-tensor).
+    #[arg(long, value_name = "FILE", help_heading = "Experts", hide_short_help = true)]
+    pub stats_out: Option<PathBuf>,
+    /// Take the statistics of the experts from this file instead of observing them
+    ///
+    /// A file with a ranking from elsewhere needs only schema, n_expert and scores.
+    #[arg(long, value_name = "FILE", help_heading = "Experts", hide_short_help = true)]
+    pub stats_in: Option<PathBuf>,
+    /// Importance matrix of the source, from which --imatrix-out is cut
+    ///
+    /// In GGUF, as llama-imatrix writes it. Entries of experts that go are left out, so that llama-quantize
+    /// takes the result for the pruned model.
+    #[arg(
+        long,
+        value_name = "FILE",
+        requires = "imatrix_out",
+        help_heading = "Experts",
+        hide_short_help = true
+    )]
+    pub imatrix: Option<PathBuf>,
+    /// Weights of the --file texts, in their order, as in 2,1,1
+    ///
+    /// They set how many windows each text gives and how much its statistics count. Default: equal weights.
+    #[arg(
+        long,
+        value_name = "W,W",
+        value_delimiter = ',',
+        requires = "file",
+        help_heading = "Experts",
+        hide_short_help = true
+    )]
+    pub text_weights: Vec<f64>,
 
     /// Quantise the whole model to this type of llama-quantize, as in Q4_K_M
     ///

@@ -22,54 +22,18 @@ use crate::pipeline::prediction_loss::{self, Loss, PredictionLoss};
 use crate::pipeline::run::Run;
 use crate::pipeline::stream::{Streams, planned_stream};
 use crate::pipeline::{Plan, PruneError, forward};
+use crate::train::Adam;
 use rand::SeedableRng;
 use rand::seq::SliceRandom;
 use rand_chacha::ChaCha8Rng;
 use std::f32::consts::PI;
 use std::sync::Arc;
 
-/// Decay of the running means of gradients and of their squares (Adam, arXiv 1412.6980). The second is
-/// shorter than usual, because there are few steps.
-const MEAN_DECAY: f32 = 0.9;
-const SQUARE_DECAY: f32 = 0.98;
-
-/// Keeps a direction finite if its gradients are 0.
-const EPSILON: f32 = 1e-15;
-
 /// Share of the steps over which the rate grows to its full size.
 const WARM_UP: f32 = 0.1;
 
-/// Trainable vector.
-struct Moving {
-    values: Vec<f32>,
-    /// Running means of the gradient, and of its square.
-    mean: Vec<f32>,
-    square: Vec<f32>,
-    /// Size of the values that the vector is added to or multiplied with; steps are relative to it.
-    size: f32,
-}
-
-impl Moving {
-    fn new(values: &[f32], size: f32) -> Moving {
-        let zero = vec![0.0; values.len()];
-        Moving { values: values.to_vec(), mean: zero.clone(), square: zero, size }
-    }
-
-    /// Takes the `n`-th step of Adam, counted from 1.
-    fn step(&mut self, gradient: &[f32], rate: f32, n: i32) {
-        let (mean_part, square_part) = (1.0 - MEAN_DECAY.powi(n), 1.0 - SQUARE_DECAY.powi(n));
-        let moments = self.mean.iter_mut().zip(&mut self.square);
-        for ((value, (mean, square)), g) in self.values.iter_mut().zip(moments).zip(gradient) {
-            *mean += (1.0 - MEAN_DECAY) * (g - *mean);
-            *square += (1.0 - SQUARE_DECAY) * (g * g - *square);
-            let direction = *mean / mean_part / ((*square / square_part).sqrt() + EPSILON);
-            *value -= rate * self.size * direction;
-        }
-    }
-}
-
 /// Trainable vectors of one block, in the order of [`BlockVector::ALL`].
-type BlockState = [Option<Moving>; BlockVector::ALL.len()];
+type BlockState = [Option<Adam>; BlockVector::ALL.len()];
 
 /// Training text.
 struct Lessons<'a> {
@@ -314,7 +278,7 @@ impl Run<'_> {
                 BlockVector::FfnDownBias => rms(&w.ffn_down.data),
                 _ => median(values),
             };
-            Some(Moving::new(values, size))
+            Some(Adam::new(values, size))
         }))
     }
 }

@@ -25,7 +25,7 @@ impl Report {
             output: Output {
                 path: text(&o.output),
                 sha256: output_sha256.into(),
-                architecture: o.output_arch.name(),
+                architecture: o.output_arch.clone(),
             },
             sparsity: o.sparsity,
             before: size(&o.before),
@@ -76,13 +76,15 @@ fn shape(b: &BlockShape) -> Shape {
 }
 
 fn running(r: &crate::Running) -> Running {
-    let [before, after] = r.kv_caches;
-    let caches = |n| KvCaches { ctx_size: n, before: before.bytes(n), after: after.bytes(n) };
+    let caches = |n| {
+        let [before, after] = r.kv_caches?;
+        Some(KvCaches { ctx_size: n, before: before.bytes(n), after: after.bytes(n) })
+    };
     Running {
         ctx_size: r.n_ctx,
         before: memory(&r.before),
         after: memory(&r.after),
-        kv_caches: contexts(r.n_ctx, r.n_ctx_train).map(caches).collect(),
+        kv_caches: contexts(r.n_ctx, r.n_ctx_train).filter_map(caches).collect(),
     }
 }
 

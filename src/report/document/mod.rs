@@ -75,7 +75,7 @@ pub struct Output {
     /// SHA-256 in hex.
     pub sha256: String,
     /// Name of its architecture.
-    pub architecture: &'static str,
+    pub architecture: String,
 }
 
 /// Sizes of a model.
