@@ -105,8 +105,8 @@ pub use gguf::GgufError;
 pub use job::{
     BlocksDryRun, Check, DryRun, EvalJob, EvalOutcome, ExpertsDryRun, ExpertsOutcome, ImatrixUse, Inspection,
     Job, JobError, KeepState, Nested, Outcome, Quality, QualityLimit, QuantBaseline, Quantise, RUN_CTX,
-    Running, Samples, Size, VerifyJob, calibration, check_distinct, check_output, dry_run, eval, inspect,
-    remove_temporary, run, run_nested, verify, with_causes, write_whole,
+    Removable, Running, Samples, Size, VerifyJob, calibration, check_distinct, check_output, dry_run, eval,
+    inspect, remove_temporary, run, run_nested, verify, with_causes, write_whole,
 };
 pub use model::{Arch, BlockShape, Family, FfnUnit, Heads, KvCache, ModelError};
 pub use numeric::{Kl, Metrics};

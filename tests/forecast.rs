@@ -182,6 +182,10 @@ fn a_dry_run_says_how_large_the_file_will_be_and_writes_nothing() {
         let before = cli.listing();
         let text = cli.ok(&[&["in.gguf", "out.gguf", "--dry-run"][..], &common].concat());
         assert_eq!(cli.listing(), before);
+        if small.experts.is_some() && moe_unit == FfnUnit::Expert {
+            assert!(text.contains("to the byte"), "{text}");
+            continue;
+        }
         assert!(text.contains("blocks") && text.contains("GiB") && text.contains("in f32"), "{text}");
         let model = Model::open(&cli.path("in.gguf")).unwrap();
         let settings = Settings { sparsity: 0.4, moe_unit, ..Settings::default() };

@@ -6,6 +6,7 @@ use super::types::file_type;
 use crate::gguf::{GgufError, GgufFile, OutTensor, TensorData, TensorInfo, Value, write_gguf};
 use crate::model::{ExpertAxis, Mixture, count};
 use crate::observe::LayerMask;
+use crate::pipeline::experts::NarrowLayer;
 use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::io::Write;
@@ -20,6 +21,17 @@ pub struct ExpertPlan {
     pub n_keep: usize,
     /// Whether the blocks that draft tokens are left out.
     pub drop_drafts: bool,
+    /// Narrower experts, if that is what they become; then all of them are kept.
+    pub narrowed: Option<Narrowed>,
+}
+
+/// Experts with fewer neurons.
+#[derive(Clone, Debug)]
+pub struct Narrowed {
+    /// Number of neurons of each expert.
+    pub width: usize,
+    /// What is left of each layer, by the number of the layer.
+    pub layers: BTreeMap<usize, NarrowLayer>,
 }
 
 /// Writes `mixture` with what `plan` keeps. `path` only names the file in errors.
@@ -64,17 +76,15 @@ impl Write for Counted {
 /// Tensors of the result, in the source's order.
 fn tensors<'m>(mixture: &'m Mixture, plan: &'m ExpertPlan) -> Result<Vec<OutTensor<'m>>, GgufError> {
     let file = &mixture.file;
+    if let Some(narrowed) = &plan.narrowed {
+        return Ok(narrow_tensors(mixture, plan, narrowed));
+    }
     let mut axes: BTreeMap<usize, (&LayerMask, ExpertAxis)> = BTreeMap::new();
     for layer in &mixture.layers {
         let mask = &plan.layers[&layer.block];
         axes.extend(layer.tensors.iter().map(|&(i, axis)| (i, (mask, axis))));
     }
-    let first_draft = mixture.n_layer - mixture.n_draft;
-    let dropped = |name: &str| {
-        let block = name.strip_prefix("blk.").and_then(|rest| rest.split_once('.')?.0.parse::<usize>().ok());
-        plan.drop_drafts && block.is_some_and(|block| block >= first_draft)
-    };
-    let tensors = file.tensors().iter().enumerate().filter(|(_, t)| !dropped(&t.name));
+    let tensors = file.tensors().iter().enumerate().filter(|(_, t)| !dropped(mixture, plan, &t.name));
     tensors
         .map(|(i, t)| match axes.get(&i) {
             None => Ok(OutTensor::copy(file, t)),
@@ -90,6 +100,68 @@ fn tensors<'m>(mixture: &'m Mixture, plan: &'m ExpertPlan) -> Result<Vec<OutTens
             }
         })
         .collect()
+}
+
+/// Whether the tensor called `name` belongs to a block that is left out.
+fn dropped(mixture: &Mixture, plan: &ExpertPlan, name: &str) -> bool {
+    let first_draft = mixture.n_layer - mixture.n_draft;
+    plan.drop_drafts && block_of(name).is_some_and(|block| block >= first_draft)
+}
+
+/// Number of the block of a tensor.
+fn block_of(name: &str) -> Option<usize> {
+    name.strip_prefix("blk.")?.split_once('.')?.0.parse().ok()
+}
+
+/// Tensors of a mixture with narrower experts, in the source's order.
+fn narrow_tensors<'m>(mixture: &'m Mixture, plan: &ExpertPlan, narrowed: &'m Narrowed) -> Vec<OutTensor<'m>> {
+    let file = &mixture.file;
+    let one = |t: &'m TensorInfo| {
+        let layer = block_of(&t.name).and_then(|block| narrowed.layers.get(&block));
+        let role = t.name.rsplit_once(".ffn_").map_or("", |(_, role)| role);
+        let Some(layer) = layer else { return OutTensor::copy(file, t) };
+        match role {
+            "down_exps.weight" => OutTensor {
+                name: t.name.clone(),
+                ty: layer.down.ty,
+                ne: vec![narrowed.width, t.ne[1], mixture.n_expert],
+                data: TensorData::made(|| Ok(Cow::Borrowed(&layer.down.bytes[..]))),
+            },
+            "gate_exps.weight" | "up_exps.weight" | "gate_up_exps.weight" => {
+                let row = t.ty.row_bytes(t.ne[0]);
+                rows_of_experts(file, t, row, t.ne[1], &layer.neurons)
+            }
+            "gate_exps.bias" | "up_exps.bias" | "gate_up_exps.bias" => {
+                rows_of_experts(file, t, t.ty.row_bytes(t.ty.block_size()), t.ne[0], &layer.neurons)
+            }
+            _ => OutTensor::copy(file, t),
+        }
+    };
+    file.tensors().iter().filter(|t| !dropped(mixture, plan, &t.name)).map(one).collect()
+}
+
+/// Rows of `row` bytes of the kept neurons of each expert, which has `n_rows` rows in the source. A tensor of
+/// gate and up together has the neurons twice.
+fn rows_of_experts<'m>(
+    file: &'m GgufFile,
+    t: &'m TensorInfo,
+    row: usize,
+    n_rows: usize,
+    neurons: &[Vec<usize>],
+) -> OutTensor<'m> {
+    let bytes = file.data(t);
+    let halves = if t.name.contains("gate_up_exps") { 2 } else { 1 };
+    let mut parts = Vec::new();
+    for (e, kept) in neurons.iter().enumerate() {
+        for half in 0..halves {
+            let first = e * n_rows + half * n_rows / halves;
+            parts.extend(kept.iter().map(|j| &bytes[(first + j) * row..(first + j + 1) * row]));
+        }
+    }
+    let mut ne = t.ne.clone();
+    let axis = if t.name.ends_with(".bias") { 0 } else { 1 };
+    ne[axis] = halves * neurons.first().map_or(0, Vec::len);
+    OutTensor { name: t.name.clone(), ty: t.ty, ne, data: TensorData::Parts(parts) }
 }
 
 /// Entries `kept` along the last axis of a tensor.
@@ -166,6 +238,7 @@ fn metadata(
     let key = |suffix: &str| format!("{}.{suffix}", mixture.arch);
     let (experts, blocks, drafts) = (key("expert_count"), key("block_count"), key("nextn_predict_layers"));
     let n_left = mixture.n_layer - if plan.drop_drafts { mixture.n_draft } else { 0 };
+    let mut width_keys = plan.narrowed.as_ref().map_or(Vec::new(), |n| mixture.width_keys(n.width));
     let mut out: Vec<(String, Value)> = Vec::new();
     for (name, value) in mixture.file.metadata() {
         if name.starts_with("quantize.imatrix.") || name.starts_with("putri.") || name.starts_with("split.") {
@@ -188,9 +261,20 @@ fn metadata(
             }
             _ => value.clone(),
         };
+        let value = match width_keys.iter().position(|(k, _)| *name == key(k)) {
+            Some(at) => width_keys.remove(at).1,
+            None => value,
+        };
         out.push((name.clone(), value));
     }
+    // Keys that had a default until now.
+    let at = out.iter().rposition(|(k, _)| k.starts_with(&key(""))).map_or(out.len(), |i| i + 1);
+    out.splice(at..at, width_keys.into_iter().map(|(suffix, v)| (key(suffix), v)));
     out.extend(provenance(p));
+    if plan.narrowed.is_some() {
+        out.push((super::NEW_MATRICES.into(), Value::StrArray(vec![b"ffn_down_exps".to_vec()])));
+        return out;
+    }
     let new_routers = plan.layers.values().any(|mask| mask.router.is_some());
     let names = if new_routers { vec![b"ffn_gate_inp".to_vec()] } else { Vec::new() };
     out.push((super::NEW_MATRICES.into(), Value::StrArray(names)));

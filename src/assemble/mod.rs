@@ -6,7 +6,7 @@ mod metadata;
 mod tensors;
 mod types;
 
-pub use experts::{ExpertPlan, assemble_experts, experts_size};
+pub use experts::{ExpertPlan, Narrowed, assemble_experts, experts_size};
 pub(crate) use experts::{KEPT_EXPERTS, KEPT_LAYERS, experts_of_tokens};
 pub use imatrix::{importance, slice_imatrix, write_imatrix};
 pub use metadata::Provenance;

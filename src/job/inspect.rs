@@ -1,10 +1,10 @@
 //! Content of a model and what could be removed from it, from its header alone.
 
 use super::result::size_of;
-use super::{JobError, Size, open_model};
+use super::{JobError, Size, mixture, open_file, open_in};
 use crate::ggml::Type;
-use crate::gguf::Value;
-use crate::model::{Arch, ExpertParams, Family, Heads, Model, OutputArchs};
+use crate::gguf::{GgufFile, Value};
+use crate::model::{Arch, Family, Heads, Mixture, Model, OutputArchs};
 use crate::pipeline::{Settings, check_budget};
 use std::borrow::Cow;
 use std::path::Path;
@@ -14,7 +14,7 @@ use std::path::Path;
 #[non_exhaustive]
 pub struct Inspection {
     /// `general.architecture`.
-    pub arch: &'static str,
+    pub arch: String,
     /// `general.name`, if there is one.
     pub name: Option<String>,
     /// Sizes of the model.
@@ -37,16 +37,48 @@ pub struct Inspection {
     pub embedding_params: usize,
     /// Types with the numbers of their tensors and bytes, in descending order of bytes.
     pub types: Vec<(Type, usize, u64)>,
-    /// Parameters of the experts, if there are any.
-    pub experts: Option<ExpertParams>,
+    /// Number of experts that a token passes through, if there are any.
+    pub n_expert_used: Option<usize>,
+    /// What can be removed from a mixture.
+    pub mixture: Option<Removable>,
     /// Output architecture of a pruned model.
-    pub output_arch: Family,
+    pub output_arch: String,
     /// Reason for the output architecture.
     pub why: String,
     /// Whether layers may have different head counts and widths.
     pub per_block: bool,
-    /// Largest share of the blocks' parameters that can be removed, in steps of a hundredth.
+    /// Largest sparsity that can be reached, in steps of a hundredth: the share of the blocks' parameters, or of
+    /// a mixture's experts, that can be removed.
     pub reachable: f64,
+}
+
+/// What can be removed from a mixture of experts.
+#[derive(Clone, Debug)]
+#[non_exhaustive]
+pub struct Removable {
+    /// Number of experts of a layer.
+    pub n_expert: usize,
+    /// Smallest number of experts that can stay in each layer.
+    pub least: usize,
+    /// Number of experts of a layer that can only go together.
+    pub step: usize,
+    /// Number of layers with experts.
+    pub n_layers: usize,
+    /// Number of those that draft tokens.
+    pub n_drafts: usize,
+}
+
+impl Removable {
+    fn of(m: &Mixture) -> Removable {
+        let n_drafts = m.layers.iter().filter(|l| l.drafts).count();
+        let (n_expert, least, step) = (m.n_expert, m.least(), m.step());
+        Removable { n_expert, least, step, n_layers: m.layers.len(), n_drafts }
+    }
+
+    /// Largest share of the experts that can be removed, in hundredths.
+    fn share(&self) -> f64 {
+        ((self.n_expert - self.least) as f64 * 100.0 / self.n_expert as f64).floor() / 100.0
+    }
 }
 
 /// Inspects the model at `path` without reading tensors.
@@ -54,7 +86,12 @@ pub struct Inspection {
 /// # Errors
 /// [`JobError`] if it cannot be opened or its architecture is not supported.
 pub fn inspect(path: &Path) -> Result<Inspection, JobError> {
-    let model = open_model(path)?;
+    let file = open_file(path)?;
+    if Mixture::is_in(&file) {
+        let m = Mixture::new(file).map_err(|source| JobError::Model { path: path.into(), source })?;
+        return inspect_mixture(&m);
+    }
+    let model = open_in(path, file)?;
     let h = &model.hparams;
     let size = size_of(&model);
     let params = |part: fn((usize, usize)) -> usize| h.blocks.iter().map(|b| part(h.block_params(b))).sum();
@@ -70,7 +107,7 @@ pub fn inspect(path: &Path) -> Result<Inspection, JobError> {
         check_budget(&model, &settings).is_ok()
     };
     Ok(Inspection {
-        arch: h.family.name(),
+        arch: h.family.name().into(),
         name: model.file.get("general.name").and_then(Value::as_text).map(Cow::into_owned),
         n_embd: h.n_embd,
         head_dim: h.head_dim,
@@ -80,12 +117,56 @@ pub fn inspect(path: &Path) -> Result<Inspection, JobError> {
         attention_params: params(|p| p.0),
         ffn_params: params(|p| p.1),
         embedding_params: heads * h.n_embd * h.n_vocab,
-        types: types(&model),
-        experts: h.experts,
-        output_arch,
+        types: types(&model.file),
+        n_expert_used: None,
+        mixture: None,
+        output_arch: output_arch.name().into(),
         why,
         per_block: output_archs.per_block.is_some(),
         reachable: f64::from((1..100).rev().find(can).unwrap_or(0)) / 100.0,
+        size,
+    })
+}
+
+/// Inspects a mixture of experts, of any architecture.
+fn inspect_mixture(m: &Mixture) -> Result<Inspection, JobError> {
+    let key = |suffix: &str| format!("{}.{suffix}", m.arch);
+    let number = |suffix: &str| m.file.get_u32(&key(suffix)).ok().flatten().unwrap_or(0);
+    let params = |wanted: fn(&str) -> bool| -> usize {
+        m.file.tensors().iter().filter(|t| t.ne.len() > 1 && wanted(&t.name)).map(|t| t.n_elements()).sum()
+    };
+    let in_block = |name: &str| name.starts_with("blk.");
+    let of_ffn = |name: &str| name.starts_with("blk.") && (name.contains(".ffn_") || name.contains(".exp_"));
+    let size = mixture::size(m);
+    let ffn_params = params(of_ffn);
+    let n_head = size.blocks.iter().map(|b| b.n_head).max().unwrap_or(0);
+    let n_embd = number("embedding_length");
+    let n_vocab = match m.file.get("tokenizer.ggml.tokens") {
+        Some(Value::StrArray(tokens)) => tokens.len(),
+        _ => number("vocab_size"),
+    };
+    let removable = Removable::of(m);
+    Ok(Inspection {
+        arch: m.arch.clone(),
+        name: m.file.get("general.name").and_then(Value::as_text).map(Cow::into_owned),
+        n_embd,
+        head_dim: match number("attention.key_length") {
+            0 => n_embd.checked_div(n_head).unwrap_or(0),
+            n => n,
+        },
+        n_vocab,
+        n_ctx_train: number("context_length"),
+        tied: m.file.find("output.weight").is_none(),
+        attention_params: params(in_block) - ffn_params,
+        ffn_params,
+        embedding_params: params(|name| name == "token_embd.weight" || name == "output.weight"),
+        types: types(&m.file),
+        n_expert_used: Some(m.n_used),
+        output_arch: m.arch.clone(),
+        why: "whole experts go, and all layers stay equal".into(),
+        per_block: false,
+        reachable: removable.share(),
+        mixture: Some(removable),
         size,
     })
 }
@@ -129,9 +210,9 @@ fn all_equal(name: &str, output_archs: &OutputArchs) -> String {
     }
 }
 
-fn types(model: &Model) -> Vec<(Type, usize, u64)> {
+fn types(file: &GgufFile) -> Vec<(Type, usize, u64)> {
     let mut types: Vec<(Type, usize, u64)> = Vec::new();
-    for t in model.file.tensors() {
+    for t in file.tensors() {
         let bytes = t.n_bytes() as u64;
         match types.iter_mut().find(|(ty, ..)| *ty == t.ty) {
             Some((_, n, sum)) => (*n, *sum) = (*n + 1, *sum + bytes),

@@ -16,7 +16,7 @@ mod verify;
 
 pub use error::{ImatrixUse, JobError, with_causes};
 pub use eval::{EvalJob, EvalOutcome, eval};
-pub use inspect::{Inspection, inspect};
+pub use inspect::{Inspection, Removable, inspect};
 pub use mixture::{ExpertsDryRun, ExpertsOutcome};
 #[cfg(unix)]
 pub(crate) use output::usual_mode;

@@ -1,6 +1,6 @@
 //! Verification that a pruned file is unchanged and predicts what was measured.
 
-use super::{JobError, open_model};
+use super::{JobError, mixture, open_file, open_in, open_model};
 use crate::assemble::NEW_MATRICES;
 use crate::evaluate::{llama_losses, own_losses};
 use crate::ggml::{LlamaModel, Token};
@@ -16,7 +16,7 @@ const OWN: f64 = 1e-3;
 
 /// The same limit for llama.cpp, which rounds activations to eight bits for quantised weights, and for files
 /// in which some matrices were quantised again afterwards.
-const LLAMA: f64 = 0.2;
+pub(super) const LLAMA: f64 = 0.2;
 
 /// Number of tokens whose losses a file records.
 pub(super) const RECORDED: usize = 128;
@@ -43,15 +43,15 @@ pub struct Check {
 }
 
 /// Record of a file: its predictions on a few tokens, by the crate's own forward pass when the file was made.
-struct Record {
-    tokens: Vec<Token>,
+pub(super) struct Record {
+    pub(super) tokens: Vec<Token>,
     losses: Vec<f64>,
     /// Whether the file holds exactly the values that were measured.
     exact: bool,
 }
 
 impl Record {
-    fn of(file: &GgufFile) -> Option<Record> {
+    pub(super) fn of(file: &GgufFile) -> Option<Record> {
         let tokens = file.get("putri.check.tokens").and_then(Value::as_unsigned_array)?;
         let losses = file.get("putri.check.nll").and_then(Value::as_f32_array)?;
         let exact = file.get("putri.check.exact") == Some(&Value::Bool(true));
@@ -70,7 +70,7 @@ impl Record {
     }
 
     /// Checks that `losses` match the record within `most`.
-    fn agrees(&self, losses: &[f64], most: f64) -> Result<String, String> {
+    pub(super) fn agrees(&self, losses: &[f64], most: f64) -> Result<String, String> {
         let mut apart: Vec<f64> = losses.iter().zip(&self.losses).map(|(a, b)| (a - b).abs()).collect();
         apart.sort_by(f64::total_cmp);
         let median = apart[apart.len() / 2];
@@ -101,10 +101,14 @@ pub(super) fn matches_record(path: &Path, name: &Path, n_threads: usize) -> Resu
 /// # Errors
 /// [`JobError`] if a file cannot be read, or was not made by this program.
 pub fn verify(job: &VerifyJob, observer: &mut dyn Observer) -> Result<Vec<Check>, JobError> {
-    let model = open_model(&job.model)?;
-    if model.file.get("putri.version").is_none() {
+    let file = open_file(&job.model)?;
+    if file.get("putri.version").is_none() {
         return Err(JobError::NotOurs(job.model.clone()));
     }
+    if mixture::says_experts(&file) {
+        return mixture::verify(job, file, observer);
+    }
+    let model = open_in(&job.model, file)?;
     model.file.check_values()?;
     let mut checks = Vec::new();
     let mut add = |name, found| checks.push(Check { name, found });
@@ -112,7 +116,7 @@ pub fn verify(job: &VerifyJob, observer: &mut dyn Observer) -> Result<Vec<Check>
     if let Some(path) = &job.source {
         let source = open_model(path)?;
         observer.stage("hash the source", 1);
-        add("source", is_source(&model, &source));
+        add("source", is_source(&model.file, &source.file));
         observer.step(1, "");
         add("sizes", sizes_agree(&model, &source));
         add("rows", rows_agree(&model, &source));
@@ -135,8 +139,8 @@ pub fn verify(job: &VerifyJob, observer: &mut dyn Observer) -> Result<Vec<Check>
 }
 
 /// Checks that the file names `source` as its source.
-fn is_source(model: &Model, source: &Model) -> Result<String, String> {
-    let (is, said) = (source.file.sha256(), model.file.get("putri.source.sha256"));
+pub(super) fn is_source(file: &GgufFile, source: &GgufFile) -> Result<String, String> {
+    let (is, said) = (source.sha256(), file.get("putri.source.sha256"));
     match said {
         Some(Value::Str(said)) if said == is.as_bytes() => {
             Ok(format!("has the recorded SHA-256, {}…", &is[..12]))

@@ -6,6 +6,7 @@
 //! chooses some experts computes what the model without them would.
 
 mod gating;
+mod grams;
 mod masked;
 mod outputs;
 mod refit;
@@ -13,9 +14,10 @@ mod routing;
 mod usage;
 
 pub use gating::Gating;
+pub use grams::{ExpertGram, Grams, gram_bytes};
 pub use masked::{LayerMask, Mask, Masked, Reference};
 
-pub use outputs::{LayerOutputs, Outputs, can_observe_outputs};
+pub use outputs::{LayerOutputs, Outputs, can_observe_outputs, output_bytes};
 pub use refit::{RouterGradient, RouterGradients};
 pub use routing::Routing;
 pub use usage::{LayerUse, PooledUse, TextUse, Usage, UsageError};

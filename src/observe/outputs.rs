@@ -51,7 +51,8 @@ impl LayerOutputs {
     }
 
     /// Squared distance of the layer's output for token `t` from that with the experts `chosen` out of those
-    /// with `kept`.
+    /// with `kept`, divided by its length. Tokens with huge activations count for more than others, and not
+    /// for all of them.
     pub fn error(&self, t: usize, chosen: &[i32], kept: &[bool]) -> f64 {
         let n = self.n_expert;
         let row = &self.logits[t * n..][..n];
@@ -68,7 +69,7 @@ impl LayerOutputs {
                 sum += wi * wj * f64::from(products[i * n + j as usize]);
             }
         }
-        sum.max(0.0)
+        sum.max(0.0) / self.layer[t].sqrt().max(f64::MIN_POSITIVE)
     }
 
     /// Appends the tokens of another part of the same layer.
@@ -79,6 +80,32 @@ impl LayerOutputs {
         self.with_layer.append(&mut other.with_layer);
         self.layer.append(&mut other.layer);
     }
+}
+
+/// Largest length of the outputs that are kept. Longer ones are sketched: each number is added to one of so
+/// many sums, with a sign. Inner products stay the same on average, and vary by a few percent.
+const SKETCH: usize = 512;
+
+/// Sketch of the rows of `values`, `n_embd` numbers each.
+fn sketched(values: &[f32], n_embd: usize) -> Vec<f32> {
+    if n_embd <= SKETCH {
+        return values.to_vec();
+    }
+    // A multiplicative hash gives each number its place and its sign, the same in every row.
+    let place = |i: usize| (i as u64 + 1).wrapping_mul(0x9E37_79B9_7F4A_7C15);
+    let places: Vec<(usize, f32)> = (0..n_embd)
+        .map(|i| ((place(i) >> 32) as usize % SKETCH, if place(i) >> 63 == 0 { 1.0 } else { -1.0 }))
+        .collect();
+    let mut out = vec![0.0; values.len() / n_embd * SKETCH];
+    for (row, out) in values.chunks_exact(n_embd).zip(out.chunks_exact_mut(SKETCH)) {
+        row.iter().zip(&places).for_each(|(v, &(at, sign))| out[at] += sign * v);
+    }
+    out
+}
+
+/// Bytes of the outputs of the experts of a layer for `n_tokens` tokens.
+pub fn output_bytes(n_expert: usize, n_embd: usize, n_tokens: usize) -> usize {
+    n_expert * n_embd.min(SKETCH) * n_tokens * size_of::<f32>()
 }
 
 /// Returns whether the outputs of a mixture's experts can be observed alone: their router chooses freely, and
@@ -124,8 +151,9 @@ impl<'m> Outputs<'m> {
         layers: &[usize],
         step: usize,
     ) -> Result<BTreeMap<usize, LayerOutputs>, ObserveError> {
-        let rows: Vec<usize> = (0..tokens.len()).filter(|i| i % step == step - 1).collect();
-        let wanted = |i: usize| i % step == step - 1;
+        // The first token is among them: its activations may be huge, and all others attend to it.
+        let wanted = |i: usize| i.is_multiple_of(step);
+        let rows: Vec<usize> = (0..tokens.len()).filter(|&i| wanted(i)).collect();
         *self.context.watcher() = OutputWatcher {
             layers: layers.iter().map(|&l| (l, Layer::default())).collect(),
             rows: rows.clone(),
@@ -179,8 +207,7 @@ struct Layer {
 impl Watcher for OutputWatcher {
     fn wants(&mut self, node: &Node) -> bool {
         let Some((spot, block)) = spot(node) else { return false };
-        let wanted = spot != Spot::Chosen || self.forced.is_none();
-        wanted && spot != Spot::Chosen && self.layers.contains_key(&block)
+        spot != Spot::Chosen && self.layers.contains_key(&block)
     }
 
     fn computed(&mut self, node: Node) {
@@ -220,7 +247,7 @@ impl Layer {
             }
             Spot::Out => {
                 self.out = node.floats().unwrap_or_default();
-                self.n_embd = ne[0];
+                self.n_embd = ne[0].min(SKETCH);
             }
             Spot::Chosen => {}
         }
@@ -242,9 +269,10 @@ impl Layer {
             Spot::Weighted => {
                 let Some(weights) = node.source(1).and_then(|w| w.floats()) else { return };
                 let Some(values) = node.floats() else { return };
-                let (n_embd, n_used) = (ne[0], ne[1]);
+                let n_used = ne[1];
                 let weights = of_tokens(&weights, ne[2], rows);
-                let values = of_tokens(&values, ne[2], rows);
+                let values = sketched(&of_tokens(&values, ne[2], rows), ne[0]);
+                let n_embd = ne[0].min(SKETCH);
                 for (i, ((row, &w), &e)) in values.chunks(n_embd).zip(&weights).zip(&self.now).enumerate() {
                     let token = i / n_used;
                     let output =

@@ -168,6 +168,7 @@ impl Layer {
         if !whole || n_in == 0 {
             return None;
         }
+        // As in `LayerOutputs::error`, an error counts relative to the length of the output.
         let of_token = |t: usize| -> (f64, f64, Vec<f64>) {
             let target = &self.whole[t * n_embd..][..n_embd];
             let rows = &outputs[t * n_used * n_embd..][..n_used * n_embd];
@@ -184,7 +185,9 @@ impl Layer {
                 .collect();
             let logits = &self.logits[t * n_expert..][..n_expert];
             let chosen = &self.chosen[t * n_used..][..n_used];
-            (dot(&error, &error), dot(target, target), gating.gradient(logits, chosen, &of_weights))
+            let length = dot(target, target).sqrt().max(1e-12);
+            let of_weights: Vec<f64> = of_weights.into_iter().map(|g| g / length).collect();
+            (dot(&error, &error) / length, length, gating.gradient(logits, chosen, &of_weights))
         };
         let tokens: Vec<(f64, f64, Vec<f64>)> = (0..n_tokens).into_par_iter().map(of_token).collect();
         let (error, length) = tokens.iter().fold((0.0, 0.0), |(e, l), t| (e + t.0, l + t.1));

@@ -16,7 +16,7 @@ pub fn inspection_table(i: &Inspection) -> String {
     let all = i.size.params;
     let share = |n: usize| format!("{} ({:.1} %)", millions(n), n as f64 / all as f64 * 100.0);
     line("name", i.name.clone().unwrap_or_else(|| "-".into()));
-    line("architecture", i.arch.into());
+    line("architecture", i.arch.clone());
     line("file", megabytes(i.size.bytes));
     line("parameters", millions(all));
     line("  attention", share(i.attention_params));
@@ -26,8 +26,22 @@ pub fn inspection_table(i: &Inspection) -> String {
     line("heads", of_blocks(&i.size.blocks, |b| b.n_head));
     line("KV heads", of_blocks(&i.size.blocks, |b| b.n_head_kv));
     line("neurons", of_blocks(&i.size.blocks, |b| b.n_ff));
-    if let Some(e) = i.experts {
-        line("experts", of_blocks(&i.size.blocks, |b| b.n_expert) + &format!(", {} for a token", e.n_used));
+    if let Some(n_used) = i.n_expert_used {
+        line("experts", of_blocks(&i.size.blocks, |b| b.n_expert) + &format!(", {n_used} for a token"));
+    }
+    if let Some(m) = &i.mixture {
+        let steps = if m.step == 1 { "one by one".into() } else { format!("in steps of {}", m.step) };
+        let drafts = match m.n_drafts {
+            0 => String::new(),
+            n => format!("; {n} of them draft tokens (MTP), whose routers cannot be observed"),
+        };
+        line(
+            "  can go",
+            format!(
+                "down to {} of {} in each of {} layers, {steps}{drafts}",
+                m.least, m.n_expert, m.n_layers
+            ),
+        );
     }
     line("n_embd", i.n_embd.to_string());
     line("head_dim", i.head_dim.to_string());
@@ -35,8 +49,9 @@ pub fn inspection_table(i: &Inspection) -> String {
     line("context", i.n_ctx_train.to_string());
     let types = i.types.iter().map(|(ty, n, bytes)| format!("{ty} ({n} tensors, {})", megabytes(*bytes)));
     line("types", types.collect::<Vec<_>>().join(", "));
-    line("pruned file", format!("architecture {}: {}", i.output_arch.name(), i.why));
-    line("sparsity", format!("up to about {:.2} of the blocks, {}", i.reachable, sizes(i)));
+    line("pruned file", format!("architecture {}: {}", i.output_arch, i.why));
+    let of = if i.mixture.is_some() { "experts" } else { "blocks" };
+    line("sparsity", format!("up to about {:.2} of the {of}, {}", i.reachable, sizes(i)));
     out
 }
 
@@ -63,20 +78,29 @@ pub fn inspection_json(i: &Inspection) -> String {
         "n_head": per_block(|b| b.n_head),
         "n_head_kv": per_block(|b| b.n_head_kv),
         "n_ff": per_block(|b| b.n_ff),
-        "n_expert": i.size.blocks[0].n_expert,
-        "n_expert_used": i.experts.map_or(0, |e| e.n_used),
+        "n_expert": i.size.blocks.iter().map(|b| b.n_expert).max(),
+        "n_expert_used": i.n_expert_used.unwrap_or(0),
         "n_embd": i.n_embd,
         "head_dim": i.head_dim,
         "n_vocab": i.n_vocab,
         "n_ctx_train": i.n_ctx_train,
         "types": types,
-        "output_arch": { "architecture": i.output_arch.name(), "why": i.why, "per_block": i.per_block },
+        "output_arch": { "architecture": i.output_arch, "why": i.why, "per_block": i.per_block },
+        "mixture": i.mixture.as_ref().map(|m| json!({
+            "n_expert_least": m.least,
+            "n_expert_step": m.step,
+            "layers": m.n_layers,
+            "layers_that_draft": m.n_drafts,
+        })),
         "reachable_sparsity": i.reachable,
     });
     format!("{object:#}")
 }
 
 fn sizes(i: &Inspection) -> &'static str {
+    if i.mixture.is_some() {
+        return "as many experts in every layer";
+    }
     if i.per_block { "head counts and widths per block" } else { "as many heads and neurons in every block" }
 }
 

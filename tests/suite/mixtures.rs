@@ -6,7 +6,7 @@ use putri_gguf::evaluate::llama_losses;
 use putri_gguf::ggml::{LlamaModel, Token, silence_logs};
 use putri_gguf::gguf::{GgufFile, Value};
 use putri_gguf::model::Mixture;
-use putri_gguf::observe::{Mask, Masked, Routing};
+use putri_gguf::observe::{Grams, Mask, Masked, Routing};
 use putri_gguf::prune::{self, ExpertCriterion, RouterWeights};
 use putri_gguf::{DryRun, Job, Windows, dry_run, run};
 use std::collections::BTreeMap;
@@ -186,6 +186,114 @@ fn statistics_are_those_of_the_definition() {
             }
             assert_eq!(found.near_misses.iter().sum::<u64>(), N_CTX as u64, "{name}");
             stream = out;
+        }
+    }
+}
+
+/// Rows of a matrix as bytes.
+fn rows(file: &GgufFile, name: &str) -> Vec<Vec<u8>> {
+    let t = file.find(name).unwrap();
+    let bytes = file.data(t);
+    bytes.chunks_exact(bytes.len() / t.n_rows()).map(<[u8]>::to_vec).collect()
+}
+
+#[test]
+fn experts_are_narrowed_where_the_loader_allows_it() {
+    silence_logs();
+    let dir = tempfile::tempdir().unwrap();
+    let (input, output) = (dir.path().join("in.gguf"), dir.path().join("out.gguf"));
+    let (mut n_narrowed, mut refused) = (0, Vec::new());
+    for small in MixtureModel::all() {
+        let own = putri_gguf::model::Family::from_name(small.arch);
+        if own.is_some_and(|f| f.traits().experts.is_some()) {
+            continue;
+        }
+        small.write(&input);
+        let name = small.name;
+        let source = Mixture::new(GgufFile::open(&input).unwrap()).unwrap();
+        let mut job = job(&input, &output, 0.5);
+        job.settings.moe_unit = putri_gguf::FfnUnit::Neuron;
+        let width = match source.narrowed(0.5) {
+            Ok(width) => width,
+            Err(e) => {
+                assert!(run(&job, &mut Silent).is_err() && !output.exists(), "{name}");
+                refused.push(format!("{name}: {e}"));
+                continue;
+            }
+        };
+        let outcome = run(&job, &mut Silent).unwrap_or_else(|e| panic!("{name}: {e:?}"));
+        let q = outcome.quality.unwrap();
+        assert!(q.held_out.kl.mean.is_finite() && q.held_out.kl.mean > 0.0, "{name}");
+        let Ok(DryRun::Experts(dry)) = dry_run(&job) else { panic!("{name}") };
+        let bytes = output.metadata().unwrap().len();
+        let found = Mixture::new(GgufFile::open(&output).unwrap()).unwrap();
+        assert_eq!((dry.after.bytes, outcome.after.bytes), (bytes, bytes), "{name}");
+        assert_eq!(
+            (outcome.after.params, outcome.after.block_params),
+            (found.params(), found.block_params())
+        );
+        assert!(found.layers.iter().all(|l| l.width == width), "{name}");
+        // Rows of gate and up are the source's, of the same neurons in both.
+        let layer = source.observed().next().unwrap().block;
+        let part = |part: &str| format!("blk.{layer}.ffn_{part}_exps.weight");
+        if source.file.find(&part("up")).is_some() {
+            let (old, new) = (rows(&source.file, &part("up")), rows(&found.file, &part("up")));
+            let places: Vec<usize> =
+                new.iter().map(|row| old.iter().position(|o| o == row).unwrap()).collect();
+            if source.file.find(&part("gate")).is_some() {
+                let (old, new) = (rows(&source.file, &part("gate")), rows(&found.file, &part("gate")));
+                assert!(places.iter().zip(&new).all(|(&at, row)| old[at] == *row), "{name}");
+            }
+            let mut kept = places.clone();
+            kept.dedup();
+            assert!(kept.len() == new.len() && kept.is_sorted(), "{name}");
+        }
+        std::fs::remove_file(&output).unwrap();
+        n_narrowed += 1;
+    }
+    println!("{n_narrowed} narrowed; refused:\n{}", refused.join("\n"));
+    assert!(n_narrowed >= 30, "{n_narrowed}");
+}
+
+#[test]
+fn moments_of_experts_are_sums_over_their_tokens() {
+    silence_logs();
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("in.gguf");
+    for name in ["qwen3moe", "granitemoe, shared"] {
+        MixtureModel::of(name).write(&path);
+        let model = putri_gguf::model::Model::open(&path).unwrap();
+        let mut forward = putri_gguf::forward::Forward::new(&model, N_CTX, 1).unwrap();
+        let llama = LlamaModel::load_mapped(&path).unwrap();
+        let mixture = Mixture::new(GgufFile::open(&path).unwrap()).unwrap();
+        let mut grams = Grams::new(&llama, &mixture, &[0], N_CTX, 1).unwrap();
+        let window = &windows().tokens[..N_CTX];
+        grams.window(window).unwrap();
+        let found = &grams.finish()[&0];
+        let stream = forward.embed(&model, window).unwrap();
+        let weights = model.block(0).unwrap();
+        let block = forward.upload(&weights).unwrap();
+        let (mut mid, mut out) = (vec![0.0; stream.len()], vec![0.0; stream.len()]);
+        forward.block(&block, &stream, Some(&mut mid), &mut out).unwrap();
+        let n_embd = forward.n_embd();
+        for (e, tokens) in forward.choices(&block, &mid).unwrap().iter().enumerate() {
+            assert_eq!(found[e].n_tokens, tokens.len(), "{name}, expert {e}");
+            if tokens.is_empty() {
+                continue;
+            }
+            let rows: Vec<f32> =
+                tokens.iter().flat_map(|&(t, _)| &mid[t * n_embd..][..n_embd]).copied().collect();
+            let scales: Vec<f32> = tokens.iter().map(|t| t.1).collect();
+            let mut sums = forward.gathering(&block, weights.shape.n_ff, 0).unwrap();
+            forward.expert_moments(&block, e, &rows, &scales, &mut sums).unwrap();
+            let expected = sums.finish().gram;
+            let size = expected.diagonal().into_iter().fold(0.0, f64::max);
+            for i in 0..weights.shape.n_ff {
+                for j in i..weights.shape.n_ff {
+                    let off = (found[e].gram.get(i, j) - expected.get(i, j)).abs();
+                    assert!(off < 0.01 * size, "{name}, expert {e}, {i} {j}: {off} of {size}");
+                }
+            }
         }
     }
 }

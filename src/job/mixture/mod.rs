@@ -2,23 +2,27 @@
 
 mod plan;
 mod result;
+mod verify;
 
 pub use plan::ExpertsDryRun;
-pub(super) use plan::dry_run;
+pub(super) use plan::{dry_run, size};
+pub(super) use verify::{says_experts, verify};
 
 use super::checkpoint::DiskCheckpoint;
-use super::output::{check_output, check_paths, write_whole};
+use super::output::{check_output, check_paths, folder_of, write_whole};
 use super::prepared::{collecting, llama_mapped_if_large};
 use super::{Job, JobError, Nested, Outcome, QualityLimit, quality_limit};
+use crate::assemble::Narrowed;
 use crate::calibrate::{Text, collect_texts};
 use crate::ggml::{LlamaModel, RunMemory, run_memory};
 use crate::gguf::GgufFile;
-use crate::model::{FfnUnit, Mixture};
+use crate::model::{Family, FfnUnit, Mixture};
 use crate::numeric::Metrics;
-use crate::observe::{Mask, Usage};
+use crate::observe::{LayerMask, Mask, Usage};
 use crate::pipeline::experts::{self, Choice, ExpertSettings, Source, TextQuality, Trial};
 use crate::pipeline::{Checkpoint, Observer};
-use plan::{n_keep_of, refuse};
+use crate::spill::SpillStore;
+use plan::{Amount, amount_of, refuse};
 use std::path::Path;
 use std::time::Instant;
 
@@ -45,9 +49,14 @@ pub struct ExpertsOutcome {
     pub kept: Vec<(usize, Vec<usize>)>,
 }
 
-/// Returns whether `job` removes whole experts from the model in `file`.
+/// Returns whether `job` observes the experts of the model in `file` through libllama.
+/// It does unless the crate's own forward pass computes them and narrows them.
 pub(super) fn takes(job: &Job, file: &GgufFile) -> bool {
-    job.settings.moe_unit == FfnUnit::Expert && Mixture::is_in(file)
+    let own = || {
+        let arch = file.get_str("general.architecture").ok().flatten();
+        arch.and_then(Family::from_name).is_some_and(|f| f.traits().experts.is_some())
+    };
+    Mixture::is_in(file) && (job.settings.moe_unit == FfnUnit::Expert || !own())
 }
 
 /// Reads the mixture in `file`, the input of `job`.
@@ -69,12 +78,14 @@ struct Prepared {
 
 /// Result of the choice.
 struct Pruned {
-    n_keep: usize,
+    amount: Amount,
     mask: Mask,
+    narrowed: Option<Narrowed>,
     steps: Vec<experts::Step>,
     criterion: String,
     texts: Vec<TextQuality>,
-    metrics: Metrics,
+    /// Comparison with the source; absent if only the file can tell.
+    metrics: Option<Metrics>,
     /// Losses of the first tokens of a held-out window.
     losses: Vec<f64>,
     notes: Vec<String>,
@@ -86,17 +97,24 @@ pub(super) fn run(job: &Job, file: GgufFile, observer: &mut dyn Observer) -> Res
     let mixture = mixture(job, file)?;
     check(job, &mixture)?;
     // A limit is found out below.
-    let n_keep = if job.limit.is_none() { n_keep_of(job, &mixture)? } else { mixture.n_expert };
+    let amount =
+        if job.limit.is_none() { amount_of(job, &mixture)? } else { Amount::Experts(mixture.n_expert) };
     let mut p = Prepared::new(job, mixture, observer)?;
     let mut state = p.state.take();
+    if let Amount::Width(width) = amount {
+        let pruned = p.narrow(job, width, observer)?;
+        let outcome = p.write(job, pruned, Usage::new(p.mixture.n_expert), start, observer)?;
+        state.into_iter().for_each(DiskCheckpoint::remove);
+        return Ok(outcome);
+    }
     let usage = match &mut state {
         Some(state) => p.usage(job, state, observer)?,
         None => p.usage(job, &mut (), observer)?,
     };
     let mut trial = Trial::new(p.source(job))?;
-    let n_keep = match job.limit {
-        Some(limit) => p.within(job, limit, &usage, &mut trial, observer)?,
-        None => n_keep,
+    let n_keep = match (job.limit, amount) {
+        (Some(limit), _) => p.within(job, limit, &usage, &mut trial, observer)?,
+        (None, Amount::Experts(n) | Amount::Width(n)) => n,
     };
     let pruned = match &mut state {
         Some(state) => p.prune(job, n_keep, &usage, &mut trial, state, observer)?,
@@ -123,14 +141,21 @@ pub(super) fn run_nested(
         let mut each = Job { output: n.output.clone(), imatrix_out: n.imatrix_out.clone(), ..job.clone() };
         each.settings.sparsity = n.sparsity;
         check(&each, &mixture)?;
-        jobs.push((n_keep_of(&each, &mixture)?, each));
+        jobs.push((amount_of(&each, &mixture)?, each));
     }
     let p = Prepared::new(job, mixture, observer)?;
-    let usage = p.usage(job, &mut (), observer)?;
-    for (n_keep, job) in jobs {
-        let mut trial = Trial::new(p.source(&job))?;
-        let pruned = p.prune(&job, n_keep, &usage, &mut trial, &mut (), observer)?;
-        drop(trial);
+    let usage = match job.settings.moe_unit {
+        FfnUnit::Expert => p.usage(job, &mut (), observer)?,
+        FfnUnit::Neuron => Usage::new(p.mixture.n_expert),
+    };
+    for (amount, job) in jobs {
+        let pruned = match amount {
+            Amount::Width(width) => p.narrow(&job, width, observer)?,
+            Amount::Experts(n_keep) => {
+                let mut trial = Trial::new(p.source(&job))?;
+                p.prune(&job, n_keep, &usage, &mut trial, &mut (), observer)?
+            }
+        };
         let outcome = p.write(&job, pruned, usage.clone(), start, observer)?;
         done(&job, &outcome)?;
         start = Instant::now();
@@ -268,9 +293,9 @@ impl Prepared {
     ) -> Result<Pruned, JobError> {
         let settings: &ExpertSettings = &job.settings.experts;
         let choice: Choice = experts::choose(&self.mixture, usage, settings, n_keep);
-        let improved = trial.improve(&choice, settings, checkpoint, observer)?;
-        let (texts, metrics) = trial.quality(&improved.mask, observer)?;
-        let losses = trial.losses(&improved.mask, super::verify::RECORDED)?;
+        let refined = trial.refine(&choice, settings, checkpoint, observer)?;
+        let (texts, metrics) = trial.quality(&refined.mask, observer)?;
+        let losses = trial.losses(&refined.mask, super::verify::RECORDED)?;
         let criterion = match usage.scores.is_empty() {
             true => settings.criterion.name().into(),
             false => usage.criterion.clone().unwrap_or_else(|| "given".into()),
@@ -285,9 +310,43 @@ impl Prepared {
                     .into(),
             });
         }
-        notes.extend(improved.notes);
-        let mask = improved.mask.into_iter().chain(drafts).collect();
-        Ok(Pruned { n_keep, mask, steps: improved.steps, criterion, texts, metrics, losses, notes })
+        notes.extend(refined.notes);
+        let mask = refined.mask.into_iter().chain(drafts).collect();
+        Ok(Pruned {
+            amount: Amount::Experts(n_keep),
+            mask,
+            narrowed: None,
+            steps: refined.steps,
+            criterion,
+            texts,
+            metrics: Some(metrics),
+            losses,
+            notes,
+        })
+    }
+
+    /// Narrows every expert to `width` neurons.
+    fn narrow(&self, job: &Job, width: usize, observer: &mut dyn Observer) -> Result<Pruned, JobError> {
+        let source = self.source(job);
+        let per_pass = experts::layers_per_pass(&source, job.max_memory);
+        let mut settings = job.settings.clone();
+        // New values of all layers may be larger than the memory.
+        settings.spill = SpillStore::in_files(folder_of(&job.output).into());
+        let mut notes = Vec::new();
+        let layers = experts::narrow(source, width, per_pass, &settings, &mut notes, observer)?;
+        let n = self.mixture.n_expert;
+        let whole = LayerMask { kept: vec![true; n], router: None, order: (0..n).collect() };
+        Ok(Pruned {
+            amount: Amount::Width(width),
+            mask: self.mixture.layers.iter().map(|l| (l.block, whole.clone())).collect(),
+            narrowed: Some(Narrowed { width, layers }),
+            steps: Vec::new(),
+            criterion: "obs".into(),
+            texts: Vec::new(),
+            metrics: None,
+            losses: Vec::new(),
+            notes,
+        })
     }
 }
 

@@ -5,19 +5,20 @@
 //! [`Trial`] tests and refines a choice by the predictions of the source with the others masked.
 
 mod choose;
+mod narrow;
 mod observe;
+mod refine;
 mod repair;
 mod trial;
 
 pub use choose::{Choice, choose};
+pub use narrow::{NarrowLayer, layers_per_pass, narrow};
 pub use observe::{OBSERVED, observe};
-pub use trial::{Improved, Step, TextQuality, Trial};
-
-/// Name of the step that chooses by statistics alone.
-pub const STATISTICS: &str = "statistics";
+pub use refine::{REFINED, Refined, STATISTICS, Step};
+pub use trial::{TextQuality, Trial};
 
 /// Names of the records that these stages keep in a checkpoint.
-pub(super) const RECORDS: [&str; 1] = [OBSERVED];
+pub(super) const RECORDS: [&str; 2] = [OBSERVED, REFINED];
 
 use super::{Observer, PruneError};
 use crate::calibrate::Text;

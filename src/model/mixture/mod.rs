@@ -4,6 +4,8 @@
 //! tensor names. The names tell which axis of a tensor counts experts, so whole experts can be removed
 //! without knowing how a block computes.
 
+mod width;
+
 use super::{BlockShape, ModelError};
 use crate::gguf::{GgufError, GgufFile, TensorInfo};
 
@@ -294,35 +296,30 @@ impl Mixture {
             .collect()
     }
 
-    /// Number of parameters of one expert in all layers together, its router row included.
-    pub fn expert_params(&self) -> usize {
-        let of_layer = |l: &ExpertLayer| -> usize {
-            l.tensors
-                .iter()
-                .filter(|(_, axis)| *axis != ExpertAxis::Tokens)
-                .map(|&(i, _)| self.file.tensors()[i].n_elements())
-                .sum()
-        };
-        self.layers.iter().map(of_layer).sum::<usize>() / self.n_expert
-    }
-
-    /// Numbers of all parameters, and of those of matrices, of the blocks that draft tokens, with `n_keep`
-    /// experts each.
-    pub fn draft_params(&self, n_keep: usize) -> [usize; 2] {
-        let mut found = [0, 0];
-        let first = self.n_layer - self.n_draft;
+    /// Numbers of all parameters, and of those of the blocks' matrices, that are not in a file with `n_keep`
+    /// experts of `width` neurons in each layer, without the blocks that draft tokens if `drop_drafts` is set.
+    pub fn removed_params(&self, n_keep: usize, width: usize, drop_drafts: bool) -> [usize; 2] {
+        let mut removed = [0, 0];
+        let first_draft = self.n_layer - self.n_draft;
         for (i, t) in self.file.tensors().iter().enumerate() {
-            if block_and_role(&t.name).is_none_or(|(block, _)| block < first) {
-                continue;
-            }
-            let sliced =
-                |l: &ExpertLayer| l.tensors.iter().any(|&(j, axis)| j == i && axis != ExpertAxis::Tokens);
+            let Some((block, role)) = block_and_role(&t.name) else { continue };
             let all = t.n_elements();
-            let n = if self.layers.iter().any(sliced) { all / self.n_expert * n_keep } else { all };
-            found[0] += n;
-            found[1] += if t.ne.len() > 1 { n } else { 0 };
+            let layer = self.layers.iter().find(|l| l.tensors.iter().any(|(j, _)| *j == i));
+            let axis = layer.and_then(|l| l.tensors.iter().find(|(j, _)| *j == i)).map(|(_, axis)| *axis);
+            let left = match (layer, axis) {
+                _ if drop_drafts && block >= first_draft => 0,
+                (Some(layer), Some(ExpertAxis::Experts | ExpertAxis::Chunks)) => {
+                    let kept = all / self.n_expert * n_keep;
+                    let has_neurons =
+                        role.contains("_exps.") && !role.ends_with("scale") && role != "ffn_down_exps.bias";
+                    if has_neurons && width < layer.width { kept / layer.width * width } else { kept }
+                }
+                _ => all,
+            };
+            removed[0] += all - left;
+            removed[1] += if t.ne.len() > 1 { all - left } else { 0 };
         }
-        found
+        removed
     }
 
     /// Number of parameters of the matrices of all blocks.
