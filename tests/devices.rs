@@ -6,6 +6,7 @@
 mod common;
 
 use common::cli::Cli;
+use common::mixture_models::MixtureModel;
 use common::test_model::{Rng, TestModel};
 use common::{TEXT, compare_logits, logits};
 use putri_gguf::evaluate::{llama_losses, own_losses};
@@ -323,4 +324,90 @@ fn devices_are_listed_and_what_is_none_is_refused() {
     }
     // Only the CPU is used, whatever devices exist.
     cli.ok(&[&prune[..], &["--device", "none", "-c", "64", "--chunks", "8", "-ngl", "0"]].concat());
+}
+
+#[test]
+fn experts_are_observed_there_as_here() {
+    let devices = under_test();
+    let cli = Cli::new();
+    std::fs::write(cli.path("text.txt"), TEXT.repeat(12)).unwrap();
+    let quick = ["-f", "text.txt", "--self-share", "0", "-c", "64", "--chunks", "8", "-q", "--force"];
+    let work = ["--sparsity", "0.5", "--refine", "4", "--refit-routers", "1"];
+    let args: Vec<&str> = devices.args.iter().map(String::as_str).collect();
+    for name in ["qwen3moe", "gpt-oss", "glm4moe"] {
+        MixtureModel::of(name).write(&cli.path("in.gguf"));
+        let mut statistics = Vec::new();
+        for (at, more) in [("cpu", &[][..]), ("dev", &args)] {
+            let (file, stats) = (format!("{at}.gguf"), format!("{at}.json"));
+            let own = ["in.gguf", &file, "--stats-out", &stats];
+            cli.ok(&[&own[..], &work, &quick, more].concat());
+            cli.ok(&["verify", &file, "--source", "in.gguf", "-q"]);
+            let read: serde_json::Value =
+                serde_json::from_slice(&std::fs::read(cli.path(&stats)).unwrap()).unwrap();
+            statistics.push(read["scores"].clone());
+        }
+        let [cpu, dev] = &statistics[..] else { panic!("two runs") };
+        for (layer, scores) in cpu.as_object().unwrap() {
+            for (a, b) in scores.as_array().unwrap().iter().zip(dev[layer].as_array().unwrap()) {
+                let (a, b) = (a.as_f64().unwrap(), b.as_f64().unwrap());
+                assert!((a - b).abs() < 0.05 * a.abs().max(0.1), "{name}, layer {layer}: {a} {b}");
+            }
+        }
+    }
+}
+
+#[test]
+fn a_machine_that_goes_away_leaves_the_statistics() {
+    if std::env::var("PUTRI_TEST_DEVICE").is_ok() {
+        return;
+    }
+    let cli = Cli::new();
+    MixtureModel::of("qwen3moe").write(&cli.path("in.gguf"));
+    std::fs::write(cli.path("text.txt"), TEXT.repeat(2000)).unwrap();
+    let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port().to_string();
+    let program = env!("CARGO_BIN_EXE_putri-gguf");
+    let run = |args: &[&str]| {
+        let mut command = std::process::Command::new(program);
+        command.args(args).current_dir(cli.dir.path());
+        command.stdout(std::process::Stdio::null()).stderr(std::process::Stdio::piped());
+        command.spawn().unwrap()
+    };
+    let mut server = run(&["rpc-server", "--port", &port, "-t", "1"]);
+    let endpoint = format!("127.0.0.1:{port}");
+    while TcpStream::connect(&endpoint).is_err() {
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    let client = run(&[
+        "in.gguf",
+        "out.gguf",
+        "--sparsity",
+        "0.5",
+        "-f",
+        "text.txt",
+        "--self-share",
+        "0",
+        "-c",
+        "64",
+        "--chunks",
+        "1000",
+        "-q",
+        "--state-dir",
+        "state",
+        "--rpc",
+        &endpoint,
+        "-ngl",
+        "99",
+        "-t",
+        "1",
+    ]);
+    while !cli.path("state/observed.gguf").exists() {
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    server.kill().unwrap();
+    server.wait().unwrap();
+    let out = client.wait_with_output().unwrap();
+    let said = String::from_utf8_lossy(&out.stderr).into_owned();
+    assert_eq!(out.status.code(), Some(1), "{said}");
+    assert!(said.contains("another machine went away") || said.contains("failed to decode"), "{said}");
+    assert!(cli.path("state/observed.gguf").exists() && !cli.path("out.gguf").exists());
 }

@@ -29,7 +29,7 @@ use putri_gguf::calibrate::file_windows;
 use putri_gguf::evaluate::Judge;
 use putri_gguf::forward::{BlockOutputs, Forward};
 use putri_gguf::ggml::{LlamaModel, Type, silence_logs};
-use putri_gguf::gguf::{OutTensor, Value, write_gguf};
+use putri_gguf::gguf::{OutTensor, TensorData, Value, write_gguf};
 use putri_gguf::model::{Family, Model};
 use std::borrow::Cow;
 use std::error::Error;
@@ -168,7 +168,7 @@ fn write(model: &Model, splits: &[Split], args: &Args) -> Result<(), Box<dyn Err
         let split = &splits[block.parse::<usize>()?];
         let mut add = |name: &str, ty: Type, ne: &[usize], floats: &[f32]| -> Result<(), Box<dyn Error>> {
             let bytes = ty.quantize(floats, ne[0], None)?;
-            let data = Box::new(move || Ok(Cow::Owned(bytes.clone())));
+            let data = TensorData::made(move || Ok(Cow::Owned(bytes.clone())));
             tensors.push(OutTensor { name: format!("blk.{block}.{name}.weight"), ty, ne: ne.to_vec(), data });
             Ok(())
         };

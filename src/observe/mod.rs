@@ -23,6 +23,7 @@ pub use routing::Routing;
 pub use usage::{LayerUse, PooledUse, TextUse, Usage, UsageError};
 
 use crate::ggml::{GgmlError, Node};
+use crate::model::Mixture;
 
 /// Error of an observation.
 #[derive(Debug, thiserror::Error)]
@@ -53,6 +54,19 @@ pub enum ObserveError {
     /// The observer asked to stop.
     #[error("interrupted")]
     Interrupted,
+}
+
+/// Bias of the router of layer `block`, which its logits do not hold yet, or no numbers.
+fn router_bias(mixture: &Mixture, block: usize) -> Vec<f32> {
+    let bias = mixture.file.find(&format!("blk.{block}.ffn_gate_inp.bias"));
+    bias.and_then(|t| mixture.file.floats(t, 0..1).ok()).unwrap_or_default()
+}
+
+/// Adds `bias` to each row of `logits`.
+fn add_bias(logits: &mut [f32], bias: &[f32]) {
+    for row in logits.chunks_exact_mut(bias.len().max(1)) {
+        row.iter_mut().zip(bias).for_each(|(z, b)| *z += b);
+    }
 }
 
 /// Node of a layer's experts.

@@ -5,7 +5,7 @@
 //! what the source computes, so that all layers behind see what they always do.
 
 use super::gating::{Decision, Gating};
-use super::{ObserveError, Spot, spot};
+use super::{ObserveError, Spot, add_bias, router_bias, spot};
 use crate::ggml::{GgmlError, LlamaModel, Node, Token, Watched, Watcher};
 use crate::model::Mixture;
 use std::collections::BTreeMap;
@@ -118,6 +118,7 @@ pub fn can_observe_outputs(mixture: &Mixture) -> bool {
 pub struct Outputs<'m> {
     context: Watched<'m, OutputWatcher>,
     n_expert: usize,
+    biases: BTreeMap<usize, Vec<f32>>,
 }
 
 impl<'m> Outputs<'m> {
@@ -132,7 +133,8 @@ impl<'m> Outputs<'m> {
         n_threads: usize,
     ) -> Result<Outputs<'m>, GgmlError> {
         let context = Watched::new(model, n_ctx, n_threads, OutputWatcher::default())?;
-        Ok(Outputs { context, n_expert: mixture.n_expert })
+        let biases = mixture.observed().map(|l| (l.block, router_bias(mixture, l.block))).collect();
+        Ok(Outputs { context, n_expert: mixture.n_expert, biases })
     }
 
     /// Number of times that a window is decoded for a layer whose tokens pass through `n_used` experts.
@@ -155,7 +157,10 @@ impl<'m> Outputs<'m> {
         let wanted = |i: usize| i.is_multiple_of(step);
         let rows: Vec<usize> = (0..tokens.len()).filter(|&i| wanted(i)).collect();
         *self.context.watcher() = OutputWatcher {
-            layers: layers.iter().map(|&l| (l, Layer::default())).collect(),
+            layers: layers
+                .iter()
+                .map(|&l| (l, Layer { bias: self.biases[&l].clone(), ..Layer::default() }))
+                .collect(),
             rows: rows.clone(),
             ..OutputWatcher::default()
         };
@@ -190,6 +195,8 @@ struct OutputWatcher {
 /// What was seen of a layer.
 #[derive(Default)]
 struct Layer {
+    /// Bias of the router.
+    bias: Vec<f32>,
     n_used: usize,
     logits: Vec<f32>,
     biased: Vec<f32>,
@@ -234,7 +241,10 @@ impl Layer {
     fn watch(&mut self, spot: Spot, node: &Node, rows: &[usize]) {
         let ne = node.ne();
         match spot {
-            Spot::Router => self.logits = of_tokens(&node.floats().unwrap_or_default(), ne[1], rows),
+            Spot::Router => {
+                self.logits = of_tokens(&node.floats().unwrap_or_default(), ne[1], rows);
+                add_bias(&mut self.logits, &self.bias);
+            }
             Spot::Biased => self.biased = of_tokens(&node.floats().unwrap_or_default(), ne[1], rows),
             Spot::Down => {
                 let Some(ids) = node.source(2).and_then(|ids| ids.integers()) else { return };

@@ -1,19 +1,21 @@
 //! Gradients of routers, towards the outputs of the whole layers.
 //!
 //! A window is decoded twice: by the whole model, whose layers' outputs are recorded, and by what is left of
-//! it. In the second pass, the outputs of the chosen experts tell how a layer's output depends on its router
+//! it, where the outputs of the layers are put back. In the second pass, the outputs of the chosen experts tell how a layer's output depends on its router
 //! weights, and the gating function how these depend on the router's rows.
 
 use super::gating::{Decision, Gating};
 use super::masked::LayerMask;
-use super::{Mask, ObserveError, Spot, spot};
+use super::{Mask, ObserveError, Spot, add_bias, router_bias, spot};
 use crate::ggml::{GgmlError, LlamaModel, Node, Token, Watched, Watcher};
+use crate::model::Mixture;
 use rayon::prelude::*;
 use std::collections::BTreeMap;
 
 /// Observer of the gradients of routers.
 pub struct RouterGradients<'m> {
     context: Watched<'m, GradientWatcher>,
+    biases: BTreeMap<usize, Vec<f32>>,
 }
 
 /// Gradient of one router over a window.
@@ -32,10 +34,13 @@ impl<'m> RouterGradients<'m> {
     /// [`GgmlError`] if libllama cannot make a context.
     pub fn new(
         model: &'m LlamaModel,
+        mixture: &Mixture,
         n_ctx: usize,
         n_threads: usize,
     ) -> Result<RouterGradients<'m>, GgmlError> {
-        Ok(RouterGradients { context: Watched::new(model, n_ctx, n_threads, GradientWatcher::default())? })
+        let context = Watched::new(model, n_ctx, n_threads, GradientWatcher::default())?;
+        let biases = mixture.observed().map(|l| (l.block, router_bias(mixture, l.block))).collect();
+        Ok(RouterGradients { context, biases })
     }
 
     /// Gradients of the routers in `mask` over one window, by the number of the layer.
@@ -49,7 +54,9 @@ impl<'m> RouterGradients<'m> {
         mask: &Mask,
     ) -> Result<BTreeMap<usize, RouterGradient>, ObserveError> {
         let watcher = self.context.watcher();
-        watcher.layers = mask.keys().map(|&layer| (layer, Layer::default())).collect();
+        let of =
+            |l: &usize| Layer { bias: self.biases.get(l).cloned().unwrap_or_default(), ..Layer::default() };
+        watcher.layers = mask.keys().map(|l| (*l, of(l))).collect();
         watcher.mask = None;
         self.context.decode(tokens, |_| true)?;
         self.context.watcher().mask = Some(mask.clone());
@@ -69,6 +76,8 @@ struct GradientWatcher {
 /// What was seen of a layer. All lists have one row per token.
 #[derive(Default)]
 struct Layer {
+    /// Bias of the router.
+    bias: Vec<f32>,
     /// Output of the whole layer, `[n_tokens, n_embd]`.
     whole: Vec<f32>,
     logits: Vec<f32>,
@@ -85,8 +94,7 @@ impl Watcher for GradientWatcher {
         let wanted = match spot {
             Spot::Chosen => chosen_by_table && self.mask.is_some(),
             Spot::Biased => self.mask.is_some(),
-            Spot::Out => self.mask.is_none(),
-            Spot::Router | Spot::Down | Spot::Weighted => true,
+            Spot::Router | Spot::Down | Spot::Weighted | Spot::Out => true,
         };
         wanted && self.layers.contains_key(&block)
     }
@@ -105,7 +113,10 @@ impl Layer {
     /// Looks at the whole model.
     fn watch(&mut self, spot: Spot, node: &Node) {
         match spot {
-            Spot::Router => self.logits = node.floats().unwrap_or_default(),
+            Spot::Router => {
+                self.logits = node.floats().unwrap_or_default();
+                add_bias(&mut self.logits, &self.bias);
+            }
             Spot::Down => {
                 self.chosen = node.source(2).and_then(|ids| ids.integers()).unwrap_or_default();
             }
@@ -134,6 +145,7 @@ impl Layer {
                 self.inputs = node.source(1).and_then(|x| x.floats()).unwrap_or_default();
                 mask.apply(spot, node);
                 self.logits = node.floats().unwrap_or_default();
+                add_bias(&mut self.logits, &self.bias);
             }
             Spot::Biased | Spot::Chosen => mask.apply(spot, node),
             Spot::Down => {
@@ -144,6 +156,8 @@ impl Layer {
                 let values = node.floats().unwrap_or_default();
                 self.found = self.gradient(&values, &weights, node.ne()[0], node.ne()[1], mask.kept.len());
             }
+            // Layers behind see what they do in the whole model, or errors would be those of other layers.
+            Spot::Out if self.whole.len() == node.ne()[0] * node.ne()[1] => node.set_floats(&self.whole),
             Spot::Out => {}
         }
     }

@@ -231,9 +231,12 @@ mod tests {
     use super::*;
     use crate::observe::{LayerUse, TextUse};
 
-    fn usage(texts: &[(&str, f64, u64, &[(u64, f64)])]) -> Usage {
+    /// Name, weight, number of tokens, and tokens and energy of each expert.
+    type OneText<'a> = (&'a str, f64, u64, &'a [(u64, f64)]);
+
+    fn usage(texts: &[OneText]) -> Usage {
         let n = texts[0].3.len();
-        let text = |&(name, weight, tokens, experts): &(&str, f64, u64, &[(u64, f64)])| TextUse {
+        let text = |&(name, weight, tokens, experts): &OneText| TextUse {
             name: name.into(),
             weight,
             tokens,
@@ -261,8 +264,8 @@ mod tests {
 
     #[test]
     fn texts_count_by_weight_and_in_any_order() {
-        let a: (&str, f64, u64, &[(u64, f64)]) = ("a", 1.0, 1000, &[(500, 500.0), (500, 1000.0)]);
-        let b: (&str, f64, u64, &[(u64, f64)]) = ("b", 3.0, 100, &[(80, 800.0), (20, 20.0)]);
+        let a: OneText = ("a", 1.0, 1000, &[(500, 500.0), (500, 1000.0)]);
+        let b: OneText = ("b", 3.0, 100, &[(80, 800.0), (20, 20.0)]);
         let score = |texts: &[_]| scores(&usage(texts), ExpertCriterion::Reap, RouterWeights::Applied);
         let (one, other) = (score(&[a, b]), score(&[b, a]));
         for (x, y) in one[&3].iter().zip(&other[&3]) {
@@ -274,9 +277,8 @@ mod tests {
 
     #[test]
     fn each_text_protects_its_own() {
-        let a: (&str, f64, u64, &[(u64, f64)]) =
-            ("a", 1.0, 100, &[(50, 500.0), (50, 400.0), (0, 0.0), (0, 0.0)]);
-        let b: (&str, f64, u64, &[(u64, f64)]) = ("b", 1.0, 100, &[(0, 0.0), (0, 0.0), (50, 5.0), (50, 4.0)]);
+        let a: OneText = ("a", 1.0, 100, &[(50, 500.0), (50, 400.0), (0, 0.0), (0, 0.0)]);
+        let b: OneText = ("b", 1.0, 100, &[(0, 0.0), (0, 0.0), (50, 5.0), (50, 4.0)]);
         let found = |texts: &[_], share| {
             protected(&usage(texts), ExpertCriterion::Reap, RouterWeights::Applied, share)[&3].clone()
         };

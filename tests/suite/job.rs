@@ -142,7 +142,7 @@ fn mixtures_lose_whole_experts() {
                 panic!("no provenance")
             };
             let wanted = n_expert - (f64::from(sparsity) * n_expert as f64).round() as usize;
-            assert!(*reached > 0.0 && *reached < sparsity && kept == wanted, "{name}: {reached} {kept}");
+            assert!(*reached > 0.0 && kept == wanted, "{name}: {reached} {kept}");
             assert!(h.blocks.iter().all(|b| b.n_expert == kept && b.n_ff == 96), "{name}");
             assert_eq!(
                 out.get(&format!("{}.expert_used_count", small.arch)),
@@ -247,7 +247,7 @@ fn mixture_refusals(cli: &Cli) {
     asked(&["--method", "paper"], &["--method paper", "experts"]);
     asked(&["--imatrix-out", "i.gguf"], &["--imatrix-out", "mixtures of experts"]);
     asked(&["--type", "q4_0"], &["--type", "mixtures of experts"]);
-    cli.fails(&["in.gguf", "x.gguf", "--sparsity", "0.9"], 1, &["0.9", "at most"]);
+    cli.fails(&[&["in.gguf", "x.gguf", "--sparsity", "0.9"][..], &QUICK].concat(), 1, &["90 %", "at least"]);
 }
 
 #[test]

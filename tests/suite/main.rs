@@ -17,6 +17,7 @@ mod imatrix;
 mod inspect;
 mod job;
 mod limits;
+mod mixture_jobs;
 mod mixtures;
 mod ollama;
 mod package;

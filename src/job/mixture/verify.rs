@@ -150,5 +150,5 @@ fn slices_agree(mixture: &Mixture, source: &Mixture) -> Result<String, String> {
         n_whole += 1;
     }
     let routers = if new_router { "; routers have new values" } else { "" };
-    Ok(format!("{} tensors are the source's, {n_sliced} of them cut to the kept experts{routers}", n_whole))
+    Ok(format!("{n_whole} tensors are the source's, {n_sliced} of them cut to the kept experts{routers}"))
 }

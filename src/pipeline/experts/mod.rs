@@ -50,7 +50,7 @@ impl Default for ExpertSettings {
             weights: RouterWeights::default(),
             protect: 0.0,
             refine: 4,
-            repair: 2,
+            repair: 1,
             drop_drafts: false,
         }
     }

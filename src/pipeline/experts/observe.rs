@@ -1,6 +1,6 @@
 //! Observation of the source's routers on the calibration texts.
 
-use super::{Source, check};
+use super::Source;
 use crate::gguf::Value;
 use crate::observe::{LayerUse, Routing, TextUse, Usage};
 use crate::pipeline::{Checkpoint, Observer, PruneError, Record};
@@ -10,8 +10,8 @@ use std::time::{Duration, Instant};
 /// Name of the record of an observation.
 pub const OBSERVED: &str = "observed";
 
-/// Least time between two records of one observation.
-const BETWEEN_RECORDS: Duration = Duration::from_secs(10);
+/// Least time between two records of one observation: a machine that goes away takes the process with it.
+const BETWEEN_RECORDS: Duration = Duration::from_secs(1);
 
 /// Observes the routers of `source` on the windows of its texts.
 /// An interrupted observation continues after the last window in the checkpoint, with the same result.
@@ -45,7 +45,10 @@ pub fn observe(
     let mut routing = Routing::new(source.llama, source.mixture, source.n_ctx(), source.n_threads)?;
     let mut last = Instant::now();
     for (done, &(text, window)) in windows.iter().enumerate().skip(n_done) {
-        check(observer)?;
+        if observer.interrupted() {
+            checkpoint.save(OBSERVED, record(done, &texts))?;
+            return Err(PruneError::Interrupted);
+        }
         // A window counts in every layer or, after an error, in none.
         let seen = routing.window(window)?;
         let text = &mut texts[text];
@@ -53,7 +56,7 @@ pub fn observe(
         for (layer, used) in &seen {
             text.layers.get_mut(layer).expect("layers are known").add(used);
         }
-        if last.elapsed() >= BETWEEN_RECORDS || done + 1 == windows.len() {
+        if done == n_done || last.elapsed() >= BETWEEN_RECORDS || done + 1 == windows.len() {
             checkpoint.save(OBSERVED, record(done + 1, &texts))?;
             last = Instant::now();
         }

@@ -7,7 +7,7 @@ use crate::train::Adam;
 use std::collections::BTreeMap;
 
 /// Largest step of a router's rows, relative to the size of its values.
-const RATE: f32 = 0.02;
+const RATE: f32 = 0.01;
 
 /// Refits the routers of the layers in `mask` in `passes` passes over the calibration windows, so that each
 /// layer's output stays close to that of the whole layer.
@@ -34,7 +34,7 @@ pub(super) fn refit_routers(
     let windows: Vec<&Vec<i32>> = source.texts.iter().flat_map(|t| &t.fit).collect();
     let n_steps = passes * windows.len();
     observer.stage("refit routers", n_steps);
-    let mut gradients = RouterGradients::new(source.llama, source.n_ctx(), source.n_threads)?;
+    let mut gradients = RouterGradients::new(source.llama, source.mixture, source.n_ctx(), source.n_threads)?;
     for step in 0..n_steps {
         check(observer)?;
         // Neighbouring windows are of one text; a stride that is no divisor mixes them.

@@ -7,6 +7,7 @@ use super::{
 use crate::ggml::{RunMemory, device_memory_peak};
 use crate::model::{Arch, BlockShape, FfnUnit, Heads};
 use crate::pipeline::{self, Method};
+use crate::prune::RouterWeights;
 use crate::report::peak_memory;
 use crate::{Job, Outcome};
 use std::borrow::Cow;
@@ -32,6 +33,7 @@ impl Report {
             after: size(&o.after),
             ffn_unit: o.ffn_unit,
             blocks: blocks(o),
+            experts: o.experts.as_ref().map(Into::into),
             running: o.running.as_ref().map(running),
             held_out: o.quality.as_ref().map(held_out),
             samples: o.samples.as_ref().map(|s| Samples {
@@ -147,6 +149,17 @@ fn options(job: &Job, sparsity: Option<f64>) -> Options {
             FfnUnit::Expert => "experts",
             FfnUnit::Neuron => "width",
         },
+        expert_criterion: s.experts.criterion.name(),
+        router_weights: match s.experts.weights {
+            RouterWeights::Applied => "applied",
+            RouterWeights::Normalised => "normalised",
+        },
+        protect: s.experts.protect,
+        refine: s.experts.refine,
+        refit_routers: s.experts.repair,
+        drop_mtp: s.experts.drop_drafts,
+        stats_in: job.stats_in.as_deref().map(text),
+        text_weights: r.weights.clone(),
         to: job.quantise.map(|q| q.to.name()),
         tensor_type_attn_output: s.types.attn_output.map(|t| t.name()),
         tensor_type_ffn_down: s.types.ffn_down.map(|t| t.name()),

@@ -1,6 +1,9 @@
 //! Report of a job, as JSON and for the page; `docs/report.md` explains its fields.
 
 mod collect;
+mod experts;
+
+pub use experts::{ExpertStep, ExpertText, Experts, LayerExperts};
 
 use crate::model::FfnUnit;
 use serde::{Serialize, Serializer};
@@ -34,6 +37,8 @@ pub struct Report {
     pub ffn_unit: FfnUnit,
     /// One entry per block, in order.
     pub blocks: Vec<Block>,
+    /// Choice of experts, if a mixture lost some or was narrowed through llama.cpp.
+    pub experts: Option<Experts>,
     /// Memory that llama.cpp takes to run source and result, if it was measured.
     pub running: Option<Running>,
     /// Quality on held-out windows; absent if nothing was pruned.
@@ -224,6 +229,22 @@ pub struct Options {
     pub arch: &'static str,
     /// Unit that is removed from mixtures of experts: `experts` or `width`.
     pub moe: &'static str,
+    /// Criterion of the first choice of experts: `reap`, `frequency` or `router-weight`.
+    pub expert_criterion: &'static str,
+    /// Router weights that the criterion uses: `applied` or `normalised`.
+    pub router_weights: &'static str,
+    /// Share of the experts that each text protects, 0 to 1.
+    pub protect: f64,
+    /// Refinement of the choice of experts, in passes over the calibration windows.
+    pub refine: usize,
+    /// Passes that refit routers.
+    pub refit_routers: usize,
+    /// Whether layers that draft tokens are left out.
+    pub drop_mtp: bool,
+    /// Statistics of experts that were read instead of observing them.
+    pub stats_in: Option<String>,
+    /// Weights of the text files; empty for equal weights.
+    pub text_weights: Vec<f64>,
     /// Mix of types that the result is written in; absent for the source's types.
     #[serde(rename = "type")]
     pub to: Option<&'static str>,
@@ -279,7 +300,8 @@ impl Report {
         (report.seconds, report.peak_memory_bytes, report.peak_device_memory_bytes) = (None, None, None);
         let options = &mut report.options;
         (options.threads, options.max_memory, options.max_device_memory) = (None, None, None);
-        let paths = [&mut report.input.path, &mut report.output.path].into_iter().chain(&mut options.files);
+        let paths = [&mut report.input.path, &mut report.output.path].into_iter();
+        let paths = paths.chain(&mut options.files).chain(&mut options.stats_in);
         paths.for_each(|path| *path = file_name(path));
         report
     }

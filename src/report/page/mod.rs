@@ -1,8 +1,10 @@
 //! Report as one HTML page, without scripts or network access, in light and dark.
 
+mod experts;
 mod picture;
 
 use super::document::{HeldOut, Options, QuantBaseline, Report, Samples, file_name};
+use experts::experts;
 use maud::{DOCTYPE, Markup, PreEscaped, html};
 use picture::picture;
 use serde_json::Value;
@@ -27,9 +29,12 @@ pub fn page(report: &Report) -> String {
                         p { (removed) " of the blocks removed, written as " (report.output.architecture) }
                     }
                     (tiles(report))
-                    section {
-                        h2 { "Blocks" }
-                        (picture(report))
+                    @match &report.experts {
+                        Some(e) => (experts(e)),
+                        None => section {
+                            h2 { "Blocks" }
+                            (picture(report))
+                        },
                     }
                     @if !report.quant_baselines.is_empty() {
                         (quant_baselines(&report.quant_baselines))
