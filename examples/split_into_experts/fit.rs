@@ -122,7 +122,7 @@ impl<'a> Fit<'a> {
             self.weights[2].chunks_exact(self.n_embd).map(|d| d.iter().map(|v| v * v).sum()).collect();
         let mut shares = self.h.clone();
         shares.par_chunks_exact_mut(n_ff).for_each(|row| {
-            row.iter_mut().zip(&squares).for_each(|(v, s)| *v *= *v * s);
+            row.iter_mut().zip(&squares).for_each(|(v, s)| *v = *v * *v * s);
             let sum = row.iter().sum::<f32>().max(f32::MIN_POSITIVE);
             row.iter_mut().for_each(|v| *v /= sum);
         });

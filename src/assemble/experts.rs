@@ -271,12 +271,9 @@ fn metadata(
     let at = out.iter().rposition(|(k, _)| k.starts_with(&key(""))).map_or(out.len(), |i| i + 1);
     out.splice(at..at, width_keys.into_iter().map(|(suffix, v)| (key(suffix), v)));
     out.extend(provenance(p));
-    if plan.narrowed.is_some() {
-        out.push((super::NEW_MATRICES.into(), Value::StrArray(vec![b"ffn_down_exps".to_vec()])));
-        return out;
-    }
     let new_routers = plan.layers.values().any(|mask| mask.router.is_some());
-    let names = if new_routers { vec![b"ffn_gate_inp".to_vec()] } else { Vec::new() };
+    let new = [(new_routers, "ffn_gate_inp"), (plan.narrowed.is_some(), "ffn_down_exps")];
+    let names = new.into_iter().filter(|(is, _)| *is).map(|(_, name)| name.into()).collect();
     out.push((super::NEW_MATRICES.into(), Value::StrArray(names)));
     let layers: Vec<i32> = plan.layers.keys().map(|&l| l as i32).collect();
     out.push((KEPT_LAYERS.into(), Value::i32_array(&layers)));

@@ -114,6 +114,18 @@ impl Recipe {
         if share > 0.0 && share < 1.0 { n_self.clamp(1, (self.n_windows - 1).max(1)) } else { n_self }
     }
 
+    /// Schedule of the text that the model writes: `n_self` windows to fit on, and the held-out ones.
+    fn schedule(&self, n_self: usize) -> Schedule {
+        Schedule {
+            n_ctx: self.n_ctx,
+            n_windows: n_self + held_out(n_self),
+            seed: self.seed,
+            chat_share: self.chat_share,
+            n_parallel: self.n_parallel,
+            start: self.start,
+        }
+    }
+
     /// Number of tokens that the model writes itself, including held-out ones.
     pub fn self_written(&self) -> usize {
         let n_self = self.n_self();
@@ -230,6 +242,16 @@ fn interleaved(mut windows: Vec<Vec<Token>>, n_last: usize) -> Vec<Vec<Token>> {
     all.into_iter().map(|(_, w)| w).collect()
 }
 
+/// `windows` to fit on, about `n_fit`, and the others, which are spread over the text like these.
+fn apart(windows: Vec<Vec<Token>>, n_fit: usize) -> (Vec<Vec<Token>>, Vec<Vec<Token>>) {
+    let every = windows.len().div_ceil(windows.len() - n_fit);
+    let (mut fit, mut judge) = (Vec::new(), Vec::new());
+    for (i, w) in windows.into_iter().enumerate() {
+        if i % every == every - 1 || every == 1 { judge.push(w) } else { fit.push(w) }
+    }
+    (fit, judge)
+}
+
 /// Number of held-out windows for `n` windows to fit on.
 fn held_out(n: usize) -> usize {
     (n / 8).clamp(1, 8)
@@ -276,23 +298,11 @@ pub fn collect(
             notes.extend(text::markers(model, &files)?);
         }
         let n_fit = found.len() - held_out(found.len().min(wanted)).min(found.len() - 1);
-        // Held-out windows are spread over the text like the others.
-        let every = found.len().div_ceil(found.len() - n_fit);
-        for (i, w) in found.into_iter().enumerate() {
-            if i % every == every - 1 || every == 1 { judge.push(w) } else { fit.push(w) }
-        }
+        (fit, judge) = apart(found, n_fit);
     }
     if n_self > 0 {
-        let schedule = Schedule {
-            n_ctx: recipe.n_ctx,
-            n_windows: n_self + held_out(n_self),
-            seed: recipe.seed,
-            chat_share: recipe.chat_share,
-            n_parallel: recipe.n_parallel,
-            start: recipe.start,
-        };
         let mut told = |done: usize, total: usize| progress(Origin::Model, done, total);
-        let mut own = generate(model, &schedule, recipe.n_threads, &mut told)?;
+        let mut own = generate(model, &recipe.schedule(n_self), recipe.n_threads, &mut told)?;
         judge.extend(own.split_off(n_self));
         fit.extend(own);
     }

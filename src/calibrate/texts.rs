@@ -1,6 +1,6 @@
 //! Calibration texts that are kept apart: each with its own windows, weight and held-out part.
 
-use super::{CalibrateError, Origin, Recipe, Schedule, chats, generate, held_out, text, text_windows};
+use super::{CalibrateError, Origin, Recipe, apart, chats, generate, held_out, text, text_windows};
 use crate::ggml::{LlamaModel, Token};
 use crate::text::TextFile;
 use std::path::Path;
@@ -83,16 +83,8 @@ pub fn collect_texts(
     }
     let (n_self, weight) = shares.own;
     if n_self > 0 {
-        let schedule = Schedule {
-            n_ctx: recipe.n_ctx,
-            n_windows: n_self + held_out(n_self),
-            seed: recipe.seed,
-            chat_share: recipe.chat_share,
-            n_parallel: recipe.n_parallel,
-            start: recipe.start,
-        };
         let mut told = |done: usize, total: usize| progress(Origin::Model, done, total);
-        let windows = generate(model, &schedule, recipe.n_threads, &mut told)?;
+        let windows = generate(model, &recipe.schedule(n_self), recipe.n_threads, &mut told)?;
         texts.push(split(SELF_GENERATED.into(), weight, windows, n_self));
     }
     texts.sort_by(|a, b| a.name.cmp(&b.name).then_with(|| a.fit.cmp(&b.fit)));
@@ -107,10 +99,6 @@ fn is_chat(path: &Path) -> bool {
 /// Holds out some windows, spread evenly over the text, so that at most `n` are left to fit on.
 fn split(name: String, weight: f64, windows: Vec<Vec<Token>>, n: usize) -> Text {
     let n_fit = windows.len() - held_out(windows.len().min(n)).min(windows.len() - 1);
-    let every = windows.len().div_ceil(windows.len() - n_fit);
-    let mut t = Text { name, weight, fit: Vec::new(), held_out: Vec::new() };
-    for (i, window) in windows.into_iter().enumerate() {
-        if i % every == every - 1 || every == 1 { t.held_out.push(window) } else { t.fit.push(window) }
-    }
-    t
+    let (fit, held_out) = apart(windows, n_fit);
+    Text { name, weight, fit, held_out }
 }

@@ -66,13 +66,17 @@ pub struct Removable {
     pub n_layers: usize,
     /// Number of those that draft tokens.
     pub n_drafts: usize,
+    /// Widths that experts can be narrowed to, ascending; empty if they cannot.
+    pub widths: Vec<usize>,
 }
 
 impl Removable {
     fn of(m: &Mixture) -> Removable {
         let n_drafts = m.layers.iter().filter(|l| l.drafts).count();
         let (n_expert, least, step) = (m.n_expert, m.least(), m.step());
-        Removable { n_expert, least, step, n_layers: m.layers.len(), n_drafts }
+        // Any share tells whether the architecture takes other widths.
+        let widths = if m.narrowed(0.5).is_ok() { m.possible_widths() } else { Vec::new() };
+        Removable { n_expert, least, step, n_layers: m.layers.len(), n_drafts, widths }
     }
 
     /// Largest share of the experts that can be removed, in hundredths.

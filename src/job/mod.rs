@@ -249,6 +249,11 @@ pub struct Quality {
     pub held_out_tokens: usize,
 }
 
+/// Whether the sparsity of `job` follows from something else that it asks for.
+fn wanted(job: &Job) -> bool {
+    job.settings.target.is_some() || job.target_ram.is_some() || job.limit.is_some()
+}
+
 /// Runs `job`.
 ///
 /// # Errors
@@ -256,13 +261,12 @@ pub struct Quality {
 pub fn run(job: &Job, observer: &mut dyn Observer) -> Result<Outcome, JobError> {
     let start = Instant::now();
     let file = open_file(&job.input)?;
-    if mixture::takes(job, &file) && (job.settings.sparsity > 0.0 || job.limit.is_some()) {
+    if mixture::takes(job, &file) && (job.settings.sparsity > 0.0 || wanted(job)) {
         return mixture::run(job, file, observer);
     }
     let source = open_in(&job.input, file)?;
     check_paths(job, &source.file)?;
-    let wanted = job.settings.target.is_some() || job.target_ram.is_some() || job.limit.is_some();
-    if job.settings.sparsity == 0.0 && !wanted {
+    if job.settings.sparsity == 0.0 && !wanted(job) {
         return copy_as_is(job, &source, start, observer.interrupted());
     }
     let job = &Job { settings: settings(job, &source)?, ..job.clone() };

@@ -91,7 +91,8 @@ pub struct Usage {
     /// Name of the criterion of `scores`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub criterion: Option<String>,
-    /// Score of each expert by the number of its layer; higher ones are kept.
+    /// Score of each expert by the number of its layer; higher ones are kept. Scores beside statistics only
+    /// inform.
     #[serde(default)]
     pub scores: BTreeMap<usize, Vec<f64>>,
 }

@@ -42,6 +42,14 @@ pub fn inspection_table(i: &Inspection) -> String {
                 m.least, m.n_expert, m.n_layers
             ),
         );
+        let widths = match &m.widths[..] {
+            [] => "not in this architecture".into(),
+            [first, second, .., most] if m.widths.len() > 4 => {
+                format!("to {first}, {second}, … {most} neurons")
+            }
+            all => format!("to {} neurons", all.iter().map(usize::to_string).collect::<Vec<_>>().join(", ")),
+        };
+        line("  narrower", widths);
     }
     line("n_embd", i.n_embd.to_string());
     line("head_dim", i.head_dim.to_string());
@@ -91,6 +99,7 @@ pub fn inspection_json(i: &Inspection) -> String {
             "n_expert_step": m.step,
             "layers": m.n_layers,
             "layers_that_draft": m.n_drafts,
+            "widths": m.widths,
         })),
         "reachable_sparsity": i.reachable,
     });

@@ -2,7 +2,9 @@
 
 use crate::common::test_model::TestModel;
 use crate::common::{TEXT, smollm2};
-use putri_gguf::calibrate::{CalibrateError, Origin, Recipe, Schedule, Windows, collect, generate};
+use putri_gguf::calibrate::{
+    CalibrateError, Origin, Recipe, Schedule, Windows, collect, collect_texts, generate,
+};
 use putri_gguf::evaluate::{Protocol, evaluate};
 use putri_gguf::ggml::{LlamaModel, Token, silence_logs};
 
@@ -224,4 +226,35 @@ fn what_is_sampled_twice_is_one_half_and_again_the_same() {
             assert_eq!(twice, [&once[..n_ctx / 2], &once[..n_ctx / 2]].concat());
         }
     }
+}
+
+#[test]
+fn texts_are_kept_apart_and_conversations_pass_through_the_template() {
+    silence_logs();
+    let model = LlamaModel::load(&smollm2()).unwrap();
+    let dir = tempfile::tempdir().unwrap();
+    let (chat, text) = (dir.path().join("chat.jsonl"), dir.path().join("text.txt"));
+    let line = r#"{"messages": [{"role": "user", "content": "Which way?"}, {"role": "assistant", "content": "<think>North</think> That one."}]}"#;
+    std::fs::write(&chat, [line, "\n"].concat().repeat(60)).unwrap();
+    std::fs::write(&text, crate::common::TEXT.repeat(4)).unwrap();
+    let texts = |files: [&std::path::PathBuf; 2], weights: Vec<f64>| {
+        let recipe = Recipe { files: files.map(Clone::clone).to_vec(), weights, ..recipe(32, 8, 0.0) };
+        collect_texts(&model, &recipe, &mut Vec::new(), |_, _, _| true)
+    };
+    let found = texts([&text, &chat], Vec::new()).unwrap();
+    assert_eq!(found, texts([&chat, &text], Vec::new()).unwrap(), "the order of the files does not count");
+    let names: Vec<&str> = found.iter().map(|t| t.name.as_str()).collect();
+    assert_eq!((names, found[0].fit.len(), found[1].fit.len()), (vec!["chat.jsonl", "text.txt"], 4, 4));
+    assert!(found.iter().all(|t| t.held_out.len() == 1 && t.weight == 0.5));
+    // Names of special tokens are these tokens, and thinking is part of the content.
+    let start = model.vocab().tokenize("<|im_start|>", true).unwrap();
+    let all: Vec<Token> = found[0].fit.concat();
+    assert!(start.len() == 1 && all.contains(&start[0]));
+    assert!(model.vocab().detokenize(&all).contains("North</think>"), "{}", model.vocab().detokenize(&all));
+    let weighed = texts([&chat, &text], vec![3.0, 1.0]).unwrap();
+    assert_eq!([weighed[0].fit.len(), weighed[1].fit.len()], [6, 2]);
+    assert_eq!([weighed[0].weight, weighed[1].weight], [0.75, 0.25]);
+    std::fs::write(&chat, [line, "\n{\"text\": \"no\"}\n"].concat()).unwrap();
+    let said = putri_gguf::with_causes(&texts([&chat, &text], Vec::new()).unwrap_err());
+    assert!(said.contains("chat.jsonl: line 2") && said.contains("messages"), "{said}");
 }

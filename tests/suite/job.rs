@@ -141,7 +141,7 @@ fn mixtures_lose_whole_experts() {
             let Some(Value::F32(reached)) = out.get("putri.sparsity_reached") else {
                 panic!("no provenance")
             };
-            let wanted = n_expert - (f64::from(sparsity) * n_expert as f64).round() as usize;
+            let wanted = n_expert - (sparsity * n_expert as f64).round() as usize;
             assert!(*reached > 0.0 && kept == wanted, "{name}: {reached} {kept}");
             assert!(h.blocks.iter().all(|b| b.n_expert == kept && b.n_ff == 96), "{name}");
             assert_eq!(

@@ -4,7 +4,7 @@ use crate::common::TEXT;
 use crate::common::cli::Cli;
 use crate::common::mixture_models::MixtureModel;
 use putri_gguf::ggml::{Type, silence_logs};
-use putri_gguf::gguf::{GgufFile, OutTensor, TensorData, Value, write_gguf};
+use putri_gguf::gguf::{GgufFile, OutTensor, TensorData, Value, write_gguf, write_parts};
 use serde_json::Value as Json;
 use std::borrow::Cow;
 use std::path::Path;
@@ -145,7 +145,7 @@ fn targets_and_limits_are_met() {
     prune(&cli, "a.gguf", &[&["--target-size", &goal][..], &AS_CHOSEN].concat());
     assert!(size("a.gguf") <= goal.parse().unwrap());
     let n_keep = kept(&cli.path("a.gguf")).len();
-    assert!(n_keep % 8 != 0 && n_keep > 0);
+    assert!(!n_keep.is_multiple_of(8) && n_keep > 0);
     prune(&cli, "b.gguf", &[&["--max-kld", "100"][..], &AS_CHOSEN].concat());
     let file = GgufFile::open(&cli.path("b.gguf")).unwrap();
     assert_eq!(file.get_u32("qwen3moe.expert_count").unwrap(), Some(2));
@@ -368,4 +368,23 @@ fn inspect_says_what_can_go() {
     };
     edited(&cli.path("in.gguf"), &cli.path("bad.gguf"), |_, _, _| None, many);
     cli.fails(&["inspect", "bad.gguf"], 1, &["llama4", "128"]);
+}
+
+#[test]
+fn a_split_mixture_becomes_one_file_or_as_many() {
+    let cli = with("gpt-oss");
+    let part = |i: usize| cli.path(&format!("big-{:05}-of-00003.gguf", i + 1));
+    write_parts(&GgufFile::open(&cli.path("in.gguf")).unwrap(), 3, part).unwrap();
+    let run = |output: &str, more: &[&str]| {
+        let args = ["big-00001-of-00003.gguf", output, "--sparsity", "0.5", "--threads", "1"];
+        cli.ok(&[&args[..], more, &AS_CHOSEN, &QUICK].concat());
+    };
+    run("one.gguf", &[]);
+    run("many.gguf", &["--keep-split"]);
+    let [one, many] = ["one.gguf", "many-00001-of-00003.gguf"].map(|f| GgufFile::open(&cli.path(f)).unwrap());
+    assert_eq!(many.paths().count(), 3);
+    for t in one.tensors() {
+        assert_eq!(one.data(t), many.data(many.find(&t.name).unwrap()), "{}", t.name);
+    }
+    cli.ok(&["verify", "many-00001-of-00003.gguf", "--source", "big-00001-of-00003.gguf", "-q"]);
 }

@@ -233,6 +233,11 @@ fn experts_are_narrowed_where_the_loader_allows_it() {
             (found.params(), found.block_params())
         );
         assert!(found.layers.iter().all(|l| l.width == width), "{name}");
+        let said = putri_gguf::verify(
+            &putri_gguf::VerifyJob { model: output.clone(), source: Some(input.clone()), n_threads: 1 },
+            &mut Silent,
+        );
+        assert!(said.unwrap().iter().all(|c| c.found.is_ok()), "{name}");
         // Rows of gate and up are the source's, of the same neurons in both.
         let layer = source.observed().next().unwrap().block;
         let part = |part: &str| format!("blk.{layer}.ffn_{part}_exps.weight");

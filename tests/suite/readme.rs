@@ -25,7 +25,8 @@ fn commands_in_the_readme_run() {
     // The model is wide enough for types in blocks of 256.
     let blocks = vec![(4, 2, 1024); 3];
     TestModel { ty: Type::F16, n_embd: 256, head_dim: 64, blocks, ..small }.write(&cli.path("f16.gguf"));
-    for name in ["notes.txt", "other.txt"] {
+    crate::common::mixture_models::MixtureModel::of("qwen3moe").write(&cli.path("moe.gguf"));
+    for name in ["notes.txt", "other.txt", "code.txt"] {
         std::fs::write(cli.path(name), crate::common::TEXT.repeat(3)).unwrap();
     }
     let blocks = README.split("```sh\n").skip(1).map(|b| b.split("```").next().unwrap());

@@ -239,12 +239,8 @@ impl Prepared {
         if let Some(path) = &job.stats_out {
             let s = &job.settings.experts;
             let mut written = usage.clone();
-            if written.scores.is_empty() {
+            if !usage.texts.is_empty() {
                 written.scores = crate::prune::scores(&usage, s.criterion, s.weights);
-                written.criterion = Some(s.criterion.name().into());
-            }
-            // A ranking in the file would be taken for one from elsewhere.
-            if job.stats_in.is_none() {
                 written.criterion = Some(s.criterion.name().into());
             }
             write_whole(path, written.to_json().as_bytes(), job.force)?;
@@ -296,9 +292,9 @@ impl Prepared {
         let refined = trial.refine(&choice, settings, checkpoint, observer)?;
         let (texts, metrics) = trial.quality(&refined.mask, observer)?;
         let losses = trial.losses(&refined.mask, super::verify::RECORDED)?;
-        let criterion = match usage.scores.is_empty() {
-            true => settings.criterion.name().into(),
-            false => usage.criterion.clone().unwrap_or_else(|| "given".into()),
+        let criterion = match usage.texts.is_empty() {
+            false => settings.criterion.name().into(),
+            true => usage.criterion.clone().unwrap_or_else(|| "given".into()),
         };
         let drafts = choice.of_drafts(&self.mixture);
         let mut notes = choice.notes;

@@ -108,13 +108,33 @@ fn experts_agree(mixture: &Mixture, source: &Mixture) -> Result<String, String> 
     Ok(format!("{} of {n} are kept in each layer", mixture.n_expert))
 }
 
+/// Whether a tensor of experts has a row or a number for each neuron.
+fn has_neurons(name: &str) -> bool {
+    let of_gate_or_up = ["gate_exps", "up_exps", "gate_up_exps"];
+    let role = name.rsplit_once(".ffn_").and_then(|(_, role)| role.split_once('.'));
+    role.is_some_and(|(part, kind)| of_gate_or_up.contains(&part) && (kind == "weight" || kind == "bias"))
+}
+
+/// Whether each of `n` matrices in `new` has rows, of `row` bytes, of the same matrix in `old`, in their order.
+fn rows_are_of(new: &[u8], old: &[u8], n: usize, row: usize) -> bool {
+    if row == 0 || !new.len().is_multiple_of(n * row) {
+        return false;
+    }
+    let (each, all) = (new.len() / n, old.len() / n);
+    new.chunks_exact(each).zip(old.chunks_exact(all)).all(|(new, old)| {
+        let mut left = old.chunks_exact(row);
+        new.chunks_exact(row).all(|row| left.any(|old| old == row))
+    })
+}
+
 /// Checks that all tensors hold the bytes of the source, those of experts the bytes of the kept ones.
 fn slices_agree(mixture: &Mixture, source: &Mixture) -> Result<String, String> {
     let kept = said(mixture)?;
-    let new_router = match mixture.file.get(NEW_MATRICES) {
-        Some(Value::StrArray(names)) => names.iter().any(|name| name == b"ffn_gate_inp"),
+    let is_new = |role: &str| match mixture.file.get(NEW_MATRICES) {
+        Some(Value::StrArray(names)) => names.iter().any(|name| name == role.as_bytes()),
         _ => false,
     };
+    let (new_router, narrowed) = (is_new("ffn_gate_inp"), is_new("ffn_down_exps"));
     let axes: BTreeMap<&str, (&ExpertLayer, ExpertAxis)> = source
         .layers
         .iter()
@@ -130,6 +150,13 @@ fn slices_agree(mixture: &Mixture, source: &Mixture) -> Result<String, String> {
             // Substitutes are checked by themselves.
             Some((_, ExpertAxis::Tokens)) => t.ne == old.ne,
             Some(_) if new_router && t.name.ends_with(".ffn_gate_inp.weight") => t.ne[0] == old.ne[0],
+            Some(_) if narrowed && t.name.ends_with(".ffn_down_exps.weight") => t.ne[1..] == old.ne[1..],
+            Some((layer, _)) if narrowed && has_neurons(&t.name) => {
+                let halves = if t.name.contains("gate_up_exps") { 2 } else { 1 };
+                let matrices = source.n_expert * halves;
+                n_sliced += 1;
+                rows_are_of(new, bytes, matrices, bytes.len() / matrices / layer.width)
+            }
             Some((layer, axis)) => {
                 let kept = kept.get(&layer.block).ok_or_else(|| {
                     format!("the file does not say which experts layer {} keeps", layer.block)

@@ -26,10 +26,10 @@ const NAMED: usize = 8;
 
 /// Chooses `n_keep` experts of each layer of `mixture`: those that the texts protect, and then those with the
 /// highest scores.
-/// The scores are those in `usage`, if it has a ranking, and otherwise follow from its statistics.
+/// The scores follow from the statistics in `usage`, or are those in it, if it is a ranking from elsewhere.
 pub fn choose(mixture: &Mixture, usage: &Usage, settings: &ExpertSettings, n_keep: usize) -> Choice {
     let units = Units::new(mixture, n_keep);
-    let given = !usage.scores.is_empty();
+    let given = usage.texts.is_empty();
     let scores = match given {
         true => usage.scores.clone(),
         false => prune::scores(usage, settings.criterion, settings.weights),
