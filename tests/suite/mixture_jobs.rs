@@ -255,8 +255,8 @@ fn verify_catches_planted_faults() {
                 &good,
                 &bad,
                 |name, ne, bytes| {
-                    let twice = [&bytes[..4], &bytes[..4], &bytes[8..]].concat();
-                    name.contains("tid2eid").then(|| (ne.to_vec(), twice))
+                    let table = name.contains("tid2eid").then_some(bytes)?;
+                    Some((ne.to_vec(), [&table[..4], &table[..4], &table[8..]].concat()))
                 },
                 same,
             );
