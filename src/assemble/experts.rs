@@ -12,10 +12,10 @@ use std::collections::BTreeMap;
 use std::io::Write;
 use std::path::Path;
 
-/// What is kept of a mixture.
+/// Kept part of a mixture.
 #[derive(Clone, Debug)]
 pub struct ExpertPlan {
-    /// What is left of each layer with experts, those that draft included, by the number of the layer.
+    /// Mask of each layer with experts, those that draft included, by the number of the layer.
     pub layers: BTreeMap<usize, LayerMask>,
     /// Number of experts of each layer.
     pub n_keep: usize,
@@ -30,7 +30,7 @@ pub struct ExpertPlan {
 pub struct Narrowed {
     /// Number of neurons of each expert.
     pub width: usize,
-    /// What is left of each layer, by the number of the layer.
+    /// Remains of each layer, by the number of the layer.
     pub layers: BTreeMap<usize, NarrowLayer>,
 }
 

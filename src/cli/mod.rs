@@ -1,6 +1,7 @@
 //! Command line: parsing, execution and exit codes.
 
 mod args;
+mod experts;
 mod extras;
 mod hints;
 mod logger;

@@ -1,9 +1,7 @@
 //! Conversion of arguments to a job.
 
-use super::args::{
-    ArchArg, Args, DeviceArgs, EvalArgs, ExpertCriterionArg, HeadsArg, MethodArg, MoeArg, PplStyle,
-    RouterWeightsArg,
-};
+use super::args::{ArchArg, Args, DeviceArgs, EvalArgs, HeadsArg, MethodArg, MoeArg, PplStyle};
+use super::experts::experts;
 use super::values::{quantise, tensor_types};
 use anyhow::{Context, Result, bail, ensure};
 use putri_gguf::calibrate::Recipe;
@@ -11,9 +9,7 @@ use putri_gguf::evaluate::Protocol;
 use putri_gguf::ggml::{self, Device, Offload};
 use putri_gguf::model::{Arch, FfnUnit, Heads};
 use putri_gguf::ollama::{self, OllamaError, Stored};
-use putri_gguf::pipeline::experts::ExpertSettings;
 use putri_gguf::pipeline::{Method, ResampleSettings, Settings, Target, TuneSettings};
-use putri_gguf::prune::{ExpertCriterion, RouterWeights};
 use putri_gguf::text::Encoding;
 use putri_gguf::{EvalJob, Job, KeepState, QualityLimit, RUN_CTX};
 use std::path::{Path, PathBuf};
@@ -101,37 +97,7 @@ pub fn resolve(args: Args, devices: &DeviceArgs) -> Result<Job> {
     let resample_copies =
         ours("--resample-copies", args.resample_copies, Settings::default().resample.copies, 100)?;
     let tune = ours("--tune", args.tune, Settings::default().tune.passes, 1000)?;
-    ensure!((0.0..=1.0).contains(&args.protect), "--protect {} is not a share from 0 to 1", args.protect);
-    ensure!(
-        args.text_weights.is_empty() || args.text_weights.len() == args.file.len(),
-        "--text-weights has {} weights for {} texts",
-        args.text_weights.len(),
-        args.file.len()
-    );
-    ensure!(
-        args.text_weights.iter().all(|w| w.is_finite() && *w > 0.0),
-        "--text-weights has a weight that is not above 0"
-    );
-    let defaults = ExpertSettings::default();
-    let passes = |flag, wanted: Option<usize>, default| {
-        ensure!(wanted.is_none_or(|n| n <= 1000), "{flag} is not from 0 to 1000");
-        Ok(wanted.unwrap_or(default))
-    };
-    let experts = ExpertSettings {
-        criterion: match args.expert_criterion {
-            ExpertCriterionArg::Reap => ExpertCriterion::Reap,
-            ExpertCriterionArg::Frequency => ExpertCriterion::Frequency,
-            ExpertCriterionArg::RouterWeight => ExpertCriterion::RouterWeight,
-        },
-        weights: match args.router_weights {
-            RouterWeightsArg::Applied => RouterWeights::Applied,
-            RouterWeightsArg::Normalised => RouterWeights::Normalised,
-        },
-        protect: args.protect,
-        refine: passes("--refine", args.refine, defaults.refine)?,
-        repair: passes("--refit-routers", args.refit_routers, defaults.repair)?,
-        drop_drafts: args.drop_mtp,
-    };
+    let experts = experts(&args)?;
     let offload = offload(devices)?;
     ensure!(
         args.max_device_memory.is_none() || !offload.devices.is_empty(),

@@ -39,7 +39,7 @@ pub struct Inspection {
     pub types: Vec<(Type, usize, u64)>,
     /// Number of experts that a token passes through, if there are any.
     pub n_expert_used: Option<usize>,
-    /// What can be removed from a mixture.
+    /// Removable parts of a mixture.
     pub mixture: Option<Removable>,
     /// Output architecture of a pruned model.
     pub output_arch: String,
@@ -52,7 +52,7 @@ pub struct Inspection {
     pub reachable: f64,
 }
 
-/// What can be removed from a mixture of experts.
+/// Removable parts of a mixture of experts.
 #[derive(Clone, Debug)]
 #[non_exhaustive]
 pub struct Removable {

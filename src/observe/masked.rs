@@ -6,10 +6,10 @@ use crate::numeric::{RowComparison, compare_rows, nll};
 use rayon::prelude::*;
 use std::collections::BTreeMap;
 
-/// What is left of each layer, by the number of the layer. Layers without an entry are whole.
+/// Masks by the number of the layer. Layers without an entry are whole.
 pub type Mask = BTreeMap<usize, LayerMask>;
 
-/// What is left of a layer's experts.
+/// Remaining experts of a layer.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct LayerMask {
     /// Whether each expert is kept, `[n_expert]`.

@@ -10,7 +10,7 @@ use crate::ggml::{GgmlError, LlamaModel, Node, Token, Watched, Watcher};
 use crate::model::Mixture;
 use std::collections::BTreeMap;
 
-/// What the experts of a layer do with some tokens.
+/// Effect of a layer's experts on some tokens.
 #[derive(Clone, Debug)]
 pub struct LayerOutputs {
     /// Number of experts.
@@ -192,7 +192,7 @@ struct OutputWatcher {
     forced: Option<std::ops::Range<usize>>,
 }
 
-/// What was seen of a layer.
+/// Record of a layer.
 #[derive(Default)]
 struct Layer {
     /// Bias of the router.

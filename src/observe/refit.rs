@@ -69,11 +69,11 @@ impl<'m> RouterGradients<'m> {
 #[derive(Default)]
 struct GradientWatcher {
     layers: BTreeMap<usize, Layer>,
-    /// What is left of the model; the whole model without.
+    /// Mask of the model; the whole model without.
     mask: Option<Mask>,
 }
 
-/// What was seen of a layer. All lists have one row per token.
+/// Record of a layer. All lists have one row per token.
 #[derive(Default)]
 struct Layer {
     /// Bias of the router.

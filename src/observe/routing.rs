@@ -69,7 +69,7 @@ struct RoutingWatcher {
     seen: BTreeMap<usize, Seen>,
 }
 
-/// What was seen of a layer in the current window.
+/// Record of a layer in the current window.
 struct Seen {
     used: LayerUse,
     n_tokens: usize,

@@ -181,7 +181,8 @@ pub fn eliminate(outputs: &LayerOutputs, n_keep: usize, protected: &[usize]) -> 
         })
         .collect();
     for n_left in (n_keep..n).rev() {
-        // A token's error changes only if one of its experts goes, or if all experts share its weights.
+        // A token's error changes if one of its experts goes. Where the softmax runs over all experts, other
+        // tokens' errors change a little, too, which does not count here.
         let changes: Vec<Vec<(i32, f64)>> = now
             .par_iter()
             .enumerate()

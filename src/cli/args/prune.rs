@@ -20,10 +20,11 @@ pub struct Args {
 
     /// Share of the layers' parameters to remove, as in 0.2 or 20%
     ///
-    /// The share counts attention and feed-forward matrices. Embeddings and output head are kept, so the file
-    /// shrinks by less. From 0 to below 1; 0 only copies the model. A chat model stays usable up to 0.1 to
-    /// 0.25. Widths move in whole quantisation blocks, so slightly more than this share is removed. Required,
-    /// unless --target-size, --target-params, --target-ram, --max-kld, --max-ppl-ratio or --nested is given.
+    /// The share counts attention and feed-forward matrices; of a mixture, its experts. Embeddings and output
+    /// head are kept, so the file shrinks by less. From 0 to below 1; 0 only copies the model. A chat model
+    /// stays usable up to 0.1 to 0.25. Widths move in whole quantisation blocks, so slightly more than this
+    /// share is removed. Required, unless --target-size, --target-params, --target-ram, --max-kld,
+    /// --max-ppl-ratio or --nested is given.
     #[arg(
         long,
         value_name = "S",
@@ -110,8 +111,8 @@ pub struct Args {
     /// What is removed from mixtures of experts
     ///
     /// Both remove the same number in every layer. Whole experts are kept byte for byte, at least as many as
-    /// a token uses. Expert widths move in whole quantisation blocks: with K-quants in steps of 256 neurons.
-    /// Needs --method putri. Dense models are unaffected.
+    /// a token uses, in any architecture that llama.cpp runs. Expert widths move in whole quantisation blocks:
+    /// with K-quants in steps of 256 neurons. Needs --method putri. Dense models are unaffected.
     #[arg(
         long,
         alias = "experts",

@@ -26,7 +26,7 @@ use plan::{Amount, amount_of, refuse};
 use std::path::Path;
 use std::time::Instant;
 
-/// What a job found out about the experts of a mixture.
+/// Findings of a job about the experts of a mixture.
 #[derive(Clone, Debug)]
 #[non_exhaustive]
 pub struct ExpertsOutcome {

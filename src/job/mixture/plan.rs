@@ -90,7 +90,7 @@ pub(super) fn run_ctx(job: &Job, mixture: &Mixture) -> usize {
     job.run_ctx.unwrap_or(RUN_CTX.min(trained.unwrap_or(RUN_CTX)))
 }
 
-/// What is left of each layer's experts.
+/// Amount of each layer's experts that is left.
 #[derive(Clone, Copy, Debug)]
 pub(super) enum Amount {
     /// So many whole experts.
@@ -109,7 +109,7 @@ impl Amount {
     }
 }
 
-/// What is left of each layer's experts by the share or target of `job`.
+/// Amount of each layer's experts that is left by the share or target of `job`.
 pub(super) fn amount_of(job: &Job, mixture: &Mixture) -> Result<Amount, JobError> {
     let bad = |source| JobError::Model { path: job.input.clone(), source };
     let target = job.settings.target;

@@ -15,7 +15,7 @@ pub struct Choice {
     pub scores: BTreeMap<usize, Vec<f64>>,
     /// Experts that must stay, by the number of the layer.
     pub protected: BTreeMap<usize, Vec<usize>>,
-    /// What is left of each layer that was observed.
+    /// Mask of each observed layer.
     pub mask: Mask,
     /// Notes for the user.
     pub notes: Vec<String>,

@@ -1,8 +1,8 @@
 //! Pruning of whole experts, for mixtures of any architecture: libllama computes, and nothing is fitted but
 //! the routers.
 //!
-//! [`observe`] takes statistics of the source, [`choose`] picks the experts to keep by them, and
-//! [`Trial`] tests and refines a choice by the predictions of the source with the others masked.
+//! `observe` takes statistics of the source, `choose` picks the experts to keep by them, and
+//! `Trial` tests and refines a choice by the predictions of the source with the others masked.
 
 mod choose;
 mod narrow;
@@ -56,7 +56,7 @@ impl Default for ExpertSettings {
     }
 }
 
-/// What the stages work on.
+/// Input of the stages.
 #[derive(Clone, Copy)]
 pub struct Source<'a> {
     /// The mixture.

@@ -10,7 +10,7 @@ use crate::prune::{self, Inverse, NeuronCriterion, Singular};
 use crate::requant::{FeedbackError, Quantised, quantise, quantise_with_feedback, within_reason};
 use std::collections::BTreeMap;
 
-/// What is left of a layer's experts.
+/// Remaining experts of a layer.
 #[derive(Clone, Debug)]
 pub struct NarrowLayer {
     /// Kept neurons of each expert, ascending.

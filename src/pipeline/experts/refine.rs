@@ -34,7 +34,7 @@ pub struct Step {
 /// Choice after all steps.
 #[derive(Clone, Debug)]
 pub struct Refined {
-    /// What is left of each observed layer.
+    /// Mask of each observed layer.
     pub mask: Mask,
     /// Steps in order.
     pub steps: Vec<Step>,
