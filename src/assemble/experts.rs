@@ -1,10 +1,10 @@
 //! Assembly of a mixture with fewer experts: whole slices of the source, byte for byte.
 
 use super::Provenance;
-use super::metadata::{provenance, renamed, size_label};
+use super::metadata::{is_carried, provenance, renamed, size_label};
 use super::types::file_type;
-use crate::gguf::{GgufError, GgufFile, OutTensor, TensorData, TensorInfo, Value, write_gguf};
-use crate::model::{ExpertAxis, Mixture, count};
+use crate::gguf::{GgufError, GgufFile, OutTensor, TensorData, TensorInfo, Value, gguf_size, write_gguf};
+use crate::model::{ExpertAxis, Mixture, block_and_role, count};
 use crate::observe::LayerMask;
 use crate::pipeline::experts::NarrowLayer;
 use std::borrow::Cow;
@@ -23,6 +23,13 @@ pub struct ExpertPlan {
     pub drop_drafts: bool,
     /// Narrower experts, if that is what they become; then all of them are kept.
     pub narrowed: Option<Narrowed>,
+}
+
+impl ExpertPlan {
+    /// Returns whether the tensor called `name` belongs to a block that is left out.
+    pub(super) fn drops(&self, mixture: &Mixture, name: &str) -> bool {
+        self.drop_drafts && mixture.drafts(name)
+    }
 }
 
 /// Experts with fewer neurons.
@@ -50,27 +57,11 @@ pub fn assemble_experts(
     write_gguf(out, path, &metadata, &tensors)
 }
 
-/// Size in bytes of the file that [`assemble_experts`] writes, to the byte if `p` is of the same length.
+/// Size in bytes of the file that [`assemble_experts`] writes, to the byte if `p` is of the same length. New
+/// values are not looked at.
 pub fn experts_size(mixture: &Mixture, plan: &ExpertPlan, p: &Provenance) -> Result<u64, GgufError> {
-    let mut counted = Counted(0);
-    let tensors: Vec<OutTensor> = tensors(mixture, plan)?;
-    let metadata = metadata(mixture, plan, &tensors, p);
-    write_gguf(&mut counted, Path::new(""), &metadata, &tensors)?;
-    Ok(counted.0)
-}
-
-/// Writer that only counts.
-struct Counted(u64);
-
-impl Write for Counted {
-    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
-        self.0 += bytes.len() as u64;
-        Ok(bytes.len())
-    }
-
-    fn flush(&mut self) -> std::io::Result<()> {
-        Ok(())
-    }
+    let tensors = tensors(mixture, plan)?;
+    Ok(gguf_size(&metadata(mixture, plan, &tensors, p), &tensors))
 }
 
 /// Tensors of the result, in the source's order.
@@ -84,7 +75,7 @@ fn tensors<'m>(mixture: &'m Mixture, plan: &'m ExpertPlan) -> Result<Vec<OutTens
         let mask = &plan.layers[&layer.block];
         axes.extend(layer.tensors.iter().map(|&(i, axis)| (i, (mask, axis))));
     }
-    let tensors = file.tensors().iter().enumerate().filter(|(_, t)| !dropped(mixture, plan, &t.name));
+    let tensors = file.tensors().iter().enumerate().filter(|(_, t)| !plan.drops(mixture, &t.name));
     tensors
         .map(|(i, t)| match axes.get(&i) {
             None => Ok(OutTensor::copy(file, t)),
@@ -102,22 +93,11 @@ fn tensors<'m>(mixture: &'m Mixture, plan: &'m ExpertPlan) -> Result<Vec<OutTens
         .collect()
 }
 
-/// Whether the tensor called `name` belongs to a block that is left out.
-fn dropped(mixture: &Mixture, plan: &ExpertPlan, name: &str) -> bool {
-    let first_draft = mixture.n_layer - mixture.n_draft;
-    plan.drop_drafts && block_of(name).is_some_and(|block| block >= first_draft)
-}
-
-/// Number of the block of a tensor.
-fn block_of(name: &str) -> Option<usize> {
-    name.strip_prefix("blk.")?.split_once('.')?.0.parse().ok()
-}
-
 /// Tensors of a mixture with narrower experts, in the source's order.
 fn narrow_tensors<'m>(mixture: &'m Mixture, plan: &ExpertPlan, narrowed: &'m Narrowed) -> Vec<OutTensor<'m>> {
     let file = &mixture.file;
     let one = |t: &'m TensorInfo| {
-        let layer = block_of(&t.name).and_then(|block| narrowed.layers.get(&block));
+        let layer = block_and_role(&t.name).and_then(|(block, _)| narrowed.layers.get(&block));
         let role = t.name.rsplit_once(".ffn_").map_or("", |(_, role)| role);
         let Some(layer) = layer else { return OutTensor::copy(file, t) };
         match role {
@@ -137,7 +117,7 @@ fn narrow_tensors<'m>(mixture: &'m Mixture, plan: &ExpertPlan, narrowed: &'m Nar
             _ => OutTensor::copy(file, t),
         }
     };
-    file.tensors().iter().filter(|t| !dropped(mixture, plan, &t.name)).map(one).collect()
+    file.tensors().iter().filter(|t| !plan.drops(mixture, &t.name)).map(one).collect()
 }
 
 /// Rows of `row` bytes of the kept neurons of each expert, which has `n_rows` rows in the source. A tensor of
@@ -241,10 +221,7 @@ fn metadata(
     let mut width_keys = plan.narrowed.as_ref().map_or(Vec::new(), |n| mixture.width_keys(n.width));
     let mut out: Vec<(String, Value)> = Vec::new();
     for (name, value) in mixture.file.metadata() {
-        if name.starts_with("quantize.imatrix.") || name.starts_with("putri.") || name.starts_with("split.") {
-            continue;
-        }
-        if plan.drop_drafts && *name == drafts {
+        if !is_carried(name) || (plan.drop_drafts && *name == drafts) {
             continue;
         }
         let value = match (name.as_str(), value) {

@@ -5,7 +5,7 @@ use crate::calibrate::Windows;
 use crate::forward::InputSquares;
 use crate::ggml::Type;
 use crate::gguf::{GgufError, GgufFile, OutTensor, TensorData, Value, write_gguf};
-use crate::model::{Family, Mixture, Model, Segment};
+use crate::model::{Family, Mixture, Model, Segment, block_and_role};
 use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::io::Write;
@@ -109,12 +109,11 @@ pub fn slice_imatrix(
             let reason = format!("has an entry {}, which is no tensor of the model", t.name);
             return Err(wrong(reason));
         };
-        let block = name.strip_prefix("blk.").and_then(|rest| rest.split_once('.')?.0.parse::<usize>().ok());
-        let first_draft = mixture.n_layer - mixture.n_draft;
-        if plan.drop_drafts && block.is_some_and(|block| block >= first_draft) {
+        if plan.drops(mixture, name) {
             continue;
         }
-        let mask = block.and_then(|block| plan.layers.get(&block)).filter(|_| name.ends_with("_exps.weight"));
+        let block = block_and_role(name).filter(|(_, role)| role.ends_with("_exps.weight"));
+        let mask = block.and_then(|(block, _)| plan.layers.get(&block));
         let Some(mask) = mask else {
             tensors.push(OutTensor::copy(&file, t));
             continue;

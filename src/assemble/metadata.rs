@@ -52,12 +52,7 @@ pub(super) fn metadata(
     let mut shapes = ShapeKeys::new(model, plan, output_arch);
     let mut out: Vec<(String, Value)> = Vec::new();
     for (key, value) in model.file.metadata() {
-        // These keys describe the importance matrix of another quantisation, and an earlier pruning.
-        if key.starts_with("quantize.imatrix.") || key.starts_with("putri.") {
-            continue;
-        }
-        // These keys describe how the source is split into files; a single part may have them, too.
-        if key.starts_with("split.") {
+        if !is_carried(key) {
             continue;
         }
         // A stray key of the output architecture would override the one that is written for it.
@@ -92,6 +87,13 @@ pub(super) fn metadata(
     let names = plan.new_matrices().into_iter().map(|m| m.name().into()).collect();
     out.push((NEW_MATRICES.into(), Value::StrArray(names)));
     out
+}
+
+/// Returns whether the source's key `key` may be true of the result.
+/// Others describe the importance matrix of another quantisation, an earlier pruning, and how the source is
+/// split into files, which a single part may say, too.
+pub(super) fn is_carried(key: &str) -> bool {
+    !["quantize.imatrix.", "putri.", "split."].iter().any(|prefix| key.starts_with(prefix))
 }
 
 /// Key of the names of the matrices with new values. All others are copies of the source's rows.

@@ -8,7 +8,7 @@ mod write;
 
 pub use open::{GgufFile, TensorInfo};
 pub(crate) use open::{part_suffix, sha256};
-pub use write::{MakeBytes, OutTensor, TensorData, write_gguf, write_parts};
+pub use write::{MakeBytes, OutTensor, TensorData, gguf_size, write_gguf, write_parts};
 
 pub use crate::ggml::RawValue as Value;
 

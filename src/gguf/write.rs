@@ -70,17 +70,7 @@ pub fn write_gguf(
     tensors: &[OutTensor],
 ) -> Result<(), GgufError> {
     let io = |source| GgufError::Io { path: path.into(), source };
-    let mut header = RawGguf::empty();
-    for (key, value) in metadata {
-        match key.as_str() {
-            "general.alignment" => header.set(key, &Value::U32(ALIGNMENT as u32)),
-            _ => header.set(key, value),
-        }
-    }
-    for t in tensors {
-        header.add_tensor(&t.name, t.ty, &t.ne);
-    }
-    out.write_all(&header.to_bytes()).map_err(io)?;
+    out.write_all(&header(metadata, tensors)).map_err(io)?;
     let padding = [0u8; ALIGNMENT];
     for t in tensors {
         let n = match &t.data {
@@ -98,6 +88,27 @@ pub fn write_gguf(
         out.write_all(&padding[..n.next_multiple_of(ALIGNMENT) - n]).map_err(io)?;
     }
     out.flush().map_err(io)
+}
+
+/// Size in bytes of the file that [`write_gguf`] writes, without producing the tensors' bytes.
+pub fn gguf_size(metadata: &[(String, Value)], tensors: &[OutTensor]) -> u64 {
+    let data: usize = tensors.iter().map(|t| t.n_bytes().next_multiple_of(ALIGNMENT)).sum();
+    (header(metadata, tensors).len() + data) as u64
+}
+
+/// Header of a file, padded so that the first tensor follows.
+fn header(metadata: &[(String, Value)], tensors: &[OutTensor]) -> Vec<u8> {
+    let mut header = RawGguf::empty();
+    for (key, value) in metadata {
+        match key.as_str() {
+            "general.alignment" => header.set(key, &Value::U32(ALIGNMENT as u32)),
+            _ => header.set(key, value),
+        }
+    }
+    for t in tensors {
+        header.add_tensor(&t.name, t.ty, &t.ne);
+    }
+    header.to_bytes()
 }
 
 /// Writes `file` as `n_parts` files at the paths that `path` gives, as llama-gguf-split does.

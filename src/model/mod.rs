@@ -16,7 +16,7 @@ mod weights;
 pub use family::Family;
 pub use hparams::{ExpertParams, Hparams, Temperature};
 pub use kv_cache::KvCache;
-pub use mixture::{ExpertAxis, ExpertGroups, ExpertLayer, Mixture, count};
+pub use mixture::{ExpertAxis, ExpertGroups, ExpertLayer, Mixture, block_and_role, count};
 pub use open::Model;
 pub use output_arch::{Arch, Heads, OutputArchs};
 pub use rope::SlidingWindow;

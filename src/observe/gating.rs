@@ -109,7 +109,7 @@ impl Gating {
     }
 
     /// Gradient with respect to the logits of all experts, given the one with respect to the weights of the
-    /// chosen; `None` where a logit has no influence.
+    /// chosen; 0 where a logit has no influence.
     pub fn gradient(&self, logits: &[f32], chosen: &[i32], of_weights: &[f64]) -> Vec<f64> {
         let mut out = vec![0.0; logits.len()];
         let weights = self.weights(logits, chosen);

@@ -16,14 +16,14 @@ mod usage;
 pub use gating::Gating;
 pub use grams::{ExpertGram, Grams, gram_bytes};
 pub use masked::{LayerMask, Mask, Masked, Reference};
-
 pub use outputs::{LayerOutputs, Outputs, can_observe_outputs, output_bytes};
 pub use refit::{RouterGradient, RouterGradients};
 pub use routing::Routing;
 pub use usage::{LayerUse, PooledUse, TextUse, Usage, UsageError};
 
 use crate::ggml::{GgmlError, Node};
-use crate::model::Mixture;
+use crate::model::{Mixture, block_and_role};
+use std::collections::BTreeMap;
 
 /// Error of an observation.
 #[derive(Debug, thiserror::Error)]
@@ -56,10 +56,14 @@ pub enum ObserveError {
     Interrupted,
 }
 
-/// Bias of the router of layer `block`, which its logits do not hold yet, or no numbers.
-fn router_bias(mixture: &Mixture, block: usize) -> Vec<f32> {
-    let bias = mixture.file.find(&format!("blk.{block}.ffn_gate_inp.bias"));
-    bias.and_then(|t| mixture.file.floats(t, 0..1).ok()).unwrap_or_default()
+/// Biases of the routers, which their logits do not hold yet, by the number of the layer; no numbers where
+/// there are none.
+fn router_biases(mixture: &Mixture) -> BTreeMap<usize, Vec<f32>> {
+    let bias = |block: usize| {
+        let t = mixture.file.find(&format!("blk.{block}.ffn_gate_inp.bias"))?;
+        mixture.file.floats(t, 0..1).ok()
+    };
+    mixture.observed().map(|l| (l.block, bias(l.block).unwrap_or_default())).collect()
 }
 
 /// Adds `bias` to each row of `logits`.
@@ -107,6 +111,6 @@ fn spot(node: &Node) -> Option<(Spot, usize)> {
 
 /// Block of the weight called `role` that a product multiplies by, if it is one.
 fn weight_block(product: &Node, role: &str) -> Option<usize> {
-    let (block, found) = product.source(0)?.name().strip_prefix("blk.")?.split_once('.')?;
-    (found == role).then(|| block.parse().ok())?
+    let (block, found) = block_and_role(product.source(0)?.name())?;
+    (found == role).then_some(block)
 }

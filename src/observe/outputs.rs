@@ -5,7 +5,7 @@
 //! what the source computes, so that all layers behind see what they always do.
 
 use super::gating::{Decision, Gating};
-use super::{ObserveError, Spot, add_bias, router_bias, spot};
+use super::{ObserveError, Spot, add_bias, router_biases, spot};
 use crate::ggml::{GgmlError, LlamaModel, Node, Token, Watched, Watcher};
 use crate::model::Mixture;
 use std::collections::BTreeMap;
@@ -133,8 +133,7 @@ impl<'m> Outputs<'m> {
         n_threads: usize,
     ) -> Result<Outputs<'m>, GgmlError> {
         let context = Watched::new(model, n_ctx, n_threads, OutputWatcher::default())?;
-        let biases = mixture.observed().map(|l| (l.block, router_bias(mixture, l.block))).collect();
-        Ok(Outputs { context, n_expert: mixture.n_expert, biases })
+        Ok(Outputs { context, n_expert: mixture.n_expert, biases: router_biases(mixture) })
     }
 
     /// Number of times that a window is decoded for a layer whose tokens pass through `n_used` experts.
@@ -165,8 +164,7 @@ impl<'m> Outputs<'m> {
             ..OutputWatcher::default()
         };
         self.context.decode(tokens, wanted)?;
-        let n_used = |w: &OutputWatcher| w.layers.values().map(|l| l.n_used).max().unwrap_or(0);
-        let n_used = n_used(self.context.watcher());
+        let n_used = self.context.watcher().layers.values().map(|l| l.n_used).max().unwrap_or(0);
         let n_expert = self.n_expert;
         if n_used == 0 {
             return Ok(BTreeMap::new());
@@ -331,9 +329,14 @@ impl Layer {
             }
             let dot = |a: &[f32], b: &[f32]| a.iter().zip(b).map(|(a, b)| a * b).sum::<f32>();
             found.layer.push(f64::from(dot(&sum, &sum)));
+            let first = found.products.len();
             for i in 0..n_expert {
                 found.with_layer.push(dot(&sum, output(i)));
-                found.products.extend((0..n_expert).map(|j| dot(output(i), output(j))));
+                // Products are symmetric: those with an earlier expert are there already.
+                for j in 0..n_expert {
+                    let known = (j < i).then(|| found.products[first + j * n_expert + i]);
+                    found.products.push(known.unwrap_or_else(|| dot(output(i), output(j))));
+                }
             }
         }
         Some(found)

@@ -1,12 +1,13 @@
 //! Gradients of routers, towards the outputs of the whole layers.
 //!
 //! A window is decoded twice: by the whole model, whose layers' outputs are recorded, and by what is left of
-//! it, where the outputs of the layers are put back. In the second pass, the outputs of the chosen experts tell how a layer's output depends on its router
-//! weights, and the gating function how these depend on the router's rows.
+//! it, where the outputs of the layers are put back. In the second pass, the outputs of the chosen experts
+//! tell how a layer's output depends on its router weights, and the gating function how these depend on the
+//! router's rows.
 
 use super::gating::{Decision, Gating};
 use super::masked::LayerMask;
-use super::{Mask, ObserveError, Spot, add_bias, router_bias, spot};
+use super::{Mask, ObserveError, Spot, add_bias, router_biases, spot};
 use crate::ggml::{GgmlError, LlamaModel, Node, Token, Watched, Watcher};
 use crate::model::Mixture;
 use rayon::prelude::*;
@@ -39,8 +40,7 @@ impl<'m> RouterGradients<'m> {
         n_threads: usize,
     ) -> Result<RouterGradients<'m>, GgmlError> {
         let context = Watched::new(model, n_ctx, n_threads, GradientWatcher::default())?;
-        let biases = mixture.observed().map(|l| (l.block, router_bias(mixture, l.block))).collect();
-        Ok(RouterGradients { context, biases })
+        Ok(RouterGradients { context, biases: router_biases(mixture) })
     }
 
     /// Gradients of the routers in `mask` over one window, by the number of the layer.
@@ -192,15 +192,14 @@ impl Layer {
             }
             let dot = |a: &[f32], b: &[f32]| f64::from(a.iter().zip(b).map(|(a, b)| a * b).sum::<f32>());
             let weights = &weights[t * n_used..][..n_used];
+            let length = dot(target, target).sqrt().max(1e-12);
             let of_weights: Vec<f64> = rows
                 .chunks_exact(n_embd)
                 .zip(weights)
-                .map(|(row, w)| if *w == 0.0 { 0.0 } else { 2.0 * dot(&error, row) / f64::from(*w) })
+                .map(|(row, w)| if *w == 0.0 { 0.0 } else { 2.0 * dot(&error, row) / f64::from(*w) / length })
                 .collect();
             let logits = &self.logits[t * n_expert..][..n_expert];
             let chosen = &self.chosen[t * n_used..][..n_used];
-            let length = dot(target, target).sqrt().max(1e-12);
-            let of_weights: Vec<f64> = of_weights.into_iter().map(|g| g / length).collect();
             (dot(&error, &error) / length, length, gating.gradient(logits, chosen, &of_weights))
         };
         let tokens: Vec<(f64, f64, Vec<f64>)> = (0..n_tokens).into_par_iter().map(of_token).collect();

@@ -217,6 +217,6 @@ fn blank(mixture: &Mixture, layer: &ExpertLayer, width: usize) -> (usize, Narrow
     let t = mixture.file.find(&name).expect("a layer with experts");
     let ty = output_type(t.ty, width);
     let n_rows = t.ne[1] * mixture.n_expert;
-    let down = Quantised::new(ty, width, n_rows, vec![0; ty.row_bytes(width) * n_rows]);
+    let down = Quantised::new(ty, width, n_rows, Vec::new());
     (layer.block, NarrowLayer { neurons: vec![(0..width).collect(); mixture.n_expert], down })
 }

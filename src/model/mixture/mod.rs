@@ -230,6 +230,11 @@ impl Mixture {
         self.layers.iter().filter(|l| !l.drafts)
     }
 
+    /// Returns whether the tensor called `name` belongs to a block that drafts tokens.
+    pub fn drafts(&self, name: &str) -> bool {
+        block_and_role(name).is_some_and(|(block, _)| block >= self.n_layer - self.n_draft)
+    }
+
     /// Number of experts that can only go together: one per group, or one chunk.
     pub fn step(&self) -> usize {
         self.groups.map_or(self.chunk, |g| g.n)
@@ -300,14 +305,13 @@ impl Mixture {
     /// experts of `width` neurons in each layer, without the blocks that draft tokens if `drop_drafts` is set.
     pub fn removed_params(&self, n_keep: usize, width: usize, drop_drafts: bool) -> [usize; 2] {
         let mut removed = [0, 0];
-        let first_draft = self.n_layer - self.n_draft;
         for (i, t) in self.file.tensors().iter().enumerate() {
-            let Some((block, role)) = block_and_role(&t.name) else { continue };
+            let Some((_, role)) = block_and_role(&t.name) else { continue };
             let all = t.n_elements();
             let layer = self.layers.iter().find(|l| l.tensors.iter().any(|(j, _)| *j == i));
             let axis = layer.and_then(|l| l.tensors.iter().find(|(j, _)| *j == i)).map(|(_, axis)| *axis);
             let left = match (layer, axis) {
-                _ if drop_drafts && block >= first_draft => 0,
+                _ if drop_drafts && self.drafts(&t.name) => 0,
                 (Some(layer), Some(ExpertAxis::Experts | ExpertAxis::Chunks)) => {
                     let kept = all / self.n_expert * n_keep;
                     let has_neurons =
@@ -359,7 +363,7 @@ pub fn count(t: &TensorInfo, axis: ExpertAxis) -> usize {
 }
 
 /// Number of the block of a tensor, and its name within the block.
-fn block_and_role(name: &str) -> Option<(usize, &str)> {
+pub fn block_and_role(name: &str) -> Option<(usize, &str)> {
     let (block, role) = name.strip_prefix("blk.")?.split_once('.')?;
     Some((block.parse().ok()?, role))
 }
