@@ -99,7 +99,7 @@ fn block(c: &mut Criterion) {
     let n_threads = std::thread::available_parallelism().map_or(1, |n| n.get());
     let w = model.block(0).expect("a block");
     for n_ctx in [512, 2048] {
-        let mut forward = Forward::new(&model, n_ctx, n_threads).expect("engine");
+        let forward = Forward::new(&model, n_ctx, n_threads).expect("engine");
         let block = forward.upload(&w).expect("engine");
         let n_embd = forward.n_embd();
         let x = Rng(2).vec(TOKENS * n_embd, 1.0);

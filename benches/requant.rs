@@ -68,7 +68,7 @@ fn main() {
     assert_eq!(windows.len(), args.chunks + n_judge, "the text is too short");
     // Every third window is held out, so that both kinds come from all over the text.
     let judges = |i: usize| i % 3 == 2;
-    let mut forward = Forward::new(&model, args.ctx, args.threads).expect("engine");
+    let forward = Forward::new(&model, args.ctx, args.threads).expect("engine");
     let mut stream = forward.embed(&model, &windows.concat()).expect("embeddings");
     let types: Vec<Type> = args
         .types

@@ -1,8 +1,14 @@
-//! Cost of one block of a large model: time, memory, and the rate of its matrix products.
+//! How time grows and shrinks: with the number of threads, and with the size of a model.
 //!
+//!     cargo bench --bench scale -- --threads 1,2,4,8,16 MODEL
 //!     cargo bench --bench scale -- --shape 1b --shape 8b --blocks 2
-//!     cargo bench --bench scale -- --shape 8b --shape 70b --whole
+//!     cargo bench --bench scale -- --shape 8b --shape 70b --whole --threads 2,8,16
 //!
+//! With a model, it is pruned once per number of threads, each time by a process of its own, and a row per
+//! stage says how many times as fast as with the first number it is, and what share of that many times as
+//! many threads that is. Stages that only llama.cpp takes part in are not among them.
+//!
+//! With shapes, prints the cost of one block: time, memory, and the rate of its matrix products.
 //! The models have a few blocks with random weights in the shapes of Llama 3, and are pruned on random
 //! tokens. Prints a row per stage: time and operations of a block, memory at the stage's peak (without
 //! mapped files), and the forecast from the shapes. The weights influence the number of removed neurons and
@@ -14,11 +20,13 @@ mod test_model;
 
 use clap::{Parser, ValueEnum};
 use putri_gguf::calibrate::{Recipe, Windows};
+use putri_gguf::forward::chunk_tokens;
 use putri_gguf::ggml::{RawGguf, Token, Type, devices, product_rate, silence_logs};
 use putri_gguf::pipeline::{Observer, Settings};
 use putri_gguf::report::{Timings, dry_run_table};
 use putri_gguf::{Job, dry_run, run};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
+use std::process::Stdio;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
@@ -67,10 +75,16 @@ impl Shape {
     }
 }
 
-#[derive(Parser)]
+#[derive(Clone, Parser)]
 struct Args {
+    /// Model to prune with each number of threads.
+    #[arg(required_unless_present = "shape", conflicts_with_all = ["shape", "whole", "device"])]
+    model: Option<PathBuf>,
+    /// Calibration text for that model, instead of random tokens.
+    #[arg(short, long, requires = "model")]
+    file: Option<PathBuf>,
     /// Shapes.
-    #[arg(long, value_enum, required = true)]
+    #[arg(long, value_enum)]
     shape: Vec<Shape>,
     /// Blocks.
     #[arg(long, default_value_t = 2)]
@@ -84,9 +98,9 @@ struct Args {
     /// Calibration windows.
     #[arg(long, default_value_t = 32)]
     chunks: usize,
-    /// Threads.
-    #[arg(long, default_value_t = 2)]
-    threads: usize,
+    /// Numbers of threads.
+    #[arg(long, value_delimiter = ',', default_values_t = [2])]
+    threads: Vec<usize>,
     /// Devices, as `putri-gguf devices` names them, instead of the CPU; peak and memory stay those of the
     /// CPU.
     #[arg(long, value_delimiter = ',')]
@@ -97,6 +111,9 @@ struct Args {
     /// Memory limit of these models in GiB
     #[arg(long, requires = "whole")]
     max_memory: Option<f64>,
+    /// Print the times of a single run with so many threads, for the process that compares them.
+    #[arg(long, hide = true)]
+    times: Option<usize>,
     /// Flag that `cargo bench` adds.
     #[arg(long, hide = true)]
     bench: bool,
@@ -119,10 +136,25 @@ fn main() {
     silence_logs();
     let mut args = Args::parse();
     args.shape.sort_unstable();
-    let rate = product_rate(args.threads).expect("engine");
-    println!("Products of 2048 x 2048 floats on {} threads: {:.0} GFLOP/s.\n", args.threads, rate / 1e9);
+    if let Some(model) = args.model.clone() {
+        return match args.times {
+            Some(n) => time(&model, &Args { threads: vec![n], ..args }),
+            None => compare(&args),
+        };
+    }
+    let n = args.threads.iter().copied().max().expect("clap wants one");
+    rayon::ThreadPoolBuilder::new().num_threads(n).build_global().expect("threads");
+    let rate = product_rate().expect("engine");
+    println!("Products of 2048 x 2048 floats on {n} threads: {:.0} GFLOP/s.\n", rate / 1e9);
     if args.whole {
-        return args.shape.iter().for_each(|shape| expect(*shape, &args, rate));
+        for shape in &args.shape {
+            for &threads in &args.threads {
+                // The rate of a thread is taken to be the same on any number of cores.
+                let args = Args { threads: vec![threads], ..args.clone() };
+                expect(*shape, &args, rate / n as f64 * threads as f64);
+            }
+        }
+        return;
     }
     println!(
         "| shape | stage | seconds a block | GFLOP a block | expected | f64 | of peak | GiB | expected |"
@@ -131,6 +163,80 @@ fn main() {
     for shape in &args.shape {
         measure(*shape, &args, rate);
     }
+}
+
+/// Prunes `model` with the first number of threads, and prints a line per stage: name, seconds, seconds of
+/// all processors.
+fn time(model: &Path, args: &Args) {
+    let n = args.threads[0];
+    rayon::ThreadPoolBuilder::new().num_threads(n).build_global().expect("threads");
+    let folder = tempfile::tempdir().expect("temporary folder");
+    let job = job(args, model.into(), folder.path().join("out.gguf"));
+    let job = match &args.file {
+        Some(file) => {
+            Job { recipe: Recipe { files: vec![file.clone()], self_share: 0.0, ..recipe(args) }, ..job }
+        }
+        None => {
+            let found = putri_gguf::inspect(model).expect("a model");
+            Job { windows: Some(random_windows(args, found.n_vocab)), ..job }
+        }
+    };
+    let mut silent = Silent { peaks: Arc::default(), stage: Arc::default() };
+    let mut watched = Timings::new(&mut silent);
+    run(&job, &mut watched).expect("a pruned model");
+    for stage in watched.finish().0 {
+        let cpu = stage.cpu.unwrap_or_default().as_secs_f64();
+        println!("{}\t{}\t{cpu}", stage.name, stage.time.as_secs_f64());
+    }
+}
+
+/// Times of the stages of one run: name, seconds, seconds of all processors.
+type Times = Vec<(String, f64, f64)>;
+
+/// Runs [`time`] with each number of threads in a process of its own, and prints a table.
+fn compare(args: &Args) {
+    let all: Vec<Times> = args.threads.iter().map(|&n| times(n)).collect();
+    let first = args.threads[0];
+    let numbers = args.threads.iter().map(|n| format!(" {n}, s |"));
+    let ratios = args.threads[1..].iter().map(|n| format!(" {n}, times as fast | of {} |", ratio(*n, first)));
+    println!("| stage |{}{}", numbers.collect::<String>(), ratios.collect::<String>());
+    println!("|---|{}", "---|".repeat(args.threads.len() * 3 - 2));
+    let sum = |times: &Times| times.iter().map(|t| t.1).sum::<f64>();
+    let names = all[0].iter().map(|t| Some(&t.0)).chain([None]);
+    for name in names {
+        let seconds = |times: &Times| match name {
+            None => sum(times),
+            Some(name) => times.iter().filter(|t| t.0 == *name).map(|t| t.1).sum(),
+        };
+        let seconds: Vec<f64> = all.iter().map(seconds).collect();
+        let cells = seconds.iter().map(|s| format!(" {s:.1} |"));
+        let ratios = args.threads.iter().zip(&seconds).skip(1).map(|(n, s)| {
+            let times = seconds[0] / s;
+            format!(" {times:.2} | {:.0} % |", times * first as f64 / *n as f64 * 100.0)
+        });
+        let name = name.map_or("all", String::as_str);
+        println!("| {name} |{}{}", cells.collect::<String>(), ratios.collect::<String>());
+    }
+}
+
+/// Ratio of two numbers of threads, as a table shows it.
+fn ratio(n: usize, first: usize) -> String {
+    let ratio = n as f64 / first as f64;
+    if n.is_multiple_of(first) { format!("{ratio:.0}") } else { format!("{ratio:.2}") }
+}
+
+/// Runs this program with the same arguments and `n` threads for the times of one run.
+fn times(n: usize) -> Times {
+    let mut words: Vec<String> = std::env::args().skip(1).collect();
+    words.push(format!("--times={n}"));
+    let me = std::env::current_exe().expect("this program");
+    let done = std::process::Command::new(me).args(words).stderr(Stdio::inherit()).output().expect("itself");
+    assert!(done.status.success(), "the run on {n} threads failed");
+    let line = |line: &str| {
+        let [name, seconds, cpu] = line.split('\t').collect::<Vec<_>>()[..] else { return None };
+        Some((name.into(), seconds.parse().ok()?, cpu.parse().ok()?))
+    };
+    String::from_utf8_lossy(&done.stdout).lines().filter_map(line).collect()
 }
 
 /// Prints the forecast for a whole model, from a file that has a header and a hole for its tensors.
@@ -178,7 +284,7 @@ fn recipe(args: &Args) -> Recipe {
         n_ctx: args.ctx,
         n_windows: args.chunks,
         self_share: 0.0,
-        n_threads: args.threads,
+        n_threads: args.threads[0],
         n_parallel: 1,
         ..Recipe::default()
     }
@@ -191,8 +297,23 @@ fn job(args: &Args, input: PathBuf, output: PathBuf) -> Job {
     };
     let devices = args.device.iter().map(named).collect();
     let settings =
-        Settings { sparsity: args.sparsity, n_threads: args.threads, devices, ..Settings::default() };
+        Settings {
+            sparsity: args.sparsity,
+            n_threads: args.threads[0],
+            chunk_tokens: chunk_tokens(args.threads[0]),
+            devices,
+            ..Settings::default()
+        };
     Job { verify: false, recipe: recipe(args), settings, ..Job::new(input, output) }
+}
+
+/// Windows of random tokens of a vocabulary.
+fn random_windows(args: &Args, n_vocab: usize) -> Windows {
+    let n_held_out = (args.chunks / 8).max(1);
+    let mut rng = Rng(1);
+    let n_tokens = (args.chunks + n_held_out) * args.ctx;
+    let tokens = (0..n_tokens).map(|_| 3 + (rng.next_u64() % (n_vocab as u64 - 3)) as Token);
+    Windows { n_ctx: args.ctx, tokens: tokens.collect(), n_fit: args.chunks, n_held_out, n_self: 0 }
 }
 
 fn measure(shape: Shape, args: &Args, rate: f64) {
@@ -208,12 +329,7 @@ fn measure(shape: Shape, args: &Args, rate: f64) {
         ..TestModel::default()
     };
     model.write(&input);
-    let n_held_out = (args.chunks / 8).max(1);
-    let mut rng = Rng(1);
-    let n_tokens = (args.chunks + n_held_out) * args.ctx;
-    let tokens = (0..n_tokens).map(|_| 3 + (rng.next_u64() % (model.n_vocab as u64 - 3)) as Token);
-    let windows =
-        Windows { n_ctx: args.ctx, tokens: tokens.collect(), n_fit: args.chunks, n_held_out, n_self: 0 };
+    let windows = random_windows(args, model.n_vocab);
     let job = Job { windows: Some(windows), ..job(args, input, output) };
     let mut silent = Silent { peaks: Arc::default(), stage: Arc::default() };
     let (peaks, stage) = (Arc::clone(&silent.peaks), Arc::clone(&silent.stage));

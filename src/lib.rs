@@ -85,6 +85,7 @@ pub mod observe;
 pub mod ollama;
 pub mod package;
 #[doc(hidden)]
+mod parallel;
 pub mod pipeline;
 #[doc(hidden)]
 pub mod prune;

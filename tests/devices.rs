@@ -127,7 +127,7 @@ fn logits_are_those_of_the_cpu_in_every_family() {
 }
 
 /// All results of a pass over a block, as one list of numbers per kind.
-fn collected(forward: &mut Forward, block: &Block, x: &[f32], n_ff: usize) -> Vec<(&'static str, Vec<f64>)> {
+fn collected(forward: &Forward, block: &Block, x: &[f32], n_ff: usize) -> Vec<(&'static str, Vec<f64>)> {
     let n_embd = forward.n_embd();
     let scales: Vec<f32> = (0..x.len() / n_embd).map(|i| 0.5 + (i % 7) as f32 / 7.0).collect();
     let target: Vec<f32> = x.iter().map(|v| v * 0.9).collect();
@@ -183,9 +183,9 @@ fn sums_for_the_algebra_are_those_of_the_cpu() {
         let w = model.block(1).unwrap();
         let x = Rng(5).vec(20 * N_CTX * n_embd, 1.0);
         let [ours, theirs] = [1.into(), devices.compute()].map(|c| {
-            let mut forward = Forward::new(&model, N_CTX, c).unwrap();
+            let forward = Forward::new(&model, N_CTX, c).unwrap();
             let block = forward.upload(&w).unwrap();
-            collected(&mut forward, &block, &x, n_ff)
+            collected(&forward, &block, &x, n_ff)
         });
         for ((what, ours), (_, theirs)) in ours.iter().zip(&theirs) {
             let apart = apart(theirs, ours);
@@ -272,7 +272,8 @@ fn memory_there_is_foreseen_and_kept_within() {
     let prune = [&prune[..], &["-c", "128", "--chunks", "64", "-q", "--report", "r.json"], &args].concat();
     let c = Calibration { n_ctx: 128, n_fit: 56, n_held_out: 8 };
     let foreseen = [CHUNK_TOKENS, 1].map(|chunk_tokens| {
-        let settings = Settings { sparsity: 0.4, chunk_tokens, ..Settings::default() };
+        let (sparsity, devices) = (0.4, devices.all.clone());
+        let settings = Settings { sparsity, chunk_tokens, devices, ..Settings::default() };
         forecast(&model, &c, &settings).unwrap().on_devices()
     });
     assert!(foreseen[1] < 0.6 * foreseen[0], "{foreseen:?}");

@@ -224,7 +224,7 @@ fn streams_go_into_files_where_memory_is_short() {
     let limit = (forecast(&model, &c, &settings).unwrap().memory() as u64 - 1).to_string();
     let args = [&["in.gguf", "files.gguf", "--max-memory", &limit][..], &common].concat();
     let said = cli.ok(&[&args[..], &["--dry-run"]].concat());
-    assert!(said.contains("in files beside the output. 2048 tokens"), "{said}");
+    assert!(said.contains("in files beside the output. 4096 tokens"), "{said}");
     cli.ok(&args);
     let [a, b] = ["memory.gguf", "files.gguf"].map(|f| std::fs::read(cli.path(f)).unwrap());
     assert!(a == b);

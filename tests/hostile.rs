@@ -153,7 +153,7 @@ fn reads(path: &Path) -> bool {
     let Ok(blocks) = blocks else { return false };
     let n_ctx = model.hparams.n_ctx_train.min(8);
     let tokens: Vec<i32> = (0..n_ctx as i32).collect();
-    let Ok(mut forward) = Forward::new(&model, n_ctx, 1) else { return false };
+    let Ok(forward) = Forward::new(&model, n_ctx, 1) else { return false };
     let Ok(mut x) = forward.embed(&model, &tokens) else { return false };
     for w in &blocks {
         let block = forward.upload(w).unwrap();

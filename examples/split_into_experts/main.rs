@@ -107,7 +107,7 @@ fn split(model: &Model, args: &Args) -> Result<Vec<Split>, Box<dyn Error>> {
     let vocab = LlamaModel::load_vocab(&args.input)?;
     let n_windows = args.tokens.div_ceil(N_CTX);
     let windows = file_windows(&vocab, std::slice::from_ref(&args.file), N_CTX, n_windows)?;
-    let mut forward = Forward::new(model, N_CTX, args.threads)?;
+    let forward = Forward::new(model, N_CTX, args.threads)?;
     let mut dense = forward.embed(model, &windows.concat())?;
     let mut own = dense.clone();
     let mut splits = Vec::new();

@@ -8,11 +8,14 @@
 //! 2406.08464).
 
 use super::CalibrateError;
-use crate::ggml::{BatchToken, Context, LlamaModel, Token};
+use crate::ggml::{BatchToken, Context, GgmlError, LlamaModel, Token};
 use crate::numeric::draw;
+use crate::parallel::each_telling;
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use rayon::prelude::*;
+use std::ops::Range;
+use std::sync::{Mutex, PoisonError};
 
 /// First tokens of a document, over which the temperature falls from 2 to 1.
 const WARM_TOKENS: usize = 2;
@@ -27,6 +30,10 @@ const SURPRISE: f32 = 5.0;
 /// Rate at which the bound follows the surprise; the bound carries over from one document of a window to
 /// the next.
 const FOLLOWS: f32 = 0.1;
+
+/// Number of windows that are written together in one batch. Each group of windows is written by threads of
+/// its own, which do not wait for those of others.
+const GROUP: usize = 8;
 
 /// Longest message of a user, in tokens: small models do not always end it, and the reply should fit, too.
 const MESSAGE_TOKENS: usize = 64;
@@ -95,14 +102,20 @@ pub fn generate(
     let chats = |i: usize| (i as f64 * schedule.chat_share).floor();
     let frame = |i: usize| chat.as_ref().filter(|_| chats(i + 1) > chats(i)).unwrap_or(&plain);
     let Schedule { n_ctx, n_windows, seed, n_parallel, .. } = *schedule;
-    let parallel = n_parallel.clamp(1, n_windows);
-    let mut context = Context::new(model, n_ctx, parallel, parallel, n_threads)?;
-    let total = n_ctx * n_windows;
-    let mut windows: Vec<Vec<Token>> = Vec::with_capacity(n_windows);
-    while windows.len() < n_windows {
-        let first = windows.len();
-        let n = parallel.min(n_windows - first);
-        let mut batch: Vec<Writer> = (first..first + n).map(|i| Writer::new(frame(i), seed, i)).collect();
+    let per_group = GROUP.min(n_parallel).clamp(1, n_windows);
+    let groups: Vec<Range<usize>> =
+        (0..n_windows).step_by(per_group).map(|first| first..(first + per_group).min(n_windows)).collect();
+    let at_once = (n_parallel / per_group).min(n_threads).clamp(1, groups.len());
+    let idle = Mutex::new(Vec::new());
+    let locked = || idle.lock().unwrap_or_else(PoisonError::into_inner);
+    let write = |group: Range<usize>, tell: &dyn Fn(usize) -> bool| {
+        let n = group.len();
+        let mut batch: Vec<Writer> = group.map(|i| Writer::new(frame(i), seed, i)).collect();
+        let context = locked().pop().map_or_else(
+            || Context::new(model, n_ctx, per_group, per_group, n_threads / at_once),
+            Ok::<Context, GgmlError>,
+        );
+        let mut context = context?;
         context.clear();
         for pos in 0..n_ctx - 1 {
             let tokens: Vec<_> = batch
@@ -117,13 +130,21 @@ pub fn generate(
             for (w, next) in batch.iter_mut().zip(sampled) {
                 w.push(next, vocab.is_eog(next));
             }
-            if !progress(first * n_ctx + (pos + 2) * n, total) {
+            // The first token of a window is given.
+            if !tell(if pos == 0 { 2 * n } else { n }) {
                 return Err(CalibrateError::Interrupted);
             }
         }
-        windows.extend(batch.into_iter().map(|w| w.tokens));
-    }
-    Ok(windows)
+        locked().push(context);
+        Ok(batch.into_iter().map(|w| w.tokens).collect::<Vec<_>>())
+    };
+    let (total, mut done) = (n_ctx * n_windows, 0);
+    let written = each_telling(groups, at_once, write, |n| {
+        done += n;
+        progress(done, total)
+    })?;
+    let windows: Vec<_> = written.into_iter().flatten().collect();
+    if windows.len() == n_windows { Ok(windows) } else { Err(CalibrateError::Interrupted) }
 }
 
 /// Window that is being written.

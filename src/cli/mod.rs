@@ -10,7 +10,8 @@ mod resolve;
 mod values;
 
 pub use args::{Args, Cli, Command, DeviceArgs, EvalArgs};
-pub use resolve::{nested_name, resolve, resolve_eval, stored, threads};
+pub use resolve::{nested_name, resolve, resolve_eval, stored};
+pub use values::threads;
 
 use anyhow::Context;
 use clap::{CommandFactory, Parser};
@@ -241,7 +242,7 @@ fn prune(mut args: Args, devices: &DeviceArgs) -> Result<(), Failed> {
     extras::check_all(&extras, &job)?;
     to_ollama.as_deref().map_or(Ok(()), |name| ollama::can_create(name, &job.output, stored.as_ref()))?;
     if dry {
-        let rate = || ggml::product_rate(n_threads).ok();
+        let rate = || ggml::product_rate().ok();
         return show(&dry_run_table(&putri_gguf::dry_run(&job)?, rate()));
     }
     let mut progress = if json { Progress::events(stop) } else { Progress::new(quiet, stop) };
@@ -272,8 +273,8 @@ fn prune(mut args: Args, devices: &DeviceArgs) -> Result<(), Failed> {
         (JobError::Interrupted, Some(keep)) => Failed::Interrupted(keep.folder.clone()),
         (e, _) => Failed::Job(e),
     })?;
-    let rate = timings.then(|| ggml::product_rate(n_threads).ok()).flatten();
-    let timed = rate.map(|rate| format!("\n{}", stages.table(rate, outcome.forecast.as_ref())));
+    let rate = timings.then(|| ggml::product_rate().ok()).flatten();
+    let timed = rate.map(|rate| format!("\n{}", stages.table(rate, n_threads, outcome.forecast.as_ref())));
     let mut missing = extras[0].make(&job, &outcome, stored.as_ref(), &timed.unwrap_or_default());
     if let Some(name) = to_ollama
         && let Err(e) = ollama::create(&name, &outcome.output, stored.as_ref())

@@ -2,10 +2,11 @@
 
 use super::args::{ArchArg, Args, DeviceArgs, EvalArgs, HeadsArg, MethodArg, MoeArg, PplStyle};
 use super::experts::experts;
-use super::values::{quantise, tensor_types};
+use super::values::{quantise, tensor_types, threads};
 use anyhow::{Context, Result, bail, ensure};
 use putri_gguf::calibrate::Recipe;
 use putri_gguf::evaluate::Protocol;
+use putri_gguf::forward::chunk_tokens;
 use putri_gguf::ggml::{self, Device, Offload};
 use putri_gguf::model::{Arch, FfnUnit, Heads};
 use putri_gguf::ollama::{self, OllamaError, Stored};
@@ -154,6 +155,7 @@ pub fn resolve(args: Args, devices: &DeviceArgs) -> Result<Job> {
                 ArchArg::Keep => Arch::Keep,
             },
             n_threads,
+            chunk_tokens: chunk_tokens(n_threads),
             devices: offload.devices,
             resample: ResampleSettings { copies: resample_copies, ..ResampleSettings::default() },
             tune: TuneSettings { passes: tune, ..TuneSettings::default() },
@@ -293,12 +295,6 @@ fn offload(args: &DeviceArgs) -> Result<Offload> {
         args.device.iter().map(named).collect::<Result<_>>()?
     };
     Ok(Offload { devices, n_layers })
-}
-
-/// Reads `--threads`.
-pub fn threads(given: Option<usize>) -> Result<usize> {
-    ensure!(given.is_none_or(|n| (1..=512).contains(&n)), "--threads is not from 1 to 512");
-    Ok(given.unwrap_or_else(|| std::thread::available_parallelism().map_or(1, |n| n.get())))
 }
 
 /// Reads `--encoding`.

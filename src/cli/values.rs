@@ -1,6 +1,6 @@
 //! Parsers of option values: shares, sizes and counts for clap's `value_parser`, and names of types.
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 use putri_gguf::Quantise;
 use putri_gguf::ggml::{FileType, Type};
 use putri_gguf::pipeline::TensorTypes;
@@ -71,6 +71,18 @@ pub fn tensor_types(given: &[String]) -> Result<TensorTypes> {
         }
     }
     Ok(types)
+}
+
+/// Reads `--threads`: all processors that this process may use, unless fewer are wanted. More threads than
+/// that would only wait for each other.
+pub fn threads(given: Option<usize>) -> Result<usize> {
+    ensure!(given.is_none_or(|n| (1..=512).contains(&n)), "--threads is not from 1 to 512");
+    let most = std::thread::available_parallelism().map_or(1, |n| n.get());
+    if let Some(n) = given.filter(|n| *n > most) {
+        let processors = if most == 1 { "one processor".into() } else { format!("{most} processors") };
+        eprintln!("note: this process may use {processors}, so --threads {n} counts as {most}");
+    }
+    Ok(given.map_or(most, |n| n.min(most)))
 }
 
 #[cfg(test)]

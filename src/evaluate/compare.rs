@@ -43,7 +43,7 @@ impl Judge {
     /// # Errors
     /// [`ForwardError`] if the model cannot be read or the engine fails.
     pub fn compare(&mut self, model: &Model) -> Result<Metrics, ForwardError> {
-        let (mut forward, head, stream) = final_stream(model, &self.tokens, self.n_ctx, self.n_threads)?;
+        let (forward, head, stream) = final_stream(model, &self.tokens, self.n_ctx, self.n_threads)?;
         self.score(|own, span| forward.logits(&head, &stream[span], |_, rows| own.extend_from_slice(rows)))
     }
 
@@ -87,7 +87,7 @@ impl Judge {
 /// # Errors
 /// [`ForwardError`] if the model cannot be read, the tokens are not in its vocabulary, or the engine fails.
 pub fn own_losses(model: &Model, tokens: &[Token], n_threads: usize) -> Result<Vec<f64>, ForwardError> {
-    let (mut forward, head, stream) = final_stream(model, tokens, tokens.len(), n_threads)?;
+    let (forward, head, stream) = final_stream(model, tokens, tokens.len(), n_threads)?;
     let targets: Vec<Option<Token>> = tokens[1..].iter().copied().map(Some).chain([None]).collect();
     forward.nll(&head, &stream, &targets)
 }
@@ -100,7 +100,7 @@ fn final_stream(
     n_ctx: usize,
     n_threads: usize,
 ) -> Result<FinalStream, ForwardError> {
-    let mut forward = Forward::new(model, n_ctx, n_threads)?;
+    let forward = Forward::new(model, n_ctx, n_threads)?;
     let mut stream = forward.embed(model, tokens)?;
     for il in 0..model.hparams.n_layer() {
         let block = forward.upload(&model.block(il)?)?;

@@ -1,10 +1,13 @@
 //! Evaluation of a file on a text by libllama, with the figures that a user of llama.cpp would measure.
 
-use super::window::Window;
+use super::window::{Window, run_together, side_by_side};
 use crate::ggml::{BatchToken, Context, GgmlError, LlamaModel, Token};
 use crate::numeric::{Metrics, RowComparison, compare_rows, nll};
+use crate::parallel::each_telling;
 use crate::text::{PIECE, TextError, TextFile};
 use rayon::prelude::*;
+use std::collections::BTreeMap;
+use std::sync::{Mutex, PoisonError};
 use std::time::Instant;
 
 /// Protocol that determines which tokens are scored, and after which context. Figures of the two are not
@@ -171,41 +174,72 @@ pub fn evaluate(
     if let Some(other) = base.map(|b| b.vocab().n_tokens()).filter(|n| *n != n_vocab) {
         return Err(EvaluateError::Vocabularies(n_vocab, other));
     }
-    let mut own = Window::new(model, n_ctx, n_threads)?;
-    let mut other = base.map(|b| Window::new(b, n_ctx, n_threads)).transpose()?;
-    let (mut losses, mut compared) = (Vec::<f64>::new(), Vec::<RowComparison>::new());
-    let mut base_logits = Vec::new();
+    let n_models = if base.is_some() { 2 } else { 1 };
+    let n_windows = if model.is_offloaded() { 1 } else { windows.len() };
+    let (at_once, n_threads) = side_by_side(n_windows, n_ctx, n_vocab, n_models, n_threads);
+    let idle = Mutex::new(Vec::new());
+    let locked = || idle.lock().unwrap_or_else(PoisonError::into_inner);
     let mean = |values: &[f64]| values.iter().sum::<f64>() / values.len() as f64;
-    for (i, window) in windows.iter().map(AsRef::as_ref).enumerate() {
-        if let Some(other) = &mut other {
-            base_logits.clear();
-            other.run(window, first, |_, rows| {
-                rows.iter().for_each(|row| base_logits.extend_from_slice(row));
-            })?;
-        }
-        own.run(window, first, |at, rows| {
-            if base_logits.is_empty() {
-                let rows = rows.par_iter().zip(&window[at + 1..]);
-                losses.par_extend(rows.map(|(row, &next)| nll(row, next as usize)));
-                return;
+    let (mut losses, mut compared) = (Vec::<f64>::new(), Vec::<RowComparison>::new());
+    // Results of windows that were done before an earlier one.
+    let mut early: BTreeMap<usize, Compared> = BTreeMap::new();
+    let (mut n_done, mut goes_on) = (0, true);
+    let work = |(i, window): (usize, &[Token]), tell: &dyn Fn((usize, Compared)) -> bool| {
+        let (mut own, mut other) = match locked().pop() {
+            Some(pair) => pair,
+            None => {
+                let of = |model| Window::new(model, n_ctx, n_threads);
+                (of(model)?, base.map(of).transpose()?)
             }
-            let base = base_logits[(at - first) * n_vocab..].par_chunks(n_vocab);
-            let rows = rows.par_iter().zip(base).zip(&window[at + 1..]);
-            let found: Vec<RowComparison> =
-                rows.map(|((own, base), &next)| compare_rows(own, base, next as usize)).collect();
-            losses.extend(found.iter().map(|r| r.nll));
-            compared.extend(found);
-        })?;
-        if !progress(i + 1, mean(&losses).exp()) {
-            break;
+        };
+        let found = compare_window(&mut own, other.as_mut(), window, first)?;
+        locked().push((own, other));
+        tell((i, found));
+        Ok::<_, GgmlError>(())
+    };
+    let items = windows.iter().map(AsRef::as_ref).enumerate().collect();
+    each_telling(items, at_once, work, |(i, found)| {
+        early.insert(i, found);
+        while let Some((own, rows)) = early.remove(&n_done).filter(|_| goes_on) {
+            losses.extend(own);
+            compared.extend(rows);
+            n_done += 1;
+            goes_on = progress(n_done, mean(&losses).exp());
         }
-    }
+        goes_on
+    })?;
     let n = losses.len() as f64;
     let ppl = mean(&losses).exp();
     let variance = losses.iter().map(|l| l * l).sum::<f64>() / n - mean(&losses).powi(2);
     let compared = base.map(|_| Metrics::of(&compared));
     let ppl_error = ppl * (variance.max(0.0) / (n - 1.0).max(1.0)).sqrt();
     Ok(Evaluation { ppl, ppl_error, n_scored: losses.len(), compared })
+}
+
+/// Losses of a window's tokens, and their comparisons with the base model, if there is one.
+type Compared = (Vec<f64>, Vec<RowComparison>);
+
+/// Evaluates the positions of `window` from `first` on.
+fn compare_window<'m>(
+    own: &mut Window<'m>,
+    other: Option<&mut Window<'m>>,
+    window: &[Token],
+    first: usize,
+) -> Result<Compared, GgmlError> {
+    let (mut losses, mut compared) = (Vec::new(), Vec::new());
+    let Some(other) = other else {
+        own.run(window, first, |at, rows| {
+            let rows = rows.par_iter().zip(&window[at + 1..]);
+            losses.par_extend(rows.map(|(row, &next)| nll(row, next as usize)));
+        })?;
+        return Ok((losses, compared));
+    };
+    run_together([own, other], window, first, |at, [own, base]| {
+        let rows = own.par_iter().zip(&base).zip(&window[at + 1..]);
+        compared.par_extend(rows.map(|((own, base), &next)| compare_rows(own, base, next as usize)));
+    })?;
+    losses.extend(compared.iter().map(|r: &RowComparison| r.nll));
+    Ok((losses, compared))
 }
 
 /// Negative log-likelihoods under `model` of each token of a window except the first, in nats, by libllama.

@@ -7,11 +7,12 @@ mod upload;
 pub(crate) use attention::query_slice;
 
 use super::experts::ExpertRoles;
-use super::{Forward, ForwardError, MAX_NODES, Net};
-use crate::ggml::{Graph, Resident, RopeParams, TensorId, TensorSpec, Values};
+use super::{BlockOutputs, Forward, ForwardError, MAX_NODES, Net};
+use crate::ggml::{Causal, Graph, Resident, RopeParams, TensorId, TensorSpec, Values};
 use crate::model::{
     Activation, BlockShape, BlockWeights, ExpertWeights, Matrix, Norm, QkNorm, SlidingWindow,
 };
+use crate::parallel::each;
 use std::ops::Range;
 use std::sync::Arc;
 use upload::Uploads;
@@ -151,49 +152,27 @@ impl Forward {
         Ok(Block { set, shape, sliding, rotated, parallel, roles })
     }
 
-    /// Runs a chunk `x` `[n_tokens, n_embd]` through the whole block.
+    /// Runs whole windows `x` `[n_tokens, n_embd]` through the block.
     /// `out` receives the residual stream after the block, and `mid`, if given, the one before its FFN.
     ///
     /// # Errors
     /// [`ForwardError`] if the backend fails.
     pub fn block(
-        &mut self,
+        &self,
         b: &Block,
         x: &[f32],
         mid: Option<&mut [f32]>,
         out: &mut [f32],
     ) -> Result<(), ForwardError> {
-        let mut g = Graph::new(&self.engine, MAX_NODES);
-        let x = g.input_f32([self.n_embd(), x.len() / self.n_embd()], x);
-        let a = b.roles.attn_output.map(|_| self.net.heads(&mut g, b, x));
-        let m = self.net.attention_residual(&mut g, b, x, a);
-        if b.has_experts() {
-            g.output(m);
-            let stream = g.compute(&mut self.engine)?.to_vec(m);
-            if let Some(mid) = mid {
-                mid.copy_from_slice(&stream);
-            }
-            return self.experts(b, &stream, out, None);
-        }
-        let h = self.net.neurons(&mut g, b, x, m);
-        let y = self.net.ffn_residual(&mut g, b, m, h);
-        if mid.is_some() {
-            g.output(m);
-        }
-        g.output(y);
-        let done = g.compute(&mut self.engine)?;
-        if let Some(mid) = mid {
-            done.read(m, mid);
-        }
-        done.read(y, out);
-        Ok(())
+        let a = self.attn_out_input(b, x, None)?;
+        self.from_attn_out_input(b, x, &a, BlockOutputs { mid, out: Some(out), moments: None })
     }
 
     /// Runs whole windows `x` through the block into `y`, chunk by chunk; both are `[n_tokens, n_embd]`.
     ///
     /// # Errors
     /// [`ForwardError`] if the backend fails.
-    pub fn stream(&mut self, b: &Block, x: &[f32], y: &mut [f32]) -> Result<(), ForwardError> {
+    pub fn stream(&self, b: &Block, x: &[f32], y: &mut [f32]) -> Result<(), ForwardError> {
         for chunk in self.chunks(0..x.len() / (self.n_ctx() * self.n_embd())) {
             let span = self.span(&chunk);
             self.block(b, &x[span.clone()], None, &mut y[span])?;
@@ -205,7 +184,7 @@ impl Forward {
     ///
     /// # Errors
     /// [`ForwardError`] if the backend fails.
-    pub fn advance(&mut self, b: &Block, x: &mut [f32]) -> Result<(), ForwardError> {
+    pub fn advance(&self, b: &Block, x: &mut [f32]) -> Result<(), ForwardError> {
         for chunk in self.chunks(0..x.len() / (self.n_ctx() * self.n_embd())) {
             let x = &mut x[self.span(&chunk)];
             let mut out = vec![0.0; x.len()];
@@ -222,17 +201,22 @@ impl Forward {
     ///
     /// # Panics
     /// If the FFN reads the residual stream before attention.
-    pub fn ffn(&mut self, b: &Block, mid: &[f32], out: &mut [f32]) -> Result<(), ForwardError> {
+    pub fn ffn(&self, b: &Block, mid: &[f32], out: &mut [f32]) -> Result<(), ForwardError> {
         assert!(!b.parallel, "the stream before attention is not known");
         if b.has_experts() {
             return self.experts(b, mid, out, None);
         }
-        let mut g = Graph::new(&self.engine, MAX_NODES);
-        let mid = g.input_f32([self.n_embd(), mid.len() / self.n_embd()], mid);
-        let h = self.net.neurons(&mut g, b, mid, mid);
-        let y = self.net.ffn_residual(&mut g, b, mid, h);
-        g.output(y);
-        g.compute(&mut self.engine)?.read(y, out);
+        let n = self.slice_tokens() * self.n_embd();
+        let slices = mid.chunks(n).zip(out.chunks_mut(n)).collect();
+        each(slices, self.at_once(), |(mid, out): (&[f32], &mut [f32])| {
+            let mut g = Graph::new(&self.engine, MAX_NODES);
+            let mid = g.input_f32([self.n_embd(), mid.len() / self.n_embd()], mid);
+            let h = self.net.neurons(&mut g, b, mid, mid);
+            let y = self.net.ffn_residual(&mut g, b, mid, h);
+            g.output(y);
+            g.compute(&self.engine)?.read(y, out);
+            Ok::<_, ForwardError>(())
+        })?;
         Ok(())
     }
 }

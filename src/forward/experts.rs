@@ -6,6 +6,7 @@
 use super::MAX_NODES;
 use super::{Block, Forward, ForwardError, Gathering, Net};
 use crate::ggml::{Graph, TensorId};
+use crate::parallel::each;
 
 /// Index of each weight of a block's experts in the resident set.
 pub(super) struct ExpertRoles {
@@ -49,7 +50,7 @@ impl Forward {
     /// # Panics
     /// If the block has no experts.
     pub fn experts(
-        &mut self,
+        &self,
         b: &Block,
         mid: &[f32],
         out: &mut [f32],
@@ -61,18 +62,20 @@ impl Forward {
         let (inputs, chances) = self.route(b, roles, mid, out)?;
         let chosen = self.choose(&chances, n_tokens, n_expert);
         let scale = self.net.hparams.residual_scale;
-        for (expert, &weights) in roles.each.iter().enumerate() {
-            let tokens = &chosen[expert];
-            if tokens.is_empty() {
-                continue;
-            }
+        let experts: Vec<_> = roles.each.iter().zip(&chosen).collect();
+        let outputs = each(experts, self.at_once(), |(&weights, tokens)| {
             let rows: Vec<f32> =
                 tokens.iter().flat_map(|&(t, _)| &inputs[t * n_embd..][..n_embd]).copied().collect();
+            if rows.is_empty() {
+                return Ok(rows);
+            }
             let mut g = Graph::new(&self.engine, MAX_NODES);
             let h = g.input_f32([n_embd, tokens.len()], &rows);
             let y = self.net.feed_forward(&mut g, b, weights, h);
             g.output(y);
-            let y = g.compute(&mut self.engine)?.to_vec(y);
+            Ok::<_, ForwardError>(g.compute(&self.engine)?.to_vec(y))
+        })?;
+        for (expert, (y, tokens)) in outputs.into_iter().zip(&chosen).enumerate() {
             for (y, &(t, weight)) in y.chunks_exact(n_embd).zip(tokens) {
                 let out = &mut out[t * n_embd..][..n_embd];
                 out.iter_mut().zip(y).for_each(|(o, y)| *o += scale * weight * y);
@@ -93,7 +96,7 @@ impl Forward {
     ///
     /// # Panics
     /// If the block has no experts.
-    pub fn choices(&mut self, b: &Block, mid: &[f32]) -> Result<Vec<Chosen>, ForwardError> {
+    pub fn choices(&self, b: &Block, mid: &[f32]) -> Result<Vec<Chosen>, ForwardError> {
         let roles = b.roles.experts.as_ref().expect("a block with experts");
         let n_tokens = mid.len() / self.n_embd();
         let mut g = Graph::new(&self.engine, MAX_NODES);
@@ -101,7 +104,7 @@ impl Forward {
         let h = self.net.ffn_input(&mut g, b, x, x);
         let chances = self.net.chances(&mut g, b, roles, h);
         g.output(chances);
-        let chances = g.compute(&mut self.engine)?.to_vec(chances);
+        let chances = g.compute(&self.engine)?.to_vec(chances);
         Ok(self.choose(&chances, n_tokens, roles.each.len()))
     }
 
@@ -114,7 +117,7 @@ impl Forward {
     /// # Panics
     /// If the block has no such expert.
     pub fn expert_moments(
-        &mut self,
+        &self,
         b: &Block,
         expert: usize,
         mid: &[f32],
@@ -123,13 +126,21 @@ impl Forward {
     ) -> Result<(), ForwardError> {
         let roles = b.roles.experts.as_ref().expect("a block with experts");
         let [gate, up, _] = roles.each[expert];
-        let mut g = Graph::new(&self.engine, MAX_NODES);
-        let x = g.input_f32([self.n_embd(), scales.len()], mid);
-        let h = self.net.ffn_input(&mut g, b, x, x);
-        let h = self.net.gated(&mut g, b, [gate, up], h);
-        let scales = g.input_f32([1, scales.len()], scales);
-        let sums = into.sums(&mut g, h, None, scales);
-        sums.add(&g.compute(&mut self.engine)?);
+        let (n_embd, n) = (self.n_embd(), scales.len());
+        let per_graph = if self.engine.has_devices() { n } else { self.slice_tokens().min(n) };
+        let parts = mid.chunks(per_graph * n_embd).zip(scales.chunks(per_graph));
+        let parts = parts.zip(into.begin(n, per_graph, false)).collect();
+        each(parts, self.at_once(), |((mid, scales), into)| {
+            let mut g = Graph::new(&self.engine, MAX_NODES);
+            let x = g.input_f32([n_embd, scales.len()], mid);
+            let h = self.net.ffn_input(&mut g, b, x, x);
+            let h = self.net.gated(&mut g, b, [gate, up], h);
+            let scales = g.input_f32([1, scales.len()], scales);
+            let asked = into.ask(&mut g, h, None, scales);
+            asked.take(&g.compute(&self.engine)?);
+            Ok::<_, ForwardError>(())
+        })?;
+        into.end();
         Ok(())
     }
 
@@ -137,7 +148,7 @@ impl Forward {
     /// probabilities `[n_tokens, n_expert]`.
     /// `out` receives the residual stream plus the shared expert's contribution.
     fn route(
-        &mut self,
+        &self,
         b: &Block,
         roles: &ExpertRoles,
         mid: &[f32],
@@ -159,7 +170,7 @@ impl Forward {
             g.add(y, x)
         });
         [h, chances].into_iter().chain(stream).for_each(|t| g.output(t));
-        let done = g.compute(&mut self.engine)?;
+        let done = g.compute(&self.engine)?;
         match stream {
             Some(stream) => done.read(stream, out),
             None => out.copy_from_slice(mid),

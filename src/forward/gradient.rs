@@ -8,9 +8,10 @@ mod net;
 
 use super::MAX_NODES;
 use super::block::{Half, PreNorm, Qkv, linear};
-use super::{Block, Forward, ForwardError, Head, Net};
+use super::{Block, Forward, ForwardError, Head, Net, whole_windows};
 use crate::ggml::{Graph, TensorId};
 use crate::model::{Activation, BlockVector, Norm, QkNorm};
+use crate::parallel::each;
 use net::all_but_each_group;
 
 /// Derivatives by a block's vectors, summed over tokens, in the order of [`BlockVector::ALL`].
@@ -74,7 +75,7 @@ impl Forward {
     /// # Errors
     /// [`ForwardError`] if the backend fails.
     pub fn divergence_gradient(
-        &mut self,
+        &self,
         own_head: &Head,
         dense_head: Option<&Head>,
         own: &[f32],
@@ -84,7 +85,8 @@ impl Forward {
         let dense_head = dense_head.unwrap_or(own_head);
         let mut out = vec![0.0; own.len()];
         let rows = LOSS_ROWS * n_embd;
-        for ((own, dense), out) in own.chunks(rows).zip(dense.chunks(rows)).zip(out.chunks_mut(rows)) {
+        let parts = own.chunks(rows).zip(dense.chunks(rows)).zip(out.chunks_mut(rows));
+        each(parts.collect(), self.at_once(), |((own, dense), out)| {
             let mut g = Graph::new(&self.engine, MAX_NODES);
             let ne = [n_embd, own.len() / n_embd];
             let (x, dense) = (g.input_f32(ne, own), g.input_f32(ne, dense));
@@ -94,8 +96,9 @@ impl Forward {
             let d = g.sub(soft_q, p);
             let d = self.net.logits_back(&mut g, own_head, [x, q], d);
             g.output(d);
-            g.compute(&mut self.engine)?.read(d, out);
-        }
+            g.compute(&self.engine)?.read(d, out);
+            Ok::<_, ForwardError>(())
+        })?;
         Ok(out)
     }
 
@@ -109,7 +112,7 @@ impl Forward {
     /// # Errors
     /// [`ForwardError`] if the backend fails.
     pub fn curvature_sample(
-        &mut self,
+        &self,
         head: &Head,
         x: &[f32],
         mut bits: impl FnMut() -> u64,
@@ -117,11 +120,13 @@ impl Forward {
         let (n_embd, n_vocab) = (self.n_embd(), head.n_vocab());
         let mut out = vec![0.0; x.len()];
         let rows = LOSS_ROWS * n_embd;
-        for (x, out) in x.chunks(rows).zip(out.chunks_mut(rows)) {
+        let words = |x: &[f32]| (x.len() / n_embd * n_vocab).div_ceil(64);
+        let parts = x.chunks(rows).zip(out.chunks_mut(rows));
+        let parts = parts.map(|(x, out)| (x, out, (0..words(x)).map(|_| bits()).collect::<Vec<u64>>()));
+        each(parts.collect(), self.at_once(), |(x, out, bits)| {
             let n = x.len() / n_embd;
             let mut signs = vec![1.0; n * n_vocab];
-            for part in signs.chunks_mut(64) {
-                let bits = bits();
+            for (part, bits) in signs.chunks_mut(64).zip(bits) {
                 part.iter_mut().enumerate().filter(|(i, _)| bits >> i & 1 == 1).for_each(|(_, s)| *s = -1.0);
             }
             let mut g = Graph::new(&self.engine, MAX_NODES);
@@ -139,8 +144,9 @@ impl Forward {
             let d = g.sub(u, drift);
             let d = self.net.logits_back(&mut g, head, [x, q], d);
             g.output(d);
-            g.compute(&mut self.engine)?.read(d, out);
-        }
+            g.compute(&self.engine)?.read(d, out);
+            Ok::<_, ForwardError>(())
+        })?;
         Ok(out)
     }
 
@@ -154,32 +160,43 @@ impl Forward {
     /// # Panics
     /// If windows are longer than [`super::MAX_GRADIENT_CTX`], or the block has experts.
     pub fn block_gradient(
-        &mut self,
+        &self,
         b: &Block,
         x: &[f32],
         grad: &mut [f32],
         mut found: OnTheWay<'_>,
     ) -> Result<(), ForwardError> {
         assert!(!b.has_experts(), "no gradients go back through a criterion");
-        let n_windows = x.len() / (self.n_ctx() * self.n_embd());
-        let at_a_time = (GRADIENT_TOKENS / self.n_ctx()).clamp(1, self.net.chunk);
-        for start in (0..n_windows).step_by(at_a_time) {
-            let span = self.span(&(start..(start + at_a_time).min(n_windows)));
-            self.chunk_gradient(b, &x[span.clone()], &mut grad[span], &mut found)?;
+        let wanted = (found.vectors.is_some(), found.groups.is_some());
+        let n = whole_windows(GRADIENT_TOKENS, self.n_ctx()).min(self.graph_tokens()) * self.n_embd();
+        let parts = x.chunks(n).zip(grad.chunks_mut(n)).collect();
+        let parts = each(parts, self.at_once(), |(x, grad): (&[f32], &mut [f32])| {
+            self.graph_gradient(b, x, grad, wanted)
+        })?;
+        for (vectors, groups) in parts {
+            for (sum, part) in found.vectors.iter_mut().flat_map(|all| all.iter_mut()).zip(vectors) {
+                sum.resize(part.len().max(sum.len()), 0.0);
+                sum.iter_mut().zip(part).for_each(|(s, v)| *s += v);
+            }
+            if let Some(all) = &mut found.groups {
+                all.extend(groups);
+            }
         }
         Ok(())
     }
 
-    fn chunk_gradient(
-        &mut self,
+    /// Does the same for one graph. `vectors` and `groups` say what to collect on the way; what is not
+    /// collected is empty.
+    fn graph_gradient(
+        &self,
         b: &Block,
         x: &[f32],
         grad: &mut [f32],
-        found: &mut OnTheWay<'_>,
-    ) -> Result<(), ForwardError> {
+        (vectors, groups): (bool, bool),
+    ) -> Result<(BlockGradient, Vec<f32>), ForwardError> {
         let ne = [self.n_embd(), x.len() / self.n_embd()];
         let (before, ones) = (grad.to_vec(), vec![1.0; ne[1]]);
-        let n_groups = if found.groups.is_some() { b.shape.n_head_kv } else { 0 };
+        let n_groups = if groups { b.shape.n_head_kv } else { 0 };
         let masks = if n_groups > 0 { all_but_each_group(b, self.net.hparams.head_dim) } else { Vec::new() };
         let mut g = Graph::new(&self.engine, MAX_NODES + NODES_PER_GROUP * n_groups);
         let x = g.input_f32(ne, x);
@@ -208,8 +225,7 @@ impl Forward {
                 // block adds to.
                 let behind = if b.parallel { behind } else { at_mid };
                 let half = net.attention_back(&mut g, b, x, a, behind);
-                let by_group =
-                    found.groups.is_some().then(|| net.worth_of_groups(&mut g, b, a, behind, &masks));
+                let by_group = groups.then(|| net.worth_of_groups(&mut g, b, a, behind, &masks));
                 let at_input = shared.map_or(half.at_input, |shared| g.add(half.at_input, shared));
                 let (at_x, by_norm) = net.pre_norm_back(&mut g, b, b.roles.attn_norm, x, at_input);
                 (g.add(at_x, at_mid), [by_norm, Some(half.by_bias), half.by_post], by_group)
@@ -218,7 +234,7 @@ impl Forward {
         let ffn = [by_ffn_norm, Some(ffn.by_bias), ffn.by_post];
         // The order is that of `BlockVector::ALL`: each token's contribution, `ne` `[n_embd, n_tokens]`,
         // and its sum.
-        let parts: Vec<Option<TensorId>> = if found.vectors.is_some() {
+        let parts: Vec<Option<TensorId>> = if vectors {
             let ones = g.input_f32([ne[1], 1], &ones);
             let mut sum = |part: TensorId| {
                 let by_vector = g.transpose(part);
@@ -229,16 +245,11 @@ impl Forward {
             Vec::new()
         };
         parts.iter().flatten().chain(&by_group).chain([&at_x]).for_each(|t| g.output(*t));
-        let done = g.compute(&mut self.engine)?;
-        for (sum, part) in found.vectors.iter_mut().flat_map(|all| all.iter_mut()).zip(parts) {
-            let Some(part) = part else { continue };
-            sum.resize(ne[0], 0.0);
-            sum.iter_mut().zip(done.to_vec(part)).for_each(|(s, v)| *s += v);
-        }
-        if let (Some(all), Some(part)) = (&mut found.groups, by_group) {
-            all.extend(done.to_vec(part));
-        }
+        let done = g.compute(&self.engine)?;
         done.read(at_x, grad);
-        Ok(())
+        let read = |t: Option<TensorId>| t.map(|t| done.to_vec(t)).unwrap_or_default();
+        let mut parts = parts.into_iter();
+        let vectors = BlockVector::ALL.map(|_| read(parts.next().flatten()));
+        Ok((vectors, read(by_group)))
     }
 }

@@ -5,11 +5,15 @@ use super::{Forward, ForwardError, Net};
 use crate::ggml::{Graph, Resident, TensorId, TensorSpec, Token, Values};
 use crate::model::{Matrix, Model};
 use crate::numeric::{draw, nll};
+use crate::parallel::each;
 use rayon::prelude::*;
 use std::cmp::Ordering;
 
 /// Number of positions whose logits are in memory at a time.
 pub(crate) const LOGIT_ROWS: usize = 128;
+
+/// Largest vocabulary whose logits several threads compute at a time, each for its own positions.
+const SMALL_VOCAB: usize = 1 << 14;
 
 /// Last norm and output matrix on the backend.
 pub struct Head {
@@ -66,7 +70,7 @@ impl Forward {
     /// # Errors
     /// [`ForwardError`] if the backend fails.
     pub fn logits(
-        &mut self,
+        &self,
         head: &Head,
         x: &[f32],
         mut f: impl FnMut(usize, &[f32]),
@@ -80,10 +84,35 @@ impl Forward {
             let y = self.net.logits(&mut g, head, h);
             g.output(y);
             buffer.resize(rows.len() / n_embd * head.n_vocab, 0.0);
-            g.compute(&mut self.engine)?.read(y, &mut buffer);
+            g.compute(&self.engine)?.read(y, &mut buffer);
             f(i * LOGIT_ROWS, &buffer);
         }
         Ok(())
+    }
+
+    /// Results of `f` for the logits `[n_vocab]` of each position of `x` `[n_tokens, n_embd]`; `f` also gets
+    /// the position.
+    ///
+    /// # Errors
+    /// [`ForwardError`] if the backend fails.
+    pub fn of_logits<T: Send>(
+        &self,
+        head: &Head,
+        x: &[f32],
+        f: impl Fn(usize, &[f32]) -> T + Sync,
+    ) -> Result<Vec<T>, ForwardError> {
+        // Of a large head, the threads share the product for one part.
+        let at_once = if head.n_vocab > SMALL_VOCAB { 1 } else { self.at_once() };
+        let parts = x.chunks(LOGIT_ROWS * self.n_embd()).enumerate().collect();
+        let found = each(parts, at_once, |(i, rows)| {
+            let mut out = Vec::with_capacity(LOGIT_ROWS);
+            self.logits(head, rows, |_, logits| {
+                let rows = logits.par_chunks(head.n_vocab).enumerate();
+                out.par_extend(rows.map(|(row, logits)| f(i * LOGIT_ROWS + row, logits)));
+            })?;
+            Ok::<_, ForwardError>(out)
+        })?;
+        Ok(found.into_iter().flatten().collect())
     }
 
     /// Negative log-likelihood, in nats, of `targets[i]` at position i of `x` `[n_tokens, n_embd]`.
@@ -91,23 +120,9 @@ impl Forward {
     ///
     /// # Errors
     /// [`ForwardError`] if the backend fails.
-    pub fn nll(
-        &mut self,
-        head: &Head,
-        x: &[f32],
-        targets: &[Option<Token>],
-    ) -> Result<Vec<f64>, ForwardError> {
-        let mut out = Vec::with_capacity(targets.len());
-        let n_vocab = head.n_vocab;
-        self.logits(head, x, |start, logits| {
-            let chunk: Vec<_> = logits
-                .par_chunks(n_vocab)
-                .zip(&targets[start..])
-                .filter_map(|(row, t)| t.map(|t| nll(row, t as usize)))
-                .collect();
-            out.extend(chunk);
-        })?;
-        Ok(out)
+    pub fn nll(&self, head: &Head, x: &[f32], targets: &[Option<Token>]) -> Result<Vec<f64>, ForwardError> {
+        let found = self.of_logits(head, x, |i, row| targets[i].map(|t| nll(row, t as usize)))?;
+        Ok(found.into_iter().flatten().collect())
     }
 
     /// Top `n` tokens by logit at each position of `x` `[n_tokens, n_embd]`, in no order; all tokens if
@@ -119,12 +134,8 @@ impl Forward {
     ///
     /// # Panics
     /// If `n` is 0.
-    pub fn likeliest(&mut self, head: &Head, x: &[f32], n: usize) -> Result<Vec<Vec<u32>>, ForwardError> {
-        let mut out = Vec::with_capacity(x.len() / self.n_embd());
-        self.logits(head, x, |_, logits| {
-            out.par_extend(logits.par_chunks(head.n_vocab).map(|row| likeliest(row, n)));
-        })?;
-        Ok(out)
+    pub fn likeliest(&self, head: &Head, x: &[f32], n: usize) -> Result<Vec<Vec<u32>>, ForwardError> {
+        self.of_logits(head, x, |_, row| likeliest(row, n))
     }
 
     /// Samples a token for each position of `x` `[n_tokens, n_embd]` from its prediction, at the quantile
@@ -132,13 +143,8 @@ impl Forward {
     ///
     /// # Errors
     /// [`ForwardError`] if the backend fails.
-    pub fn draw(&mut self, head: &Head, x: &[f32], at: &[f64]) -> Result<Vec<Token>, ForwardError> {
-        let mut out = Vec::with_capacity(at.len());
-        self.logits(head, x, |start, logits| {
-            let rows = logits.par_chunks(head.n_vocab).zip(&at[start..]);
-            out.par_extend(rows.map(|(row, &at)| draw(row, 1.0, f32::INFINITY, at).0 as Token));
-        })?;
-        Ok(out)
+    pub fn draw(&self, head: &Head, x: &[f32], at: &[f64]) -> Result<Vec<Token>, ForwardError> {
+        self.of_logits(head, x, |i, row| draw(row, 1.0, f32::INFINITY, at[i]).0 as Token)
     }
 }
 

@@ -2,10 +2,13 @@
 //!
 //! [`Forward`] computes a block, collects second moments inside it and carries gradients back through it.
 //! It does not know the use of any of these. Activations live on the host as `[n_tokens, n_embd]` rows of
-//! windows that all have the same length. They pass through a block a chunk of windows at a time.
+//! windows that all have the same length. They pass through a block in graphs of a few hundred tokens, of
+//! which every thread computes one at a time. Which tokens share a graph does not depend on the number of
+//! threads, so neither do the results.
 
 mod block;
 mod experts;
+mod gathering;
 mod gradient;
 mod head;
 mod stats;
@@ -13,12 +16,13 @@ mod stats;
 pub use block::Block;
 pub(crate) use block::query_slice;
 pub use experts::{Chosen, ExpertUse};
+pub use gathering::Gathering;
+pub(crate) use gathering::{largest_product, moment_products};
 pub use gradient::{BlockGradient, OnTheWay};
 pub(crate) use gradient::{GRADIENT_TOKENS, LOSS_ROWS};
 pub use head::Head;
 pub(crate) use head::LOGIT_ROWS;
-pub use stats::{BlockOutputs, Collect, Gathering, InputSquares};
-pub(crate) use stats::{largest_product, moment_products};
+pub use stats::{BlockOutputs, Collect, InputSquares};
 
 use crate::ggml::{Compute, Engine, GgmlError, Resident, TensorSpec, Token, Values};
 use crate::gguf::GgufError;
@@ -34,8 +38,20 @@ const MAX_NODES: usize = 1024;
 /// It is attended in one piece, and the attention weights of all its heads are in memory at once.
 pub const MAX_GRADIENT_CTX: usize = 512;
 
-/// Default number of tokens that pass through a block in one graph, at least one window.
-pub const CHUNK_TOKENS: usize = 2048;
+/// Number of tokens that pass through a block in one graph on the CPU; at least one window, where windows
+/// matter.
+pub(crate) const GRAPH_TOKENS: usize = 512;
+
+/// Largest number of tokens whose products are summed in 32 bits, at least one window.
+pub(crate) const SUM_TOKENS: usize = 2048;
+
+/// Default number of tokens that pass through a block together, at least one window.
+pub const CHUNK_TOKENS: usize = 4096;
+
+/// Number of tokens that pass through a block together on `n_threads` threads, so that each has a graph.
+pub fn chunk_tokens(n_threads: usize) -> usize {
+    CHUNK_TOKENS.max(n_threads * GRAPH_TOKENS)
+}
 
 /// Largest number of tokens up to `n_tokens` that makes whole windows of `n_ctx`; at least one window.
 pub fn whole_windows(n_tokens: usize, n_ctx: usize) -> usize {
@@ -63,9 +79,10 @@ pub struct Forward {
 struct Net {
     hparams: Hparams,
     n_ctx: usize,
-    /// Number of windows that pass through a block in one graph.
+    /// Number of windows that pass through a block together, and in one graph.
     chunk: usize,
-    /// Causal mask (`mask`), and the tensors that the two indices below refer to.
+    per_graph: usize,
+    /// Causal mask (`mask`) on devices, and the tensors that the two indices below refer to.
     fixed: Resident,
     /// Index of the mask of sliding-window blocks; the causal one if windows are no longer than the sliding
     /// window.
@@ -82,8 +99,7 @@ struct Net {
 }
 
 impl Forward {
-    /// Creates a forward pass of `model` over windows of `n_ctx` tokens, on the CPU with a number of
-    /// threads, or on devices.
+    /// Creates a forward pass of `model` over windows of `n_ctx` tokens, on the CPU or on devices.
     ///
     /// # Errors
     /// [`ForwardError`] if the backend fails or the frequency factors cannot be read.
@@ -93,14 +109,13 @@ impl Forward {
         let factors = model.rope_factors(n_ctx)?;
         let hparams = model.hparams.clone();
         let mask_rows = if n_ctx <= MAX_GRADIENT_CTX { n_ctx } else { query_slice(n_ctx) };
-        let causal = mask(n_ctx, mask_rows, n_ctx);
-        let sliding =
-            hparams.sliding.as_ref().filter(|s| s.n_swa < n_ctx).map(|s| mask(n_ctx, mask_rows, s.n_swa));
-        let mut specs = Vec::new();
-        for mask in [Some(&causal), sliding.as_ref()].into_iter().flatten() {
-            specs.push(TensorSpec { ne: [n_ctx + mask_rows, mask_rows], data: Values::Copied(mask) });
-        }
-        let sliding_mask = specs.len() - 1;
+        // The CPU needs no masks.
+        let n_seen = hparams.sliding.as_ref().map(|s| s.n_swa).filter(|n| *n < n_ctx);
+        let masked = [Some(n_ctx), n_seen].into_iter().flatten().filter(|_| engine.has_devices());
+        let masks: Vec<_> = masked.map(|n_seen| mask(n_ctx, mask_rows, n_seen)).collect();
+        let ne = [n_ctx + mask_rows, mask_rows];
+        let mut specs: Vec<_> = masks.iter().map(|m| TensorSpec { ne, data: Values::Copied(m) }).collect();
+        let sliding_mask = specs.len().saturating_sub(1);
         let factors_at = factors.as_ref().map(|f| {
             specs.push(TensorSpec { ne: [f.len(), 1], data: Values::Copied(f) });
             specs.len() - 1
@@ -109,6 +124,7 @@ impl Forward {
         let net = Net {
             n_ctx,
             chunk: 0,
+            per_graph: 0,
             fixed,
             sliding_mask,
             mask_rows,
@@ -121,12 +137,23 @@ impl Forward {
         Ok(Forward { engine, net }.in_chunks_of(CHUNK_TOKENS))
     }
 
-    /// Sets the number of tokens per graph: up to `n_tokens`, but at least one window.
+    /// Sets the number of tokens that pass through a block together: up to `n_tokens`, but at least one
+    /// window. They are divided among the threads; a device takes all of them in one graph.
     pub fn in_chunks_of(mut self, n_tokens: usize) -> Forward {
         let n_ctx = self.net.n_ctx;
-        let n_tokens = whole_windows(n_tokens, n_ctx);
+        let summed = whole_windows(SUM_TOKENS, n_ctx);
+        let n_tokens = if self.engine.has_devices() { n_tokens.min(summed) } else { n_tokens };
+        // Chunks that are cut into sums elsewhere would give other sums.
+        let n_tokens =
+            if n_tokens > summed { n_tokens / summed * summed } else { whole_windows(n_tokens, n_ctx) };
         self.net.chunk = n_tokens / n_ctx;
-        self.net.positions = (0..n_tokens).map(|i| (i % n_ctx) as i32).collect();
+        let per_graph = if self.engine.has_devices() {
+            n_tokens
+        } else {
+            n_tokens.min(whole_windows(GRAPH_TOKENS, n_ctx))
+        };
+        self.net.per_graph = per_graph / n_ctx;
+        self.net.positions = (0..per_graph).map(|i| (i % n_ctx) as i32).collect();
         if let Some(t) = self.net.hparams.temperature.filter(|t| t.floor < n_ctx) {
             let factor = |position: &i32| {
                 let steps = (*position as f32 / t.floor as f32).floor();
@@ -161,9 +188,24 @@ impl Forward {
         self.net.n_ctx
     }
 
-    /// Number of tokens that pass through a block in one graph.
+    /// Number of tokens that pass through a block together.
     pub fn chunk_tokens(&self) -> usize {
         self.net.chunk * self.net.n_ctx
+    }
+
+    /// Number of tokens of whole windows in one graph.
+    fn graph_tokens(&self) -> usize {
+        self.net.per_graph * self.net.n_ctx
+    }
+
+    /// Number of tokens in one graph that does not depend on windows.
+    fn slice_tokens(&self) -> usize {
+        if self.engine.has_devices() { self.chunk_tokens() } else { self.chunk_tokens().min(GRAPH_TOKENS) }
+    }
+
+    /// Number of graphs that run at a time.
+    fn at_once(&self) -> usize {
+        if self.engine.has_devices() { 1 } else { self.chunk_tokens().div_ceil(self.graph_tokens()) }
     }
 
     /// Width of the residual stream.
@@ -171,7 +213,7 @@ impl Forward {
         self.net.hparams.n_embd
     }
 
-    /// Splits the windows `windows` into chunks that pass through a block in one graph.
+    /// Splits the windows `windows` into chunks that pass through a block together.
     pub fn chunks(&self, windows: Range<usize>) -> Vec<Range<usize>> {
         let n = self.net.chunk;
         windows.clone().step_by(n).map(|start| start..(start + n).min(windows.end)).collect()

@@ -1,114 +1,11 @@
-//! Second moments of activations inside a block: Gram matrices and cross products.
+//! The two halves of a block, with the second moments inside them.
 
 use super::MAX_NODES;
 use super::block::Half;
+use super::gathering::{Asked, Collecting, Gathering, Part};
 use super::{Block, Forward, ForwardError, Net};
-use crate::ggml::{Computed, Graph, Resident, TensorId};
-use crate::numeric::Moments;
-
-/// Number of row panels that a symmetric product is cut into.
-/// Each starts at its diagonal, which takes (p + 1) / 2p of the work.
-const PANELS: usize = 6;
-
-/// Number of rows in a panel of a symmetric matrix of `n` rows.
-fn panel_rows(n: usize) -> usize {
-    n.div_ceil(PANELS).next_multiple_of(16)
-}
-
-/// First row and number of rows of each panel of a symmetric matrix of `n` rows.
-fn panels(n: usize) -> impl Iterator<Item = (usize, usize)> {
-    let width = panel_rows(n.max(1));
-    (0..n).step_by(width).map(move |start| (start, width.min(n - start)))
-}
-
-/// Number of products that one token adds to the moments of `n` inputs and `m` residuals.
-pub(crate) fn moment_products(n: usize, m: usize) -> usize {
-    panels(n).map(|(start, rows)| rows * (n - start)).sum::<usize>() + n * m + n + m
-}
-
-/// Number of elements of the largest matrix product in these sums.
-pub(crate) fn largest_product(n: usize, m: usize) -> usize {
-    panels(n).map(|(start, rows)| rows * (n - start)).fold(n * m, usize::max)
-}
-
-/// Number of chunks that are added up on a device at a time.
-/// The sums are in 32 bits, in which a sum of many similar numbers drifts.
-const CHUNKS_THERE: usize = 8;
-
-/// Accumulator of moments, chunk by chunk.
-/// On the CPU, the products of each chunk are added in 64 bits. On a device, the products of several chunks
-/// are added up next to the block, because they are the largest data to fetch.
-pub struct Gathering {
-    moments: Moments,
-    there: Option<Totals>,
-}
-
-/// Sums on a device: the panels, followed by the cross products.
-struct Totals {
-    set: Resident,
-    cross: Option<usize>,
-    n_chunks: usize,
-}
-
-impl Gathering {
-    /// Moments of all chunks.
-    pub fn finish(mut self) -> Moments {
-        self.fetch();
-        self.moments
-    }
-
-    /// Adds the sums on the device to the rest.
-    fn fetch(&mut self) {
-        let Some(there) = &self.there else { return };
-        for (i, (start, _)) in panels(self.moments.gram.n()).enumerate() {
-            self.moments.add_panel(start, &there.set.read(i));
-        }
-        if let Some(cross) = there.cross {
-            self.moments.add_cross(&there.set.read(cross));
-        }
-    }
-
-    /// Fetches the sums on the device if they hold their largest number of chunks.
-    fn next_chunk(&mut self) {
-        if self.there.as_ref().is_some_and(|t| t.n_chunks == CHUNKS_THERE) {
-            self.fetch();
-            self.there.iter_mut().for_each(|t| {
-                t.set.clear();
-                t.n_chunks = 0;
-            });
-        }
-        self.there.iter_mut().for_each(|t| t.n_chunks += 1);
-    }
-}
-
-/// Outputs of a graph that are still to be added to moments.
-pub(super) struct Sums<'a> {
-    moments: &'a mut Moments,
-    /// Products that no device accumulates.
-    panels: Vec<(usize, TensorId)>,
-    cross: Option<TensorId>,
-    x: TensorId,
-    r: Option<TensorId>,
-    /// Factor of each token.
-    scales: TensorId,
-    n_tokens: usize,
-}
-
-impl Sums<'_> {
-    pub(super) fn add(self, done: &Computed) {
-        let moments = self.moments;
-        for (start, panel) in self.panels {
-            moments.add_panel(start, &done.view(panel));
-        }
-        if let Some(cross) = self.cross {
-            moments.add_cross(&done.view(cross));
-        }
-        let r = self.r.map(|r| done.to_vec(r)).unwrap_or_default();
-        let weight = done.to_vec(self.scales).iter().map(|s| f64::from(*s).powi(2)).sum();
-        moments.add_sums(&done.to_vec(self.x), &r, weight);
-        moments.n_tokens += self.n_tokens;
-    }
-}
+use crate::ggml::{Graph, TensorId};
+use crate::parallel::each;
 
 /// Request to collect moments over a chunk.
 ///
@@ -150,35 +47,36 @@ pub struct InputSquares {
 }
 
 impl Forward {
-    /// Creates an empty accumulator of moments in `b` with `n` inputs and `m` residuals; `m` is 0 if no
-    /// chunk has a target.
-    ///
-    /// # Errors
-    /// [`ForwardError`] if a device has no room for the sums.
-    pub fn gathering(&self, b: &Block, n: usize, m: usize) -> Result<Gathering, ForwardError> {
-        let there = self.engine.has_devices().then(|| {
-            let cross = (m > 0).then_some([n, m]);
-            let shapes: Vec<_> = panels(n).map(|(start, rows)| [n - start, rows]).chain(cross).collect();
-            let set = Resident::zeros(&self.engine, &b.set, &shapes)?;
-            Ok::<_, ForwardError>(Totals { set, cross: cross.map(|_| shapes.len() - 1), n_chunks: 0 })
-        });
-        Ok(Gathering { moments: Moments::new(n, m), there: there.transpose()? })
-    }
-
-    /// Runs a chunk through the whole block: `x` in, the residual stream after the block into `out`, both
-    /// `[n_tokens, n_embd]`.
+    /// Runs whole windows through the whole block: `x` in, the residual stream after the block into `out`,
+    /// both `[n_tokens, n_embd]`.
     /// The squared inputs of its matrices are added to `squares`.
     ///
     /// # Errors
     /// [`ForwardError`] if the backend fails.
     pub fn block_squares(
-        &mut self,
+        &self,
         b: &Block,
         x: &[f32],
         out: &mut [f32],
         squares: &mut InputSquares,
     ) -> Result<(), ForwardError> {
         assert!(!b.has_experts(), "each expert has inputs of its own");
+        let n = self.graph_tokens() * self.n_embd();
+        let parts = x.chunks(n).zip(out.chunks_mut(n)).collect();
+        let found = each(parts, self.at_once(), |(x, out): (&[f32], &mut [f32])| self.squares_of(b, x, out))?;
+        for part in found {
+            let into = [&mut squares.qkv, &mut squares.attn_output, &mut squares.ffn, &mut squares.ffn_down];
+            for (sums, part) in into.into_iter().zip(part) {
+                sums.resize(part.len(), 0.0);
+                sums.iter_mut().zip(part).for_each(|(sum, v)| *sum += v);
+            }
+        }
+        Ok(())
+    }
+
+    /// Squared inputs of attn_q, attn_output, ffn_gate and ffn_down for one graph; `out` receives the
+    /// residual stream after the block.
+    fn squares_of(&self, b: &Block, x: &[f32], out: &mut [f32]) -> Result<[Vec<f64>; 4], ForwardError> {
         let mut g = Graph::new(&self.engine, MAX_NODES);
         let x = g.input_f32([self.n_embd(), x.len() / self.n_embd()], x);
         let attention =
@@ -188,29 +86,28 @@ impl Forward {
         let h = self.net.neurons(&mut g, b, x, mid);
         let y = self.net.ffn_residual(&mut g, b, mid, h);
         let inputs = [attention.map(|a| a.0), attention.map(|a| a.1), Some(ffn), Some(h)];
-        let into = [&mut squares.qkv, &mut squares.attn_output, &mut squares.ffn, &mut squares.ffn_down];
         inputs.into_iter().flatten().chain([y]).for_each(|t| g.output(t));
         let widths = inputs.map(|t| t.map_or(0, |t| g.ne(t)[0]));
-        let done = g.compute(&mut self.engine)?;
-        for ((t, n), sums) in inputs.into_iter().zip(widths).zip(into) {
-            sums.resize(n, 0.0);
-            for row in t.map(|t| done.to_vec(t)).unwrap_or_default().chunks_exact(n.max(1)) {
+        let done = g.compute(&self.engine)?;
+        let mut found = widths.map(|n| vec![0.0; n]);
+        for (sums, t) in found.iter_mut().zip(inputs) {
+            for row in t.map(|t| done.to_vec(t)).unwrap_or_default().chunks_exact(sums.len().max(1)) {
                 sums.iter_mut().zip(row).for_each(|(s, v)| *s += f64::from(*v).powi(2));
             }
         }
         done.read(y, out);
-        Ok(())
+        Ok(found)
     }
 
-    /// First half of attention: the input of attn_output, `[n_tokens, n_head·head_dim]`, for the chunk `x`
-    /// `[n_tokens, n_embd]`.
+    /// First half of attention: the input of attn_output, `[n_tokens, n_head·head_dim]`, for whole windows
+    /// `x` `[n_tokens, n_embd]`.
     /// It is empty in a block without attention. Moments are those at attn_output, with the residual target
     /// − (x + attention).
     ///
     /// # Errors
     /// [`ForwardError`] if the backend fails.
     pub fn attn_out_input(
-        &mut self,
+        &self,
         b: &Block,
         x: &[f32],
         moments: Option<Collect>,
@@ -218,21 +115,30 @@ impl Forward {
         if !b.has_attention() {
             return Ok(Vec::new());
         }
-        let ne = [self.n_embd(), x.len() / self.n_embd()];
-        let mut g = Graph::new(&self.engine, MAX_NODES);
-        let x = g.input_f32(ne, x);
-        let a = self.net.heads(&mut g, b, x);
-        g.output(a);
-        let collect = moments.map(|c| {
-            let y = self.net.map(&mut g, b, Half::Attention, a);
-            let own = self.net.join(&mut g, b, Half::Attention, x, y);
-            self.net.collect(&mut g, b, Half::Attention, [a, y, own], c)
-        });
-        let done = g.compute(&mut self.engine)?;
-        if let Some(sums) = collect {
-            sums.add(&done);
-        }
-        Ok(done.to_vec(a))
+        let (n_embd, n) = (self.n_embd(), x.len() / self.n_embd());
+        let (row, per_graph) = (self.net.hparams.head_dim * b.shape.n_head, self.graph_tokens().min(n));
+        let mut heads = vec![0.0; n * row];
+        let mut collect = Collecting::new(moments, n, per_graph, n_embd);
+        let parts = x.chunks(per_graph * n_embd).zip(heads.chunks_mut(per_graph * row)).zip(collect.parts());
+        each(parts.collect(), self.at_once(), |((x, heads), collect)| {
+            let mut g = Graph::new(&self.engine, MAX_NODES);
+            let x = g.input_f32([n_embd, x.len() / n_embd], x);
+            let a = self.net.heads(&mut g, b, x);
+            g.output(a);
+            let asked = collect.map(|c| {
+                let y = self.net.map(&mut g, b, Half::Attention, a);
+                let own = self.net.join(&mut g, b, Half::Attention, x, y);
+                self.net.collect(&mut g, b, Half::Attention, [a, y, own], c)
+            });
+            let done = g.compute(&self.engine)?;
+            if let Some(asked) = asked {
+                asked.take(&done);
+            }
+            done.read(a, heads);
+            Ok::<_, ForwardError>(())
+        })?;
+        collect.end();
+        Ok(heads)
     }
 
     /// Computes the rest of a block from the output `a` of [`Forward::attn_out_input`] for `x`.
@@ -240,49 +146,65 @@ impl Forward {
     /// # Errors
     /// [`ForwardError`] if the backend fails.
     pub fn from_attn_out_input(
-        &mut self,
+        &self,
         b: &Block,
         x: &[f32],
         a: &[f32],
         wanted: BlockOutputs,
     ) -> Result<(), ForwardError> {
-        let n = x.len() / self.n_embd();
-        let ne = [self.n_embd(), n];
-        let mut g = Graph::new(&self.engine, MAX_NODES);
-        let x = g.input_f32(ne, x);
-        let a = (!a.is_empty()).then(|| g.input_f32([a.len() / n, n], a));
-        let mid = self.net.attention_residual(&mut g, b, x, a);
-        if b.has_experts() {
-            assert!(wanted.moments.is_none(), "moments are those of one feed-forward");
-            g.output(mid);
-            let stream = g.compute(&mut self.engine)?.to_vec(mid);
-            if let Some(out) = wanted.out {
-                self.experts(b, &stream, out, None)?;
-            }
-            if let Some(dst) = wanted.mid {
-                dst.copy_from_slice(&stream);
-            }
-            return Ok(());
+        let (n_embd, n) = (self.n_embd(), x.len() / self.n_embd());
+        let (row, per_graph) = (a.len() / n, self.slice_tokens().min(n));
+        let BlockOutputs { mut mid, mut out, moments } = wanted;
+        let mut experts_input = Vec::new();
+        let experts_out = if b.has_experts() { out.take() } else { None };
+        if experts_out.is_some() && mid.is_none() {
+            experts_input.resize(x.len(), 0.0);
         }
-        let h = self.net.neurons(&mut g, b, x, mid);
-        let y = self.net.map(&mut g, b, Half::FeedForward, h);
-        let own = self.net.join(&mut g, b, Half::FeedForward, mid, y);
-        if wanted.mid.is_some() {
-            g.output(mid);
+        assert!(moments.is_none() || !b.has_experts(), "moments are those of one feed-forward");
+        {
+            let mid = mid.as_deref_mut().or((!experts_input.is_empty()).then_some(&mut experts_input[..]));
+            let mut collect = Collecting::new(moments, n, per_graph, n_embd);
+            let mut mid = mid.unwrap_or_default().chunks_mut(per_graph * n_embd);
+            let mut out = out.unwrap_or_default().chunks_mut(per_graph * n_embd);
+            let mut heads = a.chunks(per_graph * row.max(1));
+            let parts = x.chunks(per_graph * n_embd).zip(collect.parts());
+            let parts = parts.map(|(x, collect)| (x, heads.next(), collect, mid.next(), out.next()));
+            each(parts.collect(), self.at_once(), |(x, a, collect, to_mid, to_out)| {
+                let n = x.len() / n_embd;
+                let mut g = Graph::new(&self.engine, MAX_NODES);
+                let x = g.input_f32([n_embd, n], x);
+                let a = a.map(|a| g.input_f32([row, n], a));
+                let mid = self.net.attention_residual(&mut g, b, x, a);
+                if to_mid.is_some() {
+                    g.output(mid);
+                }
+                let mut own = mid;
+                let mut asked = None;
+                if !b.has_experts() {
+                    let h = self.net.neurons(&mut g, b, x, mid);
+                    let y = self.net.map(&mut g, b, Half::FeedForward, h);
+                    own = self.net.join(&mut g, b, Half::FeedForward, mid, y);
+                    if to_out.is_some() {
+                        g.output(own);
+                    }
+                    asked = collect.map(|c| self.net.collect(&mut g, b, Half::FeedForward, [h, y, own], c));
+                }
+                let done = g.compute(&self.engine)?;
+                if let Some(asked) = asked {
+                    asked.take(&done);
+                }
+                if let Some(dst) = to_mid {
+                    done.read(mid, dst);
+                }
+                if let Some(dst) = to_out {
+                    done.read(own, dst);
+                }
+                Ok::<_, ForwardError>(())
+            })?;
+            collect.end();
         }
-        if wanted.out.is_some() {
-            g.output(own);
-        }
-        let collect = wanted.moments.map(|c| self.net.collect(&mut g, b, Half::FeedForward, [h, y, own], c));
-        let done = g.compute(&mut self.engine)?;
-        if let Some(sums) = collect {
-            sums.add(&done);
-        }
-        if let Some(dst) = wanted.mid {
-            done.read(mid, dst);
-        }
-        if let Some(dst) = wanted.out {
-            done.read(own, dst);
+        if let Some(out) = experts_out {
+            self.experts(b, mid.as_deref().unwrap_or(&experts_input), out, None)?;
         }
         Ok(())
     }
@@ -297,8 +219,8 @@ impl Net {
         b: &'a Block,
         half: Half,
         [inputs, y, own]: [TensorId; 3],
-        c: Collect<'a>,
-    ) -> Sums<'a> {
+        c: Part<'a>,
+    ) -> Asked<'a> {
         let mut scales = g.input_f32([1, c.scales.len()], c.scales);
         let mut residual = c.target.map(|target| {
             let [n_embd, n_tokens, ..] = g.ne(own);
@@ -313,55 +235,6 @@ impl Net {
             });
             scales = g.div(scales, rms);
         }
-        c.into.sums(g, inputs, residual, scales)
-    }
-}
-
-impl Gathering {
-    /// Adds nodes for the products over tokens of `x` `ne` `[n, n_tokens]` with itself and with `residual`
-    /// `ne` `[m, n_tokens]`, and for the sums of both.
-    /// `x` and `residual` are multiplied by `scales` `ne` `[1, n_tokens]` first; the sums are weighted by
-    /// the squares of `scales`.
-    pub(super) fn sums<'a>(
-        &'a mut self,
-        g: &mut Graph<'a>,
-        x: TensorId,
-        residual: Option<TensorId>,
-        scales: TensorId,
-    ) -> Sums<'a> {
-        self.next_chunk();
-        let Gathering { moments, there } = self;
-        let there = there.as_ref();
-        let [n, n_tokens, ..] = g.ne(x);
-        g.output(scales);
-        let weights = g.reshape(scales, [n_tokens, 1, 1, 1]);
-        let x = g.mul(x, scales);
-        let rt = residual.map(|r| {
-            let r = g.mul(r, scales);
-            g.transpose(r)
-        });
-        let xt = g.transpose(x);
-        // An output for the host, or added to the `i`-th total.
-        let product = |g: &mut Graph<'a>, a: TensorId, b: TensorId, total: Option<(&'a Totals, usize)>| {
-            let product = g.mul_mat(a, b);
-            let kept = total.map(|(there, i)| {
-                let total = g.resident(&there.set, i);
-                g.add_to(total, product)
-            });
-            g.output(kept.unwrap_or(product));
-            kept.is_none().then_some(product)
-        };
-        let mut products = Vec::new();
-        for (i, (start, rows)) in panels(n).enumerate() {
-            let panel = g.slice(x, 0, start, rows);
-            let behind = g.slice(x, 0, start, n - start);
-            let (panel, behind) = (g.transpose(panel), g.transpose(behind));
-            products.extend(product(g, behind, panel, there.map(|t| (t, i))).map(|p| (start, p)));
-        }
-        let total = there.and_then(|t| Some((t, t.cross?)));
-        let mut sum = |x: TensorId| product(g, x, weights, None).expect("it is for the host");
-        let (x, r) = (sum(xt), rt.map(&mut sum));
-        let cross = rt.and_then(|rt| product(g, xt, rt, total));
-        Sums { moments, panels: products, cross, x, r, scales, n_tokens }
+        c.into.ask(g, inputs, residual, scales)
     }
 }

@@ -7,103 +7,223 @@ pub use resident::{Resident, TensorSpec, Values};
 use super::GgmlError;
 use super::device::{Compute, Device, Taken};
 use llama_cpp_sys_2 as sys;
-use std::cell::Cell;
+use std::mem::ManuallyDrop;
 use std::ptr::NonNull;
-use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 /// Largest number of tensors in a graph, including leaves and copies between devices.
 const MAX_TENSORS: usize = 8192;
 
-/// Backends with their scratch memory. One graph runs at a time.
-pub struct Engine {
-    cpu: sys::ggml_backend_t,
-    n_threads: usize,
-    pub(super) place: Place,
-}
+/// Hardware that graphs run on, with their scratch memory.
+///
+/// On the CPU, each graph runs on the thread that computes it, and several threads can compute graphs at a
+/// time. Matrix products inside a graph are spread over the threads of rayon's pool that have nothing else
+/// to do. So no thread waits at a barrier after each operation, as ggml's own threads do. On devices, one
+/// graph runs at a time.
+pub struct Engine(Place);
 
 /// Place where graphs run.
-pub(super) enum Place {
-    /// The CPU; this allocator provides memory for intermediate results.
-    Host { galloc: sys::ggml_gallocr_t },
+enum Place {
+    /// The CPU, with the runners that no graph uses.
+    Host(Mutex<Vec<Runner>>),
     /// The devices that hold the weights; the CPU runs operations that they do not support.
     Devices {
-        backends: Vec<sys::ggml_backend_t>,
-        sched: sys::ggml_backend_sched_t,
-        /// Index of the backend that the next tensors go to.
-        next: Cell<usize>,
-        /// The scheduler's buffers on devices.
-        scratch: Taken,
+        scheduler: Mutex<Scheduler>,
+        devices: Vec<sys::ggml_backend_dev_t>,
+        /// Index of the device that the next tensors go to.
+        next: AtomicUsize,
     },
 }
 
+// SAFETY: devices are never removed and may be used from any thread; all else is behind a mutex.
+unsafe impl Send for Engine {}
+// SAFETY: as above.
+unsafe impl Sync for Engine {}
+
+/// CPU backend of one thread, with memory for the intermediate results of one graph.
+pub(super) struct Runner {
+    cpu: sys::ggml_backend_t,
+    galloc: sys::ggml_gallocr_t,
+}
+
+impl Runner {
+    fn new() -> Result<Runner, GgmlError> {
+        let cpu = cpu_backend(1)?;
+        // SAFETY: a live backend; null is checked.
+        let galloc = unsafe { sys::ggml_gallocr_new(sys::ggml_backend_get_default_buffer_type(cpu)) };
+        let runner = Runner { cpu, galloc };
+        if galloc.is_null() { Err(GgmlError::Backend("CPU")) } else { Ok(runner) }
+    }
+}
+
+impl Drop for Runner {
+    fn drop(&mut self) {
+        // SAFETY: `new` made both, and no graph uses them any more; null is not freed.
+        unsafe {
+            sys::ggml_gallocr_free(self.galloc);
+            sys::ggml_backend_free(self.cpu);
+        }
+    }
+}
+
+/// Backends of several devices and of the CPU, among which the operations of a graph are divided.
+pub(super) struct Scheduler {
+    backends: Vec<sys::ggml_backend_t>,
+    /// Last of the scheduler's backends.
+    cpu: sys::ggml_backend_t,
+    sched: sys::ggml_backend_sched_t,
+    /// The scheduler's buffers on devices.
+    scratch: Taken,
+}
+
+impl Scheduler {
+    /// Starts `devices`, with the CPU on `n_threads` threads for operations that they do not support.
+    fn new(devices: &[Device], n_threads: usize) -> Result<Scheduler, GgmlError> {
+        let mut all = Scheduler {
+            backends: Vec::new(),
+            cpu: cpu_backend(n_threads)?,
+            sched: std::ptr::null_mut(),
+            scratch: Taken::default(),
+        };
+        // SAFETY: devices are live; null is checked before use; a failure drops what was started.
+        unsafe {
+            for device in devices {
+                let raw = device.raw();
+                let backend = sys::ggml_backend_dev_init(raw, std::ptr::null());
+                if backend.is_null() {
+                    let name = super::system::static_text(sys::ggml_backend_dev_name(raw));
+                    return Err(GgmlError::Device(name.into()));
+                }
+                all.backends.push(backend);
+            }
+            // The last backend runs the unsupported operations.
+            let mut backends = [&all.backends[..], &[all.cpu]].concat();
+            let n = backends.len() as i32;
+            let types = std::ptr::null_mut();
+            all.sched =
+                sys::ggml_backend_sched_new(backends.as_mut_ptr(), types, n, MAX_TENSORS, false, false);
+        }
+        Ok(all)
+    }
+}
+
+impl Drop for Scheduler {
+    fn drop(&mut self) {
+        // SAFETY: `new` made all of them, and no graph uses them any more; null is not freed.
+        unsafe {
+            if !self.sched.is_null() {
+                sys::ggml_backend_sched_free(self.sched);
+            }
+            self.backends.iter().for_each(|b| sys::ggml_backend_free(*b));
+            sys::ggml_backend_free(self.cpu);
+        }
+    }
+}
+
+/// Starts the CPU backend with `n_threads` threads.
+fn cpu_backend(n_threads: usize) -> Result<sys::ggml_backend_t, GgmlError> {
+    // SAFETY: a plain constructor; null is checked before use.
+    unsafe {
+        let cpu = sys::ggml_backend_cpu_init();
+        if cpu.is_null() {
+            return Err(GgmlError::Backend("CPU"));
+        }
+        sys::ggml_backend_cpu_set_n_threads(cpu, n_threads.max(1) as i32);
+        Ok(cpu)
+    }
+}
+
 impl Engine {
-    /// Starts the CPU backend with `n_threads` threads.
-    ///
-    /// # Errors
-    /// [`GgmlError::Backend`] if ggml refuses.
-    pub fn cpu(n_threads: usize) -> Result<Engine, GgmlError> {
-        Engine::new(&n_threads.into())
+    /// Creates an engine on the CPU.
+    pub fn cpu() -> Engine {
+        Engine(Place::Host(Mutex::default()))
     }
 
-    /// Starts the backends that `compute` asks for.
+    /// Starts the hardware that `compute` asks for.
     ///
     /// # Errors
     /// [`GgmlError::Backend`] or [`GgmlError::Device`] if ggml refuses.
     pub fn new(compute: &Compute) -> Result<Engine, GgmlError> {
-        let n_threads = compute.n_threads.max(1);
-        // SAFETY: plain constructors; null is checked before use.
-        unsafe {
-            let cpu = sys::ggml_backend_cpu_init();
-            if cpu.is_null() {
-                return Err(GgmlError::Backend("CPU"));
-            }
-            sys::ggml_backend_cpu_set_n_threads(cpu, n_threads as i32);
-            // From here on, any failure drops the started backends.
-            let mut engine = Engine { cpu, n_threads, place: Place::Host { galloc: std::ptr::null_mut() } };
-            engine.place = if compute.devices.is_empty() {
-                let galloc = sys::ggml_gallocr_new(sys::ggml_backend_get_default_buffer_type(cpu));
-                if galloc.is_null() {
-                    return Err(GgmlError::Backend("CPU"));
-                }
-                Place::Host { galloc }
-            } else {
-                devices_of(cpu, &compute.devices)?
-            };
-            Ok(engine)
+        if compute.devices.is_empty() {
+            return Ok(Engine::cpu());
         }
-    }
-
-    /// Number of threads that a graph runs on.
-    pub fn n_threads(&self) -> usize {
-        self.n_threads
+        let scheduler = Mutex::new(Scheduler::new(&compute.devices, compute.n_threads)?);
+        let devices = compute.devices.iter().map(|d| d.raw()).collect();
+        Ok(Engine(Place::Devices { scheduler, devices, next: AtomicUsize::new(0) }))
     }
 
     /// Whether graphs run on devices.
     pub(crate) fn has_devices(&self) -> bool {
-        matches!(self.place, Place::Devices { .. })
+        matches!(self.0, Place::Devices { .. })
     }
 
+    /// Reserves what a graph needs in order to run; on devices, waits until no other graph runs.
+    ///
+    /// # Errors
+    /// [`GgmlError::Backend`] if ggml refuses.
+    pub(super) fn reserve(&self) -> Result<Reserved<'_>, GgmlError> {
+        Ok(match &self.0 {
+            Place::Host(idle) => {
+                let runner = locked(idle).pop();
+                Reserved::Host { runner: ManuallyDrop::new(runner.map_or_else(Runner::new, Ok)?), idle }
+            }
+            Place::Devices { scheduler, .. } => Reserved::Devices(locked(scheduler)),
+        })
+    }
+
+    /// Device for the next tensors: devices take turns.
+    fn next_device(&self) -> sys::ggml_backend_dev_t {
+        match &self.0 {
+            // SAFETY: there is always a CPU device.
+            Place::Host(_) => unsafe { sys::ggml_backend_dev_by_type(sys::GGML_BACKEND_DEVICE_TYPE_CPU) },
+            Place::Devices { devices, next, .. } => {
+                devices[next.fetch_add(1, Ordering::Relaxed) % devices.len()]
+            }
+        }
+    }
+}
+
+/// Contents of a mutex, whatever became of another thread that held it: a graph that failed leaves nothing
+/// behind that the next one reads.
+fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Part of an engine that one graph uses.
+pub(super) enum Reserved<'e> {
+    /// Runner, with the others to which it returns.
+    Host {
+        runner: ManuallyDrop<Runner>,
+        idle: &'e Mutex<Vec<Runner>>,
+    },
+    Devices(MutexGuard<'e, Scheduler>),
+}
+
+impl Reserved<'_> {
     /// Allocates memory for all tensors of `graph`.
     ///
     /// # Safety
-    /// The graph is alive, and no result of an earlier graph is still read.
+    /// The graph is alive, and no result of an earlier graph that had this reservation is still read.
     pub(super) unsafe fn allocate(&mut self, graph: *mut sys::ggml_cgraph) -> bool {
         // SAFETY: by the caller.
         unsafe {
-            match &mut self.place {
+            match self {
                 // The plan is made afresh each time. The allocator by itself keeps the plan of the previous
                 // graph if node counts and sizes happen to match, whatever the two graphs compute.
-                Place::Host { galloc } => {
-                    sys::ggml_gallocr_reserve(*galloc, graph) && sys::ggml_gallocr_alloc_graph(*galloc, graph)
+                Reserved::Host { runner, .. } => {
+                    sys::ggml_gallocr_reserve(runner.galloc, graph)
+                        && sys::ggml_gallocr_alloc_graph(runner.galloc, graph)
                 }
-                Place::Devices { backends, sched, scratch, .. } => {
-                    sys::ggml_backend_sched_reset(*sched);
+                Reserved::Devices(s) => {
+                    sys::ggml_backend_sched_reset(s.sched);
                     // The scheduler has no call to plan a graph that is then run. A graph of another size
                     // makes it plan afresh.
                     let planned =
-                        reserve_another(*sched) && sys::ggml_backend_sched_alloc_graph(*sched, graph);
-                    let sizes = backends.iter().map(|b| sys::ggml_backend_sched_get_buffer_size(*sched, *b));
-                    scratch.resize(sizes.sum::<usize>() as u64);
+                        reserve_another(s.sched) && sys::ggml_backend_sched_alloc_graph(s.sched, graph);
+                    let size = |b: &sys::ggml_backend_t| sys::ggml_backend_sched_get_buffer_size(s.sched, *b);
+                    let bytes = s.backends.iter().map(size).sum::<usize>() as u64;
+                    s.scratch.resize(bytes);
                     planned
                 }
             }
@@ -113,61 +233,24 @@ impl Engine {
     /// Runs `graph`, whose inputs are set.
     ///
     /// # Safety
-    /// [`Engine::allocate`] has allocated the graph's memory.
+    /// [`Reserved::allocate`] has allocated the graph's memory.
     pub(super) unsafe fn run(&mut self, graph: *mut sys::ggml_cgraph) -> sys::ggml_status {
         // SAFETY: by the caller.
         unsafe {
-            match self.place {
-                Place::Host { .. } => sys::ggml_backend_graph_compute(self.cpu, graph),
-                Place::Devices { sched, .. } => sys::ggml_backend_sched_graph_compute(sched, graph),
-            }
-        }
-    }
-
-    /// Backend for the next tensors: devices take turns.
-    fn next_backend(&self) -> sys::ggml_backend_t {
-        match &self.place {
-            Place::Host { .. } => self.cpu,
-            Place::Devices { backends, next, .. } => {
-                let i = next.get();
-                next.set((i + 1) % backends.len());
-                backends[i]
+            match self {
+                Reserved::Host { runner, .. } => sys::ggml_backend_graph_compute(runner.cpu, graph),
+                Reserved::Devices(s) => sys::ggml_backend_sched_graph_compute(s.sched, graph),
             }
         }
     }
 }
 
-/// Starts `devices`, with the CPU for operations that they do not support.
-///
-/// # Safety
-/// `cpu` is a live backend that outlives the result.
-unsafe fn devices_of(cpu: sys::ggml_backend_t, devices: &[Device]) -> Result<Place, GgmlError> {
-    let mut backends: Vec<sys::ggml_backend_t> = Vec::new();
-    // SAFETY: devices are live; null is checked before use; if one fails, those that were started are
-    // freed.
-    unsafe {
-        for device in devices {
-            let raw = device.raw();
-            let backend = sys::ggml_backend_dev_init(raw, std::ptr::null());
-            if backend.is_null() {
-                backends.iter().for_each(|b| sys::ggml_backend_free(*b));
-                let name = super::system::static_text(sys::ggml_backend_dev_name(raw));
-                return Err(GgmlError::Device(name.into()));
-            }
-            backends.push(backend);
+impl Drop for Reserved<'_> {
+    fn drop(&mut self) {
+        if let Reserved::Host { runner, idle } = self {
+            // SAFETY: it is not used after the drop.
+            locked(idle).push(unsafe { ManuallyDrop::take(runner) });
         }
-        let mut all = backends.clone();
-        // The last backend runs the unsupported operations.
-        all.push(cpu);
-        let sched = sys::ggml_backend_sched_new(
-            all.as_mut_ptr(),
-            std::ptr::null_mut(),
-            all.len() as i32,
-            MAX_TENSORS,
-            false,
-            false,
-        );
-        Ok(Place::Devices { backends, sched, next: Cell::new(0), scratch: Taken::default() })
     }
 }
 
@@ -202,22 +285,6 @@ unsafe fn reserve_another(sched: sys::ggml_backend_sched_t) -> bool {
     }
 }
 
-impl Drop for Engine {
-    fn drop(&mut self) {
-        // SAFETY: `new` made all of them, and nothing borrows the engine any more.
-        unsafe {
-            match &self.place {
-                Place::Host { galloc } => sys::ggml_gallocr_free(*galloc),
-                Place::Devices { backends, sched, .. } => {
-                    sys::ggml_backend_sched_free(*sched);
-                    backends.iter().for_each(|b| sys::ggml_backend_free(*b));
-                }
-            }
-            sys::ggml_backend_free(self.cpu);
-        }
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::super::Graph;
@@ -225,7 +292,7 @@ mod tests {
 
     #[test]
     fn shared_values_are_computed_with_where_they_are() {
-        let mut engine = Engine::cpu(1).unwrap();
+        let engine = Engine::cpu();
         for n in [1, 7, 1000] {
             let values: Vec<f32> = (0..n).map(|i| i as f32 - 3.0).collect();
             let shared = Arc::new(values.clone());
@@ -239,7 +306,7 @@ mod tests {
             let y = g.mul(a, b);
             g.output(y);
             let squares: Vec<f32> = values.iter().map(|v| v * v).collect();
-            assert_eq!(g.compute(&mut engine).unwrap().to_vec(y), squares);
+            assert_eq!(g.compute(&engine).unwrap().to_vec(y), squares);
             assert_eq!((set.read(0), set.read(1)), (values.clone(), values));
             drop(set);
             assert_eq!(Arc::strong_count(&shared), 1);
@@ -249,7 +316,7 @@ mod tests {
     #[test]
     #[should_panic(expected = "weights do not change")]
     fn weights_are_not_added_to() {
-        let engine = Engine::cpu(1).unwrap();
+        let engine = Engine::cpu();
         let data = Values::Shared(Arc::new(vec![1.0; 4]));
         let set = Resident::upload(&engine, &[TensorSpec { ne: [4, 1], data }]).unwrap();
         let mut g = Graph::new(&engine, 16);
@@ -259,7 +326,7 @@ mod tests {
 
     #[test]
     fn what_graphs_add_to_stays() {
-        let mut engine = Engine::cpu(1).unwrap();
+        let engine = Engine::cpu();
         let values: Vec<f32> = (0..6).map(|i| i as f32).collect();
         let beside = [TensorSpec { ne: [6, 1], data: Values::Copied(&values) }];
         let beside = Resident::upload(&engine, &beside).unwrap();
@@ -269,7 +336,7 @@ mod tests {
             let (total, x) = (g.resident(&totals, 1), g.input_f32([3, 2], &values));
             let sum = g.add_to(total, x);
             g.output(sum);
-            g.compute(&mut engine).unwrap();
+            g.compute(&engine).unwrap();
         }
         assert_eq!(totals.read(0), [0.0; 4]);
         assert_eq!(totals.read(1), [0.0, 3.0, 6.0, 9.0, 12.0, 15.0]);

@@ -7,6 +7,8 @@
 mod elementwise;
 mod views;
 
+use super::attend::Params;
+use super::engine::Reserved;
 use super::product::{count, multiply};
 use super::{Engine, GgmlError, Resident, Type};
 use llama_cpp_sys_2 as sys;
@@ -49,9 +51,6 @@ pub struct RopeParams {
 /// Value of GGML_ROPE_TYPE_NEOX.
 const ROPE_TYPE_NEOX: i32 = 2;
 
-/// Value of GGML_N_TASKS_MAX.
-const ALL_THREADS: i32 = -1;
-
 /// Signature of ggml_rope_ext and ggml_rope_ext_back.
 type RopeOp = unsafe extern "C" fn(
     *mut sys::ggml_context,
@@ -80,6 +79,8 @@ pub struct Graph<'a> {
     inputs: Vec<(NonNull<sys::ggml_tensor>, &'a [u8])>,
     /// Matrix products of the graph, with their floating-point operations.
     products: Vec<(TensorId, u64)>,
+    /// Parameters of operations of ours.
+    params: Vec<Box<Params>>,
     /// Whether it runs on devices, whose backends multiply by themselves.
     on_devices: bool,
     _weights: PhantomData<&'a Resident>,
@@ -106,6 +107,7 @@ impl<'a> Graph<'a> {
                 tensors: Vec::new(),
                 inputs: Vec::new(),
                 products: Vec::new(),
+                params: Vec::new(),
                 on_devices: engine.has_devices(),
                 _weights: PhantomData,
             }
@@ -120,6 +122,11 @@ impl<'a> Graph<'a> {
     fn raw(&self, t: TensorId) -> *mut sys::ggml_tensor {
         assert_eq!(t.graph, self.id, "tensor of another graph");
         self.tensors[t.index as usize].as_ptr()
+    }
+
+    /// Whether it runs on devices, which lack some operations.
+    pub fn on_devices(&self) -> bool {
+        self.on_devices
     }
 
     /// Sizes of `t`, ne\[0\] first.
@@ -204,7 +211,7 @@ impl<'a> Graph<'a> {
                 sources.as_mut_ptr(),
                 sources.len() as i32,
                 Some(multiply),
-                ALL_THREADS,
+                1,
                 std::ptr::null_mut(),
             )
         };
@@ -358,15 +365,16 @@ impl<'a> Graph<'a> {
     ///
     /// # Errors
     /// [`GgmlError::Memory`] if there is no room for scratch memory, [`GgmlError::Compute`] otherwise.
-    pub fn compute<'e>(self, engine: &'e mut Engine) -> Result<Computed<'a, 'e>, GgmlError> {
-        // SAFETY: the engine is borrowed mutably until the results are dropped, so no other graph can reuse
-        // its scratch memory; inputs are checked against their shapes.
+    pub fn compute<'e>(self, engine: &'e Engine) -> Result<Computed<'a, 'e>, GgmlError> {
+        assert_eq!(self.on_devices, engine.has_devices(), "a graph for another engine");
+        let mut reserved = engine.reserve()?;
+        // SAFETY: the reservation is held until the results are dropped, so no other graph can reuse its
+        // scratch memory; inputs are checked against their shapes.
         unsafe {
-            assert_eq!(self.on_devices, engine.has_devices(), "a graph for another engine");
             if self.on_devices {
                 self.look_new();
             }
-            if !engine.allocate(self.graph) {
+            if !reserved.allocate(self.graph) {
                 return Err(GgmlError::Memory(0, "a compute graph"));
             }
             for (t, bytes) in &self.inputs {
@@ -375,7 +383,7 @@ impl<'a> Graph<'a> {
                     sys::ggml_backend_tensor_set(t.as_ptr(), bytes.as_ptr().cast(), 0, bytes.len());
                 }
             }
-            let status = engine.run(self.graph);
+            let status = reserved.run(self.graph);
             if status != sys::GGML_STATUS_SUCCESS {
                 return Err(GgmlError::Compute(status));
             }
@@ -383,7 +391,7 @@ impl<'a> Graph<'a> {
         // SAFETY: live headers; a node that no result depends on gets no memory, and does not run.
         let ran = |t: &TensorId| unsafe { !(*self.raw(*t)).buffer.is_null() };
         count(self.products.iter().filter(|(t, _)| ran(t)).map(|(_, n)| n).sum());
-        Ok(Computed { graph: self, _engine: PhantomData })
+        Ok(Computed { graph: self, _reserved: reserved })
     }
 }
 
@@ -397,7 +405,7 @@ impl Drop for Graph<'_> {
 /// Graph after its run; its outputs can be read until it is dropped.
 pub struct Computed<'a, 'e> {
     graph: Graph<'a>,
-    _engine: PhantomData<&'e mut Engine>,
+    _reserved: Reserved<'e>,
 }
 
 impl Computed<'_, '_> {
@@ -424,8 +432,8 @@ impl Computed<'_, '_> {
     pub fn view(&self, t: TensorId) -> Cow<'_, [f32]> {
         let raw = self.graph.raw(t);
         assert!(self.graph.contiguous(t));
-        // SAFETY: type and output flag are checked; the buffer is alive and unchanged while `self` is
-        // borrowed, since the engine is, too.
+        // SAFETY: type and output flag are checked; the buffer is alive and unchanged while `self`
+        // holds its reservation.
         unsafe {
             assert_eq!((*raw).type_, sys::GGML_TYPE_F32);
             assert!((*raw).flags & sys::GGML_TENSOR_FLAG_OUTPUT as i32 != 0, "not an output");

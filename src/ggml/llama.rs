@@ -31,6 +31,7 @@ pub struct Offload {
 /// Model (or only its vocabulary) loaded by libllama.
 pub struct LlamaModel {
     raw: NonNull<sys::llama_model>,
+    offloaded: bool,
 }
 
 // SAFETY: libllama models are immutable after loading and may be shared between threads.
@@ -102,11 +103,17 @@ impl LlamaModel {
         let what = if params.vocab_only { "cannot read its vocabulary" } else { "does not load it" };
         // SAFETY: a valid C string; null is checked.
         let raw = unsafe { sys::llama_model_load_from_file(c_path.as_ptr(), params) };
-        NonNull::new(raw).map(|raw| LlamaModel { raw }).ok_or_else(|| {
+        let offloaded = params.n_gpu_layers > 0;
+        NonNull::new(raw).map(|raw| LlamaModel { raw, offloaded }).ok_or_else(|| {
             // `error loading model: ` precedes the actual error.
             let reason = with_cause(what.into()).replace("error loading model: ", "");
             GgmlError::Load { path: path.into(), reason }
         })
+    }
+
+    /// Whether some of its layers are on devices.
+    pub fn is_offloaded(&self) -> bool {
+        self.offloaded
     }
 
     /// Context length that the model was trained for, in tokens.
@@ -226,6 +233,9 @@ pub struct Context<'m> {
     has_logits: Vec<bool>,
     _model: &'m LlamaModel,
 }
+
+// SAFETY: a context may be used on any thread, by one at a time; the model is shared.
+unsafe impl Send for Context<'_> {}
 
 impl<'m> Context<'m> {
     /// Creates a context for `n_seq` sequences of `n_ctx` tokens each, which decodes at most `n_batch`

@@ -4,6 +4,7 @@
 //! errors by aborting the process. Shapes are therefore asserted here before each call, and
 //! [`install_abort_handler`] turns any remaining abort into one clear line.
 
+mod attend;
 mod device;
 mod engine;
 mod gguf;
@@ -18,6 +19,7 @@ mod types;
 mod vocab;
 mod watch;
 
+pub use attend::Causal;
 pub use device::{Compute, Device, DeviceInfo, add_server, device_memory_peak, devices, serve, total_memory};
 pub use engine::{Engine, Resident, TensorSpec, Values};
 pub use gguf::{RawGguf, RawValue};
@@ -25,8 +27,9 @@ pub use graph::{Computed, Graph, RopeParams, TensorId};
 pub use llama::{BatchToken, Context, LlamaModel, Offload, Token};
 pub use memory::{RunMemory, repacked_bytes, run_memory, taken_memory};
 pub use process::{
-    Allocator, exit_now, install_out_of_memory_handler, keeping_ignored, let_large_writes_fail,
+    Allocator, cpu_time, exit_now, install_out_of_memory_handler, keeping_ignored, let_large_writes_fail,
 };
+pub(crate) use product::count;
 pub use product::{operations, product_rate};
 pub use quantize::{FileType, quantize_file};
 pub use system::{

@@ -52,6 +52,22 @@ pub fn let_large_writes_fail() {
     }
 }
 
+/// Processor time of all threads of this process so far, if the system can tell.
+pub fn cpu_time() -> Option<std::time::Duration> {
+    #[cfg(unix)]
+    {
+        // SAFETY: plain data, which the call fills.
+        let used = unsafe {
+            let mut used: libc::rusage = std::mem::zeroed();
+            (libc::getrusage(libc::RUSAGE_SELF, &mut used) == 0).then_some(used)?
+        };
+        let time = |t: libc::timeval| std::time::Duration::new(t.tv_sec as u64, t.tv_usec as u32 * 1000);
+        Some(time(used.ru_utime) + time(used.ru_stime))
+    }
+    #[cfg(not(unix))]
+    None
+}
+
 static ON_OUT_OF_MEMORY: OnceLock<fn(usize) -> !> = OnceLock::new();
 
 /// Installs `handler`, which is called with the requested number of bytes if the system has no memory left,

@@ -8,17 +8,22 @@ use super::{Engine, GgmlError, Graph};
 use faer::linalg::matmul::matmul;
 use faer::{Accum, MatMut, MatRef, Par};
 use llama_cpp_sys_2 as sys;
+use rayon::prelude::*;
 use std::ffi::{c_int, c_void};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Instant;
 
-/// Largest and smallest rows and columns of the result that a thread computes in one go: multiples of the
-/// kernels' register tiles.
-const LARGEST_TILE: [usize; 2] = [768, 256];
-const SMALLEST_TILE: [usize; 2] = [96, 32];
+/// Largest number of rows and of columns of the result that are computed in one go, and smallest number of
+/// rows: a multiple of the kernels' register tiles.
+/// Tiles are wide, because the rows of the first operand are packed anew for each.
+const LARGEST_TILE: [usize; 2] = [768, 512];
+const SMALLEST_ROWS: usize = 96;
 
-/// Number of tiles that a large enough product is cut into, so that threads have about equal parts.
-const ENOUGH_TILES: usize = 16;
+/// Number of tiles that a large enough product is cut into, so that idle threads can help.
+const ENOUGH_TILES: usize = 8;
+
+/// Number of operations from which a product is worth waking other threads.
+const WORTH_SHARING: i64 = 1 << 20;
 
 /// Floating-point operations of the products of all graphs that have run.
 static OPERATIONS: AtomicU64 = AtomicU64::new(0);
@@ -29,17 +34,18 @@ pub fn operations() -> u64 {
     OPERATIONS.load(Ordering::Relaxed)
 }
 
-pub(super) fn count(operations: u64) {
+/// Adds to [`operations`], for products outside graphs that belong to a forward pass.
+pub(crate) fn count(operations: u64) {
     OPERATIONS.fetch_add(operations, Ordering::Relaxed);
 }
 
-/// Operations per second of a plain product of two matrices on `n_threads` threads.
+/// Operations per second of a plain product of two matrices on all threads of rayon's pool.
 ///
 /// # Errors
 /// [`GgmlError`] if the backend fails.
-pub fn product_rate(n_threads: usize) -> Result<f64, GgmlError> {
+pub fn product_rate() -> Result<f64, GgmlError> {
     const N: usize = 2048;
-    let mut engine = Engine::cpu(n_threads)?;
+    let engine = Engine::cpu();
     let x = vec![1.0f32; N * N];
     let mut best = f64::INFINITY;
     // The first run warms up. The best of the others counts, since other programs can only slow it down.
@@ -49,7 +55,7 @@ pub fn product_rate(n_threads: usize) -> Result<f64, GgmlError> {
         let y = g.mul_mat(a, b);
         g.output(y);
         let start = Instant::now();
-        g.compute(&mut engine)?;
+        g.compute(&engine)?;
         best = best.min(start.elapsed().as_secs_f64());
     }
     Ok(2.0 * (N * N * N) as f64 / best)
@@ -63,20 +69,42 @@ pub fn product_rate(n_threads: usize) -> Result<f64, GgmlError> {
 /// Only ggml's CPU backend may call it, on a tensor that [`super::Graph::mul_mat`] made.
 pub(super) unsafe extern "C" fn multiply(
     dst: *mut sys::ggml_tensor,
-    ith: c_int,
-    nth: c_int,
+    _ith: c_int,
+    _nth: c_int,
     _user: *mut c_void,
 ) {
-    // SAFETY: the tensor and its sources live while the graph runs, and other threads only read them.
-    let dst = unsafe { &*dst };
-    let tiling = Tiling::of(dst.ne.map(|n| n as usize));
-    for i in (ith as usize..tiling.count()).step_by(nth as usize) {
-        // SAFETY: the caller's tensor, and each tile belongs to one thread.
-        let done = std::panic::catch_unwind(|| unsafe { multiply_tile(dst, &tiling, i) });
-        if done.is_err() {
-            // A panic must not cross into C, and other threads wait for this one.
-            std::process::abort();
+    // SAFETY: by the caller; the tensor and its sources live while the graph runs.
+    let product = Product(unsafe { &*dst });
+    let done = std::panic::catch_unwind(|| product.compute());
+    if done.is_err() {
+        // A panic must not cross into C.
+        std::process::abort();
+    }
+}
+
+/// Result of a product, for the threads that compute its tiles.
+struct Product<'t>(&'t sys::ggml_tensor);
+
+// SAFETY: nobody changes headers while a graph runs, and each tile is written by one thread.
+unsafe impl Sync for Product<'_> {}
+
+impl Product<'_> {
+    fn compute(&self) {
+        let tiling = Tiling::of(self.0.ne.map(|n| n as usize));
+        let tile = |i: usize| self.tile(&tiling, i);
+        // SAFETY: a product has two sources.
+        let k = unsafe { (*self.0.src[0]).ne[0] };
+        if 2 * k * self.0.ne.iter().product::<i64>() < WORTH_SHARING {
+            (0..tiling.count()).for_each(tile);
+        } else {
+            (0..tiling.count()).into_par_iter().for_each(tile);
         }
+    }
+
+    /// Computes tile `i`.
+    fn tile(&self, tiling: &Tiling, i: usize) {
+        // SAFETY: a product has two sources, and each of its tiles is computed by one thread.
+        unsafe { multiply_tile(self.0, tiling, i) }
     }
 }
 
@@ -90,13 +118,10 @@ struct Tiling {
 
 impl Tiling {
     fn of(ne: [usize; 4]) -> Tiling {
-        let fit = |d: usize| LARGEST_TILE[d].min(ne[d].next_multiple_of(SMALLEST_TILE[d]));
-        let mut t = Tiling { ne, size: [fit(0), fit(1)] };
-        while t.count() < ENOUGH_TILES && t.size != SMALLEST_TILE {
-            // Splits the side that is the larger multiple of its smallest size.
-            let parts = |d: usize| t.size[d] / SMALLEST_TILE[d];
-            let d = usize::from(parts(1) > parts(0));
-            t.size[d] = (t.size[d] / 2).next_multiple_of(SMALLEST_TILE[d]);
+        let rows = LARGEST_TILE[0].min(ne[0].next_multiple_of(SMALLEST_ROWS));
+        let mut t = Tiling { ne, size: [rows, LARGEST_TILE[1].min(ne[1].max(1))] };
+        while t.count() < ENOUGH_TILES && t.size[0] > SMALLEST_ROWS {
+            t.size[0] = (t.size[0] / 2).next_multiple_of(SMALLEST_ROWS);
         }
         t
     }
@@ -181,18 +206,25 @@ mod tests {
             let turned: Vec<f32> =
                 (0..a.len()).map(|i| a[i / (k * m) * k * m + i % m * k + i / m % k]).collect();
             let mut first: Option<Vec<f32>> = None;
+            let engine = Engine::cpu();
             for (n_threads, turn) in [(1, false), (3, false), (2, true)] {
-                let mut engine = Engine::cpu(n_threads).unwrap();
-                let mut g = Graph::new(&engine, 16);
-                let x =
-                    if turn { g.input_f32([m, k * heads], &turned) } else { g.input_f32([k, m * heads], &a) };
-                let x = if turn { g.reshape(x, [m, k, heads, 1]) } else { g.reshape(x, [k, m, heads, 1]) };
-                let x = if turn { g.transpose(x) } else { x };
-                let y = g.input_f32([k, n * heads * repeats], &b);
-                let y = g.reshape(y, [k, n, heads * repeats, 1]);
-                let z = g.mul_mat(x, y);
-                g.output(z);
-                let found = g.compute(&mut engine).unwrap().to_vec(z);
+                let pool = rayon::ThreadPoolBuilder::new().num_threads(n_threads).build().unwrap();
+                let found = pool.install(|| {
+                    let mut g = Graph::new(&engine, 16);
+                    let x = if turn {
+                        g.input_f32([m, k * heads], &turned)
+                    } else {
+                        g.input_f32([k, m * heads], &a)
+                    };
+                    let x =
+                        if turn { g.reshape(x, [m, k, heads, 1]) } else { g.reshape(x, [k, m, heads, 1]) };
+                    let x = if turn { g.transpose(x) } else { x };
+                    let y = g.input_f32([k, n * heads * repeats], &b);
+                    let y = g.reshape(y, [k, n, heads * repeats, 1]);
+                    let z = g.mul_mat(x, y);
+                    g.output(z);
+                    g.compute(&engine).unwrap().to_vec(z)
+                });
                 for (f, e) in found.iter().zip(&expected) {
                     assert!((f64::from(*f) - e).abs() < 1e-5 * k as f64, "{k} {m} {n}: {f} {e}");
                 }

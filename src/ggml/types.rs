@@ -109,7 +109,8 @@ impl Type {
         let Some(to_float) = self.traits().to_float else {
             return Err(GgmlError::Type("read", self.name().into()));
         };
-        dst.par_chunks_mut(n_per_row).zip(src.par_chunks(row_bytes)).for_each(|(d, s)| {
+        let rows = dst.par_chunks_mut(n_per_row).zip(src.par_chunks(row_bytes));
+        rows.with_min_len((1 << 14) / n_per_row + 1).for_each(|(d, s)| {
             // SAFETY: `s` holds one whole row and `d` has room for its n_per_row floats. The
             // decoders read bytes without alignment needs beyond 2, which whole rows keep
             // relative to the aligned start of a tensor.

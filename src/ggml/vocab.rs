@@ -15,6 +15,11 @@ pub struct Vocab<'m> {
     _model: PhantomData<&'m ()>,
 }
 
+// SAFETY: libllama's vocabularies are immutable after loading.
+unsafe impl Send for Vocab<'_> {}
+// SAFETY: as above.
+unsafe impl Sync for Vocab<'_> {}
+
 impl<'m> Vocab<'m> {
     /// The vocabulary `raw` of a model that lives for `'m`.
     pub(super) fn new(raw: *const sys::llama_vocab) -> Vocab<'m> {

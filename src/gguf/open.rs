@@ -2,6 +2,7 @@
 
 use super::{GgufError, Value};
 use crate::ggml::{FileMap, RawGguf, Type};
+use rayon::prelude::*;
 use sha2::{Digest, Sha256};
 use std::collections::HashMap;
 use std::fs::File;
@@ -247,7 +248,11 @@ impl GgufFile {
         let bytes = &self.data(t)[rows.start * row_bytes..rows.end * row_bytes];
         t.ty.dequantize(bytes, t.ne[0], &mut out)
             .map_err(|source| GgufError::Tensor { name: t.name.clone(), source })?;
-        match out.iter().position(|v| !v.is_finite()) {
+        const PART: usize = 1 << 16;
+        let sound = |part: &[f32]| part.iter().fold(true, |all, v| all & v.is_finite());
+        let damaged = out.par_chunks(PART).position_first(|part| !sound(part)).map(|i| i * PART);
+        match damaged.and_then(|start| out[start..].iter().position(|v| !v.is_finite()).map(|at| start + at))
+        {
             None => Ok(out),
             Some(at) => {
                 let row = rows.start + at / t.ne[0];

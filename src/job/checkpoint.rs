@@ -2,6 +2,7 @@
 
 use super::{Job, JobError};
 use crate::calibrate::{Recipe, Text, Windows};
+use crate::forward::SUM_TOKENS;
 use crate::gguf::{GgufError, GgufFile, OutTensor, TensorData, TensorInfo, Value, sha256, write_gguf};
 use crate::pipeline::{Checkpoint, KeptTensor, Record, Settings, record_names};
 use std::borrow::Cow;
@@ -268,11 +269,13 @@ fn numbers(values: impl IntoIterator<Item = usize>) -> Value {
 
 /// Version of the decisions. It increases whenever the same terms lead to other decisions within one version
 /// of the program.
-const DECISIONS: u32 = 3;
+const DECISIONS: u32 = 4;
 
 /// All inputs that the result depends on, one per line. The number of threads is not among them.
 fn terms(job: &Job, source_sha256: &str) -> String {
-    let settings = Settings { n_threads: 0, spill: Default::default(), ..job.settings.clone() };
+    // Chunks that hold a whole sum in 32 bits give the same sums, however large they are.
+    let chunk_tokens = job.settings.chunk_tokens.min(SUM_TOKENS);
+    let settings = Settings { n_threads: 0, spill: Default::default(), chunk_tokens, ..job.settings.clone() };
     let given = job.windows.as_ref().map(|w| sha256([bytemuck::cast_slice(&w.tokens)]));
     let recipe = Recipe { n_threads: 0, n_parallel: 0, ..job.recipe.clone() };
     format!(

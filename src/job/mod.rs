@@ -31,7 +31,6 @@ pub use verify::{Check, VerifyJob, verify};
 use crate::assemble::Provenance;
 use crate::calibrate::{Recipe, Windows};
 use crate::evaluate::EvaluateError;
-use crate::forward::whole_windows;
 use crate::ggml::{FileType, RunMemory, run_memory};
 use crate::gguf::GgufError;
 use crate::model::{BlockShape, FfnUnit, KvCache, Model, ModelError};

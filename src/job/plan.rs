@@ -55,7 +55,7 @@ pub fn dry_run(job: &Job) -> Result<DryRun, JobError> {
         ffn_unit: settings.ffn_unit(&source),
         run_ctx: run_ctx(job, &source),
         kv_cache: KvCache::new(&source.hparams, &source.hparams.blocks),
-        chunk_tokens: whole_windows(settings.chunk_tokens, job.recipe.n_ctx),
+        chunk_tokens: settings.chunk(job.recipe.n_ctx),
         forecast,
         settings,
         self_written: job.recipe.self_written(),

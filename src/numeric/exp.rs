@@ -6,11 +6,7 @@ const LANES: usize = 16;
 /// Log-sum-exp of a row, log Σ exp(row), in a form that the compiler vectorises.
 pub fn log_sum_exp(row: &[f32]) -> f64 {
     let (blocks, rest) = row.as_chunks::<LANES>();
-    let mut max = [f32::NEG_INFINITY; LANES];
-    for block in blocks {
-        max.iter_mut().zip(block).for_each(|(m, v)| *m = if *v > *m { *v } else { *m });
-    }
-    let max = max.iter().chain(rest).copied().fold(f32::NEG_INFINITY, f32::max);
+    let max = largest(row);
     if !max.is_finite() {
         return f64::from(max);
     }
@@ -26,6 +22,36 @@ pub fn log_sum_exp(row: &[f32]) -> f64 {
     f64::from(max) + sum.ln()
 }
 
+/// Largest value of a row; NaN is left out.
+fn largest(row: &[f32]) -> f32 {
+    let (blocks, rest) = row.as_chunks::<LANES>();
+    let mut max = [f32::NEG_INFINITY; LANES];
+    for block in blocks {
+        max.iter_mut().zip(block).for_each(|(m, v)| *m = if *v > *m { *v } else { *m });
+    }
+    max.iter().chain(rest).copied().fold(f32::NEG_INFINITY, f32::max)
+}
+
+/// Soft max of `scale` · `row`, for `scale` ≥ 0, into `out` of the same length.
+pub fn soft_max(row: &[f32], scale: f32, out: &mut [f32]) {
+    let max = largest(row) * scale;
+    let (blocks, rest) = row.as_chunks::<LANES>();
+    let (out_blocks, out_rest) = out.as_chunks_mut::<LANES>();
+    let mut sums = [0.0f32; LANES];
+    for (block, out) in blocks.iter().zip(&mut *out_blocks) {
+        for ((sum, v), out) in sums.iter_mut().zip(block).zip(out) {
+            *out = exp_neg(v * scale - max);
+            *sum += *out;
+        }
+    }
+    for ((sum, v), out) in sums.iter_mut().zip(rest).zip(&mut *out_rest) {
+        *out = exp_neg(v * scale - max);
+        *sum += *out;
+    }
+    let by = 1.0 / sums.iter().sum::<f32>();
+    out.iter_mut().for_each(|v| *v *= by);
+}
+
 /// Negative log-likelihood, in nats, of the token `next` by a row of logits.
 pub fn nll(row: &[f32], next: usize) -> f64 {
     log_sum_exp(row) - f64::from(row[next])
@@ -37,7 +63,8 @@ pub(super) fn exp_neg(x: f32) -> f32 {
     // ln 2 in two parts, so that r keeps its low bits (Cody and Waite).
     const LN2_HI: f32 = 0.693_359_4;
     const LN2_LO: f32 = -2.121_944_4e-4;
-    let x = x.max(-87.0);
+    // Unlike `max`, this keeps NaN.
+    let x = if x < -87.0 { -87.0 } else { x };
     let n = (x * LOG2E).round_ties_even();
     let r = x - n * LN2_HI - n * LN2_LO;
     let p = 1.0

@@ -11,6 +11,7 @@ mod real;
 pub use cholesky::Cholesky;
 pub use compare::{Kl, Metrics, RowComparison, compare_rows};
 pub use draw::draw;
-pub use exp::{log_sum_exp, nll};
+pub use exp::{log_sum_exp, nll, soft_max};
 pub use moments::{Moments, SymMatrix};
+pub(crate) use moments::{PANEL_ROWS, products_per_token};
 pub use real::Real;

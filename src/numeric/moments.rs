@@ -1,6 +1,9 @@
 //! Sums over tokens that a least-squares problem needs.
 
+use faer::linalg::matmul::matmul;
+use faer::{Accum, MatMut, MatRef, Par};
 use rayon::prelude::*;
+use std::ops::Range;
 
 /// Number of sums that one thread adds to at a time.
 const PART: usize = 1 << 16;
@@ -138,6 +141,34 @@ impl Moments {
         self.weight += weight;
     }
 
+    /// Adds tokens with the inputs `x` `[n_tokens, n]` and the residuals `r` `[n_tokens, m]`, which are empty
+    /// if there are none. Both are multiplied by the tokens' factors `scales` already.
+    /// Up to `summed` tokens are summed in 32 bits before they are added.
+    ///
+    /// # Panics
+    /// If sizes disagree, or `summed` is 0.
+    pub fn add(&mut self, x: &[f32], r: &[f32], scales: &[f32], summed: usize) {
+        let (n, m) = (self.x.len(), self.r.len());
+        assert_eq!(x.len(), scales.len() * n);
+        assert!(r.is_empty() || r.len() == scales.len() * m);
+        for (i, scales) in scales.chunks(summed).enumerate() {
+            let n_tokens = scales.len();
+            let first = i * summed;
+            let rows = first..first + n_tokens;
+            let (x, factors) = (tokens(x, n, &rows), MatRef::from_column_major_slice(scales, n_tokens, 1));
+            let gram = self.gram.rows_mut();
+            add_product(gram, |row| row, x, x);
+            add_product(self.x.chunks_exact_mut(1).collect(), |_| 0, x, factors);
+            if !r.is_empty() {
+                let r = tokens(r, m, &rows);
+                add_product(self.cross.chunks_exact_mut(n).collect(), |_| 0, r, x);
+                add_product(self.r.chunks_exact_mut(1).collect(), |_| 0, r, factors);
+            }
+            self.weight += scales.iter().map(|s| f64::from(*s).powi(2)).sum::<f64>();
+            self.n_tokens += n_tokens;
+        }
+    }
+
     /// Turns moments about zero into moments about the mean.
     /// These are left for a linear map to explain after its bias accounts for the means. An input that does
     /// not vary would keep only rounding errors; its moments become zero.
@@ -164,6 +195,55 @@ impl Moments {
             self.cross.chunks_exact_mut(varies.len()).for_each(|row| keep(row, &varies));
         }
     }
+}
+
+/// Rows `rows` of `all` `[n_tokens, width]`.
+fn tokens<'t>(all: &'t [f32], width: usize, rows: &Range<usize>) -> MatRef<'t, f32> {
+    MatRef::from_row_major_slice(&all[rows.start * width..rows.end * width], rows.len(), width)
+}
+
+/// Number of rows, and of columns, of the parts in which a product is computed.
+pub(crate) const PANEL_ROWS: usize = 192;
+const TILE_COLS: usize = 512;
+
+/// Number of products that [`Moments::add`] makes of each token with `n` inputs and `m` residuals.
+pub(crate) fn products_per_token(n: usize, m: usize) -> usize {
+    let panels = (0..n).step_by(PANEL_ROWS);
+    panels.map(|start| PANEL_ROWS.min(n - start) * (n - start)).sum::<usize>() + n * m + n + m
+}
+
+/// Adds aᵀ b, for `a` `[n_tokens, n]` and `b` `[n_tokens, width]`, to `rows`, of which row i holds the
+/// columns from `first(i)` on. Where `first` grows, columns before that of a part's first row are left out.
+fn add_product(
+    mut rows: Vec<&mut [f64]>,
+    first: impl Fn(usize) -> usize + Sync,
+    a: MatRef<f32>,
+    b: MatRef<f32>,
+) {
+    rows.par_chunks_mut(PANEL_ROWS).enumerate().for_each(|(panel, rows)| {
+        let top = panel * PANEL_ROWS;
+        let (start, a) = (first(top), a.subcols(top, rows.len()));
+        let mut product = vec![0.0f32; rows.len() * (b.ncols() - start)];
+        let tiles = product.par_chunks_mut(rows.len() * TILE_COLS).enumerate();
+        tiles.for_each(|(tile, product)| {
+            let n_cols = product.len() / a.ncols();
+            let b = b.subcols(start + tile * TILE_COLS, n_cols);
+            let product = MatMut::from_row_major_slice_mut(product, a.ncols(), n_cols);
+            matmul(product, Accum::Replace, a.transpose(), b, 1.0, Par::Seq);
+        });
+        let n_rows = rows.len();
+        rows.par_iter_mut().enumerate().for_each(|(i, sums)| {
+            let skipped = first(top + i) - start;
+            for (tile, product) in product.chunks(n_rows * TILE_COLS).enumerate() {
+                let n_cols = product.len() / n_rows;
+                let row = &product[i * n_cols..][..n_cols];
+                let before = tile * TILE_COLS;
+                let from = skipped.saturating_sub(before).min(n_cols);
+                let at = (before + from).saturating_sub(skipped);
+                add(&mut sums[at..at + n_cols - from], &row[from..]);
+            }
+        });
+    });
 }
 
 fn add(sums: &mut [f64], values: &[f32]) {

@@ -60,7 +60,7 @@ pub fn within_device_memory(
 
 /// The same settings with fewer and fewer tokens that pass through a block at a time, down to one window.
 fn with_less_at_a_time(settings: &Settings) -> impl Iterator<Item = Settings> {
-    let smaller = [1024, 512, 1].into_iter().filter(|n| *n < settings.chunk_tokens);
+    let smaller = [4096, 2048, 1024, 512, 1].into_iter().filter(|n| *n < settings.chunk_tokens);
     smaller.map(|chunk_tokens| Settings { chunk_tokens, ..settings.clone() })
 }
 

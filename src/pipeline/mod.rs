@@ -196,7 +196,7 @@ pub fn input_squares(
     s: &Settings,
     observer: &mut dyn Observer,
 ) -> Result<Vec<InputSquares>, PruneError> {
-    let mut forward = forward(model, windows.n_ctx, s)?;
+    let forward = forward(model, windows.n_ctx, s)?;
     let mut stream = embedded(&forward, model, windows.tokens_of(0..windows.n_fit), &s.spill)?;
     let n_layer = model.hparams.n_layer();
     observer.stage("importance matrix", n_layer);

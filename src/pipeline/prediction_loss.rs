@@ -5,7 +5,6 @@ use crate::forward::{Forward, Head};
 use crate::ggml::Token;
 use crate::model::Model;
 use crate::numeric::log_sum_exp;
-use rayon::prelude::*;
 
 /// Loss by which candidates are compared.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -41,7 +40,7 @@ impl PredictionLoss {
     /// They are compared with the stream `dense` of `reference`, which is the same model, or has the same
     /// vocabulary.
     pub(super) fn new(
-        forward: &mut Forward,
+        forward: &Forward,
         model: &Model,
         reference: &Model,
         tokens: &[Token],
@@ -60,30 +59,21 @@ impl PredictionLoss {
         let (top, known) = likely(forward, &whole, dense)?;
         drop(whole);
         let head = forward.head_of(reference, &known)?;
-        let mut wanted = Vec::with_capacity(tokens.len());
-        forward.logits(&head, dense, |start, rows| {
-            let positions = rows.par_chunks(known.len()).zip(&top[start..]);
-            wanted.par_extend(positions.map(|(row, ids)| probabilities(row, &known, ids)));
-        })?;
+        let wanted = forward.of_logits(&head, dense, |i, row| probabilities(row, &known, &top[i]))?;
         let head = if std::ptr::eq(model, reference) { head } else { forward.head_of(model, &known)? };
         Ok(PredictionLoss { head, wanted: Objective::Divergence(wanted) })
     }
 
     /// Mean loss over the positions of the final residual stream `stream`.
-    pub(super) fn loss(&self, forward: &mut Forward, stream: &[f32]) -> Result<f64, PruneError> {
+    pub(super) fn loss(&self, forward: &Forward, stream: &[f32]) -> Result<f64, PruneError> {
         match &self.wanted {
             Objective::Likelihood(targets) => {
                 let nll = forward.nll(&self.head, stream, targets)?;
                 Ok(nll.iter().sum::<f64>() / nll.len() as f64)
             }
             Objective::Divergence(wanted) => {
-                let mut sum = 0.0;
-                forward.logits(&self.head, stream, |start, rows| {
-                    let positions = rows.par_chunks(self.head.n_vocab()).zip(&wanted[start..]);
-                    let chunk: Vec<f64> = positions.map(|(row, dense)| divergence(row, dense)).collect();
-                    sum += chunk.iter().sum::<f64>();
-                })?;
-                Ok(sum / wanted.len() as f64)
+                let losses = forward.of_logits(&self.head, stream, |i, row| divergence(row, &wanted[i]))?;
+                Ok(losses.iter().sum::<f64>() / wanted.len() as f64)
             }
         }
     }
@@ -92,7 +82,7 @@ impl PredictionLoss {
 /// The [`TOP`] likeliest tokens of each position of the final stream `stream` by `head`, and the union of
 /// them, ascending.
 pub(super) fn likely(
-    forward: &mut Forward,
+    forward: &Forward,
     head: &Head,
     stream: &[f32],
 ) -> Result<(Vec<Vec<u32>>, Vec<u32>), PruneError> {

@@ -155,8 +155,8 @@ impl<'a> Run<'a> {
         let (w, model) = (self.windows, self.model);
         let first = w.n_fit..w.n_fit + 1;
         let tokens = w.tokens_of(first.clone());
-        let mut forward = Forward::new(model, w.n_ctx, self.settings.n_threads)?;
-        let last = planned_stream(&mut forward, model, &self.plan, tokens, &*self.observer, |_| Ok(()))?;
+        let forward = Forward::new(model, w.n_ctx, self.settings.n_threads)?;
+        let last = planned_stream(&forward, model, &self.plan, tokens, &*self.observer, |_| Ok(()))?;
         let head = forward.head(model)?;
         Ok(forward.nll(&head, &last, &w.targets(first))?)
     }

@@ -5,7 +5,7 @@ use super::stages::{
     BlockSettings, HeadSettings, ResampleSettings, SensitivitySettings, TuneSettings, WidthSettings,
 };
 use super::{Method, Target};
-use crate::forward::CHUNK_TOKENS;
+use crate::forward::{CHUNK_TOKENS, SUM_TOKENS, whole_windows};
 use crate::ggml::{Compute, Device, Type};
 use crate::model::{Arch, FfnUnit, Heads, Model, OutputArchs};
 use crate::prune::NeuronCriterion;
@@ -50,7 +50,7 @@ pub struct Settings {
     pub criterion: Option<NeuronCriterion>,
     /// Types of the matrices that get new values.
     pub types: TensorTypes,
-    /// Number of tokens that pass through a block in one graph, at least one window.
+    /// Largest number of tokens that pass through a block together; at least one window does.
     pub chunk_tokens: usize,
     /// Storage of the residual streams of all tokens.
     pub spill: SpillStore,
@@ -60,6 +60,13 @@ impl Settings {
     /// Hardware that graphs run on.
     pub fn compute(&self) -> Compute {
         Compute { n_threads: self.n_threads, devices: self.devices.clone() }
+    }
+
+    /// Number of tokens that pass through a block together, in whole windows of `n_ctx`. A device takes them in
+    /// one graph.
+    pub fn chunk(&self, n_ctx: usize) -> usize {
+        let most = if self.devices.is_empty() { usize::MAX } else { SUM_TOKENS };
+        whole_windows(self.chunk_tokens.min(most), n_ctx)
     }
 
     /// Number of versions of each window that blocks are fitted to: the window itself and its resampled

@@ -28,7 +28,7 @@ pub(super) fn embedded(
 /// Final residual stream `[n_tokens, n_embd]` of `tokens` under the plan. The streams before each block are
 /// passed to `before`.
 pub(super) fn planned_stream(
-    forward: &mut Forward,
+    forward: &Forward,
     model: &Model,
     plan: &Plan,
     tokens: &[Token],

@@ -1,6 +1,6 @@
 //! Time of each stage.
 
-use crate::ggml::operations;
+use crate::ggml::{cpu_time, operations};
 use crate::pipeline::{Forecast, Observer, PlannedStage};
 use std::fmt::Write;
 use std::time::{Duration, Instant};
@@ -9,7 +9,15 @@ use std::time::{Duration, Instant};
 pub struct Timings<'a> {
     inner: &'a mut dyn Observer,
     stages: Vec<Stage>,
-    running: Option<(String, Instant, u64)>,
+    running: Option<Running>,
+}
+
+/// Stage that runs, with the clocks and the count of operations at its start.
+struct Running {
+    name: String,
+    start: Instant,
+    cpu: Option<Duration>,
+    operations: u64,
 }
 
 /// Time and operations of one stage.
@@ -18,6 +26,8 @@ pub struct Stage {
     pub name: String,
     /// Wall time.
     pub time: Duration,
+    /// Processor time of all threads, if the system can tell.
+    pub cpu: Option<Duration>,
     /// Floating-point operations of matrix products in graphs.
     pub operations: u64,
 }
@@ -29,9 +39,9 @@ impl Timings<'_> {
     }
 
     fn end(&mut self) {
-        if let Some((name, start, before)) = self.running.take() {
-            let operations = operations() - before;
-            self.stages.push(Stage { name, time: start.elapsed(), operations });
+        if let Some(Running { name, start, cpu, operations: before }) = self.running.take() {
+            let cpu = cpu_time().zip(cpu).map(|(now, before)| now - before);
+            self.stages.push(Stage { name, time: start.elapsed(), cpu, operations: operations() - before });
         }
     }
 
@@ -46,20 +56,24 @@ impl Timings<'_> {
 pub struct StageTimes(pub Vec<Stage>);
 
 impl StageTimes {
-    /// Table with a line per stage: seconds, operations of its products, those of `forecast` and of the
-    /// algebra, and the reached share of the rate.
+    /// Table with a line per stage: wall time, share of the processor time of `n_threads` threads in it,
+    /// operations of its products, those of `forecast` and of the algebra, and the reached share of the rate.
     /// `rate` is the machine's rate in a plain product, in operations per second.
-    pub fn table(&self, rate: f64, forecast: Option<&Forecast>) -> String {
+    pub fn table(&self, rate: f64, n_threads: usize, forecast: Option<&Forecast>) -> String {
         let mut out = format!(
-            "{:<22} {:>9} {:>9} {:>9} {:>9} {:>9} {:>8}\n",
-            "", "seconds", "GFLOP", "expected", "f64", "GFLOP/s", "of peak"
+            "{:<22} {:>9} {:>7} {:>9} {:>9} {:>9} {:>9} {:>8}\n",
+            "", "seconds", "busy", "GFLOP", "expected", "f64", "GFLOP/s", "of peak"
         );
-        let mut sums = (Duration::ZERO, 0.0, 0.0, 0.0);
-        let mut line = |name: &str, time: Duration, counted: f64, expected: f64, algebra: f64| {
+        let mut sums = (Duration::ZERO, Some(Duration::ZERO), 0.0, 0.0, 0.0);
+        type Cpu = Option<Duration>;
+        let mut line = |name: &str, time: Duration, cpu: Cpu, counted: f64, expected: f64, algebra: f64| {
             let seconds = time.as_secs_f64().max(1e-9);
+            let busy =
+                |cpu: Duration| format!("{:.0} %", cpu.as_secs_f64() / seconds / n_threads as f64 * 100.0);
+            let busy = cpu.map_or("-".into(), busy);
             let _ = writeln!(
                 out,
-                "{name:<22} {seconds:>9.1} {:>9.0} {:>9.0} {:>9.0} {:>9.1} {:>6.0} %",
+                "{name:<22} {seconds:>9.1} {busy:>7} {:>9.0} {:>9.0} {:>9.0} {:>9.1} {:>6.0} %",
                 counted / 1e9,
                 expected / 1e9,
                 algebra / 1e9,
@@ -72,13 +86,14 @@ impl StageTimes {
             let expected = forecast.and_then(|f| f.stages.iter().find(|e| e.name == s.name));
             let [operations, algebra] = expected.map_or([0.0; 2], |e| [e.operations, e.algebra]);
             let counted = s.operations as f64;
-            line(&s.name, s.time, counted, operations, algebra);
-            sums = (sums.0 + s.time, sums.1 + counted, sums.2 + operations, sums.3 + algebra);
+            line(&s.name, s.time, s.cpu, counted, operations, algebra);
+            let cpu = sums.1.zip(s.cpu).map(|(sum, cpu)| sum + cpu);
+            sums = (sums.0 + s.time, cpu, sums.2 + counted, sums.3 + operations, sums.4 + algebra);
         }
-        line("all stages", sums.0, sums.1, sums.2, sums.3);
+        line("all stages", sums.0, sums.1, sums.2, sums.3, sums.4);
         let _ = writeln!(
             out,
-            "\nGFLOP: products of forward and backward passes, counted and as expected from shapes. f64: the algebra, as\nexpected, two in 32 bits as one; of peak, each counts as two. Not counted: softmax, libllama. Peak is a plain product of\n2048 x 2048 floats on as many threads: {:.0} GFLOP/s.",
+            "\nbusy: processor time as a share of {n_threads} threads. GFLOP: products of forward and backward passes, counted and as expected from shapes. f64: the algebra, as\nexpected, two in 32 bits as one; of peak, each counts as two. Not counted: softmax, libllama. Peak is a plain product of\n2048 x 2048 floats on as many threads: {:.0} GFLOP/s.",
             rate / 1e9
         );
         out
@@ -92,7 +107,8 @@ impl Observer for Timings<'_> {
 
     fn stage(&mut self, name: &str, steps: usize) {
         self.end();
-        self.running = Some((name.into(), Instant::now(), operations()));
+        let (cpu, operations) = (cpu_time(), operations());
+        self.running = Some(Running { name: name.into(), start: Instant::now(), cpu, operations });
         self.inner.stage(name, steps);
     }
 

@@ -105,7 +105,7 @@ pub fn logits(
     compute: impl Into<putri_gguf::ggml::Compute>,
     block: impl Fn(usize) -> putri_gguf::model::BlockWeights,
 ) -> Vec<f32> {
-    let (mut forward, x) = last_stream(model, tokens, compute, block);
+    let (forward, x) = last_stream(model, tokens, compute, block);
     let head = forward.head(model).unwrap();
     let mut logits = Vec::new();
     forward.logits(&head, &x, |_, rows| logits.extend_from_slice(rows)).unwrap();
@@ -119,7 +119,7 @@ pub fn last_stream(
     compute: impl Into<putri_gguf::ggml::Compute>,
     block: impl Fn(usize) -> putri_gguf::model::BlockWeights,
 ) -> (putri_gguf::forward::Forward, Vec<f32>) {
-    let mut forward = putri_gguf::forward::Forward::new(model, tokens.len(), compute).unwrap();
+    let forward = putri_gguf::forward::Forward::new(model, tokens.len(), compute).unwrap();
     let mut x = forward.embed(model, tokens).unwrap();
     let mut y = vec![0.0; x.len()];
     for il in 0..model.hparams.n_layer() {

@@ -29,7 +29,7 @@ fn normed(mid: &[f32], norm: &[f32], eps: f32) -> Vec<f64> {
 /// Also checks that the Gram matrix at its `ffn_down` is the sum of the squares of its neurons over these
 /// tokens, each with its factor.
 fn moments_are_those_of_its_tokens(
-    forward: &mut Forward,
+    forward: &Forward,
     block: &Block,
     w: &BlockWeights,
     mid: &[f32],
@@ -95,7 +95,7 @@ fn each_token_goes_through_those_it_chooses() {
         small.write(&path);
         let model = Model::open(&path).unwrap();
         let (h, w) = (&model.hparams, model.block(1).unwrap());
-        let mut forward = Forward::new(&model, N_CTX, 1).unwrap();
+        let forward = Forward::new(&model, N_CTX, 1).unwrap();
         let block = forward.upload(&w).unwrap();
         let mid = Rng(8).vec(N_CTX * h.n_embd, 1.0);
         let n_expert = w.shape.n_expert;
@@ -142,7 +142,7 @@ fn each_token_goes_through_those_it_chooses() {
         for (a, b) in used.energy.iter().zip(&expected.energy) {
             assert!((a - b).abs() < 1e-4 * b.max(1.0), "{name}: {a} {b}");
         }
-        moments_are_those_of_its_tokens(&mut forward, &block, &w, &mid, name);
+        moments_are_those_of_its_tokens(&forward, &block, &w, &mid, name);
         for n in [1, n_expert / 2, n_expert] {
             let mean = |i: usize| expected.energy[i] / expected.n_tokens[i].max(1) as f64;
             let kept = top_by_router_weighted_norm(&used.energy, &used.n_tokens, n);

@@ -183,7 +183,7 @@ fn tokens_are_drawn_as_often_as_libllama_says() {
     TestModel::default().write(&path);
     let tokens: Vec<i32> = (0..20).map(|i| 3 + (i * 7919) % 250).collect();
     let model = Model::open(&path).unwrap();
-    let (mut forward, x) = last_stream(&model, &tokens, 1, |il| model.block(il).unwrap());
+    let (forward, x) = last_stream(&model, &tokens, 1, |il| model.block(il).unwrap());
     let (head, theirs) = (forward.head(&model).unwrap(), libllama_logits(&path, &tokens));
     let at: Vec<f64> = (0..DRAWS).map(|i| (i as f64 + 0.5) / DRAWS as f64).collect();
     for (row, logits) in x.chunks_exact(forward.n_embd()).zip(theirs.chunks_exact(head.n_vocab())) {
@@ -213,17 +213,17 @@ fn check_head_of_some(small: &TestModel) {
     small.write(&path);
     let tokens: Vec<i32> = (0..20).map(|i| 3 + (i * 7919) % 250).collect();
     let model = Model::open(&path).unwrap();
-    let (mut forward, x) = last_stream(&model, &tokens, 1, |il| model.block(il).unwrap());
-    let logits = |forward: &mut Forward, head: &Head| {
+    let (forward, x) = last_stream(&model, &tokens, 1, |il| model.block(il).unwrap());
+    let logits = |forward: &Forward, head: &Head| {
         let mut all = Vec::new();
         forward.logits(head, &x, |_, rows| all.extend_from_slice(rows)).unwrap();
         all
     };
     let whole = forward.head(&model).unwrap();
-    let all = logits(&mut forward, &whole);
+    let all = logits(&forward, &whole);
     for some in [vec![0u32], vec![7, 3, 200], (0..whole.n_vocab() as u32).collect()] {
         let part = forward.head_of(&model, &some).unwrap();
-        let found = logits(&mut forward, &part);
+        let found = logits(&forward, &part);
         let expected =
             all.chunks_exact(whole.n_vocab()).flat_map(|row| some.iter().map(|&t| row[t as usize]));
         assert_eq!(part.n_vocab(), some.len());

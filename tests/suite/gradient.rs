@@ -162,7 +162,7 @@ fn check_groups(name: &str, small: &TestModel) {
         assert_eq!(groups.len(), s.tokens.len() * n_kv, "{name}, block {il}");
         let heads = s.forward.attn_out_input(&block, x, None).unwrap();
         let row = heads.len() / s.tokens.len();
-        let mut out_of = |heads: &[f32]| {
+        let out_of = |heads: &[f32]| {
             let mut out = vec![0.0; x.len()];
             let wanted = BlockOutputs { out: Some(&mut out), ..BlockOutputs::default() };
             s.forward.from_attn_out_input(&block, x, heads, wanted).unwrap();

@@ -43,7 +43,7 @@ fn squares_are_those_of_the_inputs() {
     let s = Settings::default();
     let got = input_squares(&model, &Plan::whole(&model), &windows, &s, &mut Silent).unwrap();
 
-    let mut forward = Forward::new(&model, n_ctx, 1).unwrap();
+    let forward = Forward::new(&model, n_ctx, 1).unwrap();
     let mut x = forward.embed(&model, windows.tokens_of(0..n_fit)).unwrap();
     let eps = f64::from(model.hparams.norm_eps);
     for (il, got) in got.iter().enumerate() {

@@ -160,7 +160,7 @@ fn statistics_are_those_of_the_definition() {
         MixtureModel::of(name).write(&path);
         let model = putri_gguf::model::Model::open(&path).unwrap();
         let h = &model.hparams;
-        let mut forward = putri_gguf::forward::Forward::new(&model, N_CTX, 1).unwrap();
+        let forward = putri_gguf::forward::Forward::new(&model, N_CTX, 1).unwrap();
         let llama = LlamaModel::load_mapped(&path).unwrap();
         let mixture = Mixture::new(GgufFile::open(&path).unwrap()).unwrap();
         let mut routing = Routing::new(&llama, &mixture, N_CTX, 1).unwrap();
@@ -268,7 +268,7 @@ fn moments_of_experts_are_sums_over_their_tokens() {
     for name in ["qwen3moe", "granitemoe, shared"] {
         MixtureModel::of(name).write(&path);
         let model = putri_gguf::model::Model::open(&path).unwrap();
-        let mut forward = putri_gguf::forward::Forward::new(&model, N_CTX, 1).unwrap();
+        let forward = putri_gguf::forward::Forward::new(&model, N_CTX, 1).unwrap();
         let llama = LlamaModel::load_mapped(&path).unwrap();
         let mixture = Mixture::new(GgufFile::open(&path).unwrap()).unwrap();
         let mut grams = Grams::new(&llama, &mixture, &[0], N_CTX, 1).unwrap();

@@ -59,7 +59,7 @@ pub struct EvalArgs {
     /// By default eval measures processed (pp) and generated (tg) tokens per second, as llama-bench does.
     #[arg(long)]
     pub no_speed: bool,
-    /// Number of threads [default: all cores]
+    /// Number of threads, at most one per core [default: all cores]
     ///
     /// From 1 to 512.
     #[arg(short, long, value_name = "N")]

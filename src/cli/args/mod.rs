@@ -86,7 +86,7 @@ pub enum Command {
         /// of the source for the same heads and neurons.
         #[arg(long, value_name = "MODEL")]
         source: Option<PathBuf>,
-        /// Number of threads [default: all cores]
+        /// Number of threads, at most one per core [default: all cores]
         ///
         /// From 1 to 512.
         #[arg(short, long, value_name = "N")]
@@ -127,7 +127,7 @@ pub enum Command {
         /// The clients name it in --rpc HOST:PORT.
         #[arg(short, long, default_value_t = 50052)]
         port: u16,
-        /// Number of threads [default: all cores]
+        /// Number of threads, at most one per core [default: all cores]
         ///
         /// From 1 to 512.
         #[arg(short, long, value_name = "N")]

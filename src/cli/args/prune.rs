@@ -343,7 +343,7 @@ pub struct Args {
     #[arg(short, long, default_value_t = 1, help_heading = "Calibration", hide_short_help = true)]
     pub seed: u64,
 
-    /// Number of threads [default: all cores]
+    /// Number of threads, at most one per core [default: all cores]
     ///
     /// From 1 to 512. The number does not change the result.
     #[arg(short, long, value_name = "N", help_heading = "Run")]

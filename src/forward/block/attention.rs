@@ -63,33 +63,37 @@ impl Net {
         g.mul(q, by)
     }
 
-    /// Attention weights from the products `s` of keys and queries, and the tanh of the cap, if there is
-    /// one.
+    /// Attention weights from the products `s` of the queries `queries` of each window with the keys from
+    /// `first` to the last of these queries, and the tanh of the cap, if there is one.
     pub(in crate::forward) fn attention_weights<'a>(
-        &self,
+        &'a self,
         g: &mut Graph<'a>,
+        b: &Block,
         s: TensorId,
-        mask: TensorId,
+        queries: Range<usize>,
+        first: usize,
     ) -> (TensorId, Option<TensorId>) {
-        match self.hparams.attn_softcap {
-            None => (g.soft_max(s, Some(mask), self.attention_scale), None),
+        let (s, scale, tanh) = match self.hparams.attn_softcap {
+            None => (s, self.attention_scale, None),
             Some(cap) => {
                 let s = g.scale(s, self.attention_scale / cap, 0.0);
                 let tanh = g.tanh(s);
-                (g.soft_max(tanh, Some(mask), cap), Some(tanh))
+                (tanh, cap, Some(tanh))
             }
-        }
+        };
+        let weights = if g.on_devices() {
+            let mask = self.mask(g, b, queries, first);
+            g.soft_max(s, Some(mask), scale)
+        } else {
+            let n_seen = self.sliding_of(b).map_or(self.n_ctx, |s| s.n_swa);
+            g.causal_soft_max(s, Causal { query: queries.start, key: first, n_seen }, scale)
+        };
+        (weights, tanh)
     }
 
     /// Mask that is added to the scores of the queries `queries` of each window and the keys from `first`
     /// to the last of these queries.
-    pub(in crate::forward) fn mask<'a>(
-        &'a self,
-        g: &mut Graph<'a>,
-        b: &Block,
-        queries: Range<usize>,
-        first: usize,
-    ) -> TensorId {
+    fn mask<'a>(&'a self, g: &mut Graph<'a>, b: &Block, queries: Range<usize>, first: usize) -> TensorId {
         assert!(queries.len() <= self.mask_rows);
         let mask = g.resident(&self.fixed, if b.sliding { self.sliding_mask } else { 0 });
         let rows = g.slice(mask, 1, 0, queries.len());
@@ -111,9 +115,8 @@ impl Net {
                 let n_keys = start + n - first;
                 let q = g.slice(q, 1, start, n);
                 let (k, v) = (g.slice(k, 1, first, n_keys), g.slice(v, 1, first, n_keys));
-                let mask = self.mask(g, b, start..start + n, first);
                 let scores = g.mul_mat(k, q);
-                let (p, _) = self.attention_weights(g, scores, mask);
+                let (p, _) = self.attention_weights(g, b, scores, start..start + n, first);
                 let v = g.transpose(v);
                 g.mul_mat(v, p)
             })

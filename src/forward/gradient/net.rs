@@ -229,9 +229,8 @@ impl Net {
         let n_tokens = g.ne(x)[1];
         let Qkv { before_norm, ready: [q, k, v] } = self.qkv(g, b, x);
         let q = g.cont(q);
-        let mask = self.mask(g, b, 0..self.n_ctx, 0);
         let s = g.mul_mat(k, q);
-        let (p, tanh) = self.attention_weights(g, s, mask);
+        let (p, tanh) = self.attention_weights(g, b, s, 0..self.n_ctx, 0);
         let v_t = g.transpose(v);
         let out = g.mul_mat(v_t, p);
         let out = g.permute(out, [0, 2, 1, 3]);

@@ -42,6 +42,12 @@ pub struct Resident {
     pub(in crate::ggml) tensors: Vec<NonNull<sys::ggml_tensor>>,
 }
 
+// SAFETY: the context is touched only by its owner. Graphs of other threads read the headers and the values;
+// they write only to sums (`Graph::add_to`), which exist on devices, where one graph runs at a time.
+unsafe impl Send for Resident {}
+// SAFETY: as above.
+unsafe impl Sync for Resident {}
+
 impl Resident {
     /// Places `specs` on one of the engine's devices, or on the CPU, which uses shared values in place.
     /// Metal could, too, but wants whole pages from the system, not from an allocator.
@@ -53,9 +59,7 @@ impl Resident {
     /// If there are not as many values as a tensor's sizes say.
     pub fn upload(engine: &Engine, specs: &[TensorSpec]) -> Result<Resident, GgmlError> {
         let shapes: Vec<_> = specs.iter().map(|s| s.ne).collect();
-        // SAFETY: a live backend.
-        let device = unsafe { sys::ggml_backend_get_device(engine.next_backend()) };
-        let mut set = Resident::headers(device, &shapes)?;
+        let mut set = Resident::headers(engine.next_device(), &shapes)?;
         let mut copied = Vec::new();
         for (i, s) in specs.iter().enumerate() {
             assert_eq!(s.data.floats().len(), s.ne[0] * s.ne[1], "values and shape disagree");
@@ -119,6 +123,8 @@ impl Resident {
             let header = |ne: &[usize; 2]| {
                 let ne = ne.map(|n| n as i64);
                 let raw = sys::ggml_new_tensor(ctx.as_ptr(), sys::GGML_TYPE_F32, 2, ne.as_ptr());
+                // Graphs name tensors that have no name, and graphs of several threads share these.
+                sys::ggml_set_name(raw, c"resident".as_ptr());
                 NonNull::new_unchecked(raw)
             };
             let tensors = shapes.iter().map(header).collect();

@@ -1,6 +1,7 @@
 //! Operations on single values and on rows: activations, norms, soft max, and their derivatives.
 
 use super::{Graph, TensorId};
+use crate::ggml::attend::{Causal, Params, attend};
 use llama_cpp_sys_2 as sys;
 
 impl Graph<'_> {
@@ -85,6 +86,25 @@ impl Graph<'_> {
         let mask = mask.map_or(std::ptr::null_mut(), |m| self.raw(m));
         // SAFETY: contiguous, with a mask of the same row length.
         let raw = unsafe { sys::ggml_soft_max_ext(self.ctx.as_ptr(), self.raw(a), mask, scale, 0.0) };
+        self.push(raw)
+    }
+
+    /// Computes softmax(scale · a) over the keys that each query sees, and 0 elsewhere; a is `ne`
+    /// `[n_keys, n_queries, n_head, n_seq]`. It runs on the CPU only.
+    pub fn causal_soft_max(&mut self, a: TensorId, causal: Causal, scale: f32) -> TensorId {
+        assert!(self.contiguous(a) && !self.on_devices);
+        let ne = self.ne(a).map(|n| n as i64);
+        let params = Box::new(Params { causal, scale });
+        let mut source = self.raw(a);
+        // SAFETY: a contiguous F32 tensor of the size that `attend` expects; the parameters live as long as
+        // the graph, at one address.
+        let raw = unsafe {
+            assert_eq!((*source).type_, sys::GGML_TYPE_F32);
+            let user = std::ptr::from_ref(&*params).cast_mut().cast();
+            let (ctx, ty) = (self.ctx.as_ptr(), sys::GGML_TYPE_F32);
+            sys::ggml_custom_4d(ctx, ty, ne[0], ne[1], ne[2], ne[3], &mut source, 1, Some(attend), 1, user)
+        };
+        self.params.push(params);
         self.push(raw)
     }
 

@@ -192,20 +192,33 @@ impl Work<'_> {
         if self.s.spill.is_memory() { 4.0 * n } else { 0.0 }
     }
 
-    /// Number of tokens in one graph.
+    /// Number of tokens that pass through a block together.
     pub(in crate::pipeline) fn chunk(&self, n_ctx: usize, n_tokens: f64) -> f64 {
-        n_tokens.min(whole_windows(self.s.chunk_tokens, n_ctx) as f64)
+        n_tokens.min(self.s.chunk(n_ctx) as f64)
     }
 
-    /// Bytes of the graph of a block: the largest set of tensors that are alive at once.
-    pub(in crate::pipeline) fn graph_bytes(&self, n_ctx: usize, n_tokens: f64) -> f64 {
+    /// Number of tokens in one graph, and of the graphs that run at a time.
+    fn graphs(&self, n_ctx: usize, n_tokens: f64) -> (f64, f64) {
         let chunk = self.chunk(n_ctx, n_tokens);
+        if !self.s.devices.is_empty() {
+            return (chunk, 1.0);
+        }
+        let tokens = chunk.min(whole_windows(GRAPH_TOKENS.min(self.s.chunk_tokens), n_ctx) as f64);
+        (tokens, (chunk / tokens).ceil().min(self.s.n_threads as f64))
+    }
+
+    /// Bytes of the graphs of a block that run at a time: the largest set of tensors that are alive at once.
+    /// In between, the inputs of `attn_output` are kept.
+    pub(in crate::pipeline) fn graph_bytes(&self, n_ctx: usize, n_tokens: f64) -> f64 {
+        let (tokens, n_graphs) = self.graphs(n_ctx, n_tokens);
         let slice = query_slice(n_ctx) as f64;
         let head_dim = self.model.hparams.head_dim as f64;
-        let scores = 2.0 * self.max_q() / head_dim * slice * chunk;
-        let attention = chunk * (3.0 * self.max_q() + self.n_embd()) + scores;
-        let ffn = chunk * 3.0 * self.max_ff();
-        4.0 * (attention.max(ffn) + chunk * 3.0 * self.n_embd()) + 8.0 * slice * n_ctx as f64
+        let scores = 2.0 * self.max_q() / head_dim * slice * tokens;
+        let attention = tokens * (3.0 * self.max_q() + self.n_embd()) + scores;
+        let ffn = tokens * 3.0 * self.max_ff();
+        let mask = if self.s.devices.is_empty() { 0.0 } else { 8.0 * slice * n_ctx as f64 };
+        let graph = 4.0 * (attention.max(ffn) + tokens * 3.0 * self.n_embd()) + mask;
+        n_graphs * graph + 4.0 * self.chunk(n_ctx, n_tokens) * self.max_q()
     }
 
     /// Number of residuals per token in the moments at `ffn_down`, where blocks are refitted.
@@ -213,15 +226,22 @@ impl Work<'_> {
         if self.s.method.refits_towards_dense() { self.n_embd() } else { 0.0 }
     }
 
-    /// Bytes of the sums of products for the moments of `n` inputs and `n_out` residuals.
+    /// Bytes of the sums of products for the moments of `n` inputs and `n_out` residuals. The CPU adds up
+    /// those of a part, and devices all.
     pub(in crate::pipeline) fn sums_bytes(&self, n: f64, n_out: f64) -> f64 {
+        if self.s.devices.is_empty() {
+            let parts = (n / PANEL_ROWS as f64).ceil().min(self.s.n_threads as f64);
+            return 4.0 * parts * PANEL_ROWS as f64 * n;
+        }
         4.0 * moment_products(n as usize, n_out as usize) as f64
     }
 
-    /// Bytes of the graph that computes moments, without its sums.
+    /// Bytes of the graphs that compute moments, and of what they leave for the sums.
     pub(in crate::pipeline) fn moment_graph_bytes(&self, n_ctx: usize, n_tokens: f64) -> f64 {
-        let inputs = self.chunk(n_ctx, n_tokens) * (self.max_ff().max(self.max_q()) + 2.0 * self.n_embd());
-        self.graph_bytes(n_ctx, n_tokens) + 4.0 * inputs
+        let (tokens, n_graphs) = self.graphs(n_ctx, n_tokens);
+        let left = if self.s.devices.is_empty() { self.chunk(n_ctx, n_tokens) } else { 0.0 };
+        let width = self.max_ff().max(self.max_q()) + 2.0 * self.n_embd();
+        self.graph_bytes(n_ctx, n_tokens) + 4.0 * width * (tokens * n_graphs + left)
     }
 
     /// Bytes that the forward pass over the calibration windows keeps for its graphs after it has summed
@@ -289,13 +309,15 @@ impl Work<'_> {
     /// head at which these begin.
     /// Graphs keep the memory of their largest need.
     pub(in crate::pipeline) fn back_bytes(&self, n_ctx: usize, n_tokens: f64) -> f64 {
-        let n = self.chunk(n_ctx, whole_windows(GRADIENT_TOKENS, n_ctx) as f64);
+        let (n, n_graphs) = self.graphs(n_ctx, n_tokens);
+        let n = n.min(whole_windows(GRADIENT_TOKENS, n_ctx) as f64);
         let head_dim = self.model.hparams.head_dim as f64;
         let scores = 4.0 * self.max_q() / head_dim * n_ctx as f64 * n;
         let block = n * (7.0 * self.max_ff() + 8.0 * self.n_embd() + 8.0 * self.max_q()) + scores;
         let known = self.known(n_tokens);
-        let loss = 6.0 * 4.0 * LOSS_ROWS as f64 * known;
-        let graphs = (4.0 * block).max(loss).max(self.logits_bytes()).max(self.graph_bytes(n_ctx, n_tokens));
+        let loss = n_graphs * 6.0 * 4.0 * LOSS_ROWS as f64 * known;
+        let block = 4.0 * n_graphs * block;
+        let graphs = block.max(loss).max(self.logits_bytes()).max(self.graph_bytes(n_ctx, n_tokens));
         // Logits, and the part of the head for losses, are in memory while no block is.
         let part = 4.0 * self.n_embd() * known;
         self.head_bytes() + self.block_bytes().max(part).max(self.logits_bytes()) + graphs

@@ -196,7 +196,6 @@ pub(super) struct Search<'r, 'a> {
     plan: Plan,
     removed: usize,
     judge: PredictionLoss,
-    n_windows: usize,
     /// Input `[n_tokens, n_embd]` of every block under the plan, and the last block's output.
     base: Vec<SpillVec<f32>>,
     base_loss: f64,
@@ -211,9 +210,8 @@ impl<'r, 'a> Search<'r, 'a> {
         loss: Loss,
         unit: Unit,
     ) -> Result<Self, PruneError> {
-        let n_windows = tokens.len() / n_ctx;
         let s = run.settings;
-        let mut forward = forward(run.model, n_ctx, s)?;
+        let forward = forward(run.model, n_ctx, s)?;
         let plan = run.plan.clone();
         let mut base = vec![embedded(&forward, run.model, tokens, &s.spill)?];
         for il in 0..run.model.hparams.n_layer() {
@@ -224,9 +222,9 @@ impl<'r, 'a> Search<'r, 'a> {
             base.push(y);
         }
         let last = &base[base.len() - 1];
-        let judge = PredictionLoss::new(&mut forward, run.model, run.model, tokens, last, loss)?;
-        let base_loss = judge.loss(&mut forward, last)?;
-        Ok(Search { run, forward, unit, plan, removed: 0, judge, n_windows, base, base_loss })
+        let judge = PredictionLoss::new(&forward, run.model, run.model, tokens, last, loss)?;
+        let base_loss = judge.loss(&forward, last)?;
+        Ok(Search { run, forward, unit, plan, removed: 0, judge, base, base_loss })
     }
 
     /// Growth of the loss without each of `ask`, once `removed` are removed.
@@ -261,70 +259,62 @@ impl<'r, 'a> Search<'r, 'a> {
     fn sweep(&mut self, dirty: Option<usize>, ids: &[GroupId]) -> Result<Vec<f64>, PruneError> {
         let n_layer = self.run.model.hparams.n_layer();
         let start = ids.iter().map(|c| c.block).chain(dirty).min().unwrap_or(n_layer);
-        let mut streams: Vec<Vec<f32>> = vec![Vec::new(); ids.len()];
+        let n = self.base[0].len();
+        // Streams of the candidates side by side, in the order of their blocks.
+        let mut streams: Vec<f32> = Vec::with_capacity(ids.len() * n);
         for il in start..n_layer {
             self.run.check_interrupted()?;
             let block = self.forward.upload(&self.plan.block(self.run.model, il)?)?;
-            let forward = &mut self.forward;
-            for (_, stream) in ids.iter().zip(&mut streams).filter(|(id, _)| id.block < il) {
-                let x = std::mem::take(stream);
-                stream.resize(x.len(), 0.0);
-                forward.stream(&block, &x, stream)?;
-            }
-            let here: Vec<usize> = (0..ids.len()).filter(|&i| ids[i].block == il).collect();
-            if !here.is_empty() {
-                let groups = &self.plan.blocks[il].groups;
-                let column = |i: usize| {
-                    groups.iter().position(|&g| g == ids[i].group).expect("a candidate is still there")
-                };
-                // Without its last group, a block has no attention and no attention bias.
-                let left_out = |i: usize| (self.unit == Unit::Group && groups.len() > 1).then(|| column(i));
-                let columns: Vec<_> = here.iter().map(|&i| left_out(i)).collect();
-                let outs =
-                    without_each(forward, &block, &self.base[il], groups.len(), &columns, self.n_windows)?;
-                for (i, out) in here.into_iter().zip(outs) {
-                    streams[i] = out;
-                }
+            let forward = &self.forward;
+            forward.advance(&block, &mut streams)?;
+            let here = ids.iter().filter(|id| id.block == il);
+            let groups = &self.plan.blocks[il].groups;
+            let column = |id: &GroupId| {
+                groups.iter().position(|&g| g == id.group).expect("a candidate is still there")
+            };
+            // Without its last group, a block has no attention and no attention bias.
+            let left_out = |id| (self.unit == Unit::Group && groups.len() > 1).then(|| column(id));
+            let columns: Vec<_> = here.map(left_out).collect();
+            if !columns.is_empty() {
+                without_each(forward, &block, &self.base[il], groups.len(), &columns, &mut streams)?;
             }
             if dirty.is_some_and(|d| d <= il) {
                 let (before, after) = self.base.split_at_mut(il + 1);
                 forward.stream(&block, &before[il], &mut after[0])?;
             }
         }
-        let forward = &mut self.forward;
+        let forward = &self.forward;
         if dirty.is_some() {
             self.base_loss = self.judge.loss(forward, &self.base[n_layer])?;
         }
-        streams.iter().map(|s| self.judge.loss(forward, s)).collect()
+        streams.chunks_exact(n).map(|s| self.judge.loss(forward, s)).collect()
     }
 }
 
-/// Outputs `[n_tokens, n_embd]` of a block for `x`, each with the attention of one of its `n_groups` groups
-/// left out, or of all.
+/// Appends the outputs `[n_tokens, n_embd]` of a block for `x` to `streams`, each with the attention of one of
+/// its `n_groups` groups left out, or of all.
 fn without_each(
-    f: &mut Forward,
+    f: &Forward,
     b: &Block,
     x: &[f32],
     n_groups: usize,
     columns: &[Option<usize>],
-    n_windows: usize,
-) -> Result<Vec<Vec<f32>>, PruneError> {
-    let mut outs = vec![vec![0.0; x.len()]; columns.len()];
-    for chunk in f.chunks(0..n_windows) {
-        let span = f.span(&chunk);
-        let heads = f.attn_out_input(b, &x[span.clone()], None)?;
-        let row = heads.len() / (span.len() / f.n_embd());
-        let width = row / n_groups;
-        for (out, &c) in outs.iter_mut().zip(columns) {
-            let mut without = if c.is_some() { heads.clone() } else { Vec::new() };
-            if let Some(c) = c {
-                without.chunks_exact_mut(row).for_each(|r| r[c * width..(c + 1) * width].fill(0.0));
-            }
-            let wanted = BlockOutputs { out: Some(&mut out[span.clone()]), ..BlockOutputs::default() };
-            f.from_attn_out_input(b, &x[span.clone()], &without, wanted)?;
+    streams: &mut Vec<f32>,
+) -> Result<(), PruneError> {
+    let heads = f.attn_out_input(b, x, None)?;
+    let row = heads.len() / (x.len() / f.n_embd());
+    let width = row / n_groups;
+    for c in columns {
+        let mut without = if c.is_some() { heads.clone() } else { Vec::new() };
+        if let Some(c) = c {
+            without.chunks_exact_mut(row).for_each(|r| r[c * width..(c + 1) * width].fill(0.0));
         }
+        let at = streams.len();
+        streams.resize(at + x.len(), 0.0);
+        let wanted = BlockOutputs { out: Some(&mut streams[at..]), ..BlockOutputs::default() };
+        f.from_attn_out_input(b, x, &without, wanted)?;
     }
-    Ok(outs)
+    Ok(())
 }
 
 /// Cost of a step of the search in passes through the whole model.

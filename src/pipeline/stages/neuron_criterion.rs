@@ -120,7 +120,7 @@ impl Run<'_> {
     fn try_neuron_criteria(&mut self, sensitivity: &Sensitivity) -> Result<NeuronCriterion, PruneError> {
         let (s, widths) = (self.settings, self.widths.clone());
         let (n_windows, mut stream) = self.few_windows()?;
-        let mut trial = forward(self.model, sensitivity.n_ctx, s)?;
+        let trial = forward(self.model, sensitivity.n_ctx, s)?;
         let start = trial.embed(self.model, &sensitivity.tokens)?;
         let mut streams = [start.clone(), start];
         // The last step compares the criteria.
@@ -154,11 +154,11 @@ impl Run<'_> {
         }
         let whole = Plan::whole(self.reference);
         let (tokens, observer) = (&sensitivity.tokens, &*self.observer);
-        let dense = planned_stream(&mut trial, self.reference, &whole, tokens, observer, |_| Ok(()))?;
+        let dense = planned_stream(&trial, self.reference, &whole, tokens, observer, |_| Ok(()))?;
         let judge =
-            PredictionLoss::new(&mut trial, self.model, self.reference, tokens, &dense, Loss::Divergence)?;
+            PredictionLoss::new(&trial, self.model, self.reference, tokens, &dense, Loss::Divergence)?;
         let [obs, magnitude] = streams;
-        let [obs, magnitude] = [judge.loss(&mut trial, &obs)?, judge.loss(&mut trial, &magnitude)?];
+        let [obs, magnitude] = [judge.loss(&trial, &obs)?, judge.loss(&trial, &magnitude)?];
         let note = format!("divergence {obs:.4} with obs, {magnitude:.4} with magnitude");
         self.observer.step(widths.len() + 1, &note);
         // Any criterion is better than one whose divergence is NaN.

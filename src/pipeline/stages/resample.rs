@@ -73,7 +73,7 @@ impl Run<'_> {
         let n_layer = self.reference.hparams.n_layer();
         // The last step resamples the tokens.
         self.observer.stage("resample", n_layer + 1);
-        let mut forward = forward(self.reference, n_ctx, s)?;
+        let forward = forward(self.reference, n_ctx, s)?;
         let text = w.tokens_of(0..w.n_fit);
         let mut stream = embedded(&forward, self.reference, text, &s.spill)?;
         for il in 0..n_layer {
@@ -90,7 +90,7 @@ impl Run<'_> {
             let places = places(&[0], 0, n_ctx, s.resample.share, &mut rng);
             let window = i % w.n_fit;
             let span = forward.span(&(window..window + 1));
-            resample(&mut forward, &head, copy, &places, &stream[span], &mut rng)?;
+            resample(&forward, &head, copy, &places, &stream[span], &mut rng)?;
         }
         self.observer.step(n_layer + 1, "");
         Ok(Some(w.with_copies(&resample_copies)))
@@ -120,7 +120,7 @@ pub(in crate::pipeline) fn places(
 /// Resamples the tokens of `text` at `places`.
 /// `head` predicts each from the row of `stream` `[n_tokens, n_embd]` that is named beside it.
 pub(in crate::pipeline) fn resample(
-    forward: &mut Forward,
+    forward: &Forward,
     head: &Head,
     text: &mut [Token],
     places: &[(usize, usize)],

@@ -148,7 +148,7 @@ impl Run<'_> {
         mut groups: Option<PerToken<'_>>,
     ) -> Result<(), PruneError> {
         let s = self.settings;
-        let mut forward = forward(self.model, n_ctx, s)?;
+        let forward = forward(self.model, n_ctx, s)?;
         let head = forward.head(self.model)?;
         let n_layer = self.plan.blocks.len();
         let mut rng = ChaCha8Rng::seed_from_u64(0);
@@ -161,8 +161,8 @@ impl Run<'_> {
                 inputs.push(s.spill.put(x)?);
                 Ok(())
             };
-            let last = planned_stream(&mut forward, self.model, &self.plan, tokens, &*self.observer, keep)?;
-            let (_, likely) = prediction_loss::likely(&mut forward, &head, &last)?;
+            let last = planned_stream(&forward, self.model, &self.plan, tokens, &*self.observer, keep)?;
+            let (_, likely) = prediction_loss::likely(&forward, &head, &last)?;
             let part = forward.head_of(self.model, &likely)?;
             let mut grad = forward.curvature_sample(&part, &last, || rng.random())?;
             drop(part);

@@ -61,7 +61,7 @@ impl Lessons<'_> {
             starts.iter().flat_map(|&at| &self.windows.tokens[at..][..n_ctx]).copied().collect();
         let n_given = batch.len().div_ceil(2);
         let places = places(&starts, n_given, n_ctx, drawn, &mut self.rng);
-        resample(&mut self.forward, &self.dense, &mut text, &places, self.stream, &mut self.rng)?;
+        resample(&self.forward, &self.dense, &mut text, &places, self.stream, &mut self.rng)?;
         // In a part of a window, the dense model sees less context than in the whole one.
         let known = starts[..if n_ctx < self.windows.n_ctx { 0 } else { n_given }].iter();
         let known = known.flat_map(|at| &self.stream[at * n_embd..][..n_ctx * n_embd]).copied().collect();
@@ -167,13 +167,12 @@ impl Run<'_> {
         let dense = &streams.dense[span.clone()];
         let (model, reference) = (self.model, self.reference);
         // It reads a whole head, and frees it before the lessons need theirs.
-        let judge =
-            PredictionLoss::new(&mut self.forward, model, reference, tokens, dense, Loss::Divergence)?;
+        let judge = PredictionLoss::new(&self.forward, model, reference, tokens, dense, Loss::Divergence)?;
         let mut lessons = self.lessons(self.windows, &streams.dense)?;
         let n_windows = lessons.starts.len();
         let per_step = (self.settings.tune.tokens / lessons.forward.n_ctx()).clamp(1, n_windows);
         let n_steps = self.settings.tune.passes * n_windows.div_ceil(per_step);
-        let before = judge.loss(&mut self.forward, &streams.pruned[span.clone()])?;
+        let before = judge.loss(&self.forward, &streams.pruned[span.clone()])?;
         let untuned: Vec<_> = self.plan.blocks.iter().map(|b| b.vectors.clone()).collect();
         let mut state: Vec<BlockState> =
             (0..self.plan.blocks.len()).map(|il| self.vectors(il)).collect::<Result<_, _>>()?;
@@ -193,8 +192,8 @@ impl Run<'_> {
             }
         }
         let tuned =
-            planned_stream(&mut self.forward, self.model, &self.plan, tokens, &*self.observer, |_| Ok(()))?;
-        let after = judge.loss(&mut self.forward, &tuned)?;
+            planned_stream(&self.forward, self.model, &self.plan, tokens, &*self.observer, |_| Ok(()))?;
+        let after = judge.loss(&self.forward, &tuned)?;
         let better = after < before;
         if better {
             streams.pruned[span].copy_from_slice(&tuned);

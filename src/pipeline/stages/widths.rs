@@ -154,7 +154,7 @@ impl Run<'_> {
     fn loss_curves(&mut self, sensitivity: &Sensitivity) -> Result<Vec<Curve>, PruneError> {
         let budgets = self.budgets.clone();
         let (n_windows, mut stream) = self.few_windows()?;
-        let mut probe = forward(self.model, sensitivity.n_ctx, self.settings)?;
+        let probe = forward(self.model, sensitivity.n_ctx, self.settings)?;
         let mut base = probe.embed(self.model, &sensitivity.tokens)?;
         let (mut next, mut without) = (vec![0.0; base.len()], vec![0.0; base.len()]);
         let mut curves: Vec<Curve> = Vec::with_capacity(budgets.len());
