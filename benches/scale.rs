@@ -296,14 +296,13 @@ fn job(args: &Args, input: PathBuf, output: PathBuf) -> Job {
         found.expect("no such device: build with --features cuda, metal or vulkan").device
     };
     let devices = args.device.iter().map(named).collect();
-    let settings =
-        Settings {
-            sparsity: args.sparsity,
-            n_threads: args.threads[0],
-            chunk_tokens: chunk_tokens(args.threads[0]),
-            devices,
-            ..Settings::default()
-        };
+    let settings = Settings {
+        sparsity: args.sparsity,
+        n_threads: args.threads[0],
+        chunk_tokens: chunk_tokens(args.threads[0]),
+        devices,
+        ..Settings::default()
+    };
     Job { verify: false, recipe: recipe(args), settings, ..Job::new(input, output) }
 }
 

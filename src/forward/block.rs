@@ -119,6 +119,24 @@ pub(super) enum Half {
     FeedForward,
 }
 
+impl Half {
+    /// Index of the map that ends it.
+    pub(super) fn weight(self, b: &Block) -> Option<usize> {
+        match self {
+            Half::Attention => b.roles.attn_output,
+            Half::FeedForward => b.roles.ffn_down,
+        }
+    }
+
+    /// Index of that map's bias.
+    pub(super) fn bias(self, b: &Block) -> Option<usize> {
+        match self {
+            Half::Attention => b.roles.attn_output_bias,
+            Half::FeedForward => b.roles.ffn_down_bias,
+        }
+    }
+}
+
 impl Forward {
     /// Puts a block's weights on the backend, which may also compute with them in place.
     ///
@@ -257,11 +275,7 @@ impl Net {
         half: Half,
         inputs: TensorId,
     ) -> TensorId {
-        let (weight, bias) = match half {
-            Half::Attention => (b.roles.attn_output, b.roles.attn_output_bias),
-            Half::FeedForward => (b.roles.ffn_down, b.roles.ffn_down_bias),
-        };
-        linear(g, b, weight, bias, inputs)
+        linear(g, b, half.weight(b), half.bias(b), inputs)
     }
 
     /// Residual stream `x` plus the contribution of [`Net::map`]'s output `y`.

@@ -4,6 +4,7 @@ use super::stats::Collect;
 use super::{Block, Forward, ForwardError, SUM_TOKENS, whole_windows};
 use crate::ggml::{Computed, Graph, Resident, TensorId, count};
 use crate::numeric::{Moments, products_per_token};
+use std::sync::Arc;
 
 /// Number of row panels that a symmetric product is cut into.
 /// Each starts at its diagonal, which takes (p + 1) / 2p of the work.
@@ -40,6 +41,8 @@ const CHUNKS_THERE: usize = 8;
 /// are the largest data to fetch.
 pub struct Gathering {
     moments: Moments,
+    /// Map whose outputs are still to be subtracted from the residuals.
+    map: Option<Arc<Vec<f32>>>,
     /// Number of tokens that are summed in 32 bits.
     summed: usize,
     place: Sums,
@@ -70,6 +73,9 @@ impl Gathering {
     /// Moments of all chunks.
     pub fn finish(mut self) -> Moments {
         self.fetch();
+        if let Some(map) = &self.map {
+            self.moments.subtract_map(map);
+        }
         self.moments
     }
 
@@ -224,7 +230,12 @@ impl Forward {
         } else {
             Sums::Here(Rows::default())
         };
-        Ok(Gathering { moments: Moments::new(n, m), summed: whole_windows(SUM_TOKENS, self.n_ctx()), place })
+        Ok(Gathering {
+            moments: Moments::new(n, m),
+            map: None,
+            summed: whole_windows(SUM_TOKENS, self.n_ctx()),
+            place,
+        })
     }
 }
 
@@ -246,16 +257,19 @@ pub(super) struct Part<'c> {
 }
 
 impl<'c> Collecting<'c> {
+    /// `later` is the map whose outputs the residuals leave out.
     pub(super) fn new(
         moments: Option<Collect<'c>>,
         n_tokens: usize,
         per_graph: usize,
         n_embd: usize,
+        later: Option<Arc<Vec<f32>>>,
     ) -> Collecting<'c> {
         let n_graphs = n_tokens.div_ceil(per_graph);
         match moments {
             None => Collecting { into: None, target: None, scales: &[], per_graph, n_graphs, n_embd },
             Some(Collect { target, scales, into }) => {
+                into.map = later.filter(|_| target.is_some());
                 Collecting { into: Some(into), target, scales, per_graph, n_graphs, n_embd }
             }
         }

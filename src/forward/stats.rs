@@ -6,6 +6,7 @@ use super::gathering::{Asked, Collecting, Gathering, Part};
 use super::{Block, Forward, ForwardError, Net};
 use crate::ggml::{Graph, TensorId};
 use crate::parallel::each;
+use std::sync::Arc;
 
 /// Request to collect moments over a chunk.
 ///
@@ -99,6 +100,13 @@ impl Forward {
         Ok(found)
     }
 
+    /// Map that ends `half`, if its outputs are subtracted from the sums of all tokens.
+    fn later(&self, b: &Block, half: Half) -> Option<Arc<Vec<f32>>> {
+        let wanted = self.net.subtracts_later(self.engine.has_devices(), b, half);
+        let map = half.weight(b).filter(|_| wanted && !b.has_experts())?;
+        b.set.shared(map)
+    }
+
     /// First half of attention: the input of attn_output, `[n_tokens, n_head·head_dim]`, for whole windows
     /// `x` `[n_tokens, n_embd]`.
     /// It is empty in a block without attention. Moments are those at attn_output, with the residual target
@@ -118,18 +126,14 @@ impl Forward {
         let (n_embd, n) = (self.n_embd(), x.len() / self.n_embd());
         let (row, per_graph) = (self.net.hparams.head_dim * b.shape.n_head, self.graph_tokens().min(n));
         let mut heads = vec![0.0; n * row];
-        let mut collect = Collecting::new(moments, n, per_graph, n_embd);
+        let mut collect = Collecting::new(moments, n, per_graph, n_embd, self.later(b, Half::Attention));
         let parts = x.chunks(per_graph * n_embd).zip(heads.chunks_mut(per_graph * row)).zip(collect.parts());
         each(parts.collect(), self.at_once(), |((x, heads), collect)| {
             let mut g = Graph::new(&self.engine, MAX_NODES);
             let x = g.input_f32([n_embd, x.len() / n_embd], x);
             let a = self.net.heads(&mut g, b, x);
             g.output(a);
-            let asked = collect.map(|c| {
-                let y = self.net.map(&mut g, b, Half::Attention, a);
-                let own = self.net.join(&mut g, b, Half::Attention, x, y);
-                self.net.collect(&mut g, b, Half::Attention, [a, y, own], c)
-            });
+            let asked = collect.map(|c| self.net.collect(&mut g, b, Half::Attention, [a, x], c));
             let done = g.compute(&self.engine)?;
             if let Some(asked) = asked {
                 asked.take(&done);
@@ -163,7 +167,8 @@ impl Forward {
         assert!(moments.is_none() || !b.has_experts(), "moments are those of one feed-forward");
         {
             let mid = mid.as_deref_mut().or((!experts_input.is_empty()).then_some(&mut experts_input[..]));
-            let mut collect = Collecting::new(moments, n, per_graph, n_embd);
+            let mut collect =
+                Collecting::new(moments, n, per_graph, n_embd, self.later(b, Half::FeedForward));
             let mut mid = mid.unwrap_or_default().chunks_mut(per_graph * n_embd);
             let mut out = out.unwrap_or_default().chunks_mut(per_graph * n_embd);
             let mut heads = a.chunks(per_graph * row.max(1));
@@ -178,16 +183,14 @@ impl Forward {
                 if to_mid.is_some() {
                     g.output(mid);
                 }
-                let mut own = mid;
-                let mut asked = None;
+                let (mut own, mut asked) = (mid, None);
                 if !b.has_experts() {
                     let h = self.net.neurons(&mut g, b, x, mid);
-                    let y = self.net.map(&mut g, b, Half::FeedForward, h);
-                    own = self.net.join(&mut g, b, Half::FeedForward, mid, y);
                     if to_out.is_some() {
+                        own = self.net.ffn_residual(&mut g, b, mid, h);
                         g.output(own);
                     }
-                    asked = collect.map(|c| self.net.collect(&mut g, b, Half::FeedForward, [h, y, own], c));
+                    asked = collect.map(|c| self.net.collect(&mut g, b, Half::FeedForward, [h, mid], c));
                 }
                 let done = g.compute(&self.engine)?;
                 if let Some(asked) = asked {
@@ -211,20 +214,40 @@ impl Forward {
 }
 
 impl Net {
-    /// Adds nodes for the sums at the map that ends `half`: from its inputs, its outputs, and the residual
-    /// stream after it.
+    /// Adds nodes for the sums at the map that ends `half`: from its inputs, and the residual stream before
+    /// it.
+    /// Without a norm behind the map, its outputs are left out of the residuals on the CPU;
+    /// [`Gathering::finish`] subtracts them.
     fn collect<'a>(
         &'a self,
         g: &mut Graph<'a>,
         b: &'a Block,
         half: Half,
-        [inputs, y, own]: [TensorId; 3],
+        [inputs, before]: [TensorId; 2],
         c: Part<'a>,
     ) -> Asked<'a> {
         let mut scales = g.input_f32([1, c.scales.len()], c.scales);
-        let mut residual = c.target.map(|target| {
-            let [n_embd, n_tokens, ..] = g.ne(own);
-            let target = g.input_f32([n_embd, n_tokens], target);
+        let target = c.target.map(|target| {
+            let [n_embd, n_tokens, ..] = g.ne(before);
+            g.input_f32([n_embd, n_tokens], target)
+        });
+        if self.subtracts_later(g.on_devices(), b, half) {
+            let residual = target.map(|target| {
+                let r = g.sub(target, before);
+                let r = self.scaled(g, r, 1.0 / self.hparams.residual_scale);
+                match half.bias(b) {
+                    Some(bias) => {
+                        let bias = g.resident(&b.set, bias);
+                        g.sub(r, bias)
+                    }
+                    None => r,
+                }
+            });
+            return c.into.ask(g, inputs, residual, scales);
+        }
+        let y = self.map(g, b, half, inputs);
+        let own = self.join(g, b, half, before, y);
+        let mut residual = target.map(|target| {
             let r = g.sub(target, own);
             self.scaled(g, r, 1.0 / self.hparams.residual_scale)
         });
@@ -236,5 +259,11 @@ impl Net {
             scales = g.div(scales, rms);
         }
         c.into.ask(g, inputs, residual, scales)
+    }
+
+    /// Whether the outputs of the map that ends `half` are subtracted from the sums of all tokens, not from
+    /// each token's residual. A norm behind the map has to see them.
+    fn subtracts_later(&self, on_devices: bool, b: &Block, half: Half) -> bool {
+        !on_devices && b.post_norm(half).is_none()
     }
 }

@@ -169,6 +169,41 @@ impl Moments {
         }
     }
 
+    /// Turns the residuals r of a linear map's inputs into r − W x, for the map W `[m, n]`, row-major.
+    /// That costs one product with the Gram matrix instead of one with every token.
+    ///
+    /// # Panics
+    /// If the map has another size.
+    pub fn subtract_map(&mut self, map: &[f32]) {
+        let (n, m) = (self.x.len(), self.r.len());
+        let map = MatRef::from_row_major_slice(map, m, n);
+        let x: Vec<f32> = self.x.iter().map(|v| *v as f32).collect();
+        self.r.par_iter_mut().enumerate().for_each(|(i, r)| {
+            *r -= map.row(i).iter().zip(&x).map(|(w, x)| f64::from(*w) * f64::from(*x)).sum::<f64>();
+        });
+        for top in (0..n).step_by(PANEL_ROWS) {
+            let rows = PANEL_ROWS.min(n - top);
+            // Rows of the Gram matrix from the first column of the panel on.
+            let mut panel = vec![0.0f32; rows * (n - top)];
+            panel.par_chunks_exact_mut(n - top).enumerate().for_each(|(i, row)| {
+                let sums = self.gram.row(top + i);
+                row[i..].iter_mut().zip(sums).for_each(|(v, g)| *v = *g as f32);
+                row[..i]
+                    .iter_mut()
+                    .enumerate()
+                    .for_each(|(j, v)| *v = self.gram.get(top + i, top + j) as f32);
+            });
+            let panel = MatRef::from_row_major_slice(&panel, rows, n - top);
+            let behind = panel.subcols(rows, n - top - rows).transpose();
+            let parts = self.cross.par_chunks_mut(PANEL_ROWS * n).enumerate();
+            parts.for_each(|(part, cross)| {
+                let map = map.subrows(part * PANEL_ROWS, cross.len() / n);
+                subtract(cross, n, top, map.subcols(top, rows), panel);
+                subtract(cross, n, top, map.subcols(top + rows, n - top - rows), behind);
+            });
+        }
+    }
+
     /// Turns moments about zero into moments about the mean.
     /// These are left for a linear map to explain after its bias accounts for the means. An input that does
     /// not vary would keep only rounding errors; its moments become zero.
@@ -246,7 +281,68 @@ fn add_product(
     });
 }
 
+/// Subtracts the product a b from the columns of `rows` from `first` on; rows have `n` columns.
+fn subtract(rows: &mut [f64], n: usize, first: usize, a: MatRef<f32>, b: MatRef<f32>) {
+    let mut product = vec![0.0f32; a.nrows() * b.ncols()];
+    let to = MatMut::from_row_major_slice_mut(&mut product, a.nrows(), b.ncols());
+    matmul(to, Accum::Replace, a, b, 1.0, Par::Seq);
+    for (row, product) in rows.chunks_exact_mut(n).zip(product.chunks_exact(b.ncols().max(1))) {
+        row[first..].iter_mut().zip(product).for_each(|(v, p)| *v -= f64::from(*p));
+    }
+}
+
 fn add(sums: &mut [f64], values: &[f32]) {
     assert_eq!(sums.len(), values.len());
     sums.iter_mut().zip(values).for_each(|(s, v)| *s += f64::from(*v));
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use rand::{RngExt, SeedableRng};
+    use rand_chacha::ChaCha8Rng;
+
+    #[test]
+    fn sums_are_those_of_the_definition() {
+        let mut rng = ChaCha8Rng::seed_from_u64(2);
+        for (n_tokens, n, m, summed) in [(1, 1, 1, 9), (7, 3, 5, 2), (50, 200, 7, 16), (90, 700, 201, 64)] {
+            let mut random =
+                |len: usize| -> Vec<f32> { (0..len).map(|_| rng.random::<f32>() - 0.3).collect() };
+            let (x, r, scales, map) =
+                (random(n_tokens * n), random(n_tokens * m), random(n_tokens), random(m * n));
+            let mut found = Moments::new(n, m);
+            found.add(&x, &r, &scales, summed);
+            found.add(&x, &r, &scales, summed);
+            let sum = |value: &dyn Fn(usize) -> f64| 2.0 * (0..n_tokens).map(value).sum::<f64>();
+            let at = |v: &[f32], i: usize| f64::from(v[i]);
+            let close = |found: f64, expected: f64, what: &str| {
+                assert!(
+                    (found - expected).abs() < 1e-4 * (1.0 + expected.abs()),
+                    "{what}: {found} {expected}"
+                );
+            };
+            let check = |found: &Moments, r: &dyn Fn(usize, usize) -> f64| {
+                for i in 0..n {
+                    let own = sum(&|t| at(&x, t * n + i) * at(&scales, t));
+                    close(found.x[i], own, "x");
+                    for j in (i..n).step_by(n / 9 + 1) {
+                        close(found.gram.get(i, j), sum(&|t| at(&x, t * n + i) * at(&x, t * n + j)), "gram");
+                    }
+                }
+                for i in 0..m {
+                    close(found.r[i], sum(&|t| r(t, i) * at(&scales, t)), "r");
+                    for j in (0..n).step_by(n / 9 + 1) {
+                        close(found.cross[i * n + j], sum(&|t| r(t, i) * at(&x, t * n + j)), "cross");
+                    }
+                }
+            };
+            check(&found, &|t, i| at(&r, t * m + i));
+            close(found.weight, sum(&|t| at(&scales, t).powi(2)), "weight");
+            assert_eq!(found.n_tokens, 2 * n_tokens);
+            found.subtract_map(&map);
+            let mapped =
+                |t: usize, i: usize| (0..n).map(|j| at(&map, i * n + j) * at(&x, t * n + j)).sum::<f64>();
+            check(&found, &|t, i| at(&r, t * m + i) - mapped(t, i));
+        }
+    }
 }

@@ -14,8 +14,8 @@ use super::{
 };
 use crate::calibrate::Windows;
 use crate::forward::{
-    GRADIENT_TOKENS, GRAPH_TOKENS, LOGIT_ROWS, LOSS_ROWS, MAX_GRADIENT_CTX, largest_product,
-    moment_products, query_slice, whole_windows,
+    GRADIENT_TOKENS, GRAPH_TOKENS, LOGIT_ROWS, LOSS_ROWS, MAX_GRADIENT_CTX, largest_product, moment_products,
+    query_slice, whole_windows,
 };
 use crate::ggml::Type;
 use crate::model::{BlockShape, BlockTensors, Family, FfnUnit, KvCache, Model, Segment};

@@ -11,8 +11,7 @@ use putri_gguf::model::Model;
 use putri_gguf::pipeline::{Method, Settings};
 use std::path::Path;
 
-// Each job uses one thread, because tests run in parallel, and ggml's threads wait for each other by
-// spinning.
+// Each job uses one thread, because tests run in parallel.
 const QUICK: [&str; 6] = ["--ctx-size", "64", "--chunks", "8", "--threads", "1"];
 
 /// Opens `path` with libllama and with a third-party parser.
@@ -443,10 +442,18 @@ fn the_same_job_gives_the_same_bytes_whatever_the_threads() {
         small.write(&cli.path("in.gguf"));
         let run = |threads: &str| {
             let args = ["in.gguf", "out.gguf", "--sparsity", "0.4", "-f", "text.txt", "--force", "-q"];
-            cli.ok(&[&args[..], more, &["-c", "64", "--chunks", "4", "-t", threads]].concat());
-            std::fs::read(cli.path("out.gguf")).unwrap()
+            // Enough windows for several chunks, and for several groups that are written side by side.
+            let done = cli.run(&[&args[..], more, &["-c", "128", "--chunks", "40", "-t", threads]].concat());
+            let said = String::from_utf8_lossy(&done.stderr).into_owned();
+            assert!(done.status.success(), "{said}");
+            (std::fs::read(cli.path("out.gguf")).unwrap(), said)
         };
-        assert!(run("2") == run("1"), "{} {more:?}", small.arch);
+        let (one, _) = run("1");
+        assert!(run("2").0 == one, "{} {more:?}", small.arch);
+        // More threads than processors would only wait for each other.
+        let (many, said) = run("512");
+        assert!(many == one, "{} {more:?}", small.arch);
+        assert!(said.contains("so --threads 512 counts as"), "{said}");
     }
 }
 

@@ -258,11 +258,7 @@ impl Net {
             let (at, by) = self.norm_back(g, behind, [y, normed, weight]);
             (at_y, by_post) = (at, Some(by));
         }
-        let weight = match half {
-            Half::Attention => b.roles.attn_output,
-            Half::FeedForward => b.roles.ffn_down,
-        };
-        (self.product_back(g, b, weight, at_y), at_y, by_post)
+        (self.product_back(g, b, half.weight(b), at_y), at_y, by_post)
     }
 
     /// Carries the derivative back through W x: Wᵀ `at_y`.

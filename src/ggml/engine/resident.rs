@@ -175,6 +175,13 @@ impl Resident {
         Ok(())
     }
 
+    /// Shared values that are the memory of the `index`-th tensor, on the CPU.
+    pub fn shared(&self, index: usize) -> Option<Arc<Vec<f32>>> {
+        // SAFETY: a live header.
+        let data = unsafe { (*self.tensors[index].as_ptr()).data };
+        self.shared.iter().find(|values| values.as_ptr().addr() == data.addr()).cloned()
+    }
+
     /// Values of the `index`-th tensor.
     pub fn read(&self, index: usize) -> Vec<f32> {
         let t = self.tensors[index].as_ptr();

@@ -226,6 +226,12 @@ impl Work<'_> {
         if self.s.method.refits_towards_dense() { self.n_embd() } else { 0.0 }
     }
 
+    /// Whether moments need the map's output for each token: to carry residuals back through a norm, or on a
+    /// device.
+    pub(in crate::pipeline) fn maps_every_token(&self) -> bool {
+        self.model.hparams.family.traits().post_norms || !self.s.devices.is_empty()
+    }
+
     /// Bytes of the sums of products for the moments of `n` inputs and `n_out` residuals. The CPU adds up
     /// those of a part, and devices all.
     pub(in crate::pipeline) fn sums_bytes(&self, n: f64, n_out: f64) -> f64 {

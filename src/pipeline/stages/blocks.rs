@@ -66,8 +66,15 @@ impl Stage for Blocks {
             operations += 2.0 * e * headless.q * n_all + ffn * headless.ff * n_fit;
             operations += ffn * pruned.ff * n_all;
             if ours {
-                operations += w.moment_ops(headless.q, e, n_fit) + 2.0 * e * headless.q * n_fit;
+                operations += w.moment_ops(headless.q, e, n_fit);
                 algebra += 2.0 / 3.0 * headless.q.powi(3) + 3.0 * e * headless.q.powi(2);
+            }
+            // Outputs of both maps, for the residuals: of each token, or of the sums.
+            if w.maps_every_token() {
+                operations += if ours { 2.0 * e * headless.q * n_fit } else { 0.0 };
+            } else {
+                operations -= if w.experts().is_none() { 2.0 * e * headless.ff * n_fit } else { 0.0 };
+                algebra += if ours { e * (headless.q.powi(2) + headless.refitted.powi(2)) } else { 0.0 };
             }
             if let Some([n_used, n_expert]) = w.experts() {
                 operations += 2.0 * e * (headless.router * n_fit + pruned.router * n_all);
