@@ -162,6 +162,7 @@ fn read_windows(path: &Path) -> Windows {
 fn main() {
     silence_logs();
     let args = Args::parse();
+    rayon::ThreadPoolBuilder::new().num_threads(args.threads).build_global().expect("threads");
     let vocab = LlamaModel::load_vocab(&args.model).expect("model");
     let dense = Model::open(&args.model).expect("model");
     let mut judges: Vec<Judge> = args

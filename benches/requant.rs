@@ -61,6 +61,7 @@ fn relative_loss(w: &Matrix, q: &Quantised, h: &SymMatrix) -> f64 {
 fn main() {
     silence_logs();
     let args = Args::parse();
+    rayon::ThreadPoolBuilder::new().num_threads(args.threads).build_global().expect("threads");
     let model = Model::open(&args.model).expect("model");
     let vocab = LlamaModel::load_vocab(&args.model).expect("model");
     let n_judge = args.chunks.div_ceil(2);

@@ -51,6 +51,11 @@
 //! [`eval`] measures a file with llama.cpp, by itself or beside another; [`verify`] checks a pruned file against its source
 //! and against what it predicted when it was made.
 //!
+//! # Threads
+//!
+//! Passes and algebra run on rayon's global pool. A program that wants another number of threads than there are cores
+//! builds that pool first, and sets `n_threads` of [`Settings`] to the same number for llama.cpp.
+//!
 //! # Errors
 //!
 //! Every function returns a [`JobError`], which names the file, key or tensor at fault. An error leaves its causes to

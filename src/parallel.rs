@@ -40,7 +40,32 @@ pub(crate) fn each<I: Send, T: Send, E: Send>(
     done.into_iter().map(|(_, result)| result).collect()
 }
 
-/// Does the same, while `hear` receives on this thread what `work` tells, and returns whether to go on.
+/// Things that threads use one at a time and that are made when none is idle.
+pub(crate) struct Idle<T>(Mutex<Vec<T>>);
+
+impl<T> Default for Idle<T> {
+    fn default() -> Idle<T> {
+        Idle(Mutex::default())
+    }
+}
+
+impl<T> Idle<T> {
+    /// Takes one, or the one that `make` makes.
+    ///
+    /// # Errors
+    /// Returns the error of `make`.
+    pub(crate) fn take<E>(&self, make: impl FnOnce() -> Result<T, E>) -> Result<T, E> {
+        let idle = self.0.lock().unwrap_or_else(PoisonError::into_inner).pop();
+        idle.map_or_else(make, Ok)
+    }
+
+    /// Gives one back.
+    pub(crate) fn put(&self, thing: T) {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).push(thing);
+    }
+}
+
+/// Does the same as [`each`], while `hear` receives on this thread what `work` tells, and returns whether to go on.
 /// `work` learns that from the function by which it tells; items that nobody has begun are left out then.
 ///
 /// # Errors

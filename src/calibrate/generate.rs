@@ -8,14 +8,13 @@
 //! 2406.08464).
 
 use super::CalibrateError;
-use crate::ggml::{BatchToken, Context, GgmlError, LlamaModel, Token};
+use crate::ggml::{BatchToken, Context, LlamaModel, Token};
 use crate::numeric::draw;
-use crate::parallel::each_telling;
+use crate::parallel::{Idle, each_telling};
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use rayon::prelude::*;
 use std::ops::Range;
-use std::sync::{Mutex, PoisonError};
 
 /// First tokens of a document, over which the temperature falls from 2 to 1.
 const WARM_TOKENS: usize = 2;
@@ -106,16 +105,12 @@ pub fn generate(
     let groups: Vec<Range<usize>> =
         (0..n_windows).step_by(per_group).map(|first| first..(first + per_group).min(n_windows)).collect();
     let at_once = (n_parallel / per_group).min(n_threads).clamp(1, groups.len());
-    let idle = Mutex::new(Vec::new());
-    let locked = || idle.lock().unwrap_or_else(PoisonError::into_inner);
+    let idle = Idle::default();
     let write = |group: Range<usize>, tell: &dyn Fn(usize) -> bool| {
         let n = group.len();
         let mut batch: Vec<Writer> = group.map(|i| Writer::new(frame(i), seed, i)).collect();
-        let context = locked().pop().map_or_else(
-            || Context::new(model, n_ctx, per_group, per_group, n_threads / at_once),
-            Ok::<Context, GgmlError>,
-        );
-        let mut context = context?;
+        let mut context =
+            idle.take(|| Context::new(model, n_ctx, per_group, per_group, n_threads / at_once))?;
         context.clear();
         for pos in 0..n_ctx - 1 {
             let tokens: Vec<_> = batch
@@ -135,7 +130,7 @@ pub fn generate(
                 return Err(CalibrateError::Interrupted);
             }
         }
-        locked().push(context);
+        idle.put(context);
         Ok(batch.into_iter().map(|w| w.tokens).collect::<Vec<_>>())
     };
     let (total, mut done) = (n_ctx * n_windows, 0);

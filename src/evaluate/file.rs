@@ -3,11 +3,10 @@
 use super::window::{Window, run_together, side_by_side};
 use crate::ggml::{BatchToken, Context, GgmlError, LlamaModel, Token};
 use crate::numeric::{Metrics, RowComparison, compare_rows, nll};
-use crate::parallel::each_telling;
+use crate::parallel::{Idle, each_telling};
 use crate::text::{PIECE, TextError, TextFile};
 use rayon::prelude::*;
 use std::collections::BTreeMap;
-use std::sync::{Mutex, PoisonError};
 use std::time::Instant;
 
 /// Protocol that determines which tokens are scored, and after which context. Figures of the two are not
@@ -177,23 +176,18 @@ pub fn evaluate(
     let n_models = if base.is_some() { 2 } else { 1 };
     let n_windows = if model.is_offloaded() { 1 } else { windows.len() };
     let (at_once, n_threads) = side_by_side(n_windows, n_ctx, n_vocab, n_models, n_threads);
-    let idle = Mutex::new(Vec::new());
-    let locked = || idle.lock().unwrap_or_else(PoisonError::into_inner);
+    let idle = Idle::default();
     let mean = |values: &[f64]| values.iter().sum::<f64>() / values.len() as f64;
     let (mut losses, mut compared) = (Vec::<f64>::new(), Vec::<RowComparison>::new());
     // Results of windows that were done before an earlier one.
     let mut early: BTreeMap<usize, Compared> = BTreeMap::new();
     let (mut n_done, mut goes_on) = (0, true);
     let work = |(i, window): (usize, &[Token]), tell: &dyn Fn((usize, Compared)) -> bool| {
-        let (mut own, mut other) = match locked().pop() {
-            Some(pair) => pair,
-            None => {
-                let of = |model| Window::new(model, n_ctx, n_threads);
-                (of(model)?, base.map(of).transpose()?)
-            }
-        };
+        let of = |model| Window::new(model, n_ctx, n_threads);
+        let (mut own, mut other) =
+            idle.take(|| Ok::<_, GgmlError>((of(model)?, base.map(of).transpose()?)))?;
         let found = compare_window(&mut own, other.as_mut(), window, first)?;
-        locked().push((own, other));
+        idle.put((own, other));
         tell((i, found));
         Ok::<_, GgmlError>(())
     };

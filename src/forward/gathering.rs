@@ -21,11 +21,6 @@ fn panels(n: usize) -> impl Iterator<Item = (usize, usize)> {
     (0..n).step_by(width).map(move |start| (start, width.min(n - start)))
 }
 
-/// Number of products that one token adds to the moments of `n` inputs and `m` residuals, on the CPU.
-pub(crate) fn moment_products(n: usize, m: usize) -> usize {
-    products_per_token(n, m)
-}
-
 /// Number of elements of the largest matrix product in these sums.
 pub(crate) fn largest_product(n: usize, m: usize) -> usize {
     panels(n).map(|(start, rows)| rows * (n - start)).fold(n * m, usize::max)
@@ -92,7 +87,7 @@ impl Gathering {
 
     /// Begins a chunk of `n_tokens` tokens, of which graphs take `per_graph` each. Returns the accumulators
     /// of the graphs. `residuals` says whether there are any.
-    pub(super) fn begin(&mut self, n_tokens: usize, per_graph: usize, residuals: bool) -> Vec<Into<'_>> {
+    pub(super) fn begin(&mut self, n_tokens: usize, per_graph: usize, residuals: bool) -> Vec<Sink<'_>> {
         if matches!(&self.place, Sums::There(there) if there.n_chunks == CHUNKS_THERE) {
             self.fetch();
             if let Sums::There(there) = &mut self.place {
@@ -104,7 +99,7 @@ impl Gathering {
             Sums::There(there) => {
                 assert_eq!(n_tokens, per_graph, "a device takes a chunk in one graph");
                 there.n_chunks += 1;
-                vec![Into::There(there, &mut self.moments)]
+                vec![Sink::There(there, &mut self.moments)]
             }
             Sums::Here(rows) => {
                 let (n, m) = (self.moments.x.len(), if residuals { self.moments.r.len() } else { 0 });
@@ -113,7 +108,7 @@ impl Gathering {
                 rows.scales.resize(n_tokens, 0.0);
                 let mut r = rows.r.chunks_mut((per_graph * m).max(1));
                 let parts = rows.x.chunks_mut(per_graph * n).zip(rows.scales.chunks_mut(per_graph));
-                parts.map(|(x, scales)| Into::Here { x, r: r.next().unwrap_or_default(), scales }).collect()
+                parts.map(|(x, scales)| Sink::Here { x, r: r.next().unwrap_or_default(), scales }).collect()
             }
         }
     }
@@ -129,7 +124,7 @@ impl Gathering {
 }
 
 /// Accumulator of one graph.
-pub(super) enum Into<'g> {
+pub(super) enum Sink<'g> {
     /// Places for the data of its tokens.
     Here {
         x: &'g mut [f32],
@@ -140,12 +135,12 @@ pub(super) enum Into<'g> {
 }
 
 /// Outputs of a graph that are still to be added to its accumulator.
-pub(super) enum Asked<'g> {
+pub(super) enum Pending<'g> {
     Here { into: [&'g mut [f32]; 3], from: [Option<TensorId>; 3] },
     There { moments: &'g mut Moments, x: TensorId, r: Option<TensorId>, scales: TensorId, n_tokens: usize },
 }
 
-impl<'g> Into<'g> {
+impl<'g> Sink<'g> {
     /// Adds nodes for the products over tokens of `x` `ne` `[n, n_tokens]` with itself and with `residual`
     /// `ne` `[m, n_tokens]`, and for the sums of both.
     /// `x` and `residual` are multiplied by `scales` `ne` `[1, n_tokens]` first; the sums are weighted by
@@ -156,18 +151,18 @@ impl<'g> Into<'g> {
         x: TensorId,
         residual: Option<TensorId>,
         scales: TensorId,
-    ) -> Asked<'g> {
+    ) -> Pending<'g> {
         g.output(scales);
         let n_tokens = g.ne(x)[1];
         let weights = g.reshape(scales, [n_tokens, 1, 1, 1]);
         let x = g.mul(x, scales);
         let r = residual.map(|r| g.mul(r, scales));
         match self {
-            Into::Here { x: to, r: to_r, scales: to_scales } => {
+            Sink::Here { x: to, r: to_r, scales: to_scales } => {
                 [Some(x), r].into_iter().flatten().for_each(|t| g.output(t));
-                Asked::Here { into: [to, to_r, to_scales], from: [Some(x), r, Some(scales)] }
+                Pending::Here { into: [to, to_r, to_scales], from: [Some(x), r, Some(scales)] }
             }
-            Into::There(there, moments) => {
+            Sink::There(there, moments) => {
                 let (xt, rt) = (g.transpose(x), r.map(|r| g.transpose(r)));
                 let product = |g: &mut Graph<'g>, a: TensorId, b: TensorId, total: usize| {
                     let product = g.mul_mat(a, b);
@@ -189,23 +184,23 @@ impl<'g> Into<'g> {
                     g.output(sum);
                     sum
                 };
-                Asked::There { moments, x: sum(xt), r: rt.map(sum), scales, n_tokens }
+                Pending::There { moments, x: sum(xt), r: rt.map(sum), scales, n_tokens }
             }
         }
     }
 }
 
-impl Asked<'_> {
+impl Pending<'_> {
     pub(super) fn take(self, done: &Computed) {
         match self {
-            Asked::Here { into, from } => {
+            Pending::Here { into, from } => {
                 into.into_iter().zip(from).for_each(|(into, t)| {
                     if let Some(t) = t {
                         done.read(t, into);
                     }
                 });
             }
-            Asked::There { moments, x, r, scales, n_tokens } => {
+            Pending::There { moments, x, r, scales, n_tokens } => {
                 let r = r.map(|r| done.to_vec(r)).unwrap_or_default();
                 let weight = done.to_vec(scales).iter().map(|s| f64::from(*s).powi(2)).sum();
                 moments.add_sums(&done.to_vec(x), &r, weight);
@@ -253,7 +248,7 @@ pub(super) struct Collecting<'c> {
 pub(super) struct Part<'c> {
     pub(super) target: Option<&'c [f32]>,
     pub(super) scales: &'c [f32],
-    pub(super) into: Into<'c>,
+    pub(super) into: Sink<'c>,
 }
 
 impl<'c> Collecting<'c> {

@@ -17,7 +17,7 @@ pub use block::Block;
 pub(crate) use block::query_slice;
 pub use experts::{Chosen, ExpertUse};
 pub use gathering::Gathering;
-pub(crate) use gathering::{largest_product, moment_products};
+pub(crate) use gathering::largest_product;
 pub use gradient::{BlockGradient, OnTheWay};
 pub(crate) use gradient::{GRADIENT_TOKENS, LOSS_ROWS};
 pub use head::Head;
@@ -38,9 +38,10 @@ const MAX_NODES: usize = 1024;
 /// It is attended in one piece, and the attention weights of all its heads are in memory at once.
 pub const MAX_GRADIENT_CTX: usize = 512;
 
-/// Number of tokens that pass through a block in one graph on the CPU; at least one window, where windows
-/// matter.
-pub(crate) const GRAPH_TOKENS: usize = 512;
+/// Smallest and largest number of tokens that pass through a block in one graph on the CPU, if they need not be
+/// whole windows. In between, it is that of a window, so that there are as many graphs as windows: passes over
+/// few short windows should still give every thread something to do.
+pub(crate) const GRAPH_TOKENS: [usize; 2] = [256, 512];
 
 /// Largest number of tokens whose products are summed in 32 bits, at least one window.
 pub(crate) const SUM_TOKENS: usize = 2048;
@@ -50,7 +51,7 @@ pub const CHUNK_TOKENS: usize = 4096;
 
 /// Number of tokens that pass through a block together on `n_threads` threads, so that each has a graph.
 pub fn chunk_tokens(n_threads: usize) -> usize {
-    CHUNK_TOKENS.max(n_threads * GRAPH_TOKENS)
+    CHUNK_TOKENS.max(n_threads * GRAPH_TOKENS[1])
 }
 
 /// Largest number of tokens up to `n_tokens` that makes whole windows of `n_ctx`; at least one window.
@@ -150,7 +151,7 @@ impl Forward {
         let per_graph = if self.engine.has_devices() {
             n_tokens
         } else {
-            n_tokens.min(whole_windows(GRAPH_TOKENS, n_ctx))
+            n_tokens.min(whole_windows(GRAPH_TOKENS[0], n_ctx))
         };
         self.net.per_graph = per_graph / n_ctx;
         self.net.positions = (0..per_graph).map(|i| (i % n_ctx) as i32).collect();
@@ -200,12 +201,20 @@ impl Forward {
 
     /// Number of tokens in one graph that does not depend on windows.
     fn slice_tokens(&self) -> usize {
-        if self.engine.has_devices() { self.chunk_tokens() } else { self.chunk_tokens().min(GRAPH_TOKENS) }
+        if self.engine.has_devices() {
+            return self.chunk_tokens();
+        }
+        let [least, most] = GRAPH_TOKENS;
+        self.chunk_tokens().min(self.n_ctx().clamp(least, most))
     }
 
     /// Number of graphs that run at a time.
     fn at_once(&self) -> usize {
-        if self.engine.has_devices() { 1 } else { self.chunk_tokens().div_ceil(self.graph_tokens()) }
+        if self.engine.has_devices() {
+            1
+        } else {
+            self.chunk_tokens().div_ceil(self.graph_tokens().min(self.slice_tokens()))
+        }
     }
 
     /// Width of the residual stream.

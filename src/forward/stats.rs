@@ -2,7 +2,7 @@
 
 use super::MAX_NODES;
 use super::block::Half;
-use super::gathering::{Asked, Collecting, Gathering, Part};
+use super::gathering::{Collecting, Gathering, Part, Pending};
 use super::{Block, Forward, ForwardError, Net};
 use crate::ggml::{Graph, TensorId};
 use crate::parallel::each;
@@ -133,7 +133,7 @@ impl Forward {
             let x = g.input_f32([n_embd, x.len() / n_embd], x);
             let a = self.net.heads(&mut g, b, x);
             g.output(a);
-            let asked = collect.map(|c| self.net.collect(&mut g, b, Half::Attention, [a, x], c));
+            let asked = collect.map(|c| self.net.collect(&mut g, b, Half::Attention, [a, x], None, c));
             let done = g.compute(&self.engine)?;
             if let Some(asked) = asked {
                 asked.take(&done);
@@ -186,11 +186,13 @@ impl Forward {
                 let (mut own, mut asked) = (mid, None);
                 if !b.has_experts() {
                     let h = self.net.neurons(&mut g, b, x, mid);
-                    if to_out.is_some() {
-                        own = self.net.ffn_residual(&mut g, b, mid, h);
+                    let half = Half::FeedForward;
+                    let y = to_out.is_some().then(|| self.net.map(&mut g, b, half, h));
+                    if let Some(y) = y {
+                        own = self.net.join(&mut g, b, half, mid, y);
                         g.output(own);
                     }
-                    asked = collect.map(|c| self.net.collect(&mut g, b, Half::FeedForward, [h, mid], c));
+                    asked = collect.map(|c| self.net.collect(&mut g, b, half, [h, mid], y, c));
                 }
                 let done = g.compute(&self.engine)?;
                 if let Some(asked) = asked {
@@ -214,8 +216,8 @@ impl Forward {
 }
 
 impl Net {
-    /// Adds nodes for the sums at the map that ends `half`: from its inputs, and the residual stream before
-    /// it.
+    /// Adds nodes for the sums at the map that ends `half`: from its inputs, the residual stream before it, and
+    /// its outputs `y`, which are computed if they are needed and not given.
     /// Without a norm behind the map, its outputs are left out of the residuals on the CPU;
     /// [`Gathering::finish`] subtracts them.
     fn collect<'a>(
@@ -224,8 +226,9 @@ impl Net {
         b: &'a Block,
         half: Half,
         [inputs, before]: [TensorId; 2],
+        y: Option<TensorId>,
         c: Part<'a>,
-    ) -> Asked<'a> {
+    ) -> Pending<'a> {
         let mut scales = g.input_f32([1, c.scales.len()], c.scales);
         let target = c.target.map(|target| {
             let [n_embd, n_tokens, ..] = g.ne(before);
@@ -245,7 +248,7 @@ impl Net {
             });
             return c.into.ask(g, inputs, residual, scales);
         }
-        let y = self.map(g, b, half, inputs);
+        let y = y.unwrap_or_else(|| self.map(g, b, half, inputs));
         let own = self.join(g, b, half, before, y);
         let mut residual = target.map(|target| {
             let r = g.sub(target, own);

@@ -16,14 +16,15 @@ pub struct Device(usize);
 /// Compute resources that graphs run on.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Compute {
-    /// Number of CPU threads.
+    /// Number of ggml's own threads, for operations that the devices do not support. Without devices, graphs run
+    /// on the threads of rayon's pool.
     pub n_threads: usize,
     /// Devices; an empty list means the CPU alone. Each of several devices gets its share of the blocks.
     pub devices: Vec<Device>,
 }
 
 impl From<usize> for Compute {
-    /// Uses the CPU with `n_threads` threads.
+    /// Uses the CPU, which has `n_threads` threads.
     fn from(n_threads: usize) -> Compute {
         Compute { n_threads, devices: Vec::new() }
     }

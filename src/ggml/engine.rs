@@ -6,6 +6,7 @@ pub use resident::{Resident, TensorSpec, Values};
 
 use super::GgmlError;
 use super::device::{Compute, Device, Taken};
+use crate::parallel::Idle;
 use llama_cpp_sys_2 as sys;
 use std::mem::ManuallyDrop;
 use std::ptr::NonNull;
@@ -26,7 +27,7 @@ pub struct Engine(Place);
 /// Place where graphs run.
 enum Place {
     /// The CPU, with the runners that no graph uses.
-    Host(Mutex<Vec<Runner>>),
+    Host(Idle<Runner>),
     /// The devices that hold the weights; the CPU runs operations that they do not support.
     Devices {
         scheduler: Mutex<Scheduler>,
@@ -137,7 +138,7 @@ fn cpu_backend(n_threads: usize) -> Result<sys::ggml_backend_t, GgmlError> {
 impl Engine {
     /// Creates an engine on the CPU.
     pub fn cpu() -> Engine {
-        Engine(Place::Host(Mutex::default()))
+        Engine(Place::Host(Idle::default()))
     }
 
     /// Starts the hardware that `compute` asks for.
@@ -164,11 +165,11 @@ impl Engine {
     /// [`GgmlError::Backend`] if ggml refuses.
     pub(super) fn reserve(&self) -> Result<Reserved<'_>, GgmlError> {
         Ok(match &self.0 {
-            Place::Host(idle) => {
-                let runner = locked(idle).pop();
-                Reserved::Host { runner: ManuallyDrop::new(runner.map_or_else(Runner::new, Ok)?), idle }
+            Place::Host(idle) => Reserved::Host { runner: ManuallyDrop::new(idle.take(Runner::new)?), idle },
+            Place::Devices { scheduler, .. } => {
+                // A graph that failed leaves nothing behind that the next one reads.
+                Reserved::Devices(scheduler.lock().unwrap_or_else(PoisonError::into_inner))
             }
-            Place::Devices { scheduler, .. } => Reserved::Devices(locked(scheduler)),
         })
     }
 
@@ -184,18 +185,12 @@ impl Engine {
     }
 }
 
-/// Contents of a mutex, whatever became of another thread that held it: a graph that failed leaves nothing
-/// behind that the next one reads.
-fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
 /// Part of an engine that one graph uses.
 pub(super) enum Reserved<'e> {
     /// Runner, with the others to which it returns.
     Host {
         runner: ManuallyDrop<Runner>,
-        idle: &'e Mutex<Vec<Runner>>,
+        idle: &'e Idle<Runner>,
     },
     Devices(MutexGuard<'e, Scheduler>),
 }
@@ -249,7 +244,7 @@ impl Drop for Reserved<'_> {
     fn drop(&mut self) {
         if let Reserved::Host { runner, idle } = self {
             // SAFETY: it is not used after the drop.
-            locked(idle).push(unsafe { ManuallyDrop::take(runner) });
+            idle.put(unsafe { ManuallyDrop::take(runner) });
         }
     }
 }

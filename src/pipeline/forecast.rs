@@ -14,12 +14,12 @@ use super::{
 };
 use crate::calibrate::Windows;
 use crate::forward::{
-    GRADIENT_TOKENS, GRAPH_TOKENS, LOGIT_ROWS, LOSS_ROWS, MAX_GRADIENT_CTX, largest_product, moment_products,
-    query_slice, whole_windows,
+    GRADIENT_TOKENS, GRAPH_TOKENS, LOGIT_ROWS, LOSS_ROWS, MAX_GRADIENT_CTX, largest_product, query_slice,
+    whole_windows,
 };
 use crate::ggml::Type;
 use crate::model::{BlockShape, BlockTensors, Family, FfnUnit, KvCache, Model, Segment};
-use crate::numeric::PANEL_ROWS;
+use crate::numeric::{PANEL_ROWS, products_per_token};
 use crate::prune::{self, BudgetError};
 use crate::requant::output_type;
 

@@ -27,7 +27,7 @@ pub struct Settings {
     pub moe_unit: FfnUnit,
     /// Allowed output architectures.
     pub arch: Arch,
-    /// Number of threads.
+    /// Number of threads of rayon's pool, on which passes and algebra run, and of libllama.
     pub n_threads: usize,
     /// Devices that run the blocks instead of the CPU.
     pub devices: Vec<Device>,

@@ -443,7 +443,7 @@ fn the_same_job_gives_the_same_bytes_whatever_the_threads() {
         let run = |threads: &str| {
             let args = ["in.gguf", "out.gguf", "--sparsity", "0.4", "-f", "text.txt", "--force", "-q"];
             // Enough windows for several chunks, and for several groups that are written side by side.
-            let done = cli.run(&[&args[..], more, &["-c", "128", "--chunks", "40", "-t", threads]].concat());
+            let done = cli.run(&[&args[..], more, &["-c", "64", "--chunks", "24", "-t", threads]].concat());
             let said = String::from_utf8_lossy(&done.stderr).into_owned();
             assert!(done.status.success(), "{said}");
             (std::fs::read(cli.path("out.gguf")).unwrap(), said)

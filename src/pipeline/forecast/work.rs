@@ -156,7 +156,7 @@ impl Work<'_> {
 
     /// Operations of the moments of `n` inputs and `m` residuals.
     pub(in crate::pipeline) fn moment_ops(&self, n: f64, m: f64, n_tokens: f64) -> f64 {
-        2.0 * n_tokens * moment_products(n.round() as usize, m as usize) as f64
+        2.0 * n_tokens * products_per_token(n.round() as usize, m as usize) as f64
     }
 
     /// Operations to prepare a prediction loss on `n_tokens` positions and to compute it `n_losses` times.
@@ -203,7 +203,7 @@ impl Work<'_> {
         if !self.s.devices.is_empty() {
             return (chunk, 1.0);
         }
-        let tokens = chunk.min(whole_windows(GRAPH_TOKENS.min(self.s.chunk_tokens), n_ctx) as f64);
+        let tokens = chunk.min(whole_windows(GRAPH_TOKENS[0], n_ctx) as f64);
         (tokens, (chunk / tokens).ceil().min(self.s.n_threads as f64))
     }
 
@@ -239,7 +239,7 @@ impl Work<'_> {
             let parts = (n / PANEL_ROWS as f64).ceil().min(self.s.n_threads as f64);
             return 4.0 * parts * PANEL_ROWS as f64 * n;
         }
-        4.0 * moment_products(n as usize, n_out as usize) as f64
+        4.0 * products_per_token(n as usize, n_out as usize) as f64
     }
 
     /// Bytes of the graphs that compute moments, and of what they leave for the sums.

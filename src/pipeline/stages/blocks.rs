@@ -282,8 +282,13 @@ impl Run<'_> {
         let q = self.requantise(&refit.weights, &moments, &keep, ridge, ty).map_err(failed)?;
         let new = within_reason(&q, &w.ffn_down).map_err(at_block(il, "ffn_down"))?;
         let (maps, dense_target_weight) = ([&w.ffn_down, &new], self.settings.blocks.dense_target_weight);
-        w.ffn_down_bias =
-            self.adapted_bias(w.ffn_down_bias.take(), maps, &keep, &moments, dense_target_weight);
+        w.ffn_down_bias = self.settings.blocks.adapted_bias(
+            w.ffn_down_bias.take(),
+            maps,
+            &keep,
+            &moments,
+            dense_target_weight,
+        );
         self.plan.blocks[il].set_vector(BlockVector::FfnDownBias, w.ffn_down_bias.clone());
         w.keep_units(&[], &keep);
         w.ffn_down = new;
@@ -306,27 +311,6 @@ impl Run<'_> {
             x.copy_from_slice(&out);
         }
         Ok(format!("{} groups, {width} neurons", w.shape.n_head_kv))
-    }
-
-    /// New bias of a map that changes from `old` to `new` on the inputs `keep`, fitted with
-    /// `dense_target_weight`.
-    /// It is the old one if biases do not change.
-    pub(in crate::pipeline) fn adapted_bias(
-        &self,
-        bias: Option<Vec<f32>>,
-        [old, new]: [&Matrix; 2],
-        keep: &[usize],
-        moments: &Moments,
-        dense_target_weight: f64,
-    ) -> Option<Vec<f32>> {
-        if !self.settings.blocks.biases {
-            return bias;
-        }
-        let change = prune::bias_change(old, new, keep, moments, dense_target_weight);
-        Some(match bias {
-            Some(bias) => bias.iter().zip(change).map(|(b, c)| b + c).collect(),
-            None => change,
-        })
     }
 
     fn choose_neurons(

@@ -12,6 +12,7 @@ mod judge;
 mod neuron_criterion;
 mod resample;
 mod sensitivity;
+mod trials;
 mod tune;
 mod widths;
 

@@ -5,6 +5,7 @@
 //! decide.
 
 use super::blocks::at_block;
+use super::trials::{Trials, is_beside};
 use super::{CRITERION, Stage};
 use crate::gguf::Value;
 use crate::model::FfnUnit;
@@ -65,7 +66,9 @@ impl Stage for ChooseCriterion {
         let maps = 4.0 * w.max_ff() * e;
         let graphs = w.moment_graph_bytes(n_ctx, n);
         let choosing = w.block_bytes() + maps + w.choosing_bytes(0.0, true, 8.0) + graphs;
-        let most = collecting.max(choosing).max(trying + maps).max(w.scratch_bytes() + w.predicting_bytes());
+        let most = choosing.max(trying + maps);
+        let most = if is_beside(w.s) { collecting + most } else { collecting.max(most) };
+        let most = most.max(w.scratch_bytes() + w.predicting_bytes());
         vec![StageForecast {
             name: "neuron criterion",
             // Without curvature samples, there is nothing to choose by.
@@ -118,38 +121,55 @@ impl Run<'_> {
     /// Blocks are narrowed to `widths`, all at once. Each is fitted to few tokens of the residual stream of
     /// whole FFNs. Other tokens decide, if there are others.
     fn try_neuron_criteria(&mut self, sensitivity: &Sensitivity) -> Result<NeuronCriterion, PruneError> {
-        let (s, widths) = (self.settings, self.widths.clone());
-        let (n_windows, mut stream) = self.few_windows()?;
-        let trial = forward(self.model, sensitivity.n_ctx, s)?;
-        let start = trial.embed(self.model, &sensitivity.tokens)?;
+        let (plan, model, s, widths) = (&self.plan, self.model, self.settings, &self.widths);
+        let trials = Trials { forward: &self.forward, model, windows: self.windows, settings: s };
+        let mut stream = trials.stream()?;
+        let trial = forward(model, sensitivity.n_ctx, s)?;
+        let start = trial.embed(model, &sensitivity.tokens)?;
         let mut streams = [start.clone(), start];
+        let n_layer = widths.len();
+        // Moments of the blocks that are tried.
+        let mut collect = |il: usize| {
+            let w = plan.block(model, il)?;
+            if is_tried(il, n_layer) {
+                let moments = trials.moments(&w, &mut stream)?;
+                return Ok((w, Some(moments)));
+            }
+            self.forward.advance(&self.forward.upload(&w)?, &mut stream)?;
+            Ok::<_, PruneError>((w, None))
+        };
         // The last step compares the criteria.
-        self.observer.stage("neuron criterion", widths.len() + 1);
+        self.observer.stage("neuron criterion", n_layer + 1);
+        let mut ahead = Some(collect(0)?);
         for (il, &width) in widths.iter().enumerate() {
-            self.check_interrupted()?;
-            let w = self.plan.block(self.model, il)?;
-            if !is_tried(il, widths.len()) {
-                let block = self.forward.upload(&w)?;
-                self.forward.advance(&block, &mut stream)?;
-                drop(block);
-                let block = trial.upload(&w)?;
-                for x in &mut streams {
-                    trial.advance(&block, x)?;
+            if self.observer.interrupted() {
+                return Err(PruneError::Interrupted);
+            }
+            let (w, moments) = ahead.take().expect("it was collected beside the block before");
+            let narrow = || {
+                let Some(moments) = moments else {
+                    let block = trial.upload(&w)?;
+                    for x in &mut streams {
+                        trial.advance(&block, x)?;
+                    }
+                    return Ok(());
+                };
+                let failed = |e: Singular| at_block(il, "ffn_down")(e.into());
+                let costs = sensitivity.costs(il, &w, &w.ffn_down).map_err(failed)?;
+                let inverse = trials.inverse(il, &moments)?;
+                let ways = NeuronCriterion::ALL.into_iter().zip([inverse.clone(), inverse]);
+                for ((criterion, inverse), x) in ways.zip(&mut streams) {
+                    let chosen = prune::greedy(&w.ffn_down, Some(&costs), inverse, width, criterion);
+                    let (keep, refit) = chosen.map_err(failed)?;
+                    let less = trial.upload(&trials.narrowed(w.clone(), keep, refit.weights, &moments))?;
+                    trial.advance(&less, x)?;
                 }
-                self.observer.step(il + 1, "");
-                continue;
-            }
-            let moments = self.moments_of_neurons(&w, n_windows, &mut stream)?;
-            let failed = |e: Singular| at_block(il, "ffn_down")(e.into());
-            let costs = sensitivity.costs(il, &w, &w.ffn_down).map_err(failed)?;
-            let inverse = self.inverse_of(il, &moments)?;
-            let ways = NeuronCriterion::ALL.into_iter().zip([inverse.clone(), inverse]);
-            for ((criterion, inverse), x) in ways.zip(&mut streams) {
-                let chosen = prune::greedy(&w.ffn_down, Some(&costs), inverse, width, criterion);
-                let (keep, refit) = chosen.map_err(failed)?;
-                let less = trial.upload(&self.narrowed(w.clone(), keep, refit.weights, &moments))?;
-                trial.advance(&less, x)?;
-            }
+                Ok::<_, PruneError>(())
+            };
+            let (narrowed, collected) =
+                trials.beside(narrow, || (il + 1 < n_layer).then(|| collect(il + 1)).transpose());
+            narrowed?;
+            ahead = collected?;
             self.observer.step(il + 1, "");
         }
         let whole = Plan::whole(self.reference);
@@ -160,7 +180,7 @@ impl Run<'_> {
         let [obs, magnitude] = streams;
         let [obs, magnitude] = [judge.loss(&trial, &obs)?, judge.loss(&trial, &magnitude)?];
         let note = format!("divergence {obs:.4} with obs, {magnitude:.4} with magnitude");
-        self.observer.step(widths.len() + 1, &note);
+        self.observer.step(n_layer + 1, &note);
         // Any criterion is better than one whose divergence is NaN.
         let better = magnitude < obs * (1.0 - CLEAR) || (obs.is_nan() && !magnitude.is_nan());
         Ok(if better { NeuronCriterion::Magnitude } else { NeuronCriterion::Obs })

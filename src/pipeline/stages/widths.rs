@@ -1,20 +1,16 @@
 //! Widths per layer, from the loss of each block as it narrows.
 
 use super::blocks::at_block;
+use super::trials::{Trials, is_beside};
 use super::{Stage, WIDTHS};
-use crate::forward::{BlockOutputs, Collect};
-use crate::model::{BlockWeights, Matrix};
-use crate::numeric::Moments;
 use crate::pipeline::forecast::{BASE_BYTES, Sizes, StageForecast, Work, inverse_ops, removal_ops};
 use crate::pipeline::run::Run;
 use crate::pipeline::sensitivity::{Sensitivity, curve_windows};
-use crate::pipeline::stream::embedded;
 use crate::pipeline::{
-    PruneError, Record, equal_widths, equally_narrowed, forward, neurons_for_target, neurons_to_remove,
-    token_scales,
+    PruneError, Record, Settings, equal_widths, equally_narrowed, forward, neurons_for_target,
+    neurons_to_remove,
 };
-use crate::prune::{self, Curve, Inverse, Singular};
-use crate::spill::SpillVec;
+use crate::prune::{self, Curve, Singular};
 
 /// Smallest divergence, in nats, that counts as different from 0.
 const MIN_DIVERGENCE: f64 = 1e-9;
@@ -69,7 +65,14 @@ impl Stage for LossCurveWidths {
             name: "widths",
             operations: if w.s.widths.per_layer { operations } else { 0.0 },
             algebra,
-            memory: BASE_BYTES + streams + probes + collecting.max(choosing).max(moments + probing + sums),
+            memory: BASE_BYTES
+                + streams
+                + probes
+                + if is_beside(w.s) {
+                    collecting + choosing.max(moments + probing + sums)
+                } else {
+                    collecting.max(choosing).max(moments + probing + sums)
+                },
             on_devices: w.kept_graph_bytes() + probing.max(w.block_bytes() + sums),
         }]
     }
@@ -152,107 +155,57 @@ impl Run<'_> {
     /// the loss of the model's predictions (in nats of KL divergence, from the curvature) when only this
     /// block is narrowed.
     fn loss_curves(&mut self, sensitivity: &Sensitivity) -> Result<Vec<Curve>, PruneError> {
-        let budgets = self.budgets.clone();
-        let (n_windows, mut stream) = self.few_windows()?;
-        let probe = forward(self.model, sensitivity.n_ctx, self.settings)?;
-        let mut base = probe.embed(self.model, &sensitivity.tokens)?;
+        let (plan, model, s) = (&self.plan, self.model, self.settings);
+        let trials = Trials { forward: &self.forward, model, windows: self.windows, settings: s };
+        let mut stream = trials.stream()?;
+        let probe = forward(model, sensitivity.n_ctx, s)?;
+        let mut base = probe.embed(model, &sensitivity.tokens)?;
         let (mut next, mut without) = (vec![0.0; base.len()], vec![0.0; base.len()]);
-        let mut curves: Vec<Curve> = Vec::with_capacity(budgets.len());
-        self.observer.stage("widths", budgets.len());
-        for (il, budget) in budgets.iter().enumerate() {
-            self.check_interrupted()?;
-            let w = self.plan.block(self.model, il)?;
-            let moments = self.moments_of_neurons(&w, n_windows, &mut stream)?;
-            probe.stream(&probe.upload(&w)?, &base, &mut next)?;
-            let widths = prune::possible_widths(budget);
-            let at = self.probe_at(&widths);
-            let inverse = self.inverse_of(il, &moments)?;
-            let n = prune::narrow(&w.ffn_down, inverse, &widths, widths[at]);
-            let loss = n.losses[at];
-            let less = probe.upload(&self.narrowed(w, n.kept, n.weights, &moments))?;
-            probe.stream(&less, &base, &mut without)?;
-            let lost = sensitivity.divergence(il, &next, &without);
-            if !lost.is_finite() || n.losses.iter().any(|l| !l.is_finite()) {
-                return Err(at_block(il, "ffn_down")(Singular.into()));
+        let n_layer = self.budgets.len();
+        let mut curves: Vec<Curve> = Vec::with_capacity(n_layer);
+        let mut collect = |il: usize| {
+            let w = plan.block(model, il)?;
+            let moments = trials.moments(&w, &mut stream)?;
+            Ok::<_, PruneError>((w, moments))
+        };
+        self.observer.stage("widths", n_layer);
+        let mut ahead = Some(collect(0)?);
+        for (il, budget) in self.budgets.iter().enumerate() {
+            if self.observer.interrupted() {
+                return Err(PruneError::Interrupted);
             }
-            // A block that cannot be narrowed loses nothing. Rounding may hide a small divergence.
-            let unit = if loss > 0.0 { loss / lost.max(MIN_DIVERGENCE) } else { 1.0 };
-            curves.push(Curve { widths, losses: n.losses, unit });
+            let (w, moments) = ahead.take().expect("it was collected beside the block before");
+            let curve = || {
+                probe.stream(&probe.upload(&w)?, &base, &mut next)?;
+                let widths = prune::possible_widths(budget);
+                let at = probe_at(s, &widths);
+                let inverse = trials.inverse(il, &moments)?;
+                let n = prune::narrow(&w.ffn_down, inverse, &widths, widths[at]);
+                let loss = n.losses[at];
+                let less = probe.upload(&trials.narrowed(w, n.kept, n.weights, &moments))?;
+                probe.stream(&less, &base, &mut without)?;
+                let lost = sensitivity.divergence(il, &next, &without);
+                if !lost.is_finite() || n.losses.iter().any(|l| !l.is_finite()) {
+                    return Err(at_block(il, "ffn_down")(Singular.into()));
+                }
+                // A block that cannot be narrowed loses nothing. Rounding may hide a small divergence.
+                let unit = if loss > 0.0 { loss / lost.max(MIN_DIVERGENCE) } else { 1.0 };
+                Ok(Curve { widths, losses: n.losses, unit })
+            };
+            let (curve, collected) =
+                trials.beside(curve, || (il + 1 < n_layer).then(|| collect(il + 1)).transpose());
+            curves.push(curve?);
+            ahead = collected?;
             std::mem::swap(&mut base, &mut next);
             self.observer.step(il + 1, "");
         }
         Ok(curves)
     }
+}
 
-    /// Number of windows on which blocks are narrowed in trials, and their residual stream before the first
-    /// block.
-    pub(in crate::pipeline) fn few_windows(&self) -> Result<(usize, SpillVec<f32>), PruneError> {
-        let (s, n_ctx) = (self.settings, self.windows.n_ctx);
-        let n_windows = curve_windows(s, n_ctx, self.windows.n_fit);
-        let tokens = self.windows.sample(n_windows * n_ctx, n_ctx);
-        Ok((n_windows, embedded(&self.forward, self.model, &tokens, &s.spill)?))
-    }
-
-    /// Inverse by which the neurons of block `il` are chosen on few windows. Its ridge is that of the later
-    /// fit, which sees all tokens.
-    pub(in crate::pipeline) fn inverse_of(
-        &self,
-        il: usize,
-        moments: &Moments,
-    ) -> Result<Inverse, PruneError> {
-        let n_fitted = self.windows.n_fit * self.windows.n_ctx;
-        let ridge = self.settings.ridge_of_neurons(moments.gram.n(), n_fitted);
-        Inverse::new(&moments.gram, ridge).map_err(|e| at_block(il, "ffn_down")(e.into()))
-    }
-
-    /// Moments at `ffn_down` of the block `w` over `stream` of `n_windows` windows. `stream` becomes the
-    /// stream after the block.
-    pub(in crate::pipeline) fn moments_of_neurons(
-        &mut self,
-        w: &BlockWeights,
-        n_windows: usize,
-        stream: &mut SpillVec<f32>,
-    ) -> Result<Moments, PruneError> {
-        let block = self.forward.upload(w)?;
-        let mut moments = self.forward.gathering(&block, w.shape.n_ff, 0)?;
-        for chunk in self.forward.chunks(0..n_windows) {
-            let span = self.forward.span(&chunk);
-            let x = &stream[span.clone()];
-            let attn_out_input = self.forward.attn_out_input(&block, x, None)?;
-            let mut out = vec![0.0; x.len()];
-            let scales = token_scales(x, self.forward.n_embd(), self.settings.blocks.token_weight);
-            let collect = Collect { target: None, scales: &scales, into: &mut moments };
-            let wanted =
-                BlockOutputs { out: Some(&mut out), moments: Some(collect), ..BlockOutputs::default() };
-            self.forward.from_attn_out_input(&block, x, &attn_out_input, wanted)?;
-            stream[span].copy_from_slice(&out);
-        }
-        let mut moments = moments.finish();
-        if self.settings.blocks.biases {
-            moments.centre();
-        }
-        Ok(moments)
-    }
-
-    /// Block `w` with only the neurons `kept` and the map `weights` on them.
-    pub(in crate::pipeline) fn narrowed(
-        &self,
-        mut w: BlockWeights,
-        kept: Vec<usize>,
-        weights: Matrix,
-        m: &Moments,
-    ) -> BlockWeights {
-        let maps = [&w.ffn_down, &weights];
-        w.ffn_down_bias = self.adapted_bias(w.ffn_down_bias.clone(), maps, &kept, m, 0.0);
-        w.keep_units(&[], &kept);
-        w.ffn_down = weights;
-        w
-    }
-
-    /// Index of the width at which a block is probed: about the width that it will keep.
-    fn probe_at(&self, widths: &[usize]) -> usize {
-        let goal = widths[0] as f64 * (1.0 - self.settings.sparsity);
-        let at = widths.iter().position(|&w| w as f64 <= goal).unwrap_or(widths.len() - 1);
-        at.max(1).min(widths.len() - 1)
-    }
+/// Index of the width at which a block is probed: about the width that it will keep.
+fn probe_at(s: &Settings, widths: &[usize]) -> usize {
+    let goal = widths[0] as f64 * (1.0 - s.sparsity);
+    let at = widths.iter().position(|&w| w as f64 <= goal).unwrap_or(widths.len() - 1);
+    at.max(1).min(widths.len() - 1)
 }

@@ -65,7 +65,7 @@ impl Run<'_> {
             let new = within_reason(&q, &w.attn_output).map_err(at_block(il, "attn_output"))?;
             let old = std::mem::replace(&mut w.attn_output, new);
             let maps = [&old, &w.attn_output];
-            w.attn_output_bias = self.adapted_bias(
+            w.attn_output_bias = s.blocks.adapted_bias(
                 w.attn_output_bias.take(),
                 maps,
                 &keep,

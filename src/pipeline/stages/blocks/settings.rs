@@ -1,5 +1,9 @@
 //! Settings of the sequential pass over the blocks and their defaults.
 
+use crate::model::Matrix;
+use crate::numeric::Moments;
+use crate::prune;
+
 /// Settings of the sequential pass over the blocks.
 #[derive(Clone, Debug, PartialEq)]
 pub struct BlockSettings {
@@ -34,5 +38,28 @@ impl Default for BlockSettings {
             error_feedback: true,
             biases: true,
         }
+    }
+}
+
+impl BlockSettings {
+    /// New bias of a map that changes from `old` to `new` on the inputs `keep`, fitted with
+    /// `dense_target_weight`.
+    /// It is the old one if biases do not change.
+    pub(in crate::pipeline) fn adapted_bias(
+        &self,
+        bias: Option<Vec<f32>>,
+        [old, new]: [&Matrix; 2],
+        keep: &[usize],
+        moments: &Moments,
+        dense_target_weight: f64,
+    ) -> Option<Vec<f32>> {
+        if !self.biases {
+            return bias;
+        }
+        let change = prune::bias_change(old, new, keep, moments, dense_target_weight);
+        Some(match bias {
+            Some(bias) => bias.iter().zip(change).map(|(b, c)| b + c).collect(),
+            None => change,
+        })
     }
 }
