@@ -40,6 +40,7 @@ pub struct Graph<'a> {
     /// Matrix products of the graph, with their floating-point operations.
     products: Vec<(TensorId, u64)>,
     /// Parameters of operations of ours.
+    #[expect(clippy::vec_box, reason = "the operations hold their addresses")]
     params: Vec<Box<Params>>,
     /// Whether it runs on devices, whose backends multiply by themselves.
     on_devices: bool,
