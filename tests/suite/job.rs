@@ -230,9 +230,11 @@ fn mixtures_lose_neurons_of_each_expert() {
             }
         }
     }
-    // With so few tokens, some experts have none.
+    // With so few tokens, all of them the same, some experts have none.
+    std::fs::write(cli.path("same.txt"), "a ".repeat(200)).unwrap();
     let idle = ["in.gguf", "out.gguf", "--force", "--experts", "narrow", "--sparsity", "0.4", "-c", "16"];
-    let said = cli.ok(&[&idle[..], &["--chunks", "1", "--threads", "1", "--no-verify", "-q"]].concat());
+    let few = ["-f", "same.txt", "--self-share", "0", "--chunks", "1", "--resample-copies", "0"];
+    let said = cli.ok(&[&idle[..], &few, &["--threads", "1", "--no-verify", "-q"]].concat());
     assert!(said.contains("no token of the calibration chose"), "{said}");
     opens_everywhere(&cli.path("out.gguf"), "granitemoe");
     mixture_refusals(&cli);
