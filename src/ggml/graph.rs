@@ -15,7 +15,6 @@ use super::engine::Reserved;
 use super::product::{count, multiply};
 use super::{Engine, GgmlError, Resident, Type};
 use llama_cpp_sys_2 as sys;
-use std::borrow::Cow;
 use std::ffi::CString;
 use std::marker::PhantomData;
 use std::ptr::NonNull;
@@ -324,27 +323,6 @@ impl Computed<'_, '_> {
             assert!((*raw).flags & sys::GGML_TENSOR_FLAG_OUTPUT as i32 != 0, "not an output");
             assert_eq!(sys::ggml_nelements(raw) as usize, dst.len());
             sys::ggml_backend_tensor_get(raw, dst.as_mut_ptr().cast(), 0, std::mem::size_of_val(dst));
-        }
-    }
-
-    /// Borrows the F32 output `t` in place if the host can read it there, else copies it.
-    ///
-    /// # Panics
-    /// If `t` is not a contiguous F32 output of this graph.
-    pub fn view(&self, t: TensorId) -> Cow<'_, [f32]> {
-        let raw = self.graph.raw(t);
-        assert!(self.graph.contiguous(t));
-        // SAFETY: type and output flag are checked; the buffer is alive and unchanged while `self`
-        // holds its reservation.
-        unsafe {
-            assert_eq!((*raw).type_, sys::GGML_TYPE_F32);
-            assert!((*raw).flags & sys::GGML_TENSOR_FLAG_OUTPUT as i32 != 0, "not an output");
-            let of = if (*raw).view_src.is_null() { raw } else { (*raw).view_src };
-            if !sys::ggml_backend_buffer_is_host((*of).buffer) {
-                return Cow::Owned(self.to_vec(t));
-            }
-            let n = sys::ggml_nelements(raw) as usize;
-            Cow::Borrowed(std::slice::from_raw_parts((*raw).data.cast::<f32>(), n))
         }
     }
 
