@@ -1,16 +1,17 @@
 //! Gradients: from a loss on the final residual stream back through the blocks.
 //!
 //! The graphs repeat the forward pass in steps whose derivatives ggml has, and go backwards op by op.
-//! Gradients are by the residual stream before the block, the block's vectors, and the shares of its
-//! attention groups.
+//! Gradients are by the residual stream before the block, the block's vectors and matrices, and the shares
+//! of its attention groups.
 
 mod net;
 
 use super::MAX_NODES;
 use super::block::{Half, PreNorm, Qkv, linear};
 use super::{Block, Forward, ForwardError, Head, Net, whole_windows};
-use crate::ggml::{Graph, TensorId};
-use crate::model::{Activation, BlockVector, Norm, QkNorm};
+use crate::ggml::{Computed, Graph, TensorId, count};
+use crate::model::{Activation, BlockMatrix, BlockVector, Norm, QkNorm};
+use crate::numeric::{OuterSum, add_outer};
 use crate::parallel::each;
 use net::all_but_each_group;
 
@@ -19,11 +20,17 @@ use net::all_but_each_group;
 /// gets an empty one.
 pub type BlockGradient = [Vec<f32>; BlockVector::ALL.len()];
 
+/// Derivatives by a block's matrices, summed over tokens, row-major as these are, in the order of
+/// [`BlockMatrix::ALL`]. Those of matrices that the block does not have are empty.
+pub type MatrixGradient = [Vec<f32>; BlockMatrix::ALL.len()];
+
 /// Optional results that [`Forward::block_gradient`] collects on its way back through a block.
 #[derive(Default)]
 pub struct OnTheWay<'a> {
     /// Receives the derivatives by the block's vectors, which are added.
     pub vectors: Option<&'a mut BlockGradient>,
+    /// Receives the derivatives by the block's matrices, which are added.
+    pub matrices: Option<&'a mut MatrixGradient>,
     /// Receives the worth of each attention group to each token, `[n_tokens, n_head_kv]`, which is
     /// appended.
     /// The worth is the derivative by the residual stream behind attention times the group's contribution
@@ -47,6 +54,44 @@ struct HalfBack {
     at_input: TensorId,
     by_bias: TensorId,
     by_post: Option<TensorId>,
+    maps: Vec<MapBack>,
+}
+
+/// Linear maps that read the same input, with the derivatives by their outputs.
+struct MapBack {
+    input: TensorId,
+    outputs: Vec<(BlockMatrix, TensorId)>,
+}
+
+/// The same after the run, for the tokens of one graph.
+struct MapRows {
+    input: Vec<f32>,
+    outputs: Vec<(BlockMatrix, Vec<f32>)>,
+}
+
+impl MapBack {
+    fn rows(self, done: &Computed) -> MapRows {
+        let outputs = self.outputs.into_iter().map(|(m, t)| (m, done.to_vec(t))).collect();
+        MapRows { input: done.to_vec(self.input), outputs }
+    }
+}
+
+/// Optional results of one graph; those that were not asked for are empty.
+struct GraphGradient {
+    n_tokens: usize,
+    vectors: BlockGradient,
+    groups: Vec<f32>,
+    maps: Vec<MapRows>,
+}
+
+impl GraphGradient {
+    /// Derivatives by the outputs of the matrix `m`, and its inputs.
+    fn map(&self, m: BlockMatrix) -> Option<[&[f32]; 2]> {
+        self.maps.iter().find_map(|map| {
+            let (_, at) = map.outputs.iter().find(|(name, _)| *name == m)?;
+            Some([&at[..], &map.input[..]])
+        })
+    }
 }
 
 /// Intermediate results of attention that its derivatives need.
@@ -167,33 +212,39 @@ impl Forward {
         mut found: OnTheWay<'_>,
     ) -> Result<(), ForwardError> {
         assert!(!b.has_experts(), "no gradients go back through a criterion");
-        let wanted = (found.vectors.is_some(), found.groups.is_some());
+        let wanted = [found.vectors.is_some(), found.groups.is_some(), found.matrices.is_some()];
         let n = whole_windows(GRADIENT_TOKENS, self.n_ctx()).min(self.graph_tokens()) * self.n_embd();
-        let parts = x.chunks(n).zip(grad.chunks_mut(n)).collect();
-        let parts = each(parts, self.at_once(), |(x, grad): (&[f32], &mut [f32])| {
-            self.graph_gradient(b, x, grad, wanted)
-        })?;
-        for (vectors, groups) in parts {
-            for (sum, part) in found.vectors.iter_mut().flat_map(|all| all.iter_mut()).zip(vectors) {
-                sum.resize(part.len().max(sum.len()), 0.0);
-                sum.iter_mut().zip(part).for_each(|(s, v)| *s += v);
+        // What matrices multiplied is kept until all graphs of a part are done.
+        let part = if wanted[2] { (self.chunk_tokens() * self.n_embd() / n).max(1) * n } else { x.len() };
+        for (x, grad) in x.chunks(part).zip(grad.chunks_mut(part)) {
+            let graphs = x.chunks(n).zip(grad.chunks_mut(n)).collect();
+            let graphs = each(graphs, self.at_once(), |(x, grad): (&[f32], &mut [f32])| {
+                self.graph_gradient(b, x, grad, wanted)
+            })?;
+            if let Some(matrices) = found.matrices.as_deref_mut() {
+                add_maps(matrices, &graphs);
             }
-            if let Some(all) = &mut found.groups {
-                all.extend(groups);
+            for GraphGradient { vectors, groups, .. } in graphs {
+                for (sum, part) in found.vectors.iter_mut().flat_map(|all| all.iter_mut()).zip(vectors) {
+                    sum.resize(part.len().max(sum.len()), 0.0);
+                    sum.iter_mut().zip(part).for_each(|(s, v)| *s += v);
+                }
+                if let Some(all) = &mut found.groups {
+                    all.extend(groups);
+                }
             }
         }
         Ok(())
     }
 
-    /// Does the same for one graph. `vectors` and `groups` say what to collect on the way; what is not
-    /// collected is empty.
+    /// Does the same for one graph. `vectors`, `groups` and `matrices` say what to collect on the way.
     fn graph_gradient(
         &self,
         b: &Block,
         x: &[f32],
         grad: &mut [f32],
-        (vectors, groups): (bool, bool),
-    ) -> Result<(BlockGradient, Vec<f32>), ForwardError> {
+        [vectors, groups, matrices]: [bool; 3],
+    ) -> Result<GraphGradient, ForwardError> {
         let ne = [self.n_embd(), x.len() / self.n_embd()];
         let (before, ones) = (grad.to_vec(), vec![1.0; ne[1]]);
         let n_groups = if groups { b.shape.n_head_kv } else { 0 };
@@ -205,6 +256,7 @@ impl Forward {
         let mid = net.attention_residual(&mut g, b, x, attention.as_ref().map(|a| a.out));
         let behind = g.input_f32(ne, &before);
         let ffn = net.ffn_back(&mut g, b, x, mid, behind);
+        let mut maps = ffn.maps;
         // Derivatives by the part that bypasses both halves, by the input of attention's norm, and by the
         // FFN's own norm.
         let (at_mid, shared, by_ffn_norm) = match (b.parallel, b.roles.ffn_norm) {
@@ -225,6 +277,7 @@ impl Forward {
                 // block adds to.
                 let behind = if b.parallel { behind } else { at_mid };
                 let half = net.attention_back(&mut g, b, x, a, behind);
+                maps.extend(half.maps);
                 let by_group = groups.then(|| net.worth_of_groups(&mut g, b, a, behind, &masks));
                 let at_input = shared.map_or(half.at_input, |shared| g.add(half.at_input, shared));
                 let (at_x, by_norm) = net.pre_norm_back(&mut g, b, b.roles.attn_norm, x, at_input);
@@ -244,12 +297,37 @@ impl Forward {
         } else {
             Vec::new()
         };
+        if matrices {
+            for t in maps.iter_mut().flat_map(|m| m.outputs.iter_mut().map(|(_, t)| t).chain([&mut m.input]))
+            {
+                // The memory of a view may be used again.
+                *t = g.cont(*t);
+                g.output(*t);
+            }
+        } else {
+            maps.clear();
+        }
         parts.iter().flatten().chain(&by_group).chain([&at_x]).for_each(|t| g.output(*t));
         let done = g.compute(&self.engine)?;
         done.read(at_x, grad);
         let read = |t: Option<TensorId>| t.map(|t| done.to_vec(t)).unwrap_or_default();
         let mut parts = parts.into_iter();
         let vectors = BlockVector::ALL.map(|_| read(parts.next().flatten()));
-        Ok((vectors, read(by_group)))
+        let maps = maps.into_iter().map(|m| m.rows(&done)).collect();
+        Ok(GraphGradient { n_tokens: ne[1], vectors, groups: read(by_group), maps })
     }
+}
+
+/// Adds the products of what the maps of these graphs read and the derivatives by their outputs.
+fn add_maps(into: &mut MatrixGradient, graphs: &[GraphGradient]) {
+    let mut sums = Vec::new();
+    for (sum, matrix) in into.iter_mut().zip(BlockMatrix::ALL) {
+        let parts: Vec<[&[f32]; 2]> = graphs.iter().filter_map(|g| g.map(matrix)).collect();
+        let (Some([a, x]), Some(first)) = (parts.first(), graphs.first()) else { continue };
+        let (n_out, n_in) = (a.len() / first.n_tokens, x.len() / first.n_tokens);
+        sum.resize(n_out * n_in, 0.0);
+        count(graphs.iter().map(|g| 2 * (g.n_tokens * n_out * n_in) as u64).sum());
+        sums.push(OuterSum { sum, n_in, parts });
+    }
+    add_outer(sums);
 }

@@ -18,7 +18,7 @@ pub(crate) use block::query_slice;
 pub use experts::{Chosen, ExpertUse};
 pub use gathering::Gathering;
 pub(crate) use gathering::largest_product;
-pub use gradient::{BlockGradient, OnTheWay};
+pub use gradient::{BlockGradient, MatrixGradient, OnTheWay};
 pub(crate) use gradient::{GRADIENT_TOKENS, LOSS_ROWS};
 pub use head::Head;
 pub(crate) use head::LOGIT_ROWS;

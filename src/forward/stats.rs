@@ -5,6 +5,7 @@ use super::block::Half;
 use super::gathering::{Collecting, Gathering, Part, Pending};
 use super::{Block, Forward, ForwardError, Net};
 use crate::ggml::{Graph, TensorId};
+use crate::model::BlockMatrix;
 use crate::parallel::each;
 use std::sync::Arc;
 
@@ -98,6 +99,39 @@ impl Forward {
         }
         done.read(y, out);
         Ok(found)
+    }
+
+    /// Inputs of the matrix `m` for whole windows `x` `[n_tokens, n_embd]`: a row per token.
+    ///
+    /// # Errors
+    /// [`ForwardError`] if the backend fails.
+    ///
+    /// # Panics
+    /// If the block has no such matrix, or experts.
+    pub fn inputs(&self, b: &Block, x: &[f32], m: BlockMatrix) -> Result<Vec<f32>, ForwardError> {
+        assert!(!b.has_experts(), "each expert has inputs of its own");
+        let n = self.graph_tokens() * self.n_embd();
+        let parts = each(x.chunks(n).collect(), self.at_once(), |x| {
+            let mut g = Graph::new(&self.engine, MAX_NODES);
+            let x = g.input_f32([self.n_embd(), x.len() / self.n_embd()], x);
+            let inputs = match m {
+                BlockMatrix::AttnQ | BlockMatrix::AttnK | BlockMatrix::AttnV => {
+                    self.net.attn_input(&mut g, b, x)
+                }
+                BlockMatrix::AttnOutput => self.net.heads(&mut g, b, x),
+                BlockMatrix::FfnGate | BlockMatrix::FfnUp | BlockMatrix::FfnDown => {
+                    let a = b.has_attention().then(|| self.net.heads(&mut g, b, x));
+                    let mid = self.net.attention_residual(&mut g, b, x, a);
+                    match m {
+                        BlockMatrix::FfnDown => self.net.neurons(&mut g, b, x, mid),
+                        _ => self.net.ffn_input(&mut g, b, x, mid),
+                    }
+                }
+            };
+            g.output(inputs);
+            Ok::<_, ForwardError>(g.compute(&self.engine)?.to_vec(inputs))
+        })?;
+        Ok(parts.concat())
     }
 
     /// Map that ends `half`, if its outputs are subtracted from the sums of all tokens.

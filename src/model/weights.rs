@@ -167,6 +167,20 @@ impl BlockWeights {
         }
     }
 
+    /// Takes the values of the matrix `m` out, if the block has it and no experts; it is empty then.
+    pub fn take_matrix(&mut self, m: BlockMatrix) -> Option<Matrix> {
+        let matrix = match m {
+            BlockMatrix::AttnQ => &mut self.qkv[0],
+            BlockMatrix::AttnK => &mut self.qkv[1],
+            BlockMatrix::AttnV => &mut self.qkv[2],
+            BlockMatrix::AttnOutput => &mut self.attn_output,
+            BlockMatrix::FfnGate => self.ffn_gate.as_mut()?,
+            BlockMatrix::FfnUp => &mut self.ffn_up,
+            BlockMatrix::FfnDown => &mut self.ffn_down,
+        };
+        Some(std::mem::take(matrix)).filter(|m| !m.data.is_empty())
+    }
+
     /// Keeps the experts `experts` (there may be none) and the neurons `neurons`, in that order.
     /// Neuron j of expert e has the number e · n_ff + j. All kept experts keep the same number of neurons.
     ///

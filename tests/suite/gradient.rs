@@ -1,9 +1,9 @@
 //! Gradients, compared with finite differences of the forward pass.
 
 use crate::common::test_model::{Rng, TestModel};
-use putri_gguf::forward::{BlockGradient, BlockOutputs, Forward, Head, OnTheWay};
+use putri_gguf::forward::{BlockGradient, BlockOutputs, Forward, Head, MatrixGradient, OnTheWay};
 use putri_gguf::ggml::Token;
-use putri_gguf::model::{BlockVector, BlockWeights, Model};
+use putri_gguf::model::{BlockMatrix, BlockVector, BlockWeights, Matrix, Model};
 use std::sync::Arc;
 
 const N_CTX: usize = 40;
@@ -76,17 +76,18 @@ impl Setting {
         rows.map(|(p, q)| kl(&log_softmax(p), &log_softmax(q))).sum()
     }
 
-    fn gradients(&mut self) -> Vec<BlockGradient> {
+    fn gradients(&mut self) -> Vec<(BlockGradient, MatrixGradient)> {
         let streams = self.streams();
         let own_head = self.head();
         let dense_head = self.among.is_some().then(|| self.head());
         let last = &streams[self.blocks.len()];
         let grad = self.forward.divergence_gradient(&own_head, dense_head.as_ref(), last, &self.dense);
         let mut grad = grad.unwrap();
-        let mut all = vec![BlockGradient::default(); self.blocks.len()];
+        let mut all = vec![(BlockGradient::default(), MatrixGradient::default()); self.blocks.len()];
         for (il, w) in self.blocks.iter().enumerate().rev() {
             let block = self.forward.upload(w).unwrap();
-            let found = OnTheWay { vectors: Some(&mut all[il]), ..OnTheWay::default() };
+            let (vectors, matrices) = &mut all[il];
+            let found = OnTheWay { vectors: Some(vectors), matrices: Some(matrices), groups: None };
             self.forward.block_gradient(&block, &streams[il], &mut grad, found).unwrap();
         }
         all
@@ -110,38 +111,60 @@ fn check(name: &str, small: &TestModel) {
 fn check_setting(name: &str, mut s: Setting) {
     let gradients = s.gradients();
     let mut rng = Rng(9);
-    for (il, gradient) in gradients.iter().enumerate() {
-        for (v, found) in BlockVector::ALL.into_iter().zip(gradient) {
+    for (il, (vectors, matrices)) in gradients.iter().enumerate() {
+        for (v, found) in BlockVector::ALL.into_iter().zip(vectors) {
             let Some(at) = s.blocks[il].vector(v).map(<[f32]>::to_vec) else {
                 continue;
             };
             if v.of_attention() && s.blocks[il].shape.n_head_kv == 0 {
                 continue;
             }
-            assert_eq!(found.len(), at.len(), "{name}, block {il}, {v:?}");
-            let direction = rng.vec(at.len(), 1.0);
-            let derived: f64 = found.iter().zip(&direction).map(|(g, d)| f64::from(g * d)).sum();
-            let norm = |v: &[f32]| v.iter().map(|v| f64::from(v * v)).sum::<f64>().sqrt();
-            let h = 0.1 / norm(&direction);
-            let mut loss_at = |by: f64| {
-                let moved = at.iter().zip(&direction).map(|(v, d)| v + by as f32 * d).collect();
-                s.blocks[il].set_vector(v, moved);
-                s.loss()
+            let what = format!("{name}, block {il}, {v:?}");
+            check_slope(&what, &mut s, &at, found, &mut rng, |s, new| s.blocks[il].set_vector(v, new));
+        }
+        for (m, found) in BlockMatrix::ALL.into_iter().zip(matrices) {
+            let Some(old) = s.blocks[il].clone().take_matrix(m) else {
+                assert!(found.is_empty(), "{name}, block {il}, {m:?}");
+                continue;
             };
-            let mut slope = |h: f64| (loss_at(h) - loss_at(-h)) / (2.0 * h);
-            let (measured, wider) = (slope(h), slope(2.0 * h));
-            s.blocks[il].set_vector(v, at);
-            // Typical derivative along a random direction.
-            let typical = norm(found) * norm(&direction) / (found.len() as f64).sqrt();
-            println!("{name}, block {il}, {v:?}: {measured:.5} measured, {derived:.5} derived");
-            // The difference between two step sizes is rounding or curvature of the loss.
-            let off = (measured - derived).abs() - (measured - wider).abs();
-            assert!(
-                typical > 0.0 && off < 0.02 * typical.max(derived.abs()),
-                "{name}, block {il}, {v:?}: {off}"
-            );
+            let what = format!("{name}, block {il}, {m:?}");
+            check_slope(&what, &mut s, &old.data, found, &mut rng, |s, new| {
+                s.blocks[il].set_matrix(m, Matrix::new(old.n_in, old.n_out, new));
+            });
         }
     }
+}
+
+/// Checks that the loss changes along a random direction from `at` as the gradient `found` says. `set` sets
+/// other values.
+fn check_slope(
+    what: &str,
+    s: &mut Setting,
+    at: &[f32],
+    found: &[f32],
+    rng: &mut Rng,
+    set: impl Fn(&mut Setting, Vec<f32>),
+) {
+    assert_eq!(found.len(), at.len(), "{what}");
+    let direction = rng.vec(at.len(), 1.0);
+    let derived: f64 = found.iter().zip(&direction).map(|(g, d)| f64::from(g * d)).sum();
+    let norm = |v: &[f32]| v.iter().map(|v| f64::from(v * v)).sum::<f64>().sqrt();
+    // Rounding would hide smaller steps.
+    let h = (0.05 * norm(at)).max(0.1) / norm(&direction);
+    let mut loss_at = |by: f64| {
+        let moved = at.iter().zip(&direction).map(|(v, d)| v + by as f32 * d).collect();
+        set(s, moved);
+        s.loss()
+    };
+    let mut slope = |h: f64| (loss_at(h) - loss_at(-h)) / (2.0 * h);
+    let (measured, wider) = (slope(h), slope(2.0 * h));
+    set(s, at.to_vec());
+    // Typical derivative along a random direction.
+    let typical = norm(found) * norm(&direction) / (found.len() as f64).sqrt();
+    println!("{what}: {measured:.5} measured, {derived:.5} derived");
+    // The difference between two step sizes is rounding or curvature of the loss.
+    let off = (measured - derived).abs() - (measured - wider).abs();
+    assert!(typical > 0.0 && off < 0.02 * typical.max(derived.abs()), "{what}: {off}");
 }
 
 /// Checks the worth of groups against blocks without them.

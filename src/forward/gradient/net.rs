@@ -51,7 +51,11 @@ impl Net {
             let h = self.activate(g, up);
             let (at_h, by_bias, by_post) = self.map_back(g, b, Half::FeedForward, h, behind);
             let at_up = self.activate_back(g, at_h, up);
-            return HalfBack { at_input: self.product_back(g, b, r.ffn_up, at_up), by_bias, by_post };
+            let maps = vec![
+                MapBack { input, outputs: vec![(BlockMatrix::FfnUp, at_up)] },
+                MapBack { input: h, outputs: vec![(BlockMatrix::FfnDown, by_bias)] },
+            ];
+            return HalfBack { at_input: self.product_back(g, b, r.ffn_up, at_up), by_bias, by_post, maps };
         };
         let gate = linear(g, b, Some(gate), r.ffn_gate_bias, input);
         let activated = self.activate(g, gate);
@@ -60,9 +64,13 @@ impl Net {
         let at_up = g.mul(at_h, activated);
         let at_activated = g.mul(at_h, up);
         let at_gate = self.activate_back(g, at_activated, gate);
+        let maps = vec![
+            MapBack { input, outputs: vec![(BlockMatrix::FfnGate, at_gate), (BlockMatrix::FfnUp, at_up)] },
+            MapBack { input: h, outputs: vec![(BlockMatrix::FfnDown, by_bias)] },
+        ];
         let at_up = self.product_back(g, b, r.ffn_up, at_up);
         let at_gate = self.product_back(g, b, r.ffn_gate, at_gate);
-        HalfBack { at_input: g.add(at_up, at_gate), by_bias, by_post }
+        HalfBack { at_input: g.add(at_up, at_gate), by_bias, by_post, maps }
     }
 
     /// Carries the derivative by the residual stream `behind` back through attention; `x` is the residual
@@ -99,14 +107,17 @@ impl Net {
         let positions = g.input_i32(&self.positions[..n_tokens]);
         let factors = self.factors.map(|i| g.resident(&self.fixed, i));
         let kind = self.hparams.family.traits().qk_norm;
+        let mut outputs = Vec::new();
         let inputs =
             [(at_q, n_head), (at_k, n_kv), (at_v, n_kv)].into_iter().enumerate().map(|(i, (at, heads))| {
+                let matrix = [BlockMatrix::AttnQ, BlockMatrix::AttnK, BlockMatrix::AttnV][i];
                 let at = g.permute(at, [0, 2, 1, 3]);
                 let at = g.cont(at);
                 let at = g.reshape(at, [d, heads, n_tokens, 1]);
                 let flat = |g: &mut Graph<'a>, at: TensorId| g.reshape(at, [d * heads, n_tokens, 1, 1]);
                 if i == 2 {
                     let at = flat(g, at);
+                    outputs.push((matrix, at));
                     return self.product_back(g, b, b.roles.qkv[i], at);
                 }
                 let at = if i == 0 { self.tempered(g, at) } else { at };
@@ -121,11 +132,16 @@ impl Net {
                 let at = if kind == Some(QkNorm::Heads) { through_norm(g, at) } else { at };
                 let at = flat(g, at);
                 let at = if kind == Some(QkNorm::Whole) { through_norm(g, at) } else { at };
+                outputs.push((matrix, at));
                 self.product_back(g, b, b.roles.qkv[i], at)
             });
         let inputs: Vec<TensorId> = inputs.collect();
         let at_input = g.add(inputs[0], inputs[1]);
-        HalfBack { at_input: g.add(at_input, inputs[2]), by_bias, by_post }
+        let maps = vec![
+            MapBack { input: self.attn_input(g, b, x), outputs },
+            MapBack { input: a.out, outputs: vec![(BlockMatrix::AttnOutput, by_bias)] },
+        ];
+        HalfBack { at_input: g.add(at_input, inputs[2]), by_bias, by_post, maps }
     }
 
     /// Worth of each group: the derivative by the residual stream `behind` attention times the group's
