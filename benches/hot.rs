@@ -70,7 +70,7 @@ fn algebra(c: &mut Criterion) {
         });
         g.throughput(Throughput::Elements(cube / 3 + (n * n * m) as u64));
         g.bench_function(BenchmarkId::new("round to Q4_0 with feedback", n), |b| {
-            b.iter(|| quantise_with_feedback(&w, &h, &all, 1e-3, Type::Q4_0).expect("regular"));
+            b.iter(|| quantise_with_feedback(&w, &h, &all, 1e-3, Type::Q4_0, None).expect("regular"));
         });
         let samples = Rng(1).vec(TOKENS * m, 1.0);
         g.throughput(Throughput::Elements((2 * TOKENS * m * m + m * m * m / 3 + 2 * m * m * n) as u64));

@@ -11,8 +11,9 @@ use putri_gguf::calibrate::{Recipe, Windows, file_windows};
 use putri_gguf::evaluate::{Judge, Metrics};
 use putri_gguf::ggml::{LlamaModel, Token, Type, silence_logs};
 use putri_gguf::model::Model;
-use putri_gguf::pipeline::{Loss, Method, Observer, Settings};
+use putri_gguf::pipeline::{Among, Loss, Method, Moves, Observer, RecoverBudget, Settings};
 use putri_gguf::prune::NeuronCriterion;
+use putri_gguf::train::AdamState;
 use putri_gguf::{Job, calibration, run};
 use std::path::{Path, PathBuf};
 use std::time::Instant;
@@ -52,8 +53,8 @@ struct Args {
     /// Sparsities.
     #[arg(long, value_delimiter = ',', default_value = "0.5")]
     sparsity: Vec<f64>,
-    /// Rows: putri, paper, 2ssp, or one of them with settings changed as in `putri:dense_target_weight=0.3,uniform`; or
-    /// a pruned file, to judge it as it is.
+    /// Rows: putri, paper, 2ssp, or one of them with settings changed as in `putri:dense_target_weight=0.3,uniform`; a
+    /// pruned file, to judge it as it is; or `pruned.gguf:recover=250000,rate=0.002`, to recover it.
     #[arg(long, default_values_t = ["paper".to_string(), "putri".to_string()])]
     row: Vec<String>,
     /// Threads.
@@ -95,6 +96,7 @@ fn settings(row: &str, sparsity: f64, n_threads: usize) -> Settings {
     let (method, changes) = row.split_once(':').unwrap_or((row, ""));
     s.method = match method {
         "putri" => Method::Putri,
+        pruned if pruned.ends_with(".gguf") => Method::Recovery,
         "paper" => Method::Paper,
         "2ssp" => Method::TwoStage,
         other => panic!("no method {other}"),
@@ -126,6 +128,17 @@ fn settings(row: &str, sparsity: f64, n_threads: usize) -> Settings {
             "tune_tokens" => s.tune.tokens = number() as usize,
             "tune_resample_share" => s.tune.resample_share = number(),
             "least_width" => s.widths.least = number(),
+            "recover" => s.recover.budget = Some(RecoverBudget::Tokens(number() as usize)),
+            "rate" => s.recover.rate = number(),
+            "vector_rate" => s.recover.vector_rate = number(),
+            "step" => s.recover.tokens = Some(number() as usize),
+            "first_resampled" => s.recover.first_resampled = number(),
+            "least_resampled" => s.recover.resample_share[0] = number(),
+            "most_resampled" => s.recover.resample_share[1] = number(),
+            "likely" => s.recover.among = Among::Likely,
+            "bf16" => s.recover.moves = Moves::Full(AdamState::Bf16),
+            "factored" => s.recover.moves = Moves::Full(AdamState::Factored),
+            "rank" => s.recover.moves = Moves::LowRank(number() as usize),
             "nobias" => s.blocks.biases = false,
             "criterion" => s.criterion = NeuronCriterion::named(value),
             "uniform" => s.widths.per_layer = false,
@@ -214,9 +227,12 @@ fn main() {
                 println!("| {row} | | | {} | | {} |", model.file.n_bytes(), cells(compare(&model)));
                 continue;
             }
-            let output = folder.join(format!("{}-{sparsity}.gguf", row.replace([':', '=', ','], "_")));
+            let output = folder.join(format!("{}-{sparsity}.gguf", row.replace([':', '=', ',', '/'], "_")));
             job.output.clone_from(&output);
             job.settings = settings(row, sparsity, args.threads);
+            let pruned = row.split(':').next().filter(|path| path.ends_with(".gguf"));
+            job.input = pruned.map_or(args.model.clone(), PathBuf::from);
+            job.recover_from = pruned.map(|_| args.model.clone());
             eprintln!("{row} {sparsity}");
             let mut stages = Stages(None);
             let outcome = run(&job, &mut stages);

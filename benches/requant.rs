@@ -108,7 +108,7 @@ fn main() {
             fit_gram.diagonal().iter().map(|v| (*v / fit.n_tokens as f64) as f32).collect();
         for (ty, losses) in types.iter().zip(&mut losses) {
             let plain = quantise(&refitted, *ty, &importance).expect("ggml writes the type");
-            let fed = quantise_with_feedback(&refitted, &fit.gram, &keep, 1e-3, *ty)
+            let fed = quantise_with_feedback(&refitted, &fit.gram, &keep, 1e-3, *ty, None)
                 .expect("a regular Gram matrix");
             assert_eq!(plain.ty, fed.ty);
             let of = |q: &Quantised| relative_loss(&refitted, q, &judge_gram);

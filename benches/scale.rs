@@ -147,7 +147,8 @@ fn main() {
             None => compare(&args),
         };
     }
-    let n = args.threads.iter().copied().max().expect("clap wants one");
+    let most = std::thread::available_parallelism().map_or(1, |n| n.get());
+    let n = args.threads.iter().copied().max().expect("clap wants one").min(most);
     rayon::ThreadPoolBuilder::new().num_threads(n).build_global().expect("threads");
     let rate = product_rate().expect("engine");
     println!("Products of 2048 x 2048 floats on {n} threads: {:.0} GFLOP/s.\n", rate / 1e9);
@@ -271,8 +272,11 @@ fn expect(shape: Shape, args: &Args, rate: f64) {
     std::fs::write(&input, &header).expect("a header");
     let file = std::fs::File::options().write(true).open(&input).expect("our own file");
     file.set_len((header.len() + len) as u64).expect("a file with a hole");
+    // Only its presence counts.
+    let text = folder.path().join("text.txt");
+    std::fs::write(&text, "text").expect("a text");
     let job = Job {
-        recipe: Recipe { files: vec!["text".into()], ..recipe(args) },
+        recipe: Recipe { files: vec![text], ..recipe(args) },
         max_memory: args.max_memory.map(|gib| (gib * f64::from(1 << 30)) as u64),
         ..job(args, input, folder.path().join("out.gguf"))
     };
@@ -280,7 +284,10 @@ fn expect(shape: Shape, args: &Args, rate: f64) {
         Ok(found) => found,
         Err(e) => return println!("{shape:?}: {}\n", putri_gguf::with_causes(&e)),
     };
-    println!("{shape:?}, {n_layer} blocks, {} windows of {} tokens from a file:\n", args.chunks, args.ctx);
+    println!(
+        "{shape:?}, {n_layer} blocks, {} windows of {} tokens from a file, {} threads:\n",
+        args.chunks, args.ctx, args.threads[0]
+    );
     println!("{}", dry_run_table(&found, Some(rate)));
 }
 

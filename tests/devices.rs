@@ -11,7 +11,8 @@ use common::test_model::{Rng, TestModel};
 use common::{TEXT, compare_logits, logits};
 use putri_gguf::evaluate::{llama_losses, own_losses};
 use putri_gguf::forward::{
-    Block, BlockGradient, BlockOutputs, CHUNK_TOKENS, Collect, Forward, InputSquares, OnTheWay,
+    Block, BlockGradient, BlockOutputs, CHUNK_TOKENS, Collect, Forward, InputSquares, MatrixGradient,
+    OnTheWay,
 };
 use putri_gguf::ggml::{
     Compute, Device, LlamaModel, Offload, Type, add_server, devices, serve, silence_logs,
@@ -161,11 +162,16 @@ fn collected(forward: &Forward, block: &Block, x: &[f32], n_ff: usize) -> Vec<(&
     forward.block_squares(block, x, &mut out, &mut squares).unwrap();
     found.push(("squares", [squares.qkv, squares.attn_output, squares.ffn, squares.ffn_down].concat()));
     let (mut grad, mut vectors, mut groups) = (target, BlockGradient::default(), Vec::new());
-    let on_the_way = OnTheWay { vectors: Some(&mut vectors), groups: Some(&mut groups) };
+    let mut matrices = MatrixGradient::default();
+    let on_the_way =
+        OnTheWay { vectors: Some(&mut vectors), groups: Some(&mut groups), matrices: Some(&mut matrices) };
     forward.block_gradient(block, x, &mut grad, on_the_way).unwrap();
-    for (name, part) in
-        [("gradient", grad), ("gradient of vectors", vectors.concat()), ("worth of groups", groups)]
-    {
+    for (name, part) in [
+        ("gradient", grad),
+        ("gradient of vectors", vectors.concat()),
+        ("gradient of matrices", matrices.concat()),
+        ("worth of groups", groups),
+    ] {
         found.push((name, part.iter().map(|v| f64::from(*v)).collect()));
     }
     found
@@ -191,7 +197,9 @@ fn sums_for_the_algebra_are_those_of_the_cpu() {
             let apart = apart(theirs, ours);
             println!("{n_embd} x {n_ff}, {what}: {apart:e}");
             let bound = match *what {
-                "gradient" | "gradient of vectors" | "worth of groups" => devices.close.gradients,
+                "gradient" | "gradient of vectors" | "gradient of matrices" | "worth of groups" => {
+                    devices.close.gradients
+                }
                 _ => devices.close.sums,
             };
             assert!(apart < bound, "{n_embd} x {n_ff}, {what}: {apart:e}");

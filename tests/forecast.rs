@@ -9,8 +9,8 @@ use putri_gguf::ggml::{Token, silence_logs};
 use putri_gguf::gguf::GgufFile;
 use putri_gguf::model::{FfnUnit, Model};
 use putri_gguf::pipeline::{
-    Calibration, HeadSettings, NoRoom, Observer, ResampleSettings, Settings, TuneSettings, WidthSettings,
-    forecast, run, within_memory,
+    Calibration, HeadSettings, NoRoom, Observer, RecoverBudget, RecoverSettings, ResampleSettings, Settings,
+    TuneSettings, WidthSettings, forecast, run, within_memory,
 };
 use putri_gguf::prune::NeuronCriterion;
 use putri_gguf::report::Timings;
@@ -122,6 +122,11 @@ fn operations_are_those_that_graphs_count() {
             resample: ResampleSettings { copies: 2, ..ResampleSettings::default() },
             tune: TuneSettings { limit: 1024, ..TuneSettings::default() },
             moe_unit,
+            recover: RecoverSettings {
+                budget: small.experts.is_none().then_some(RecoverBudget::Tokens(1024)),
+                tokens: Some(512),
+                ..RecoverSettings::default()
+            },
             ..Settings::default()
         };
         let said = forecast(&model, &c, &settings).unwrap();

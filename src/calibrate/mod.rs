@@ -161,6 +161,14 @@ impl Windows {
         self.n_fit + self.n_held_out
     }
 
+    /// Number of held-out tokens from files, and of those that the model wrote, without the kind that is not
+    /// there.
+    pub fn held_out_sets(&self) -> Vec<usize> {
+        let own = if self.n_self > 0 { held_out(self.n_self).min(self.n_held_out) } else { 0 };
+        let sets = [self.n_held_out - own, own].into_iter().filter(|n| *n > 0);
+        sets.map(|n| n * self.n_ctx).collect()
+    }
+
     /// Tokens of the windows `windows`.
     pub fn tokens_of(&self, windows: Range<usize>) -> &[Token] {
         &self.tokens[windows.start * self.n_ctx..windows.end * self.n_ctx]

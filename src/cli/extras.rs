@@ -1,6 +1,6 @@
 //! Additional outputs of a result: a summary or event, a report, a Modelfile, a package, a model in Ollama.
 
-use super::args::Args;
+use super::args::{Args, RecoverArgs};
 use super::nested_name;
 use putri_gguf::gguf::GgufFile;
 use putri_gguf::ollama::{self, Stored};
@@ -45,6 +45,20 @@ impl Extras {
             .chain(&args.file)
             .cloned()
             .collect(),
+            json: args.json,
+            force: args.force,
+        }
+    }
+
+    /// Outputs of a recovery.
+    pub fn of_recovery(args: &RecoverArgs) -> Extras {
+        Extras {
+            report: args.report.clone(),
+            imatrix: None,
+            modelfile: None,
+            package: None,
+            output: args.output.clone(),
+            others: Vec::new(),
             json: args.json,
             force: args.force,
         }

@@ -33,6 +33,7 @@ pub fn hint(e: &JobError) -> Option<Cow<'static, str>> {
         JobError::Limit { limit: QualityLimit::Kld(_), .. } => "raise --max-kld",
         JobError::Limit { limit: QualityLimit::PplRatio(_), .. } => "raise --max-ppl-ratio",
         JobError::Quantised { .. } => "--allow-requantize quantises it all the same",
+        JobError::NoWayBack(_) => "leave out --recover",
         JobError::OfExperts { wanted, .. } => match wanted {
             ImatrixUse::Output => "leave out --imatrix-out, or give the source's with --imatrix",
             ImatrixUse::Quantise => "leave out --type",

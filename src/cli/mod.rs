@@ -5,11 +5,13 @@ mod experts;
 mod extras;
 mod hints;
 mod logger;
+mod recover;
 mod reference;
 mod resolve;
 mod values;
 
-pub use args::{Args, Cli, Command, DeviceArgs, EvalArgs};
+pub use args::{Args, Cli, Command, DeviceArgs, EvalArgs, RecoverArgs};
+pub use recover::resolve_recover;
 pub use resolve::{nested_name, resolve, resolve_eval, stored};
 pub use values::threads;
 
@@ -21,7 +23,7 @@ use putri_gguf::report::{
     Progress, Timings, checks_json, checks_table, devices_table, dry_run_table, eval_json, eval_table,
     inspection_json, inspection_table, plain, shell_word, tell,
 };
-use putri_gguf::{JobError, Nested, VerifyJob, ggml, with_causes};
+use putri_gguf::{Job, JobError, Nested, Outcome, VerifyJob, ggml, with_causes};
 use std::ffi::OsString;
 use std::io::Write;
 use std::path::PathBuf;
@@ -94,6 +96,7 @@ pub fn main() -> ExitCode {
             found.and_then(|found| show(&text(found)))
         }
         (Some(Command::Eval(args)), _) => measure(args),
+        (Some(Command::Recover(args)), _) => recover(*args),
         (Some(Command::Verify { model, source, threads, json, quiet }), _) => {
             check(model, source, threads, json, quiet)
         }
@@ -265,17 +268,8 @@ fn prune(mut args: Args, devices: &DeviceArgs) -> Result<(), Failed> {
         result?;
         return Failed::beside(missing);
     }
-    let mut watched = Timings::new(&mut progress);
-    let result = putri_gguf::run(&job, &mut watched);
-    let stages = watched.finish();
-    progress.finish();
-    let outcome = result.map_err(|e| match (e, &job.state) {
-        (JobError::Interrupted, Some(keep)) => Failed::Interrupted(keep.folder.clone()),
-        (e, _) => Failed::Job(e),
-    })?;
-    let rate = timings.then(|| ggml::product_rate().ok()).flatten();
-    let timed = rate.map(|rate| format!("\n{}", stages.table(rate, n_threads, outcome.forecast.as_ref())));
-    let mut missing = extras[0].make(&job, &outcome, stored.as_ref(), &timed.unwrap_or_default());
+    let (outcome, timed) = run_timed(&job, &mut progress, timings)?;
+    let mut missing = extras[0].make(&job, &outcome, stored.as_ref(), &timed);
     if let Some(name) = to_ollama
         && let Err(e) = ollama::create(&name, &outcome.output, stored.as_ref())
     {
@@ -288,6 +282,41 @@ fn prune(mut args: Args, devices: &DeviceArgs) -> Result<(), Failed> {
         });
     }
     Failed::beside(missing)
+}
+
+/// Runs the job. Also returns a table of the time that each stage took, if `timings` asks for it.
+fn run_timed(job: &Job, progress: &mut Progress, timings: bool) -> Result<(Outcome, String), Failed> {
+    let mut watched = Timings::new(progress);
+    let result = putri_gguf::run(job, &mut watched);
+    let stages = watched.finish();
+    progress.finish();
+    let outcome = result.map_err(|e| match (e, &job.state) {
+        (JobError::Interrupted, Some(keep)) => Failed::Interrupted(keep.folder.clone()),
+        (e, _) => Failed::Job(e),
+    })?;
+    let rate = timings.then(|| ggml::product_rate().ok()).flatten();
+    let n_threads = job.settings.n_threads;
+    let table = |rate| format!("\n{}", stages.table(rate, n_threads, outcome.forecast.as_ref()));
+    let timed = rate.map(table).unwrap_or_default();
+    Ok((outcome, timed))
+}
+
+/// Goes on with the recovery of a pruned model.
+fn recover(mut args: RecoverArgs) -> Result<(), Failed> {
+    args.source = located(args.source)?;
+    let (quiet, timings, dry, json) = (args.quiet, args.timings, args.dry_run, args.json);
+    let extras = Extras::of_recovery(&args);
+    join(&args.devices.rpc)?;
+    let job = resolve_recover(args).map_err(Failed::Usage)?;
+    let stop = ready(job.settings.n_threads).map_err(Failed::Machine)?;
+    extras::check_all(std::slice::from_ref(&extras), &job)?;
+    if dry {
+        let rate = || ggml::product_rate().ok();
+        return show(&dry_run_table(&putri_gguf::dry_run(&job)?, rate()));
+    }
+    let mut progress = if json { Progress::events(stop) } else { Progress::new(quiet, stop) };
+    let (outcome, timed) = run_timed(&job, &mut progress, timings)?;
+    Failed::beside(extras.make(&job, &outcome, None, &timed))
 }
 
 /// Adds the devices of other machines to those of this one.

@@ -10,7 +10,7 @@ use putri_gguf::forward::chunk_tokens;
 use putri_gguf::ggml::{self, Device, Offload};
 use putri_gguf::model::{Arch, FfnUnit, Heads};
 use putri_gguf::ollama::{self, OllamaError, Stored};
-use putri_gguf::pipeline::{Method, ResampleSettings, Settings, Target, TuneSettings};
+use putri_gguf::pipeline::{Method, RecoverSettings, ResampleSettings, Settings, Target, TuneSettings};
 use putri_gguf::text::Encoding;
 use putri_gguf::{EvalJob, Job, KeepState, QualityLimit, RUN_CTX};
 use std::path::{Path, PathBuf};
@@ -98,6 +98,11 @@ pub fn resolve(args: Args, devices: &DeviceArgs) -> Result<Job> {
     let resample_copies =
         ours("--resample-copies", args.resample_copies, Settings::default().resample.copies, 100)?;
     let tune = ours("--tune", args.tune, Settings::default().tune.passes, 1000)?;
+    let budget = args.recover.0;
+    ensure!(
+        budget.is_none() || method == Method::Putri,
+        "--recover goes with --method putri; the command recover trains a file of any method"
+    );
     let experts = experts(&args)?;
     let offload = offload(devices)?;
     ensure!(
@@ -159,6 +164,7 @@ pub fn resolve(args: Args, devices: &DeviceArgs) -> Result<Job> {
             devices: offload.devices,
             resample: ResampleSettings { copies: resample_copies, ..ResampleSettings::default() },
             tune: TuneSettings { passes: tune, ..TuneSettings::default() },
+            recover: RecoverSettings { budget, ..RecoverSettings::default() },
             types: tensor_types(&args.tensor_type)?,
             ..Settings::default()
         },
@@ -216,6 +222,7 @@ fn goes_with_a_copy(args: &Args) -> Result<()> {
         (args.imatrix_out.is_some(), "--imatrix-out"),
         (args.resample_copies.is_some_and(|n| n > 0), "--resample-copies"),
         (args.tune.is_some_and(|n| n > 0), "--tune"),
+        (args.recover.0.is_some(), "--recover"),
         (args.dry_run, "--dry-run"),
         (args.state_dir.is_some(), "--state-dir"),
         (args.to.is_some(), "--type"),
@@ -271,7 +278,7 @@ pub fn resolve_eval(args: EvalArgs) -> Result<EvalJob> {
 }
 
 /// Reads `--device` and `--n-gpu-layers` after servers were added to the devices.
-fn offload(args: &DeviceArgs) -> Result<Offload> {
+pub(super) fn offload(args: &DeviceArgs) -> Result<Offload> {
     let n_layers = args.n_gpu_layers.unwrap_or(usize::MAX);
     if args.device.is_empty() && args.rpc.is_empty() && args.n_gpu_layers.is_none_or(|n| n == 0)
         || args.device == ["none"]
@@ -298,7 +305,7 @@ fn offload(args: &DeviceArgs) -> Result<Offload> {
 }
 
 /// Reads `--encoding`.
-fn encoding(label: Option<&str>) -> Result<Option<Encoding>> {
+pub(super) fn encoding(label: Option<&str>) -> Result<Option<Encoding>> {
     let named = |label: &str| {
         let problem = || format!("--encoding {label} is not known; windows-1252, shift_jis and gb18030 are");
         Encoding::for_label(label).with_context(problem)

@@ -3,7 +3,8 @@
 use anyhow::{Context, Result, bail, ensure};
 use putri_gguf::Quantise;
 use putri_gguf::ggml::{FileType, Type};
-use putri_gguf::pipeline::TensorTypes;
+use putri_gguf::pipeline::{RecoverBudget, TensorTypes};
+use std::time::Duration;
 
 /// Reads a share, as in `0.25` or `25%`. The caller checks its range.
 pub fn share(text: &str) -> Result<f64, String> {
@@ -26,6 +27,36 @@ pub fn bytes(text: &str) -> Result<u64, String> {
 pub fn count(text: &str) -> Result<u64, String> {
     let number = scaled(&text.to_ascii_uppercase(), 1000.0, &COUNTS);
     number.ok_or_else(|| "is not a number of parameters, as in 110M or 1.2e9".into())
+}
+
+/// Reads a number of tokens, as in `250k` or `1M`.
+pub fn tokens(text: &str) -> Result<usize, String> {
+    count(text).map(|n| n as usize).map_err(|_| "is not a number of tokens, as in 250k or 1M".into())
+}
+
+/// Reads a time, as in `45min` or `2h`.
+pub fn time(text: &str) -> Result<Duration, String> {
+    let lower = text.trim().to_ascii_lowercase();
+    let units = [("min", 60.0), ("h", 3600.0), ("s", 1.0)];
+    let found = units.iter().find_map(|(name, unit)| Some((lower.strip_suffix(name)?, unit)));
+    let seconds = found.and_then(|(number, unit)| number.trim().parse::<f64>().ok().map(|n| n * unit));
+    let seconds = seconds.filter(|s| (1.0..=1e8).contains(s)).ok_or("is not a time, as in 45min or 2h")?;
+    Ok(Duration::from_secs_f64(seconds))
+}
+
+/// Amount of training, if there is any.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Amount(pub Option<RecoverBudget>);
+
+/// Reads `off`, a number of tokens, or a time.
+pub fn amount_or_off(text: &str) -> Result<Amount, String> {
+    if text == "off" {
+        return Ok(Amount(None));
+    }
+    let found = time(text).map(RecoverBudget::Time).or_else(|_| tokens(text).map(RecoverBudget::Tokens));
+    found
+        .map(|found| Amount(Some(found)))
+        .map_err(|_| "is neither off, tokens, as in 250k, nor time, as in 2h".into())
 }
 
 /// Units of sizes, each 1024 of the one before.
@@ -118,6 +149,21 @@ mod tests {
         let counts = [("110M", 110_000_000), ("1.2e9", 1_200_000_000), ("7b", 7_000_000_000), ("1k", 1000)];
         for (text, expected) in counts {
             assert_eq!(count(text), Ok(expected), "{text}");
+        }
+    }
+
+    #[test]
+    fn amounts_are_tokens_or_time() {
+        let amount = |text| amount_or_off(text).map(|found| found.0);
+        let tokens = |n| Ok(Some(RecoverBudget::Tokens(n)));
+        let time = |seconds| Ok(Some(RecoverBudget::Time(Duration::from_secs(seconds))));
+        assert_eq!(
+            [amount("250k"), amount("1M"), amount("off")],
+            [tokens(250_000), tokens(1_000_000), Ok(None)]
+        );
+        assert_eq!(["2h", "1.5h", "45min", "90 s"].map(amount), [7200, 5400, 2700, 90].map(time));
+        for text in ["", "much", "h", "-2h", "0", "on", "2d"] {
+            assert!(amount(text).is_err(), "{text}");
         }
     }
 

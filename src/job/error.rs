@@ -70,6 +70,8 @@ pub enum JobError {
         "{}: no importance matrix is made of mixtures of experts; llama-imatrix makes one, and llama-quantize quantises with it", path.display()
     )]
     OfExperts { path: PathBuf, wanted: ImatrixUse },
+    #[error("{}: no gradients go through a mixture of experts, so it cannot be recovered", .0.display())]
+    NoWayBack(PathBuf),
     #[error(
         "no sparsity gives {limit}{}",
         least.map_or(": nothing can be removed".into(), |(percent, value)| format!(": {percent} % gives {value:.4}"))
@@ -85,6 +87,8 @@ pub enum JobError {
     Quantise(#[source] GgmlError),
     #[error("{} is the input itself; choose another name", .0.display())]
     SameFile(PathBuf),
+    #[error("{} is not what the pruned file was made from: {problem}", path.display())]
+    OtherModel { path: PathBuf, problem: String },
     #[error("{} is two outputs of this run; choose another name for one", .0.display())]
     SameOutput(PathBuf),
     #[error("{} is read by this run, and would be written over; choose another name for the output", .0.display())]

@@ -11,6 +11,7 @@ mod plan;
 mod prepared;
 mod quality_limit;
 mod quant_baselines;
+mod recover;
 mod result;
 mod verify;
 
@@ -52,6 +53,8 @@ use std::time::{Duration, Instant};
 pub struct Job {
     /// Path of the source, which is never written to.
     pub input: PathBuf,
+    /// Path of the model that `input` was pruned from. With it nothing is removed: recovery goes on.
+    pub recover_from: Option<PathBuf>,
     /// Path of the pruned model.
     pub output: PathBuf,
     /// Path of the pruned model's importance matrix, if it is written.
@@ -105,6 +108,7 @@ impl Job {
         let recipe = Recipe::default();
         Job {
             input: input.into(),
+            recover_from: None,
             output: output.into(),
             imatrix_out: None,
             imatrix_in: None,
@@ -260,12 +264,15 @@ fn wanted(job: &Job) -> bool {
 pub fn run(job: &Job, observer: &mut dyn Observer) -> Result<Outcome, JobError> {
     let start = Instant::now();
     let file = open_file(&job.input)?;
-    if mixture::takes(job, &file) && (job.settings.sparsity > 0.0 || wanted(job)) {
+    if job.recover_from.is_none()
+        && mixture::takes(job, &file)
+        && (job.settings.sparsity > 0.0 || wanted(job))
+    {
         return mixture::run(job, file, observer);
     }
     let source = open_in(&job.input, file)?;
     check_paths(job, &source.file)?;
-    if job.settings.sparsity == 0.0 && !wanted(job) {
+    if job.settings.sparsity == 0.0 && !wanted(job) && job.recover_from.is_none() {
         return copy_as_is(job, &source, start, observer.interrupted());
     }
     let job = &Job { settings: settings(job, &source)?, ..job.clone() };

@@ -16,6 +16,7 @@ pub(super) fn check_paths(job: &Job, source: &GgufFile) -> Result<(), JobError> 
     let folder = job.state.as_ref().map(|keep| keep.folder.clone());
     let all: Vec<PathBuf> = files.iter().cloned().chain(folder).collect();
     let parts: Vec<PathBuf> = source.paths().map(Path::to_path_buf).collect();
+    let parts: Vec<PathBuf> = parts.into_iter().chain(job.recover_from.clone()).collect();
     check_distinct(&all, &parts, &job.recipe.files)?;
     files.iter().try_for_each(|output| check_output(output, job.force))?;
     // A pipe can be read only once, so it is checked when it is read.

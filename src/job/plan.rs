@@ -67,6 +67,9 @@ pub fn dry_run(job: &Job) -> Result<DryRun, JobError> {
 pub(super) fn settings(job: &Job, source: &Model) -> Result<Settings, JobError> {
     check_types(job, source)?;
     let mut settings = job.settings.clone();
+    if let Some(path) = &job.recover_from {
+        settings.recover.source = Some(recover::origin(path, source)?.hparams.blocks);
+    }
     if let Some(bytes) = job.target_ram {
         let n_ctx = run_ctx(job, source);
         // Compute buffers of the source; those of the result are no larger.
@@ -178,6 +181,9 @@ fn named(path: &Path, e: ModelError) -> JobError {
 /// Rejects importance matrices of experts, and quantisation of a quantised model unless the job asks for it.
 pub(super) fn check_types(job: &Job, source: &Model) -> Result<(), JobError> {
     if source.hparams.experts.is_some() {
+        if job.settings.recover.budget.is_some() {
+            return Err(JobError::NoWayBack(job.input.clone()));
+        }
         let of_experts = |wanted| Err(JobError::OfExperts { path: job.input.clone(), wanted });
         if job.imatrix_out.is_some() {
             return of_experts(ImatrixUse::Output);

@@ -3,7 +3,9 @@
 use super::announce::announce;
 use super::checkpoint::DiskCheckpoint;
 use super::output::temporary;
-use super::{Job, JobError, QualityLimit, Quantise, ask_memory, on_target, open, quality_limit, run_ctx};
+use super::{
+    Job, JobError, QualityLimit, Quantise, ask_memory, on_target, open, quality_limit, recover, run_ctx,
+};
 use crate::assemble::importance;
 use crate::calibrate::{self, CalibrateError, Origin, Recipe, Windows};
 use crate::ggml::{GgmlError, LlamaModel, Offload, RunMemory, Token, quantize_file, total_memory};
@@ -40,7 +42,11 @@ impl Checkpoint for HeadOrderCache {
 
 /// Data of a job that does not depend on the sparsity.
 pub(super) struct Prepared {
+    /// The job's input.
     pub(super) source: Model,
+    /// Model that the input was pruned from, if the job only recovers.
+    origin: Option<Model>,
+    /// Checksum of the model that everything was or is pruned from.
     pub(super) source_sha256: String,
     pub(super) windows: Windows,
     /// Warnings about the calibration text.
@@ -56,18 +62,21 @@ impl Prepared {
     pub(super) fn new(job: &Job, source: Model, observer: &mut dyn Observer) -> Result<Prepared, JobError> {
         // The memory is measured now: at the end, another file may have this name.
         let n_ctx = run_ctx(job, &source);
+        let origin = job.recover_from.as_deref().map(|path| recover::origin(path, &source)).transpose()?;
         let to_run = ask_memory(job, &job.input, n_ctx)?;
         // Both calls read the whole file. Damage must not be reported only at the end of a long run.
+        let first = origin.as_ref().unwrap_or(&source);
         let sha256 = || {
             source.file.check_values()?;
-            Ok::<_, GgufError>(source.file.sha256())
+            origin.iter().try_for_each(|model| model.file.check_values())?;
+            Ok::<_, GgufError>(first.file.sha256())
         };
         let mut notes = Vec::new();
         let (windows, source_sha256, state) = match &job.state {
             None => {
                 let (windows, sha) = std::thread::scope(|scope| {
                     let sha = scope.spawn(sha256);
-                    (windows(&source, job, &mut notes, observer), sha.join().expect("hashing does not panic"))
+                    (windows(first, job, &mut notes, observer), sha.join().expect("hashing does not panic"))
                 });
                 // Damage of the file is the cause of other errors.
                 let sha = sha?;
@@ -80,7 +89,7 @@ impl Prepared {
                 let windows = match state.windows()? {
                     Some(windows) => windows,
                     None => {
-                        let windows = windows(&source, job, &mut notes, observer)?;
+                        let windows = windows(first, job, &mut notes, observer)?;
                         state.keep_windows(&windows)?;
                         windows
                     }
@@ -89,12 +98,17 @@ impl Prepared {
             }
         };
         let quantised = job.quantise.map(|q| quantise(job, q, &source, &windows, observer)).transpose()?;
-        Ok(Prepared { source, source_sha256, windows, notes, quantised, state, to_run })
+        Ok(Prepared { source, origin, source_sha256, windows, notes, quantised, state, to_run })
     }
 
     /// Model that is pruned: the source, in the requested types.
     pub(super) fn model(&self) -> &Model {
         self.quantised.as_ref().map_or(&self.source, |(model, _)| model)
+    }
+
+    /// Model that the result is fitted to: before pruning, and before other types.
+    pub(super) fn reference(&self) -> &Model {
+        self.origin.as_ref().unwrap_or(&self.source)
     }
 
     /// Runs the passes and returns their result and settings. `later` is the work of later results, `None` if
@@ -113,7 +127,7 @@ impl Prepared {
         let c = pipeline::Calibration::from(&self.windows);
         announce(job, self.model(), &c, &settings, later, observer);
         let pruned =
-            pipeline::run(self.model(), &self.source, &self.windows, &settings, checkpoint, observer)?;
+            pipeline::run(self.model(), self.reference(), &self.windows, &settings, checkpoint, observer)?;
         Ok((settings, pruned))
     }
 
@@ -230,7 +244,8 @@ fn collect(
 ) -> Result<Windows, JobError> {
     // A model that only tokenises needs no copies of weights. It still shows that libllama loads the file.
     let writes = job.recipe.self_written() > 0;
-    let llama = if writes { llama(job, &job.input) } else { LlamaModel::load_mapped(&job.input) };
+    let path = job.recover_from.as_ref().unwrap_or(&job.input);
+    let llama = if writes { llama(job, path) } else { LlamaModel::load_mapped(path) };
     let llama = llama.map_err(JobError::Llama)?;
     let start = job.recipe.start.or_else(|| start_token(&model.file, model.hparams.n_vocab));
     if writes && start.is_none() {

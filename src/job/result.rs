@@ -3,7 +3,9 @@
 use super::output::{finish, finish_parts, outputs, temporary};
 use super::prepared::{Prepared, llama};
 use super::verify::{RECORDED, matches_record};
-use super::{Job, JobError, Outcome, Quality, Running, Samples, Size, forecast, run_ctx, with_causes};
+use super::{
+    Job, JobError, Outcome, Quality, Running, Samples, Size, forecast, recover, run_ctx, with_causes,
+};
 use crate::assemble::{Provenance, Written, assemble, write_imatrix, writes_exactly};
 use crate::calibrate::{Windows, oddities};
 use crate::evaluate::{self, Protocol};
@@ -127,9 +129,12 @@ impl Prepared {
         let losses = pruned.losses.iter().take(checked.len().saturating_sub(1));
         Ok(Provenance {
             source_sha256: self.source_sha256.clone(),
-            sparsity: job.settings.sparsity,
-            sparsity_reached: pruned.plan.sparsity(model),
-            method: job.settings.method.name().into(),
+            sparsity: recover::asked(job, model, self.reference()),
+            sparsity_reached: match &job.recover_from {
+                Some(_) => recover::removed(model, self.reference()),
+                None => pruned.plan.sparsity(model),
+            },
+            method: recover::method(job, model),
             calibration: calibration_text(job, windows),
             seed: job.recipe.seed,
             stages: pruned.provenance.clone(),

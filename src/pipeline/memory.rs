@@ -1,15 +1,16 @@
 //! Settings that reduce the memory of a run.
 
-use super::{Calibration, Settings, forecast};
+use super::{Calibration, Moves, RecoverSettings, Settings, forecast};
 use crate::model::Model;
 use crate::prune::BudgetError;
 use crate::spill::SpillStore;
+use crate::train::AdamState;
 use std::path::Path;
 
 /// Settings with which a run stays within `limit` bytes, not counting the memory-mapped source.
 ///
-/// Residual streams are spilled to files in `folder` if needed. If that is not enough, fewer tokens pass
-/// through a block at a time.
+/// If needed, recovery keeps a smaller state of its optimiser. If that is not enough, residual streams, and
+/// all that moves, are spilled to files in `folder`, and then fewer tokens pass through a block at a time.
 ///
 /// # Errors
 /// [`NoRoom`] with the smallest limit that is enough, or [`BudgetError`].
@@ -23,7 +24,14 @@ pub fn within_memory(
     let spilling = Settings { spill: SpillStore::in_files(folder.into()), ..settings.clone() };
     let smaller: Vec<Settings> = with_less_at_a_time(&spilling).collect();
     let mut least = (f64::INFINITY, "");
-    for s in [settings.clone(), spilling].into_iter().chain(smaller) {
+    let leaner =
+        [AdamState::Bf16, AdamState::Factored].into_iter().filter(|_| settings.recover.may_be_leaner());
+    let leaner = leaner.map(|state| {
+        let recover = RecoverSettings { moves: Moves::Full(state), ..settings.recover.clone() };
+        Settings { recover, ..settings.clone() }
+    });
+    let all = std::iter::once(settings.clone()).chain(leaner).chain([spilling]).chain(smaller);
+    for s in all {
         let forecast = forecast(model, c, &s)?;
         if forecast.memory() <= limit as f64 {
             return Ok(s);

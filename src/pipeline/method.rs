@@ -2,7 +2,7 @@
 
 use super::stages::{
     Blocks, ChooseCriterion, EvaluatePlan, GreedyHeads, HeadRounds, JudgeStreams, LossCurveWidths,
-    MeasureSensitivity, ResampleCopies, Stage, Tune, UniformWidths,
+    MeasureSensitivity, Recover, ResampleCopies, Stage, Tune, UniformWidths,
 };
 use super::{BlockSettings, ResampleSettings, Settings, TuneSettings};
 use crate::prune::{self, Budget};
@@ -24,6 +24,8 @@ pub enum Method {
     /// Neurons are removed by the norm of their activations, with uniform widths and no refit. The attention
     /// of whole blocks is then removed by perplexity.
     TwoStage,
+    /// No pruning: recovery goes on with a model that was pruned before.
+    Recovery,
 }
 
 impl Method {
@@ -38,6 +40,7 @@ impl Method {
                 Box::new(ResampleCopies),
                 Box::new(Blocks::TOWARDS_DENSE),
                 Box::new(Tune),
+                Box::new(Recover),
                 Box::new(JudgeStreams),
             ],
             Method::Paper => vec![
@@ -52,6 +55,7 @@ impl Method {
                 Box::new(HeadRounds::WHOLE_ATTENTION),
                 Box::new(EvaluatePlan),
             ],
+            Method::Recovery => vec![Box::new(Recover), Box::new(JudgeStreams)],
         }
     }
 
@@ -61,12 +65,13 @@ impl Method {
             Method::Putri => "putri",
             Method::Paper => "paper",
             Method::TwoStage => "2ssp",
+            Method::Recovery => "recovery",
         }
     }
 
     /// Returns whether the forecast covers all stages.
     pub fn is_forecast(self) -> bool {
-        self == Method::Putri
+        matches!(self, Method::Putri | Method::Recovery)
     }
 
     /// Returns whether the method prunes mixtures of experts.
@@ -94,6 +99,7 @@ impl Method {
     /// FFNs can give up the rest.
     pub(super) fn head_groups(self, budgets: &[Budget], sparsity: f64) -> (usize, usize) {
         match self {
+            Method::Recovery => (0, 0),
             Method::Putri => {
                 (prune::head_groups(budgets, sparsity), prune::fewest_head_groups(budgets, sparsity))
             }
@@ -104,7 +110,7 @@ impl Method {
     /// Adapts `s` to the method: the authors' code weights all errors equally and has no quantisation.
     pub(super) fn settings(self, s: Settings) -> Settings {
         match self {
-            Method::Putri => s,
+            Method::Putri | Method::Recovery => s,
             Method::Paper | Method::TwoStage => Settings {
                 blocks: BlockSettings { error_feedback: false, token_weight: 0.0, biases: false, ..s.blocks },
                 tune: TuneSettings { passes: 0, ..s.tune },

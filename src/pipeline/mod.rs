@@ -10,12 +10,14 @@ mod memory;
 mod method;
 mod plan;
 mod prediction_loss;
+mod resampled;
 mod run;
 mod sensitivity;
 mod settings;
 mod size;
 mod stages;
 mod stream;
+mod training;
 
 pub use allocation::{budgets, check_budget};
 use allocation::{
@@ -33,9 +35,11 @@ pub use size::{FileSize, NewMatrices, Target, TargetError, sparsity_for};
 use size::{even_shapes, file_size, new_matrices};
 pub(crate) use stages::HEADS;
 pub use stages::{
-    BlockSettings, HeadSettings, ResampleSettings, SensitivitySettings, TuneSettings, WidthSettings,
+    BlockSettings, HeadSettings, RecoverBudget, RecoverSettings, ResampleSettings, SensitivitySettings,
+    TuneSettings, WidthSettings,
 };
 use stream::embedded;
+pub use training::{Among, Moves};
 
 use crate::calibrate::Windows;
 use crate::forward::{Forward, ForwardError, InputSquares};
@@ -71,6 +75,11 @@ pub trait Observer {
     fn step(&mut self, done: usize, note: &str);
     /// Returns whether the work should stop as soon as possible.
     fn interrupted(&self) -> bool {
+        false
+    }
+    /// Takes an interruption back, where a stage can end early with what it has. Returns whether the rest is to
+    /// go on.
+    fn end_stage(&mut self) -> bool {
         false
     }
 }

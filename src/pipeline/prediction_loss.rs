@@ -66,16 +66,18 @@ impl PredictionLoss {
 
     /// Mean loss over the positions of the final residual stream `stream`.
     pub(super) fn loss(&self, forward: &Forward, stream: &[f32]) -> Result<f64, PruneError> {
-        match &self.wanted {
-            Objective::Likelihood(targets) => {
-                let nll = forward.nll(&self.head, stream, targets)?;
-                Ok(nll.iter().sum::<f64>() / nll.len() as f64)
-            }
+        let losses = self.losses(forward, stream)?;
+        Ok(losses.iter().sum::<f64>() / losses.len() as f64)
+    }
+
+    /// Loss at each position of the final residual stream `stream` that has one.
+    pub(super) fn losses(&self, forward: &Forward, stream: &[f32]) -> Result<Vec<f64>, PruneError> {
+        Ok(match &self.wanted {
+            Objective::Likelihood(targets) => forward.nll(&self.head, stream, targets)?,
             Objective::Divergence(wanted) => {
-                let losses = forward.of_logits(&self.head, stream, |i, row| divergence(row, &wanted[i]))?;
-                Ok(losses.iter().sum::<f64>() / wanted.len() as f64)
+                forward.of_logits(&self.head, stream, |i, row| divergence(row, &wanted[i]))?
             }
-        }
+        })
     }
 }
 

@@ -102,6 +102,12 @@ impl<'a> Run<'a> {
         }
     }
 
+    /// Whether graphs of the reference are those of the model, with other weights.
+    pub(super) fn computes_alike(&self) -> bool {
+        let [own, source] = [self.model, self.reference].map(|m| &m.hparams);
+        own.family == source.family && own.blocks[0].n_head == source.blocks[0].n_head
+    }
+
     pub(super) fn check_interrupted(&self) -> Result<(), PruneError> {
         if self.observer.interrupted() { Err(PruneError::Interrupted) } else { Ok(()) }
     }

@@ -2,7 +2,8 @@
 
 use super::experts::ExpertSettings;
 use super::stages::{
-    BlockSettings, HeadSettings, ResampleSettings, SensitivitySettings, TuneSettings, WidthSettings,
+    BlockSettings, HeadSettings, RecoverSettings, ResampleSettings, SensitivitySettings, TuneSettings,
+    WidthSettings,
 };
 use super::{Method, Target};
 use crate::forward::{CHUNK_TOKENS, SUM_TOKENS, whole_windows};
@@ -43,6 +44,8 @@ pub struct Settings {
     pub blocks: BlockSettings,
     /// Settings of the tuning of norms and biases.
     pub tune: TuneSettings,
+    /// Settings of recovery.
+    pub recover: RecoverSettings,
     /// Settings of the choice of whole experts.
     pub experts: ExpertSettings,
     /// Criterion by which neurons are removed. If it is none, and outputs do not all count equally, both
@@ -128,6 +131,7 @@ impl Default for Settings {
             resample: ResampleSettings::default(),
             blocks: BlockSettings::default(),
             tune: TuneSettings::default(),
+            recover: RecoverSettings::default(),
             experts: ExpertSettings::default(),
             criterion: None,
             types: TensorTypes::default(),

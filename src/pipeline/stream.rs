@@ -3,7 +3,8 @@
 use super::{Observer, Plan, PruneError};
 use crate::forward::{Forward, whole_windows};
 use crate::ggml::Token;
-use crate::model::Model;
+use crate::gguf::GgufError;
+use crate::model::{BlockWeights, Model};
 use crate::spill::{SpillStore, SpillVec};
 
 /// Number of tokens whose embeddings are in memory before they are stored; at least those of a window.
@@ -33,14 +34,28 @@ pub(super) fn planned_stream(
     plan: &Plan,
     tokens: &[Token],
     observer: &dyn Observer,
+    before: impl FnMut(Vec<f32>) -> Result<(), PruneError>,
+) -> Result<Vec<f32>, PruneError> {
+    let weights = |il: usize| plan.block(model, il);
+    stream_through(forward, model, plan.blocks.len(), weights, tokens, observer, before)
+}
+
+/// Does the same for the `n_layer` blocks whose weights `weights` returns.
+pub(super) fn stream_through(
+    forward: &Forward,
+    model: &Model,
+    n_layer: usize,
+    weights: impl Fn(usize) -> Result<BlockWeights, GgufError>,
+    tokens: &[Token],
+    observer: &dyn Observer,
     mut before: impl FnMut(Vec<f32>) -> Result<(), PruneError>,
 ) -> Result<Vec<f32>, PruneError> {
     let mut x = forward.embed(model, tokens)?;
-    for il in 0..plan.blocks.len() {
+    for il in 0..n_layer {
         if observer.interrupted() {
             return Err(PruneError::Interrupted);
         }
-        let block = forward.upload(&plan.block(model, il)?)?;
+        let block = forward.upload(&weights(il)?)?;
         let mut next = vec![0.0; x.len()];
         forward.stream(&block, &x, &mut next)?;
         before(std::mem::replace(&mut x, next))?;

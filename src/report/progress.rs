@@ -139,6 +139,12 @@ impl Observer for Progress {
     fn interrupted(&self) -> bool {
         self.stop.load(Ordering::Relaxed)
     }
+
+    fn end_stage(&mut self) -> bool {
+        tell(&format!("{} ends here; Ctrl-C again ends the run", self.stage));
+        self.stop.store(false, Ordering::Relaxed);
+        true
+    }
 }
 
 /// One line of progress.

@@ -119,4 +119,8 @@ impl Observer for Timings<'_> {
     fn interrupted(&self) -> bool {
         self.inner.interrupted()
     }
+
+    fn end_stage(&mut self) -> bool {
+        self.inner.end_stage()
+    }
 }

@@ -30,8 +30,9 @@ pub enum FeedbackError {
 /// calibration tokens.
 ///
 /// Column j of `m` is the input `keep[j]` of the Gram matrix `gram`. Blocks of columns are rounded from the
-/// last to the first, each by ggml's own quantiser with the curvature of the loss as importance. Types
-/// without blocks are written plainly, since they round very little.
+/// last to the first, each by ggml's own quantiser with the curvature of the loss as importance. Where a block
+/// of `old`, the same matrix before it moved, is nearer to what is wanted than the block by the quantiser, it
+/// keeps its bytes. Types without blocks are written plainly, since they round very little.
 ///
 /// # Errors
 /// [`FeedbackError`] if the Gram matrix is degenerate or ggml cannot encode the type.
@@ -41,8 +42,11 @@ pub fn quantise_with_feedback(
     keep: &[usize],
     ridge: f64,
     wanted: Type,
+    old: Option<&Quantised>,
 ) -> Result<Quantised, FeedbackError> {
     let ty = output_type(wanted, m.n_in);
+    let old = old.filter(|old| (old.ty, old.n_in, old.n_out) == (ty, m.n_in, m.n_out));
+    let old = old.map(|old| Ok::<_, GgmlError>((old, old.to_matrix()?))).transpose()?;
     let width = ty.block_size();
     if width == 1 {
         return Ok(Quantised::new(ty, m.n_in, m.n_out, ty.quantize(&m.data, m.n_in, None)?));
@@ -56,10 +60,23 @@ pub fn quantise_with_feedback(
         let importance: Vec<f32> = rounding.curvature(k).into_iter().map(|c| c as f32).collect();
         let rows: Vec<f32> =
             (0..m.n_out).flat_map(|i| (0..k).map(move |j| (i, j))).map(|at| tail[at] as f32).collect();
-        let encoded = ty.quantize(&rows, k, Some(&importance))?;
+        let mut encoded = ty.quantize(&rows, k, Some(&importance))?;
         let mut decoded = vec![0.0; rows.len()];
         ty.dequantize(&encoded, k, &mut decoded)?;
         let (offset, size) = (ty.row_bytes(start), ty.row_bytes(k));
+        if let Some((old, values)) = &old {
+            let cost = |row: &[f32], i: usize| -> f32 {
+                let off = row.iter().zip(&rows[i * k..]).map(|(a, b)| (a - b).powi(2));
+                off.zip(&importance).map(|(off, c)| off * c).sum()
+            };
+            for i in 0..m.n_out {
+                let before = &values.data[i * m.n_in + start..][..k];
+                if cost(before, i) <= cost(&decoded[i * k..][..k], i) {
+                    decoded[i * k..][..k].copy_from_slice(before);
+                    encoded[i * size..][..size].copy_from_slice(&old.bytes[i * row_bytes + offset..][..size]);
+                }
+            }
+        }
         for (row, block) in bytes.chunks_exact_mut(row_bytes).zip(encoded.chunks_exact(size)) {
             row[offset..offset + size].copy_from_slice(block);
         }

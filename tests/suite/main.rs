@@ -25,6 +25,7 @@ mod post_norms;
 mod progress;
 mod prune;
 mod readme;
+mod recover;
 mod report;
 mod requant;
 mod resample;

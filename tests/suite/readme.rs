@@ -58,7 +58,7 @@ fn defined(cli: &Cli, command: &[&str]) -> BTreeSet<String> {
 #[test]
 fn options_in_the_readme_and_the_guide_exist() {
     let cli = Cli::new();
-    let commands: [&[&str]; 5] = [&[], &["inspect"], &["eval"], &["verify"], &["rpc-server"]];
+    let commands: [&[&str]; 6] = [&[], &["inspect"], &["eval"], &["recover"], &["verify"], &["rpc-server"]];
     let known: BTreeSet<String> = commands.iter().flat_map(|command| defined(&cli, command)).collect();
     // Code that begins with an option shows an option of putri-gguf; options of other programs follow their
     // names.
@@ -81,7 +81,7 @@ fn the_reference_page_is_what_the_definitions_say() {
 #[test]
 fn the_reference_page_has_every_option_of_every_command() {
     let cli = Cli::new();
-    let commands = ["inspect", "eval", "verify", "devices", "rpc-server", "completions", "man"];
+    let commands = ["inspect", "eval", "recover", "verify", "devices", "rpc-server", "completions", "man"];
     let section = |command: &str| {
         let start = format!("\n## {command}\n");
         let rest = REFERENCE.split_once(&start).unwrap_or_else(|| panic!("no {start}")).1;

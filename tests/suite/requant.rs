@@ -50,11 +50,38 @@ fn feedback_beats_plain_rounding_in_every_type() {
     {
         let ty = Type::from_name(name).unwrap();
         let plain = quantise(&w, ty, &importance).unwrap();
-        let fed = quantise_with_feedback(&w, &h, &all(n), 1e-3, ty).unwrap();
+        let fed = quantise_with_feedback(&w, &h, &all(n), 1e-3, ty, None).unwrap();
         assert_eq!((plain.ty, plain.bytes.len()), (fed.ty, fed.bytes.len()));
         let (a, b) = (relative_loss(&w, &plain, &h), relative_loss(&w, &fed, &h));
         println!("{name}: plain {a:.3e}, with feedback {b:.3e}, ratio {:.2}", b / a);
         assert!(b < a, "{name}: {b} is not below {a}");
+    }
+}
+
+/// Blocks of a matrix that was quantised before keep their bytes where nothing better is found.
+#[test]
+fn what_hardly_moved_keeps_its_bytes() {
+    let mut rng = Rng(12);
+    let (n, m) = (512, 24);
+    let h = gram(n, &mut rng);
+    let first = Matrix::new(n, m, rng.vec(n * m, 1.0));
+    for name in ["q4_0", "q4_1", "q8_0", "q4_K", "q6_K"] {
+        let ty = Type::from_name(name).unwrap();
+        let old = quantise_with_feedback(&first, &h, &all(n), 1e-3, ty, None).unwrap();
+        let values = old.to_matrix().unwrap();
+        let again = quantise_with_feedback(&values, &h, &all(n), 1e-3, ty, Some(&old)).unwrap();
+        assert!(again.bytes[..] == old.bytes[..], "{name}: nothing moved");
+        let step = relative_loss(&first, &old, &h).sqrt() as f32;
+        for share in [0.1, 1.0] {
+            let by = rng.vec(n * m, share * step);
+            let moved: Vec<f32> = values.data.iter().zip(&by).map(|(v, d)| v + d).collect();
+            let moved = Matrix::new(n, m, moved);
+            let [with, without] = [Some(&old), None]
+                .map(|old| quantise_with_feedback(&moved, &h, &all(n), 1e-3, ty, old).unwrap());
+            let (a, b) = (relative_loss(&moved, &with, &h), relative_loss(&moved, &without, &h));
+            println!("{name}, {share}: {a:.3e} with the old blocks, {b:.3e} without");
+            assert!(a < 1.05 * b, "{name}, {share}: {a} {b}");
+        }
     }
 }
 
@@ -63,7 +90,7 @@ fn types_without_blocks_are_written_whole() {
     let mut rng = Rng(5);
     let h = gram(72, &mut rng);
     let w = Matrix::new(72, 5, rng.vec(72 * 5, 1.0));
-    let q = quantise_with_feedback(&w, &h, &all(72), 1e-3, Type::F32).unwrap();
+    let q = quantise_with_feedback(&w, &h, &all(72), 1e-3, Type::F32, None).unwrap();
     assert_eq!(q.ty, Type::F32);
     for (a, b) in q.to_matrix().unwrap().data.iter().zip(w.data.iter()) {
         assert!((a - b).abs() < 1e-5, "F32 rounds nothing");

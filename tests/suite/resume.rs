@@ -6,7 +6,7 @@ use putri_gguf::calibrate::Recipe;
 use putri_gguf::ggml::silence_logs;
 use putri_gguf::gguf::{GgufFile, Value, write_gguf};
 use putri_gguf::model::FfnUnit;
-use putri_gguf::pipeline::{Method, Observer, Settings};
+use putri_gguf::pipeline::{Method, Observer, RecoverBudget, RecoverSettings, Settings};
 use putri_gguf::prune::NeuronCriterion;
 use putri_gguf::{Job, JobError, KeepState, run};
 use std::cell::Cell;
@@ -53,6 +53,11 @@ fn interrupted_anywhere_a_run_ends_in_the_same_bytes() {
         small.write(&cli.path("in.gguf"));
         let mut job = job(cli.dir.path(), method);
         job.settings.moe_unit = moe_unit;
+        if std::ptr::eq(small, &llama) && method == Method::Putri {
+            let budget = Some(RecoverBudget::Tokens(512));
+            job.settings.recover =
+                RecoverSettings { budget, tokens: Some(128), ..RecoverSettings::default() };
+        }
         if small.experts.is_some() {
             // The blocks cannot give up half of such narrow experts.
             job.settings.sparsity = 0.4;

@@ -72,3 +72,12 @@ pub enum PplStyle {
     /// As papers do: no BOS; all tokens of a window but the first are scored.
     Hf,
 }
+
+/// Names of [`putri_gguf::pipeline::Moves`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum RecoverMethodArg {
+    /// Every value by itself, with the optimiser's state in as many bits as --max-memory allows.
+    Full,
+    /// Low-rank adapters of rank 32.
+    Lora,
+}

@@ -4,10 +4,14 @@
 mod choices;
 mod eval;
 mod prune;
+mod recover;
 
-pub use choices::{ArchArg, ExpertCriterionArg, HeadsArg, MethodArg, MoeArg, PplStyle, RouterWeightsArg};
+pub use choices::{
+    ArchArg, ExpertCriterionArg, HeadsArg, MethodArg, MoeArg, PplStyle, RecoverMethodArg, RouterWeightsArg,
+};
 pub use eval::{DeviceArgs, EvalArgs};
 pub use prune::Args;
+pub use recover::RecoverArgs;
 
 use clap::{Parser, Subcommand};
 use std::path::PathBuf;
@@ -27,7 +31,7 @@ use std::path::PathBuf;
     args_conflicts_with_subcommands = true,
     subcommand_negates_reqs = true,
     disable_help_subcommand = true,
-    override_usage = "putri-gguf [OPTIONS] --sparsity <S> <INPUT> <OUTPUT>\n       putri-gguf inspect|eval|verify [OPTIONS] <MODEL>"
+    override_usage = "putri-gguf [OPTIONS] --sparsity <S> <INPUT> <OUTPUT>\n       putri-gguf inspect|eval|recover|verify [OPTIONS] <MODEL>"
 )]
 pub struct Cli {
     /// Command other than pruning.
@@ -72,6 +76,12 @@ pub enum Command {
     /// eval works on any GGUF that llama.cpp loads, pruned or not. --base adds a comparison with a second
     /// model.
     Eval(EvalArgs),
+    /// Train a pruned model on its source's predictions
+    ///
+    /// recover moves all kept weights so that the predictions come closer to the source's, and rounds them to
+    /// the types of the pruned file, whose size does not change. It may be run again on its own result. What
+    /// does not help on held-out text is undone.
+    Recover(Box<RecoverArgs>),
     /// Check that a pruned file is intact
     ///
     /// verify loads the file and compares its predictions on a few tokens with those recorded in its metadata

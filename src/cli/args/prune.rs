@@ -2,7 +2,7 @@
 
 use super::DEFAULT_CTX;
 use super::choices::{ArchArg, ExpertCriterionArg, HeadsArg, MethodArg, MoeArg, RouterWeightsArg};
-use crate::cli::values::{bytes, count, share};
+use crate::cli::values::{Amount, amount_or_off, bytes, count, share};
 use std::path::PathBuf;
 
 /// Arguments of pruning.
@@ -143,6 +143,14 @@ pub struct Args {
     /// this stage; mixtures of experts are not tuned.
     #[arg(long, value_name = "N", help_heading = "Method", hide_short_help = true)]
     pub tune: Option<usize>,
+
+    /// How long to train all kept weights at the end: off, tokens as in 250k, or time as in 2h
+    ///
+    /// Training moves the pruned model's predictions closer to the source's, by more than --tune can, and takes
+    /// as long as given. What held-out windows do not confirm is undone. The command recover goes on with a
+    /// finished file. Needs --method putri; not for mixtures of experts.
+    #[arg(long, value_name = "AMOUNT", value_parser = amount_or_off, default_value = "off", help_heading = "Method", hide_short_help = true)]
+    pub recover: Amount,
 
     /// Criterion by which whole experts are kept
     ///

@@ -63,6 +63,9 @@ pub(super) fn refuse(job: &Job, mixture: &Mixture) -> Result<(), JobError> {
     if job.settings.method != Method::Putri {
         return Err(PruneError::Experts.into());
     }
+    if job.settings.recover.budget.is_some() {
+        return Err(JobError::NoWayBack(job.input.clone()));
+    }
     let of_experts = |wanted| Err(JobError::OfExperts { path: job.input.clone(), wanted });
     if job.imatrix_out.is_some() && job.imatrix_in.is_none() {
         return of_experts(ImatrixUse::Output);

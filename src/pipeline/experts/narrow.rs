@@ -136,6 +136,6 @@ fn fit(
     let ridge = settings.ridge_of_neurons(down.n_in, gram.n_tokens);
     let inverse = Inverse::new(&gram.gram, ridge).map_err(|_| Singular)?;
     let (kept, refit) = prune::greedy(down, None, inverse, width, NeuronCriterion::Obs)?;
-    let q = quantise_with_feedback(&refit.weights, &gram.gram, &kept, ridge, ty)?;
+    let q = quantise_with_feedback(&refit.weights, &gram.gram, &kept, ridge, ty, None)?;
     Ok((kept, q))
 }

@@ -28,7 +28,7 @@ pub(super) fn refit_routers(
         let t = file.find(&name).expect("a mixture has routers");
         let rows = file.floats(t, 0..t.n_rows())?;
         let size = (rows.iter().map(|v| v * v).sum::<f32>() / rows.len() as f32).sqrt();
-        routers.insert(layer, Adam::new(&rows, size));
+        routers.insert(layer, Adam::of_vector(rows.clone(), size));
         of_layer.router = Some(rows);
     }
     let windows: Vec<&Vec<i32>> = source.texts.iter().flat_map(|t| &t.fit).collect();
@@ -45,7 +45,7 @@ pub(super) fn refit_routers(
         for (layer, f) in found {
             let adam = routers.get_mut(&layer).expect("a router of the mask");
             adam.step(&f.gradient, rate, step as i32 + 1);
-            mask.get_mut(&layer).expect("as above").router = Some(adam.values.clone());
+            mask.get_mut(&layer).expect("as above").router = Some(adam.values.to_vec());
         }
         observer.step(step + 1, &format!("error {error:.4}"));
     }

@@ -93,6 +93,14 @@ impl Work<'_> {
         self.model.hparams.blocks.iter().map(|b| self.sizes(b, 1.0)).collect()
     }
 
+    /// Sizes of all blocks of the model that the result is fitted to.
+    pub(in crate::pipeline) fn source(&self) -> Vec<Sizes> {
+        match &self.s.recover.source {
+            Some(blocks) => blocks.iter().map(|b| self.sizes(b, 1.0)).collect(),
+            None => self.whole(),
+        }
+    }
+
     pub(in crate::pipeline) fn headless(&self) -> Vec<Sizes> {
         self.model.hparams.blocks.iter().map(|b| self.sizes(b, self.kept)).collect()
     }
@@ -148,6 +156,22 @@ impl Work<'_> {
         let ffn = 2.0 * self.ffn_matrices() - 1.0;
         let matrices = 4.0 * b.q + 4.0 * b.kv + ffn * b.ff + maps;
         n_tokens * (2.0 * self.n_embd() * matrices + 12.0 * b.q * n_ctx as f64)
+    }
+
+    /// Parameters of a block's matrices that a token passes through.
+    pub(in crate::pipeline) fn matrix_params(&self, b: Sizes) -> f64 {
+        self.n_embd() * (2.0 * b.q + 2.0 * b.kv + self.ffn_matrices() * b.ff)
+    }
+
+    /// Parameters of adapters of all matrices of a block.
+    pub(in crate::pipeline) fn adapter_params(&self, b: Sizes, rank: f64) -> f64 {
+        let e = self.n_embd();
+        rank * (4.0 * e + 2.0 * b.q + 2.0 * b.kv + self.ffn_matrices() * (e + b.ff))
+    }
+
+    /// Operations of the gradient by all matrices of a block, besides those of the gradient through it.
+    pub(in crate::pipeline) fn matrix_ops(&self, b: Sizes, n_tokens: f64) -> f64 {
+        2.0 * n_tokens * self.matrix_params(b)
     }
 
     pub(in crate::pipeline) fn logit_ops(&self, n_vocab: f64, n_tokens: f64) -> f64 {
@@ -329,11 +353,12 @@ impl Work<'_> {
         self.head_bytes() + self.block_bytes().max(part).max(self.logits_bytes()) + graphs
     }
 
-    /// Number of tokens per window that gradients go through, and of all tokens that tuning uses per pass.
-    pub(in crate::pipeline) fn lessons(&self) -> (usize, f64) {
+    /// Number of tokens per window that gradients go through, and of all tokens of a pass with at most
+    /// `limit`.
+    pub(in crate::pipeline) fn lessons(&self, limit: usize) -> (usize, f64) {
         let parts = self.c.n_ctx.div_ceil(MAX_GRADIENT_CTX);
         let n_ctx = self.c.n_ctx / parts;
-        let n = (self.s.tune.limit / n_ctx).clamp(1, self.c.n_fit * parts);
+        let n = (limit / n_ctx).clamp(1, self.c.n_fit * parts);
         (n_ctx, (n * n_ctx) as f64)
     }
 

@@ -371,7 +371,7 @@ impl Run<'_> {
         ty: Type,
     ) -> Result<Quantised, FeedbackError> {
         if self.settings.blocks.error_feedback {
-            return quantise_with_feedback(weights, &moments.gram, keep, ridge, ty);
+            return quantise_with_feedback(weights, &moments.gram, keep, ridge, ty, None);
         }
         Ok(quantise(weights, ty, &importance(moments, keep))?)
     }

@@ -11,63 +11,22 @@
 //! each time, and the dense model reads the same tokens.
 
 use super::Stage;
-use super::resample::{places, resample};
-use crate::calibrate::Windows;
-use crate::forward::{BlockGradient, Forward, ForwardError, Head, MAX_GRADIENT_CTX, OnTheWay, whole_windows};
-use crate::ggml::Token;
+use crate::forward::whole_windows;
 use crate::gguf::Value;
-use crate::model::BlockVector;
+use crate::pipeline::PruneError;
 use crate::pipeline::forecast::{BASE_BYTES, StageForecast, Work};
-use crate::pipeline::prediction_loss::{self, Loss, PredictionLoss};
+use crate::pipeline::prediction_loss::{Loss, PredictionLoss};
 use crate::pipeline::run::Run;
 use crate::pipeline::stream::{Streams, planned_stream};
-use crate::pipeline::{Plan, PruneError, forward};
-use crate::train::Adam;
+use crate::pipeline::training::{Batch, BlockParams, Lessons, Rates};
+use crate::train::Schedule;
 use rand::SeedableRng;
 use rand::seq::SliceRandom;
 use rand_chacha::ChaCha8Rng;
-use std::f32::consts::PI;
 use std::sync::Arc;
 
-/// Share of the steps over which the rate grows to its full size.
-const WARM_UP: f32 = 0.1;
-
-/// Trainable vectors of one block, in the order of [`BlockVector::ALL`].
-type BlockState = [Option<Adam>; BlockVector::ALL.len()];
-
-/// Training text.
-struct Lessons<'a> {
-    forward: Forward,
-    /// Output head of the dense model.
-    dense: Head,
-    windows: &'a Windows,
-    /// Final residual stream of the dense model for all windows, `[n_tokens, n_embd]`.
-    stream: &'a [f32],
-    /// Indices in the windows' tokens at which the training windows begin. These are whole windows, or parts
-    /// of a length that gradients can go through.
-    starts: Vec<usize>,
-    rng: ChaCha8Rng,
-}
-
-impl Lessons<'_> {
-    /// Training windows with the numbers `batch`, with the share `drawn` of the tokens resampled in the
-    /// second half of them.
-    /// Also returns the known part of the dense model's final residual stream for them, from the first token
-    /// on.
-    fn text(&mut self, batch: &[usize], drawn: f64) -> Result<(Vec<Token>, Vec<f32>), ForwardError> {
-        let (n_ctx, n_embd) = (self.forward.n_ctx(), self.forward.n_embd());
-        let starts: Vec<usize> = batch.iter().map(|&i| self.starts[i]).collect();
-        let mut text: Vec<Token> =
-            starts.iter().flat_map(|&at| &self.windows.tokens[at..][..n_ctx]).copied().collect();
-        let n_given = batch.len().div_ceil(2);
-        let places = places(&starts, n_given, n_ctx, drawn, &mut self.rng);
-        resample(&self.forward, &self.dense, &mut text, &places, self.stream, &mut self.rng)?;
-        // In a part of a window, the dense model sees less context than in the whole one.
-        let known = starts[..if n_ctx < self.windows.n_ctx { 0 } else { n_given }].iter();
-        let known = known.flat_map(|at| &self.stream[at * n_embd..][..n_ctx * n_embd]).copied().collect();
-        Ok((text, known))
-    }
-}
+/// The rate falls to nothing, since nothing comes after.
+const SCHEDULE: Schedule = Schedule { warm_up: 0.1, floor: 0.0 };
 
 /// Settings of tuning.
 #[derive(Clone, Debug, PartialEq)]
@@ -122,7 +81,7 @@ fn forecast_preparing(w: &Work) -> StageForecast {
 }
 
 fn forecast_tuning(w: &Work) -> StageForecast {
-    let (n_ctx, n) = w.lessons();
+    let (n_ctx, n) = w.lessons(w.s.tune.limit);
     let (pruned, n_held_out) = (w.pruned(), w.n_held_out());
     // Half of the windows are processed again, with tokens resampled; all of them, if they are cut.
     let read = if n_ctx == w.c.n_ctx { n / 2.0 } else { n };
@@ -168,29 +127,33 @@ impl Run<'_> {
         let (model, reference) = (self.model, self.reference);
         // It reads a whole head, and frees it before the lessons need theirs.
         let judge = PredictionLoss::new(&self.forward, model, reference, tokens, dense, Loss::Divergence)?;
-        let mut lessons = self.lessons(self.windows, &streams.dense)?;
-        let n_windows = lessons.starts.len();
+        let lessons = Lessons::new(self, self.windows, &streams.dense, self.settings.tune.limit)?;
+        let n_windows = lessons.n_windows();
         let per_step = (self.settings.tune.tokens / lessons.forward.n_ctx()).clamp(1, n_windows);
         let n_steps = self.settings.tune.passes * n_windows.div_ceil(per_step);
         let before = judge.loss(&self.forward, &streams.pruned[span.clone()])?;
         let untuned: Vec<_> = self.plan.blocks.iter().map(|b| b.vectors.clone()).collect();
-        let mut state: Vec<BlockState> =
-            (0..self.plan.blocks.len()).map(|il| self.vectors(il)).collect::<Result<_, _>>()?;
+        let biases = self.settings.blocks.biases;
+        let params = (0..self.plan.blocks.len())
+            .map(|il| Ok(BlockParams::vectors(&self.plan.block(self.model, il)?, biases)));
+        let mut params = params.collect::<Result<Vec<_>, PruneError>>()?;
         self.observer.stage("tune", n_steps);
-        let mut rng = ChaCha8Rng::seed_from_u64(0);
+        let (mut rng, mut text_rng) = (ChaCha8Rng::seed_from_u64(0), ChaCha8Rng::seed_from_u64(1));
         let mut n = 0;
         for _ in 0..self.settings.tune.passes {
             let mut order: Vec<usize> = (0..n_windows).collect();
             order.shuffle(&mut rng);
-            for batch in order.chunks(per_step) {
+            for windows in order.chunks(per_step) {
                 n += 1;
-                // The rate is that of the middle of each step, so that even a single step has an effect.
-                let progress = (n as f32 - 0.5) / n_steps as f32;
-                let rate = (progress / WARM_UP).min(1.0) * 0.5 * (1.0 + (PI * progress).cos());
-                self.tune_step(&mut lessons, batch, &mut state, rate * self.settings.tune.rate as f32, n)?;
+                let (n_given, drawn) = (windows.len().div_ceil(2), self.settings.tune.resample_share);
+                let lesson = lessons.lesson(self, &Batch { windows, n_given, drawn }, &mut text_rng)?;
+                let rate = SCHEDULE.factor(n, n_steps) * self.settings.tune.rate as f32;
+                let rates = Rates { vectors: rate, matrices: 0.0 };
+                self.train_step(&lessons, lesson, &mut params, None, rates, n)?;
                 self.observer.step(n, "");
             }
         }
+        params.iter().zip(&mut self.plan.blocks).for_each(|(params, plan)| params.write_vectors(plan));
         let tuned =
             planned_stream(&self.forward, self.model, &self.plan, tokens, &*self.observer, |_| Ok(()))?;
         let after = judge.loss(&self.forward, &tuned)?;
@@ -203,109 +166,5 @@ impl Run<'_> {
         let verdict = if better { "" } else { ", undone" };
         self.observer.step(n, &format!("held-out divergence {before:.4} to {after:.4}{verdict}"));
         Ok(better)
-    }
-
-    /// Training text from the fitted ones of `windows`, or some of them, spread evenly.
-    /// `stream` is the final residual stream of the dense model. It begins with these windows; the resampled
-    /// copies follow.
-    fn lessons<'w>(&self, windows: &'w Windows, stream: &'w [f32]) -> Result<Lessons<'w>, PruneError> {
-        let (w, s) = (windows, self.settings);
-        let parts = w.n_ctx.div_ceil(MAX_GRADIENT_CTX);
-        let n_ctx = w.n_ctx / parts;
-        let forward = forward(self.model, n_ctx, s)?;
-        let n_all = w.n_fit * parts;
-        let n = (s.tune.limit / n_ctx).clamp(1, n_all);
-        let chosen = (0..n).map(|i| (2 * i + 1) * n_all / (2 * n));
-        let starts = chosen.map(|i| i / parts * w.n_ctx + i % parts * n_ctx).collect();
-        let dense = forward.head(self.reference)?;
-        let rng = ChaCha8Rng::seed_from_u64(1);
-        Ok(Lessons { forward, dense, windows, stream, starts, rng })
-    }
-
-    /// Takes the `n`-th step, on the windows `batch`. Every block changes as soon as its gradient is known.
-    fn tune_step(
-        &mut self,
-        lessons: &mut Lessons,
-        batch: &[usize],
-        state: &mut [BlockState],
-        rate: f32,
-        n: usize,
-    ) -> Result<(), PruneError> {
-        let (tokens, mut target) = lessons.text(batch, self.settings.tune.resample_share)?;
-        let Lessons { forward, dense, .. } = lessons;
-        let unknown = &tokens[target.len() / forward.n_embd()..];
-        if !unknown.is_empty() {
-            let (reference, whole) = (self.reference, Plan::whole(self.reference));
-            target.extend(planned_stream(forward, reference, &whole, unknown, &*self.observer, |_| Ok(()))?);
-        }
-        let mut inputs = Vec::with_capacity(state.len());
-        let keep = |x| {
-            inputs.push(self.settings.spill.put(x)?);
-            Ok(())
-        };
-        let last = planned_stream(forward, self.model, &self.plan, &tokens, &*self.observer, keep)?;
-        let (_, likely) = prediction_loss::likely(forward, dense, &target)?;
-        let (own, base) = self.output_heads(|model| forward.head_of(model, &likely))?;
-        let mut grad = forward.divergence_gradient(&own, base.as_ref(), &last, &target)?;
-        drop((own, base, last, target));
-        for ((il, vectors), x) in state.iter_mut().enumerate().zip(inputs).rev() {
-            self.check_interrupted()?;
-            let block = forward.upload(&self.plan.block(self.model, il)?)?;
-            let mut gradient = BlockGradient::default();
-            let found = OnTheWay { vectors: Some(&mut gradient), ..OnTheWay::default() };
-            forward.block_gradient(&block, &x, &mut grad, found)?;
-            for ((v, moving), gradient) in BlockVector::ALL.into_iter().zip(vectors).zip(&gradient) {
-                if let Some(moving) = moving {
-                    moving.step(gradient, rate, n as i32);
-                    self.plan.blocks[il].set_vector(v, Some(moving.values.clone()));
-                }
-            }
-        }
-        Ok(())
-    }
-
-    /// Trainable vectors of block `il`.
-    fn vectors(&self, il: usize) -> Result<BlockState, PruneError> {
-        let w = self.plan.block(self.model, il)?;
-        Ok(BlockVector::ALL.map(|v| {
-            let there = !v.of_attention() || w.shape.n_head_kv > 0;
-            let may = !v.is_bias() || self.settings.blocks.biases;
-            let values = w.vector(v).filter(|_| there && may)?;
-            // A bias is a weight with a constant input of 1.
-            let size = match v {
-                BlockVector::AttnOutputBias => rms(&w.attn_output.data),
-                BlockVector::FfnDownBias => rms(&w.ffn_down.data),
-                _ => median(values),
-            };
-            Some(Adam::new(values, size))
-        }))
-    }
-}
-
-fn rms(x: &[f32]) -> f32 {
-    (x.iter().map(|v| f64::from(*v).powi(2)).sum::<f64>() / x.len().max(1) as f64).sqrt() as f32
-}
-
-/// Median of the absolute values.
-/// A few weights of a norm can be a hundred times as large as all others (Gemma 3). A mean would make the
-/// steps of the others far too long.
-fn median(x: &[f32]) -> f32 {
-    let mut sizes: Vec<f32> = x.iter().map(|v| v.abs()).collect();
-    let middle = sizes.len() / 2;
-    if sizes.is_empty() { 0.0 } else { *sizes.select_nth_unstable_by(middle, f32::total_cmp).1 }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_few_large_weights_do_not_make_the_others_large() {
-        for n in [1usize, 8, 641] {
-            let mut norm: Vec<f32> = (0..n).map(|i| if i % 2 == 0 { -2.0 } else { 2.0 }).collect();
-            (0..n / 8).for_each(|i| norm[i * 7] = 300.0);
-            assert_eq!(median(&norm), 2.0);
-        }
-        assert_eq!(median(&[]), 0.0);
     }
 }

@@ -6,7 +6,7 @@ use super::{
 };
 use crate::ggml::{RunMemory, device_memory_peak};
 use crate::model::{Arch, BlockShape, FfnUnit, Heads};
-use crate::pipeline::{self, Method};
+use crate::pipeline;
 use crate::prune::RouterWeights;
 use crate::report::peak_memory;
 use crate::{Job, Outcome};
@@ -130,11 +130,7 @@ fn options(job: &Job, sparsity: Option<f64>) -> Options {
         sparsity,
         target: s.target.map(target),
         limit: job.limit.map(|limit| limit.to_string()),
-        method: match s.method {
-            Method::Putri => "putri",
-            Method::Paper => "paper",
-            Method::TwoStage => "2ssp",
-        },
+        method: s.method.name(),
         heads: match s.heads {
             Heads::Auto => "auto",
             Heads::PerLayer => "per-layer",
@@ -165,6 +161,7 @@ fn options(job: &Job, sparsity: Option<f64>) -> Options {
         tensor_type_ffn_down: s.types.ffn_down.map(|t| t.name()),
         resample_copies: s.resample.copies,
         tune: s.tune.passes,
+        recover: s.recover.budget.map(|amount| amount.to_string()),
         ctx_size: r.n_ctx,
         chunks: r.n_windows,
         files: r.files.iter().map(|path| text(path)).collect(),

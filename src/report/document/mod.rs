@@ -256,6 +256,8 @@ pub struct Options {
     pub resample_copies: usize,
     /// Passes of tuning over the calibration windows.
     pub tune: usize,
+    /// Amount of recovery: a number of tokens, or a time.
+    pub recover: Option<String>,
     /// Tokens per calibration window.
     pub ctx_size: usize,
     /// Calibration windows.
