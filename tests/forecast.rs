@@ -129,7 +129,7 @@ fn operations_are_those_that_graphs_count() {
             },
             ..Settings::default()
         };
-        let said = forecast(&model, &c, &settings).unwrap();
+        let mut said = forecast(&model, &c, &settings).unwrap();
         let mut steps = Steps::default();
         let mut watched = Timings::new(&mut steps);
         run(&model, &model, &windows, &settings, &mut (), &mut watched).unwrap();
@@ -139,6 +139,8 @@ fn operations_are_those_that_graphs_count() {
             let whole = !["heads", "tune, preparing"].contains(&stage.name.as_str());
             assert!(announced == done || !whole, "{name}, {}: {done} of {announced}", stage.name);
         }
+        // Nothing is rounded if held-out windows gained nothing in so few steps.
+        said.stages.retain(|s| s.name != "recover, rounding" || stages.iter().any(|ran| ran.name == s.name));
         assert_eq!(stages.len(), said.stages.len(), "{name}");
         for (stage, said) in stages.iter().zip(&said.stages) {
             let ratio = said.operations / stage.operations as f64;

@@ -190,7 +190,9 @@ fn forecast_training(w: &Work, budget: RecoverBudget) -> StageForecast {
             + pruned.iter().map(|b| w.gradient_ops(*b, n, n_ctx) + w.matrix_ops(*b, n)).sum::<f64>()
             + loss
     };
-    let first = |n: f64| n.min(n_lessons) * s.first_resampled + (n - n_lessons).max(0.0);
+    let windows = step / n_ctx as f64;
+    let in_first = (windows * s.first_resampled).floor() / windows;
+    let first = |n: f64| n.min(n_lessons) * in_first + (n - n_lessons).max(0.0);
     let operations = match budget {
         RecoverBudget::Tokens(n) => {
             let steps = (n as f64 / step).ceil();

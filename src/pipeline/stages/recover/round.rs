@@ -1,8 +1,9 @@
 //! Back into the file's types: one sequential pass that requantises what moved.
 
 use crate::forward::SUM_TOKENS;
+use crate::ggml::count;
 use crate::model::{BlockMatrix, Matrix, group_rows};
-use crate::numeric::Moments;
+use crate::numeric::{Moments, products_per_token};
 use crate::pipeline::PruneError;
 use crate::pipeline::forecast::{BASE_BYTES, Sizes, StageForecast, Work};
 use crate::pipeline::run::Run;
@@ -44,9 +45,11 @@ pub(super) fn forecast(w: &Work) -> StageForecast {
     let widest = pruned.iter().map(|b| b.ff.max(b.q)).fold(e, f64::max);
     let rounded = if w.s.spill.is_memory() { pruned.iter().map(|b| w.matrix_params(*b)).sum() } else { 0.0 };
     let passing = w.graph_bytes(n_ctx, n) + 2.0 * w.block_bytes() + w.sums_bytes(widest, 0.0);
+    let judged = w.n_held_out();
+    let judging = w.model_ops(&pruned, judged, n_ctx) + w.logit_ops(w.known(judged), judged);
     StageForecast {
         name: "recover, rounding",
-        operations: pruned.iter().enumerate().map(|(il, b)| block(il, *b)).sum(),
+        operations: pruned.iter().enumerate().map(|(il, b)| block(il, *b)).sum::<f64>() + judging,
         algebra: pruned.iter().map(algebra).sum(),
         memory: BASE_BYTES
             + super::kept_bytes(w)
@@ -85,6 +88,7 @@ impl Run<'_> {
                     let inputs = self.forward.inputs(&block, x, *first)?;
                     let ones = vec![1.0; inputs.len() / n_in];
                     moments.add(&inputs, &[], &ones, SUM_TOKENS);
+                    count(2 * (products_per_token(n_in, 0) * ones.len()) as u64);
                 }
                 let all: Vec<usize> = (0..n_in).collect();
                 for (m, values) in &moved {
