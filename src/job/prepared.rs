@@ -84,8 +84,11 @@ impl Prepared {
             }
             Some(keep) => {
                 let sha = sha256()?;
-                let state =
-                    DiskCheckpoint::open(&keep.folder, keep.resume, job, source.hparams.n_layer(), &sha)?;
+                // Of two files that were pruned from the same source, each has a training of its own.
+                let both = origin.as_ref().map(|_| format!("{sha}, pruned to {}", source.file.sha256()));
+                let terms = both.as_deref().unwrap_or(&sha);
+                let n_layer = source.hparams.n_layer();
+                let state = DiskCheckpoint::open(&keep.folder, keep.resume, job, n_layer, terms)?;
                 let windows = match state.windows()? {
                     Some(windows) => windows,
                     None => {

@@ -3,7 +3,7 @@
 use super::allocation::{equal_widths, groups_to_remove, within_family};
 use super::{Settings, budgets};
 use crate::ggml::Type;
-use crate::model::{BlockShape, BlockTensors, FfnUnit, KvCache, Model, Segment};
+use crate::model::{BlockMatrix, BlockShape, BlockTensors, FfnUnit, KvCache, Model, Segment};
 use crate::prune::BudgetError;
 use crate::requant::output_type;
 
@@ -162,7 +162,7 @@ pub(super) fn even_shapes(model: &Model, s: &Settings) -> Result<Vec<BlockShape>
 /// Group of matrices with new values that get the same type.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct NewMatrices {
-    /// `attn_output` or `ffn_down`.
+    /// Name of the matrix, as in the names of tensors.
     pub role: &'static str,
     /// Type of the source, or the requested type.
     pub wanted: Type,
@@ -173,17 +173,20 @@ pub struct NewMatrices {
     pub n_blocks: usize,
 }
 
-/// Types of the matrices that get new values.
+/// Types of the matrices that get new values: those that lose inputs, and all if recovery moves them.
 pub(super) fn new_matrices(model: &Model, s: &Settings, shapes: &[BlockShape]) -> Vec<NewMatrices> {
     let mut all: Vec<NewMatrices> = Vec::new();
     for (t, shape) in model.blocks.iter().zip(shapes) {
-        let attn_output = t.attn_output.filter(|_| shape.n_head > 0);
-        let roles = [
-            ("attn_output", attn_output, s.types.attn_output, shape.n_head * model.hparams.head_dim),
-            ("ffn_down", new_ffn_down(model, s, t), s.types.ffn_down, shape.n_ff),
-        ];
-        for (role, segment, wanted, n_in) in roles {
-            let Some(segment) = segment else { continue };
+        for m in BlockMatrix::ALL {
+            let (segment, wanted, n_in) = match m {
+                BlockMatrix::AttnOutput => {
+                    (t.attn_output, s.types.attn_output, shape.n_head * model.hparams.head_dim)
+                }
+                BlockMatrix::FfnDown => (new_ffn_down(model, s, t), s.types.ffn_down, shape.n_ff),
+                _ => (t.matrix(m).filter(|_| s.recover.budget.is_some()), None, model.hparams.n_embd),
+            };
+            let Some(segment) = segment.filter(|_| !m.of_attention() || shape.n_head > 0) else { continue };
+            let role = m.name();
             let wanted = wanted.unwrap_or(model.tensor(&segment).ty);
             let written = output_type(wanted, n_in);
             match all.iter_mut().find(|n| (n.role, n.wanted, n.written) == (role, wanted, written)) {

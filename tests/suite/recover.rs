@@ -8,6 +8,7 @@ use putri_gguf::ggml::silence_logs;
 use putri_gguf::gguf::{GgufFile, Value};
 use putri_gguf::model::Model;
 use putri_gguf::pipeline::{Among, Moves, Pruned, RecoverBudget, RecoverSettings, Settings, run};
+use putri_gguf::spill::SpillStore;
 use putri_gguf::train::AdamState;
 use std::path::Path;
 
@@ -102,6 +103,8 @@ fn a_pruned_file_goes_on_as_often_as_wanted() {
         let short = ["--ctx-size", "64", "--chunks", "8", "--force"];
         cli.ok(&[&["in.gguf", "pruned.gguf", "--sparsity", "0.4"][..], &short].concat());
         let source = std::fs::read(cli.path("in.gguf")).unwrap();
+        let foreseen = cli.ok(&[&SHORT[..], &["--dry-run"]].concat());
+        assert!(foreseen.contains("recover, rounding") && foreseen.contains("attn_q"), "{foreseen}");
         for _ in 0..2 {
             let before = GgufFile::open(&cli.path("pruned.gguf")).unwrap();
             cli.ok(&[&SHORT[..], &["--force"]].concat());
@@ -159,4 +162,23 @@ fn other_models_and_amounts_are_refused() {
         2,
         &["--recover"],
     );
+}
+
+#[test]
+fn what_lies_in_files_moves_alike() {
+    silence_logs();
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("small.gguf");
+    TestModel::default().write(&path);
+    let model = Model::open(&path).unwrap();
+    let windows = windows(64, 8, 2);
+    let found = [SpillStore::default(), SpillStore::in_files(dir.path().into())].map(|spill| {
+        let budget = Some(RecoverBudget::Tokens(2048));
+        let recover = RecoverSettings { budget, tokens: Some(512), ..RecoverSettings::default() };
+        let settings = Settings { sparsity: 0.4, recover, spill, ..Settings::default() };
+        let pruned = run(&model, &model, &windows, &settings, &mut (), &mut Silent).unwrap();
+        let matrices = pruned.plan.blocks.iter().flat_map(|b| &b.matrices).flatten();
+        matrices.map(|q| q.bytes.to_vec()).collect::<Vec<_>>()
+    });
+    assert!(found[0] == found[1]);
 }
