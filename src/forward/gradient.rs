@@ -214,7 +214,7 @@ impl Forward {
         assert!(!b.has_experts(), "no gradients go back through a criterion");
         let wanted = [found.vectors.is_some(), found.groups.is_some(), found.matrices.is_some()];
         let n = whole_windows(GRADIENT_TOKENS, self.n_ctx()).min(self.graph_tokens()) * self.n_embd();
-        // What matrices multiplied is kept until all graphs of a part are done.
+        // Inputs of matrices, and derivatives by their outputs, are kept until all graphs of a part are done.
         let part = if wanted[2] { (self.chunk_tokens() * self.n_embd() / n).max(1) * n } else { x.len() };
         for (x, grad) in x.chunks(part).zip(grad.chunks_mut(part)) {
             let graphs = x.chunks(n).zip(grad.chunks_mut(n)).collect();

@@ -1,4 +1,4 @@
-//! What moves in one block.
+//! Parameters of one block that move.
 
 use super::Rates;
 use crate::forward::{BlockGradient, MatrixGradient};

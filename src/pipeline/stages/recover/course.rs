@@ -35,7 +35,7 @@ pub(super) struct Best {
     pub(super) values: Vec<SpillVec<f32>>,
 }
 
-/// What training led to.
+/// Result of a training.
 pub(super) struct Trained {
     /// Number of tokens of all steps up to it.
     pub(super) tokens: usize,
@@ -97,7 +97,7 @@ impl<'c, 'w> Course<'c, 'w> {
         let start = Instant::now();
         while self.goes_on() {
             let note = match self.step(run) {
-                // What is best so far is worth a file.
+                // The best state so far is worth a file.
                 Err(PruneError::Interrupted) if run.observer.end_stage() => break,
                 done => done?,
             };
